@@ -1,0 +1,51 @@
+# The two commands of the README do all their own set-up:
+#
+#   make demo    create .venv, install, train the default recipe with differential privacy
+#   make test    create .venv, install, then lint, types and tests
+#
+# A second call skips the set-up unless pyproject.toml or constraints.txt changed.
+# Another interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
+
+demo: $(VENV)/.demo  ## train the default recipe with differential privacy; see runs/demo
+	$(BIN)/dptorch train --name demo --overwrite
+
+test: lint  ## lint, types, tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else "dptorch needs Python 3.10 or newer, $(PYTHON) is %d.%d: try make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is written only after pip succeeded, so an interrupted install is taken up again.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing dptorch into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[report]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing dptorch and its test tools into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[report,transformers,dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,1 @@
+"""The accountants, one a file, behind `protocol.Accountant`."""

@@ -1,0 +1,68 @@
+"""What can go wrong, by kind. Every message states the value, what was expected and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BudgetExhausted",
+    "ConfigurationError",
+    "DataError",
+    "ExamplesMixError",
+    "NotCoveredError",
+    "PrivacyError",
+    "PrivacyWarning",
+    "one_of",
+]
+
+
+class PrivacyError(RuntimeError):
+    """The guarantee could not be given, so nothing was released."""
+
+
+class NotCoveredError(PrivacyError):
+    """A trainable parameter is used in a way whose per-example gradient the tape cannot follow."""
+
+
+class ExamplesMixError(PrivacyError):
+    """One example's loss or gradient depends on another example (BatchNorm, in-batch negatives...)."""
+
+
+class BudgetExhausted(PrivacyError):
+    """The next step would spend more than the plan allows; it was not taken."""
+
+
+class ConfigurationError(ValueError):
+    """An argument has a value that no run can honour."""
+
+
+class DataError(ValueError):
+    """A data file cannot be read; the message names the file and, where there is one, the row."""
+
+
+class PrivacyWarning(UserWarning):
+    """The run goes on, but its guarantee means less than the reader might think."""
+
+
+def one_of(name: str, value: object, valid: Iterable[str]) -> str:
+    """Return `value` if it is one of the `valid` names; otherwise raise with the nearest one.
+
+    Raises:
+        ConfigurationError: naming the value, all valid names and the nearest.
+
+    Example:
+        >>> one_of("clipping_fn", "abadi", ["abadi", "automatic"])
+        'abadi'
+        >>> one_of("clipping_fn", "abbadi", ["abadi", "automatic"])
+        Traceback (most recent call last):
+        ...
+        dptorch.errors.ConfigurationError: clipping_fn='abbadi' is not known. Valid: 'abadi', 'automatic'. Did you mean 'abadi'?
+    """
+    names = list(valid)
+    if isinstance(value, str) and value in names:
+        return value
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(repr(n) for n in names)
+    raise ConfigurationError(f"{name}={value!r} is not known. Valid: {listed}.{hint}")

@@ -1,0 +1,279 @@
+"""The Gaussian mechanism on a clipped sum.
+
+Dwork & Roth 2014, *The Algorithmic Foundations of Differential Privacy*, appendix A; on the sampled
+sums of DP-SGD: Abadi et al. 2016, arXiv:1607.00133.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dptorch.errors import ConfigurationError, PrivacyError
+from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, KeystreamNormals
+from dptorch.randomness import RootKey
+from dptorch.release import ClippedSum, NoisyGradient
+
+__all__ = ["GaussianNoise"]
+
+PURPOSE: Final = "noise"
+DEVICE_PURPOSE: Final = "noise on a device"
+
+_NUMPY_DTYPE: Final[Mapping[torch.dtype, np.dtype[Any]]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
+# Below this many blocks a thread costs more than it saves.
+_BLOCKS_PER_THREAD: Final = 4
+
+
+class GaussianNoise:
+    """Adds to each coordinate of a clipped sum independent N(0, (noise_multiplier * max_norm)**2).
+
+    Number i of the noise of a step is a function of (key, step, i), where i counts the coordinates
+    of all parameters in the order of `clipped.values`. On the CPU the numbers come from an AES-256
+    keystream. On other devices they come from the device's own generator under seeds derived from
+    the key, which is faster but not cryptographic; `secure_rng=True` makes them on the CPU and
+    copies.
+
+    Args:
+        noise_multiplier: standard deviation per unit of `max_norm`, >= 0. With 0 nothing is added
+            and nothing is private.
+        secure_rng: cryptographic noise on every device.
+
+    Guarantees:
+        - Every coordinate of every parameter gets noise, those that are zero included.
+        - The noise depends on nothing but (key, step, position, noise_multiplier * max_norm): not
+          on the values, the number of threads, or how the parameters are laid out in memory.
+        - Noise of different steps, and of different positions, is independent.
+
+    What it does not protect from: an observer who sees all bits of float32 outputs can exclude some
+    inputs (Mironov 2012, CCS); the stated epsilon is that of the ideal, real-valued mechanism.
+
+    Raises:
+        ConfigurationError: `noise_multiplier` is negative, not finite or no number.
+
+    Example:
+        >>> sums = ClippedSum({"weight": torch.zeros(1000)}, max_norm=0.5)
+        >>> noisy = GaussianNoise(2.0).privatize(sums, RootKey.from_seed(0), step=0)
+        >>> noisy.stddev, bool(abs(noisy.values["weight"].std() - 1.0) < 0.1)
+        (1.0, True)
+    """
+
+    def __init__(self, noise_multiplier: float, *, secure_rng: bool = False) -> None:
+        if isinstance(noise_multiplier, bool) or not isinstance(
+            noise_multiplier, int | float | np.number
+        ):
+            raise ConfigurationError(f"noise_multiplier={noise_multiplier!r} must be a number >= 0")
+        value = float(noise_multiplier)
+        if not math.isfinite(value) or value < 0.0:
+            raise ConfigurationError(
+                f"noise_multiplier={noise_multiplier!r} must be finite and >= 0: the standard "
+                "deviation of the noise in units of the clipping norm, e.g. 1.0"
+            )
+        self.noise_multiplier = value
+        self.secure_rng = bool(secure_rng)
+
+    def privatize(self, clipped: ClippedSum, key: RootKey, step: int) -> NoisyGradient:
+        """Add the noise of `step` to the sum.
+
+        Takes the sum over: the noise is written into the tensors of `clipped.values`, which the
+        result shares, so that no sum without noise remains. Call it once per logical batch. Steps
+        must not repeat under one key: two sums with the same noise differ by nothing but data.
+
+        Args:
+            clipped: the sum; float32 or float64 tensors, each in memory of its own.
+            key: root key of the run.
+            step: number of the logical batch, in [0, 2**64).
+
+        Returns:
+            the noisy sum, with `stddev = noise_multiplier * clipped.max_norm`.
+
+        Raises:
+            TypeError: `clipped` is not a `ClippedSum`.
+            PrivacyError: the sum has no finite positive `max_norm`, or a tensor is of low
+                precision, sparse or shares memory. No tensor has been changed then.
+        """
+        if not isinstance(clipped, ClippedSum):
+            raise TypeError(
+                f"noise is added to a ClippedSum, not to a {type(clipped).__name__}: without a "
+                "bound on one example's contribution no amount of noise is private. Clip first; "
+                "dptorch.clipping and the engine return ClippedSum"
+            )
+        if not isinstance(key, RootKey):
+            raise TypeError(
+                f"key must be a RootKey, not {type(key).__name__}; use RootKey.from_os()"
+            )
+        max_norm = float(clipped.max_norm)
+        if not math.isfinite(max_norm) or max_norm <= 0.0:
+            raise PrivacyError(
+                f"max_norm={clipped.max_norm!r} of the clipped sum must be finite and positive: it "
+                "is the scale of the noise"
+            )
+        _check_tensors(clipped.values)
+        stddev = self.noise_multiplier * max_norm
+        if not math.isfinite(2.0 * stddev * stddev):
+            raise PrivacyError(
+                f"the standard deviation {stddev} of the noise is too large for a float"
+            )
+        if stddev > 0.0:
+            with torch.no_grad():
+                self._add(clipped.values, key, step, stddev)
+        return NoisyGradient(dict(clipped.values), stddev=stddev, max_norm=max_norm)
+
+    def _add(self, values: Mapping[str, Tensor], key: RootKey, step: int, stddev: float) -> None:
+        starts = list(itertools.accumulate((t.numel() for t in values.values()), initial=0))
+        groups: dict[tuple[torch.device, torch.dtype], list[_Span]] = {}
+        for start, tensor in zip(starts, values.values(), strict=False):
+            if tensor.numel():
+                flat = tensor.detach().contiguous().view(-1)
+                span = _Span(start, flat, tensor)
+                groups.setdefault((tensor.device, tensor.dtype), []).append(span)
+        for (device, dtype), spans in groups.items():
+            if device.type == "cpu":
+                _add_on_cpu(spans, key.derive(PURPOSE, step), stddev, _NUMPY_DTYPE[dtype])
+            elif self.secure_rng:
+                normals = KeystreamNormals(key.derive(PURPOSE, step), _NUMPY_DTYPE[dtype])
+                for index, pieces in _by_block(spans, KEYSTREAM_BLOCK):
+                    block = torch.from_numpy(normals.block(index, stddev)).to(device)
+                    _add_pieces(pieces, block)
+            else:
+                _add_on_device(spans, key, step, stddev, device, dtype)
+            for span in spans:
+                span.write_back()
+
+    def __repr__(self) -> str:
+        return (
+            f"GaussianNoise(noise_multiplier={self.noise_multiplier}, secure_rng={self.secure_rng})"
+        )
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The coordinates [start, start + flat.numel()) of the whole gradient, as a flat tensor."""
+
+    start: int
+    flat: Tensor
+    owner: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.flat.numel()
+
+    def write_back(self) -> None:
+        if not self.owner.is_contiguous():
+            self.owner.copy_(self.flat.view(self.owner.shape))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """`size` coordinates of a span from `in_span` on, and where in a block their numbers begin."""
+
+    span: _Span
+    in_span: int
+    in_block: int
+    size: int
+
+
+def _by_block(spans: list[_Span], block: int) -> Iterator[tuple[int, list[_Piece]]]:
+    """Every block that the spans (in order, disjoint) need, with the pieces that read from it."""
+    index, pieces = -1, list[_Piece]()
+    for span in spans:
+        at = span.start
+        while at < span.stop:
+            if at // block != index:
+                if pieces:
+                    yield index, pieces
+                index, pieces = at // block, []
+            size = min(span.stop, (index + 1) * block) - at
+            pieces.append(_Piece(span, at - span.start, at - index * block, size))
+            at += size
+    if pieces:
+        yield index, pieces
+
+
+def _add_on_cpu(spans: list[_Span], key: bytes, stddev: float, dtype: np.dtype[Any]) -> None:
+    blocks = list(_by_block(spans, KEYSTREAM_BLOCK))
+    flats: dict[int, NDArray[Any]] = {span.start: span.flat.numpy() for span in spans}
+
+    def work(mine: list[tuple[int, list[_Piece]]]) -> None:
+        normals = KeystreamNormals(key, dtype)
+        for index, pieces in mine:
+            block = normals.block(index, stddev)
+            for piece in pieces:
+                part = flats[piece.span.start][piece.in_span : piece.in_span + piece.size]
+                np.add(part, block[piece.in_block : piece.in_block + piece.size], out=part)
+
+    threads = max(1, min(torch.get_num_threads(), len(blocks) // _BLOCKS_PER_THREAD))
+    if threads == 1:
+        work(blocks)
+        return
+    cuts = [len(blocks) * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="dptorch-noise") as pool:
+        # list, so that an error in a thread is raised here.
+        list(pool.map(work, (blocks[a:b] for a, b in itertools.pairwise(cuts))))
+
+
+def _add_on_device(
+    spans: list[_Span],
+    key: RootKey,
+    step: int,
+    stddev: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    def seed_of(block: int) -> int:
+        return int.from_bytes(key.derive(DEVICE_PURPOSE, step, block)[:8], "little")
+
+    normals = DeviceNormals(seed_of, device, dtype)
+    for index, pieces in _by_block(spans, DEVICE_BLOCK):
+        _add_pieces(pieces, normals.block(index, stddev))
+
+
+def _add_pieces(pieces: list[_Piece], block: Tensor) -> None:
+    for piece in pieces:
+        part = piece.span.flat[piece.in_span : piece.in_span + piece.size]
+        part.add_(block[piece.in_block : piece.in_block + piece.size])
+
+
+def _check_tensors(values: Mapping[str, Tensor]) -> None:
+    """Refuse, before anything is written, what cannot get noise once in every coordinate."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in values.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"the clipped sum of {name!r} is a {type(tensor).__name__}, not a tensor"
+            )
+        if tensor.dtype not in _NUMPY_DTYPE:
+            raise PrivacyError(
+                f"the clipped sum of {name!r} is {tensor.dtype}: its rounding breaks the bound on "
+                "one example and swallows noise. Sum in float32 (or float64) and cast after the "
+                "noise"
+            )
+        if tensor.layout != torch.strided:
+            raise PrivacyError(
+                f"the clipped sum of {name!r} is {tensor.layout}: where it has no entries it would "
+                "get no noise, which tells what the batch touched. Make it dense first "
+                "(.to_dense())"
+            )
+        if not tensor.numel():
+            continue
+        where = (tensor.device, tensor.data_ptr())
+        overlaps = any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if overlaps or where in seen:
+            other = "itself" if overlaps else repr(seen[where])
+            raise PrivacyError(
+                f"the clipped sum of {name!r} shares memory with {other}, so it would get noise "
+                "more than once; give each parameter a tensor of its own (a tied parameter appears "
+                "once)"
+            )
+        seen[where] = name

@@ -1,0 +1,83 @@
+"""Gradients of a looked-up table: rows added at the ids an example used.
+
+Shape legend: B examples, T positions, D features, V rows of the table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dptorch.tape.gradients.base import PerExampleGradient, at_least_float32, square_sum, weigh
+from dptorch.tape.gradients.outer import Outer
+
+__all__ = ["Scatter"]
+
+
+class Scatter(PerExampleGradient):
+    """``gradient[b][ids[b, t]] += values[b, t]``, of shape [V, D].
+
+    The norm costs O(B T D): rows that an example adds to the same table entry are summed first.
+    Neither [B, V, D] nor [T, T] is formed.
+
+    Args:
+        ids: int64 [B, T], each in [0, V).
+        values: [B, T, D]; already zero where the id is padding.
+        shape: [V, D].
+    """
+
+    def __init__(self, ids: Tensor, values: Tensor, shape: torch.Size) -> None:
+        self.ids = ids
+        self.values = at_least_float32(values)
+        self.shape = shape
+        self.batch_size = ids.shape[0]
+
+    def _flat(self) -> Tensor:
+        """Each (example, id) pair as one number, [B * T]."""
+        offset = torch.arange(self.batch_size, device=self.ids.device) * self.shape[0]
+        return (self.ids + offset[:, None]).flatten()
+
+    def dense(self) -> Tensor:
+        table = self.values.new_zeros(self.batch_size * self.shape[0], self.values.shape[-1])
+        table.index_add_(0, self._flat(), self.values.flatten(0, 1))
+        return table.view(self.batch_size, *self.shape)
+
+    def take(self, index: Tensor) -> Scatter:
+        return Scatter(
+            self.ids.index_select(0, index), self.values.index_select(0, index), self.shape
+        )
+
+    def squared_norm(self) -> Tensor:
+        pairs, where = torch.unique(self._flat(), return_inverse=True)
+        summed = self.values.new_zeros(pairs.numel(), self.values.shape[-1])
+        summed.index_add_(0, where, self.values.flatten(0, 1))
+        norms = summed.new_zeros(self.batch_size)
+        owner = torch.div(pairs, self.shape[0], rounding_mode="floor")
+        return norms.index_add_(0, owner, square_sum(summed))
+
+    def inner(self, other: PerExampleGradient) -> Tensor:
+        if isinstance(other, Scatter):
+            same = self.ids[:, :, None] == other.ids[:, None, :]
+            gram = torch.bmm(self.values, other.values.transpose(1, 2).to(self.values.dtype))
+            return (gram * same).sum((1, 2))
+        if isinstance(other, Outer) and other.left.shape[2] == self.shape[0]:
+            # sum_s <values[s], sum_t left[t, ids[s]] right[t]>: a [T, T] product, never [V, D].
+            picked = other.left.gather(
+                2, self.ids[:, None, :].expand(-1, other.left.shape[1], -1)
+            )
+            gram = torch.bmm(other.right, self.values.transpose(1, 2).to(other.right.dtype))
+            return (gram * picked).sum((1, 2))
+        return super().inner(other)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        table = self.values.new_zeros(self.shape)
+        return table.index_add_(0, self.ids.flatten(), weigh(self.values, weights).flatten(0, 1))
+
+    def merge(self, other: PerExampleGradient) -> Scatter | None:
+        if not isinstance(other, Scatter) or other.shape != self.shape:
+            return None
+        return Scatter(
+            torch.cat([self.ids, other.ids], 1),
+            torch.cat([self.values, other.values], 1),
+            self.shape,
+        )

@@ -1,0 +1,214 @@
+"""Which example owns which index of a tensor: exact, never guessed from shapes.
+
+Every tensor computed from the batch carries a *tag*. The tag of a tensor with B examples along
+dimension `dim` says that index i along it belongs to example ``(i // step) % B``. One rule covers a
+plain batch (step 1), a batch with positions folded in (``x.view(B * T, D)``: step T), windows and
+heads folded in, sequence-first layouts and ``repeat``. Two rarer forms complete it: an explicit
+owner for each index (after ``x[permutation]``), and a whole tensor of one example (``x[3]``).
+
+Shape legend: B examples, m positions folded into the batch dimension, ... whatever remains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PARAM_ONLY",
+    "Lost",
+    "Mixed",
+    "ParamOnly",
+    "Reduced",
+    "State",
+    "Tag",
+    "owners",
+    "read_shadow",
+    "rows",
+    "separate",
+    "shadow",
+    "tag_after_view",
+]
+
+
+class Tag(NamedTuple):
+    """Examples lie along `dim`; index i belongs to ``(i // step) % B``, or to ``explicit[i]``.
+
+    With ``dim=None`` the whole tensor belongs to example `step`.
+    """
+
+    dim: int | None
+    step: int = 1
+    explicit: tuple[int, ...] | None = None
+
+    @property
+    def regular(self) -> bool:
+        """Whether every example owns the same number of indices, in a periodic pattern."""
+        return self.dim is not None and self.explicit is None
+
+    def at(self, dim: int) -> Tag:
+        """The same owners along another dimension."""
+        return Tag(dim, self.step, self.explicit)
+
+
+class ParamOnly(NamedTuple):
+    """Computed from parameters and constants alone; stays under ordinary autograd.
+
+    `source` is the smaller tensor that this one is an ``expand`` of, where it is one: an expanded
+    copy meets each example separately, so its gradient can be taken before the expansion sums it.
+    `transposed` is the matrix that this one is the transpose of.
+    """
+
+    source: Tensor | None = None
+    transposed: Tensor | None = None
+
+
+class Reduced(NamedTuple):
+    """A linear reduction over the examples: the value is ``weight * sum_i loss_i``.
+
+    `weight` is 1 after a sum and 1/B after a mean, and follows multiplication by numbers.
+    """
+
+    weight: float
+
+
+class Mixed(NamedTuple):
+    """Examples met in a way that no per-example gradient can undo; `reason` names op and module."""
+
+    reason: str
+
+
+State = Tag | ParamOnly | Reduced | Mixed
+PARAM_ONLY = ParamOnly()
+
+
+class Lost(Exception):
+    """Raised inside tag inference when the examples of a result cannot be told apart."""
+
+
+def owners(tag: Tag, size: int, batch_size: int, device: torch.device | None = None) -> Tensor:
+    """The owner of each index along ``tag.dim``: int64 [size].
+
+    Example:
+        >>> owners(Tag(0, step=2), 6, 3).tolist()
+        [0, 0, 1, 1, 2, 2]
+    """
+    if tag.explicit is not None:
+        return torch.tensor(tag.explicit, device=device)
+    return (torch.arange(size, device=device) // tag.step) % batch_size
+
+
+def rows(t: Tensor, tag: Tag, batch_size: int) -> Tensor:
+    """Bring the examples to the front: [B, m, ...], m being what was folded into the dimension.
+
+    Example:
+        >>> x = torch.arange(6).view(6, 1)                     # 3 examples, 2 positions folded in
+        >>> rows(x, Tag(0, step=2), 3).shape
+        torch.Size([3, 2, 1])
+    """
+    if tag.dim is None:
+        return t[None, None]
+    dim, step = tag.dim, tag.step
+    t = t.movedim(dim, 0)
+    if t.shape[0] == batch_size:
+        return t.unsqueeze(1)
+    repeats = t.shape[0] // (batch_size * step)
+    if repeats == 1:
+        return t.unflatten(0, (batch_size, step))
+    return t.unflatten(0, (repeats, batch_size, step)).transpose(0, 1).flatten(1, 2)
+
+
+def separate(g: Tensor, tag: Tag, batch_size: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """One copy of g for each example in [start, stop), zero wherever another example owns it.
+
+    Returns [stop - start, *g.shape].
+    """
+    stop = batch_size if stop is None else stop
+    wanted = torch.arange(start, stop, device=g.device)
+    if tag.dim is None:
+        mine = (wanted == tag.step).to(g.dtype)
+        return g[None] * mine.view([-1] + [1] * g.dim())
+    owner = owners(tag, g.shape[tag.dim], batch_size, g.device)
+    mine = owner[None, :] == wanted[:, None]
+    shape = [stop - start] + [g.shape[i] if i == tag.dim else 1 for i in range(g.dim())]
+    # where, not a product: another example's inf must not become NaN in this one's copy.
+    return torch.where(mine.view(shape), g[None], torch.zeros((), dtype=g.dtype, device=g.device))
+
+
+def tag_after_view(
+    shape: torch.Size, tag: Tag, new_shape: torch.Size, batch_size: int
+) -> Tag:
+    """The tag after a reshape.
+
+    In row-major order the owner of element f is ``(f // s) % B`` with ``s = step * inner size``. An
+    output dimension of inner size q carries the examples if q divides s and the dimension spans
+    whole periods of B * s elements.
+
+    Raises:
+        Lost: if no single dimension of the result tells the examples apart.
+
+    Example:
+        >>> tag_after_view(torch.Size([4, 5, 8]), Tag(0), torch.Size([20, 8]), 4)
+        Tag(dim=0, step=5, explicit=None)
+    """
+    assert tag.dim is not None
+    if tag.explicit is not None:
+        before = math.prod(shape[: tag.dim])
+        for i, n in enumerate(new_shape):
+            if math.prod(new_shape[:i]) == before and n == shape[tag.dim]:
+                return tag.at(i)
+        raise Lost("a reshape folds irregularly ordered examples")
+    s = tag.step * math.prod(shape[tag.dim + 1 :])
+    for i, n in enumerate(new_shape):
+        q = math.prod(new_shape[i + 1 :])
+        if q and n >= batch_size and s % q == 0 and (n * q) % (batch_size * s) == 0:
+            return Tag(i, s // q)
+    raise Lost(f"a reshape from {tuple(shape)} to {tuple(new_shape)} folds examples together")
+
+
+def shadow(shape: torch.Size, dim: int, device: torch.device) -> Tensor:
+    """Indices along `dim`, broadcast to `shape` without memory: what a data-movement op is run on
+    to learn where it puts the examples."""
+    index = torch.arange(shape[dim], device=device)
+    return index.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape)
+
+
+def read_shadow(moved: Tensor, tag: Tag, size: int, batch_size: int) -> Tag:
+    """Read the tag off a moved `shadow`.
+
+    Raises:
+        Lost: if owners vary along more than one dimension, or nothing is left.
+    """
+    if moved.numel() == 0:
+        raise Lost("the result is empty")
+    owner_of = owners(tag, size, batch_size, moved.device)
+    varying = [i for i in range(moved.dim()) if moved.stride(i) != 0 and moved.shape[i] > 1]
+    if len(varying) > 1:  # a copy: find what really varies
+        varying = [i for i in varying if not bool((moved == moved.narrow(i, 0, 1)).all())]
+    if len(varying) > 1:
+        raise Lost("the examples vary along several dimensions")
+    if not varying:
+        return Tag(None, int(owner_of[moved.reshape(-1)[:1]]))
+    dim = varying[0]
+    for axis in reversed(range(moved.dim())):
+        if axis != dim:
+            moved = moved.select(axis, 0)
+    return regular_or_explicit(owner_of[moved], dim, batch_size, tag.step)
+
+
+def regular_or_explicit(owner: Tensor, dim: int, batch_size: int, hint: int = 1) -> Tag:
+    """The shortest tag that gives these owners along `dim`."""
+    n = owner.numel()
+    index = torch.arange(n, device=owner.device)
+    for step in dict.fromkeys((hint, 1, n // batch_size)):
+        if step and n % (step * batch_size) == 0 and torch.equal(owner, (index // step) % batch_size):
+            return Tag(dim, step)
+    return Tag(dim, 1, tuple(owner.tolist()))
+
+
+# A convenience alias for functions that infer the tags of a call's outputs.
+Inference = Callable[..., "Tag | Reduced"]

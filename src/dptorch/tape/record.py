@@ -1,0 +1,68 @@
+"""The functional face of the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from dptorch.tape.batch import BatchDims, input_tagger
+from dptorch.tape.guard import ParameterGuard
+from dptorch.tape.invisible import visible
+from dptorch.tape.recording import Recording
+from dptorch.tape.tape import Tape
+
+__all__ = ["record"]
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    *,
+    batch_dims: BatchDims = 0,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Iterator[Tape]:
+    """Record a forward pass, so that its backward yields per-example gradients.
+
+    Run the model and the loss inside, ``backward()`` inside or after. No parameter's ``.grad`` is
+    written. The tensor arguments of ``model(...)`` hold the batch; several calls of the model in
+    one recording must be on the same examples.
+
+    Args:
+        model: any module; it is not changed.
+        batch_dims: the batch dimension of the inputs: one number for all, or {argument name:
+            dimension, or None for an input shared by all examples}.
+        parameters: what to follow, by name; by default every parameter that requires grad.
+
+    Yields:
+        the `Tape`.
+
+    Raises:
+        NotCoveredError: where a trainable parameter is used in a way that cannot be followed.
+        ExamplesMixError: where one example's gradient would depend on another.
+
+    Guarantees:
+        Every trainable parameter is either followed exactly or an error names it: a use that the
+        recording cannot see raises when its gradient arrives.
+
+    Example:
+        >>> import torch, dptorch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> with dptorch.record(model) as tape:
+        ...     loss = model(torch.randn(5, 2)).square().sum()
+        >>> loss.backward()
+        >>> {name: tuple(g.shape) for name, g in tape.per_example_gradients().items()}["0.weight"]
+        (5, 3, 2)
+    """
+    recording = Recording(model, parameters)
+    tape = recording.tape
+    tape.guard = ParameterGuard(tape.parameters, strict=False)
+    hook = model.register_forward_pre_hook(
+        input_tagger(lambda: recording, batch_dims), with_kwargs=True
+    )
+    try:
+        with visible(), recording:
+            yield tape
+    finally:
+        hook.remove()

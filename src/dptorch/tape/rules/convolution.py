@@ -1,0 +1,87 @@
+"""Convolutions of rank 1 to 3, plain and transposed, with groups, dilation and string padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dptorch.tape.calls import Call
+from dptorch.tape.gradients import Convolution, Dense, Geometry, PerExampleGradient
+from dptorch.tape.provenance import rows
+from dptorch.tape.rules.registry import rule
+
+if TYPE_CHECKING:
+    from dptorch.tape.recording import Recording
+
+
+def _tuple(value: Any, rank: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * rank
+    value = tuple(value)
+    return value * rank if len(value) == 1 else value
+
+
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+def convolution(call: Call, recording: Recording) -> Any:
+    """Weight and bias of any convolution over a batch in dimension 0."""
+    x, w, b = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    rank = int(call.name[-2])
+    tag = call.tag_of(x)
+    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+        return NotImplemented
+    if x.dim() != rank + 2:
+        return NotImplemented
+    transposed = "transpose" in call.name
+    stride = _tuple(call.arg(3, "stride", 1), rank)
+    padding = call.arg(4, "padding", 0)
+    if transposed:
+        output_padding = _tuple(call.arg(5, "output_padding", 0), rank)
+        groups, dilation = call.arg(6, "groups", 1), _tuple(call.arg(7, "dilation", 1), rank)
+    else:
+        output_padding = (0,) * rank
+        dilation, groups = _tuple(call.arg(5, "dilation", 1), rank), call.arg(6, "groups", 1)
+    pads: list[int] = []
+    if isinstance(padding, str):
+        padding, pads = _resolve(padding, w.shape[2:], dilation)
+    geometry = Geometry(
+        stride, _tuple(padding, rank), dilation, output_padding, transposed, int(groups)
+    )
+    out = call.run({id(t): t.detach() for t in call.parameters})
+    want_w, want_b = call.is_parameter(w), b is not None and call.is_parameter(b)
+    n = call.batch_size
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        assert grads[0] is not None
+        g = rows(grads[0], tag, n)  # [B, m, P, ...]
+        if want_w:
+            inputs = F.pad(saved[0], pads) if any(pads) else saved[0]
+            yield w, Convolution(rows(inputs, tag, n), g, w.shape, geometry)
+        if want_b:
+            assert b is not None
+            yield b, Dense(g.flatten(3).sum((1, 3)))
+
+    return recording.tap(call, out, [tag], (x.detach(),) if want_w else (), gradients)
+
+
+
+
+def _resolve(
+    padding: str, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, ...], list[int]]:
+    """Numbers for padding="same" or "valid": symmetric padding, or explicit F.pad amounts where the
+    two sides differ."""
+    if padding == "valid":
+        return (0,) * len(kernel), []
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if all(t % 2 == 0 for t in total):
+        return tuple(t // 2 for t in total), []
+    pads = [amount for t in reversed(total) for amount in (t // 2, t - t // 2)]
+    return (0,) * len(kernel), pads
+
+
+__all__ = ["convolution"]

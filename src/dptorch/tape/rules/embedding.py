@@ -1,0 +1,68 @@
+"""Looked-up tables.
+
+Shape legend: B examples, T positions, D features, V rows of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dptorch.errors import NotCoveredError
+from dptorch.tape.calls import Call
+from dptorch.tape.gradients import PerExampleGradient, Scatter
+from dptorch.tape.provenance import rows
+from dptorch.tape.rules.registry import rule
+
+if TYPE_CHECKING:
+    from dptorch.tape.recording import Recording
+
+
+@rule("embedding")
+def embedding(call: Call, recording: Recording) -> Any:
+    """F.embedding with ids of any shape; `padding_idx` rows get no gradient.
+
+    Raises:
+        NotCoveredError: for `max_norm`, which changes the table outside the noised step, and for
+            `scale_grad_by_freq`, which divides by counts over the whole batch.
+    """
+    if call.func is torch.embedding:
+        table, ids = call.args[:2]
+        padding = call.arg(2, "padding_idx", -1)
+        padding = None if padding == -1 else padding
+    else:
+        ids, table = call.arg(0, "input"), call.arg(1, "weight")
+        padding = call.arg(2, "padding_idx")
+        if call.arg(3, "max_norm") is not None:
+            raise NotCoveredError(
+                f"{recording.describe(table)}: max_norm rewrites the table in the forward pass, "
+                "outside the noised step. Use max_norm=None."
+            )
+    if call.arg(5 if call.func is not torch.embedding else 3, "scale_grad_by_freq", False):
+        raise NotCoveredError(
+            f"{recording.describe(table)}: scale_grad_by_freq divides by counts over the whole "
+            "batch. Use scale_grad_by_freq=False."
+        )
+    tag = call.tag_of(ids)
+    if tag is None or tag.explicit is not None or not call.is_parameter(table):
+        return NotImplemented
+    n = call.batch_size
+    out = call.func(table.detach(), ids) if call.func is torch.embedding else call.func(
+        ids, table.detach()
+    )
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        assert grads[0] is not None
+        ids_BT = rows(saved[0], tag, n).flatten(1)
+        g_BTD = rows(grads[0], tag, n).flatten(1, -2)
+        if padding is not None:
+            keep = ids_BT != padding % table.shape[0]
+            g_BTD = g_BTD * keep[..., None]
+        yield table, Scatter(ids_BT, g_BTD, table.shape)
+
+    return recording.tap(call, out, [tag], (ids,), gradients)

@@ -1,0 +1,141 @@
+"""The rule for every other op: differentiate the op as it was recorded, one example at a time.
+
+The op runs on fresh leaf copies of its parameters. In the backward the output's gradient is
+separated into B copies, each zero but for one example, and one batched ``autograd.grad`` takes all
+of them through the op. Exact for anything PyTorch can differentiate, dropout masks included, at B
+times the cost of that op's backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dptorch.errors import NotCoveredError
+from dptorch.tape.calls import Call, replace_tensors
+from dptorch.tape.gradients import Dense, PerExampleGradient
+from dptorch.tape.propagation import infer
+from dptorch.tape.provenance import Lost, Tag, separate
+
+if TYPE_CHECKING:
+    from dptorch.tape.recording import Recording
+
+__all__ = ["CHUNK_ELEMENTS", "batched_vjp", "generic"]
+
+# Separated gradients are made for as many examples at once as fit in this many elements.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def generic(call: Call, recording: Recording) -> Any:
+    """Record an op that has no rule of its own.
+
+    Raises:
+        NotCoveredError: if it is not known where the op leaves the examples.
+    """
+    copies = {id(p): p.detach().requires_grad_() for p in call.parameters}
+    result = call.run(copies)
+    outputs = result if isinstance(result, (tuple, list)) else (result,)
+    try:
+        tags = _tags(call, recording, outputs)
+    except Lost as lost:
+        names = ", ".join(recording.describe(p) for p in call.parameters)
+        raise NotCoveredError(
+            f"{recording.module_path()}: {names} used in '{call.name}', where {lost}. "
+            "If the op treats the rows of dimension 0 independently, say so with "
+            f"dptorch.tape.rowwise({call.name!r}); otherwise freeze the parameter "
+            "(requires_grad_(False)) or write it with other ops."
+        ) from None
+    pairs = [
+        (o, t)
+        for o, t in zip(outputs, tags, strict=True)
+        if isinstance(o, Tensor) and o.requires_grad
+    ]
+    bad = [t for _, t in pairs if not isinstance(t, Tag)]
+    if bad:
+        names = ", ".join(recording.describe(p) for p in call.parameters)
+        raise NotCoveredError(
+            f"{recording.module_path()}: {names} used in '{call.name}', which reduces over the "
+            "examples. Keep one value for each example until the loss."
+        )
+    raw = [o for o, _ in pairs]
+    raw_tags = [t for _, t in pairs if isinstance(t, Tag)]
+    leaves = [copies[id(p)] for p in call.parameters]
+    n = call.batch_size
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        used = [(o, g, t) for o, g, t in zip(raw, grads, raw_tags, strict=True) if g is not None]
+
+        def separated(start: int, stop: int) -> list[Tensor]:
+            return [separate(g, t, n, start, stop) for _, g, t in used]
+
+        size = sum(g.numel() for _, g, _ in used)
+        found = batched_vjp([o for o, _, _ in used], leaves, separated, n, size)
+        for p, grad in zip(call.parameters, found, strict=True):
+            if grad is not None:
+                yield p, Dense(grad)
+
+    recording.note_generic(call)
+    tapped = recording.tap_many(raw, raw_tags, (), gradients)
+    return replace_tensors(result, {id(o): t for o, t in zip(raw, tapped, strict=True)})
+
+
+def _tags(call: Call, recording: Recording, outputs: Sequence[Any]) -> list[Any]:
+    known = [recording.state(o) if isinstance(o, Tensor) else None for o in outputs]
+    if any(isinstance(state, Tag) for state in known):
+        return known  # a custom autograd.Function, whose inner ops were followed
+    return list(infer(call, outputs))
+
+
+def batched_vjp(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Any,
+    batch_size: int,
+    elements: int,
+) -> list[Tensor | None]:
+    """Vector-Jacobian products for B cotangents at once.
+
+    Args:
+        outputs, inputs: of the recorded graph, which is kept.
+        cotangents: function (start, stop) -> cotangents [stop - start, *output.shape] of outputs.
+        batch_size: number of cotangents B.
+        elements: size of one cotangent, for chunking.
+
+    Returns:
+        For each input [B, *input.shape], or None if no output depends on it.
+    """
+    width = max(1, min(batch_size, CHUNK_ELEMENTS // max(1, elements)))
+    parts: list[tuple[Tensor | None, ...]] = []
+    for start in range(0, batch_size, width):
+        vectors = cotangents(start, min(batch_size, start + width))
+        with torch.enable_grad():
+            parts.append(_vjp(outputs, inputs, vectors))
+    return [
+        None if column[0] is None else torch.cat([c for c in column if c is not None])
+        for column in zip(*parts, strict=True)
+    ]
+
+
+def _vjp(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(
+            outputs, inputs, vectors, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError:  # an op that vmap does not know: one example at a time
+        each = [
+            torch.autograd.grad(
+                outputs, inputs, [v[i] for v in vectors], retain_graph=True, allow_unused=True
+            )
+            for i in range(vectors[0].shape[0])
+        ]
+        return tuple(
+            None if column[0] is None else torch.stack([c for c in column if c is not None])
+            for column in zip(*each, strict=True)
+        )

@@ -1,0 +1,172 @@
+"""Scales and shifts of layer, group, instance, RMS and (frozen) batch normalisation.
+
+The gradient of the scale is the output gradient times the normalised input, summed over whatever
+the scale is broadcast over; the input is normalised again in the backward rather than kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dptorch.errors import ExamplesMixError
+from dptorch.tape.calls import Call
+from dptorch.tape.gradients import Dense, PerExampleGradient
+from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.rules.registry import rule
+
+if TYPE_CHECKING:
+    from dptorch.tape.recording import Recording
+
+
+def _record(
+    call: Call,
+    recording: Recording,
+    x: Tensor,
+    tag: Tag,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalise: Callable[[Tensor], Tensor],
+    per_example: Callable[[Tensor], Tensor],
+) -> Any:
+    out = call.run({id(t): t.detach() for t in call.parameters})
+    want_w = weight is not None and call.is_parameter(weight)
+    want_b = bias is not None and call.is_parameter(bias)
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        g = grads[0]
+        assert g is not None
+        if want_w:
+            assert weight is not None
+            yield weight, Dense(per_example(g * normalise(saved[0])))
+        if want_b:
+            assert bias is not None
+            yield bias, Dense(per_example(g))
+
+    return recording.tap(call, out, [tag], (x.detach(),) if want_w else (), gradients)
+
+
+@rule("layer_norm rms_norm")
+def last_dims(call: Call, recording: Recording) -> Any:
+    """LayerNorm and RMSNorm: the scale has the shape of the last dimensions."""
+    x, shape, weight = call.arg(0, "input"), call.arg(1, "normalized_shape"), call.arg(2, "weight")
+    layer = call.name == "layer_norm"
+    bias = call.arg(3, "bias") if layer else None
+    eps = call.arg(4 if layer else 3, "eps", 1e-5 if layer else None)
+    tag = call.tag_of(x)
+    inner = len(shape)
+    if tag is None or tag.explicit is not None or len(call.tagged) > 1:
+        return NotImplemented
+    if tag.dim is not None and tag.dim >= x.dim() - inner:
+        return NotImplemented
+
+    def normalise(a: Tensor) -> Tensor:
+        return F.layer_norm(a, shape, None, None, eps) if layer else F.rms_norm(a, shape, None, eps)
+
+    def per_example(t: Tensor) -> Tensor:
+        return rows(t, tag, call.batch_size).flatten(1, -1 - inner).sum(1)
+
+    return _record(call, recording, x, tag, weight, bias, normalise, per_example)
+
+
+def _channels(t: Tensor, tag: Tag, n: int) -> Tensor:
+    """Sum [B*m, C, ...] to [B, C]."""
+    by_example = rows(t, tag, n)  # [B, m, C, ...]
+    return by_example.sum([1, *range(3, by_example.dim())])
+
+
+@rule("group_norm")
+def group_norm(call: Call, recording: Recording) -> Any:
+    """GroupNorm: the scale has one value a channel."""
+    x, groups = call.arg(0, "input"), call.arg(1, "num_groups")
+    weight, bias, eps = call.arg(2, "weight"), call.arg(3, "bias"), call.arg(4, "eps", 1e-5)
+    tag = call.tag_of(x)
+    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+        return NotImplemented
+    return _record(
+        call,
+        recording,
+        x,
+        tag,
+        weight,
+        bias,
+        lambda a: F.group_norm(a, groups, None, None, eps),
+        lambda t: _channels(t, tag, call.batch_size),
+    )
+
+
+@rule("instance_norm")
+def instance_norm(call: Call, recording: Recording) -> Any:
+    """InstanceNorm without running statistics.
+
+    Raises:
+        ExamplesMixError: if it tracks running statistics, which average over the batch.
+    """
+    x, mean, var = call.arg(0, "input"), call.arg(1, "running_mean"), call.arg(2, "running_var")
+    weight, bias = call.arg(3, "weight"), call.arg(4, "bias")
+    from_input, eps = call.arg(5, "use_input_stats", True), call.arg(7, "eps", 1e-5)
+    if mean is not None and from_input:
+        raise ExamplesMixError(
+            f"{recording.module_path()}: InstanceNorm updates running statistics from the whole "
+            "batch. Set track_running_stats=False."
+        )
+    tag = call.tag_of(x)
+    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+        return NotImplemented
+    return _record(
+        call,
+        recording,
+        x,
+        tag,
+        weight,
+        bias,
+        lambda a: F.instance_norm(a, mean, var, None, None, from_input, 0.0, eps),
+        lambda t: _channels(t, tag, call.batch_size),
+    )
+
+
+@rule("batch_norm")
+def batch_norm(call: Call, recording: Recording) -> Any:
+    """BatchNorm in eval mode: a fixed affine map.
+
+    Raises:
+        ExamplesMixError: in training mode, naming the module.
+    """
+    refuse_batch_statistics(call, recording)
+    x, mean, var = call.arg(0, "input"), call.arg(1, "running_mean"), call.arg(2, "running_var")
+    weight, bias, eps = call.arg(3, "weight"), call.arg(4, "bias"), call.arg(7, "eps", 1e-5)
+    tag = call.tag_of(x)
+    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+        return NotImplemented
+
+    def normalise(a: Tensor) -> Tensor:
+        return F.batch_norm(a, mean, var, None, None, False, 0.0, eps)
+
+    return _record(
+        call,
+        recording,
+        x,
+        tag,
+        weight,
+        bias,
+        normalise,
+        lambda t: _channels(t, tag, call.batch_size),
+    )
+
+
+def refuse_batch_statistics(call: Call, recording: Recording) -> None:
+    """Raise if this BatchNorm would take its statistics from the batch."""
+    if call.arg(5, "training", False) or call.arg(1, "running_mean") is None:
+        raise ExamplesMixError(
+            f"{recording.module_path()}: BatchNorm in training mode normalises each example with "
+            "statistics of the whole batch, so no per-example gradient exists. Convert the model "
+            "with dptorch.prepare(model) (BatchNorm becomes GroupNorm), or put this module in eval "
+            "mode to use its running statistics."
+        )
+
+

@@ -1,0 +1,88 @@
+"""The two autograd functions by which the tape sees gradients: a tap on an output, a lifted parameter.
+
+Both are identities for the model. Their `handle` is an empty tensor that requires grad, so that the
+first layer of a model, whose input does not, is seen as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["TAPS", "lift", "tap"]
+
+# Called in the backward with the outputs' gradients and the saved tensors.
+OnGradient = Callable[[Sequence[Tensor | None], Sequence[Tensor]], None]
+
+
+class _Tap(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, on_gradient: OnGradient, handle: Tensor, n_outputs: int, *tensors: Tensor
+    ) -> Any:
+        outputs, saved = tensors[:n_outputs], tensors[n_outputs:]
+        ctx.on_gradient = on_gradient
+        ctx.n_saved = len(saved)
+        ctx.set_materialize_grads(False)
+        # Through save_for_backward, so that a later in-place change of an input raises instead of
+        # corrupting the gradient, and so that activation checkpointing can free it.
+        ctx.save_for_backward(*saved)
+        passed = tuple(o.detach() for o in outputs)
+        return passed if n_outputs > 1 else passed[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors  # before anything is disabled: it may run a checkpoint's recompute
+        if any(g is not None for g in grads):
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                ctx.on_gradient(grads, saved)
+        return (None, None, None, *grads, *([None] * ctx.n_saved))
+
+
+def tap(
+    outputs: Sequence[Tensor], saved: Sequence[Tensor], handle: Tensor, on_gradient: OnGradient
+) -> tuple[Tensor, ...]:
+    """Pass `outputs` on unchanged; call ``on_gradient(grads, saved)`` when their gradients arrive.
+
+    A gradient is None for an output that nothing used.
+    """
+    passed = _Tap.apply(on_gradient, handle, len(outputs), *outputs, *saved)
+    return passed if isinstance(passed, tuple) else (passed,)
+
+
+class _Lift(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        on_gradient: Callable[[Tensor], None],
+        box: tuple[Tensor],
+        handle: Tensor,
+        shape: Sequence[int],
+    ) -> Tensor:
+        ctx.on_gradient = on_gradient
+        return box[0].detach().expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            ctx.on_gradient(grads[0])
+        return None, None, None, None
+
+
+def lift(
+    parameter: Tensor, shape: Sequence[int], handle: Tensor, on_gradient: Callable[[Tensor], None]
+) -> Tensor:
+    """`parameter` expanded to `shape`; its gradient arrives un-reduced, of that shape.
+
+    The parameter goes in boxed: as a tensor argument even its None gradient would walk the graph of
+    a param-only tensor, and free it.
+    """
+    lifted: Tensor = _Lift.apply(on_gradient, (parameter,), handle, tuple(shape))
+    return lifted
+
+
+TAPS = (_Tap, _Lift)
