@@ -1,0 +1,30 @@
+"""What a run costs: (ε, δ) from its history of releases, and back.
+
+Example:
+    >>> from dptorch import accounting
+    >>> round(accounting.epsilon(
+    ...     sample_rate=0.01, noise_multiplier=1.0, steps=1000, delta=1e-5, accountant="exact"), 4)
+    1.8282
+"""
+
+from dptorch.accounting.accountants.protocol import Accountant
+from dptorch.accounting.accountants.registry import get, names
+from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.events import Event, History, SampledGaussian, merge
+from dptorch.accounting.solve import delta, epsilon, noise_multiplier, sample_rate, steps
+
+__all__ = [
+    "Accountant",
+    "Adjacency",
+    "Event",
+    "History",
+    "SampledGaussian",
+    "delta",
+    "epsilon",
+    "get",
+    "merge",
+    "names",
+    "noise_multiplier",
+    "sample_rate",
+    "steps",
+]

@@ -6,7 +6,9 @@ With K(z) = Σ steps · log E_P[e^{zL}] of a dominating pair (`dominating`), for
 
 (Alghamdi et al. 2023, arXiv:2212.00220, Theorem 3.1). The line is put through the saddle of the
 integrand's modulus, where the integral has no cancellation, so δ keeps its relative accuracy however
-small it is. Three discretisations are made, each with its own check:
+small it is. Before that, P loses the far tail in which δ cannot change by more than e^-28 of itself:
+the tail's e^{tL} would otherwise hold the saddle at a t far too small for the rest. Three
+discretisations are made, each with its own check:
 
 * x, inside E_P: the trapezoid rule, whose step resolves the fastest oscillation e^{iyL} on the line;
 * y, along the line: the trapezoid rule, checked against the rule with twice the step;
@@ -28,7 +30,7 @@ from dptorch.accounting.dominating import Array, Direction, largest_loss, log_ra
 from dptorch.accounting.events import SampledGaussian
 from dptorch.errors import PrivacyError
 
-__all__ = ["contour_delta", "contour_epsilon", "log_mgf", "moments_bound", "saddle"]
+__all__ = ["contour_delta", "contour_epsilon", "log_mgf", "moments_bound", "negligible_tail", "saddle"]
 
 _TOLERANCE = 1e-8  # relative, in δ, between a rule and its coarser check
 _LOG_SMALLEST = -740.0  # below e^-740 a float64 δ is 0
@@ -68,12 +70,15 @@ class _Line:
         return self.k0 - self.t * epsilon + math.log(total), slope / total
 
 
-def contour_delta(events: Sequence[SampledGaussian], direction: Direction, epsilon: float) -> float:
-    """δ(ε) of `events` composed in one direction.
+def contour_delta(
+    events: Sequence[SampledGaussian], direction: Direction, epsilon: float, floor: float = 0.0
+) -> float:
+    """δ(ε) of `events` composed in one direction, or `floor` if that is larger.
 
     Args:
         events: grouped, noise_multiplier > 0.
         epsilon: at least 0.
+        floor: return this as soon as it is known that δ is not above it.
 
     Guarantees:
         Relative error about 1e-9, by the checks above; not certified by a theorem.
@@ -87,12 +92,34 @@ def contour_delta(events: Sequence[SampledGaussian], direction: Direction, epsil
         '1.0000e-05'
     """
     if epsilon >= largest_loss(events, direction):
-        return 0.0
-    t, bound = saddle(events, direction, epsilon)
-    if bound < _LOG_SMALLEST:
-        return 0.0
-    line = _converged_line(events, direction, t, epsilon)
-    return min(1.0, math.exp(line.log_delta(epsilon)[0]))
+        return floor
+    # 1 - δ = E_P[min(1, e^{ε-L})] <= E_P[e^{(ε-L)/2}]
+    if epsilon / 2 + log_mgf(events, direction, -0.5, negligible_tail(events, -37.0)) < -28.0:
+        return 1.0
+    log_floor = math.log(floor) if floor > 0 else -math.inf
+    smallest = max(-37.0, log_floor)
+    while True:
+        tail = negligible_tail(events, smallest)
+        t, bound = saddle(events, direction, epsilon, tail)
+        value = -math.inf
+        if bound > max(_LOG_SMALLEST, log_floor):
+            value = _converged_line(events, direction, t, epsilon, tail).log_delta(epsilon)[0]
+        if value >= smallest:
+            return min(1.0, math.exp(value))
+        if smallest <= max(_LOG_SMALLEST, log_floor):
+            return floor
+        # δ is smaller than the tail was chosen for: keep more of the tail.
+        smallest = max(2 * smallest, _LOG_SMALLEST)
+
+
+def negligible_tail(events: Sequence[SampledGaussian], log_delta: float) -> float:
+    """The log of a mass that every step may lose without changing a δ of e^log_delta.
+
+    Example:
+        >>> negligible_tail([SampledGaussian(1.0, 0.01, 1000)], math.log(1e-5))
+        -47.0
+    """
+    return math.floor(log_delta - math.log(sum(event.steps for event in events)) - 28.0)
 
 
 def contour_epsilon(
@@ -112,20 +139,21 @@ def contour_epsilon(
         1.8282367
     """
     target = math.log(delta)
-    t, epsilon = moments_bound(events, direction, target)
+    tail = negligible_tail(events, target)
+    t, epsilon = moments_bound(events, direction, target, tail)
     if epsilon <= floor:
         return floor
     for _ in range(30):
-        line = _converged_line(events, direction, t, epsilon)
+        line = _converged_line(events, direction, t, epsilon, tail)
         previous, epsilon = epsilon, _newton(line, epsilon, target)
         if epsilon <= floor:
             # The line was placed for another ε: decide at the floor itself.
-            return floor if contour_delta(events, direction, floor) <= delta else _bisect(
-                events, direction, target, floor, previous
-            )
+            if contour_delta(events, direction, floor) <= delta:
+                return floor
+            return _bisect(events, direction, target, floor, previous)
         if abs(epsilon - previous) < max(1e-3 / line.t, 1e-12):
             return epsilon
-        t, _ = saddle(events, direction, epsilon, start=line.t)
+        t, _ = saddle(events, direction, epsilon, tail, start=line.t)
     raise PrivacyError(
         f"the contour integral for δ={delta} did not settle after 30 rounds; use accountant='pld'."
     )
@@ -158,16 +186,18 @@ def _bisect(
 
 
 def moments_bound(
-    events: Sequence[SampledGaussian], direction: Direction, target: float
+    events: Sequence[SampledGaussian], direction: Direction, target: float, tail: float
 ) -> tuple[float, float]:
-    """The best ε of the moments bound and its t: an upper bound, and a start near the saddle.
+    """A t near the saddle for δ = e^target, and the moments bound's ε there.
+
+    The bound holds for P without its `tail`, so for a δ larger by a factor 1 + e^-28.
 
     δ <= e^{K(t) - tε} t^t / (1+t)^{1+t} (Canonne, Kamath, Steinke 2020, arXiv:2004.00010, Cor. 13).
     """
 
     def bound(log_t: float) -> float:
         t = math.exp(log_t)
-        k = log_mgf(events, direction, t)
+        k = log_mgf(events, direction, t, tail)
         return (k + t * log_t - (1 + t) * math.log1p(t) - target) / t
 
     log_t = _valley(bound, 1.0)
@@ -175,13 +205,17 @@ def moments_bound(
 
 
 def saddle(
-    events: Sequence[SampledGaussian], direction: Direction, epsilon: float, start: float = 3.0
+    events: Sequence[SampledGaussian],
+    direction: Direction,
+    epsilon: float,
+    tail: float,
+    start: float = 3.0,
 ) -> tuple[float, float]:
     """The t that minimises the integrand's modulus, and an upper bound on log δ there."""
 
     def modulus(log_t: float) -> float:
         t = math.exp(log_t)
-        return log_mgf(events, direction, t) - t * epsilon - log_t - math.log1p(t)
+        return log_mgf(events, direction, t, tail) - t * epsilon - log_t - math.log1p(t)
 
     log_t = _valley(modulus, math.log(start))
     t = math.exp(log_t)
@@ -208,11 +242,15 @@ def _valley(function: Callable[[float], float], start: float) -> float:
 
 
 def _converged_line(
-    events: Sequence[SampledGaussian], direction: Direction, t: float, epsilon: float
+    events: Sequence[SampledGaussian],
+    direction: Direction,
+    t: float,
+    epsilon: float,
+    tail: float,
 ) -> _Line:
     """A line on which δ(ε) passes both checks."""
     bend = 0.05 * t
-    k_low, k_mid, k_high = (log_mgf(events, direction, s) for s in (t - bend, t, t + bend))
+    k_low, k_mid, k_high = (log_mgf(events, direction, s, tail) for s in (t - bend, t, t + bend))
     spread = math.sqrt(max(k_low + k_high - 2 * k_mid, 1e-30)) / bend
     depth = max(0.0, -(k_mid - t * epsilon - math.log(t) - math.log1p(t)))
     # The rule with step s sees copies of δ at distance 2π/s; they must be negligible at both sides.
@@ -220,7 +258,7 @@ def _converged_line(
     height = 18.0 * max(1.0 / spread, 0.05 * t)
     while True:
         count = 2 * math.ceil(height * distance / (4 * math.pi)) + 1
-        line = _line(events, direction, t, 2 * math.pi / distance, max(count, 33))
+        line = _line(events, direction, t, 2 * math.pi / distance, max(count, 33), tail)
         fine = line.log_delta(epsilon)[0]
         # The height first: on too short a line even the sign may be wrong, whatever the step.
         if not abs(fine - line.log_delta(epsilon, cut=0.625)[0]) < _TOLERANCE:
@@ -232,19 +270,29 @@ def _converged_line(
 
 
 def _line(
-    events: Sequence[SampledGaussian], direction: Direction, t: float, step: float, count: int
+    events: Sequence[SampledGaussian],
+    direction: Direction,
+    t: float,
+    step: float,
+    count: int,
+    tail: float,
 ) -> _Line:
     y = step * np.arange(count)
     z = t + 1j * y
     k = np.zeros(count, complex)
     for event in events:
-        k += _event_log_mgf(event, direction, t, step, count)
+        k += _event_log_mgf(event, direction, t, step, count, tail)
     k0 = float(k[0].real)
     return _Line(t, y, k0, np.exp(k - k0) / (z * (1 + z)))
 
 
-def log_mgf(events: Sequence[SampledGaussian], direction: Direction, t: float) -> float:
+def log_mgf(
+    events: Sequence[SampledGaussian], direction: Direction, t: float, tail: float | None = None
+) -> float:
     """K(t) = Σ steps · log E_P[e^{tL}]; K(λ-1) / (λ-1) is the Rényi divergence of order λ.
+
+    Args:
+        tail: log of the mass that P may lose in its far tail; None loses nothing.
 
     Guarantees:
         Absolute error about 1e-15 per step.
@@ -254,16 +302,23 @@ def log_mgf(events: Sequence[SampledGaussian], direction: Direction, t: float) -
         >>> log_mgf([gaussian], "remove", 3.0)  # t (1 + t) / (2 σ²)
         1.5
     """
-    return math.fsum(_real_log_mgf(event, direction, t) for event in events)
+    return math.fsum(_real_log_mgf(event, direction, t, tail) for event in events)
 
 
 @lru_cache(maxsize=4096)
-def _real_log_mgf(event: SampledGaussian, direction: Direction, t: float) -> float:
-    return float(_event_log_mgf(event, direction, t, 1.0, 1)[0].real)
+def _real_log_mgf(
+    event: SampledGaussian, direction: Direction, t: float, tail: float | None
+) -> float:
+    return float(_event_log_mgf(event, direction, t, 1.0, 1, tail)[0].real)
 
 
 def _event_log_mgf(
-    event: SampledGaussian, direction: Direction, t: float, step: float, count: int
+    event: SampledGaussian,
+    direction: Direction,
+    t: float,
+    step: float,
+    count: int,
+    tail: float | None,
 ) -> Array:
     """steps · log E_P[e^{zL}] at z = t + i·step·(0..count-1); [count] complex128."""
     if event.sample_rate == 1:
@@ -271,7 +326,7 @@ def _event_log_mgf(
         precision = (2.0 if direction == "replace" else 1.0) ** 2 / event.noise_multiplier**2
         return event.steps * z * (z + 1) / 2 * precision
 
-    weights, losses, base, top = _grid(event, direction, t, step * (count - 1))
+    weights, losses, base, top = _grid(event, direction, t, step * (count - 1), tail)
     if weights.size * count > _WORK_LIMIT:
         raise PrivacyError(
             f"the contour integral does not settle for {event} at this ε and δ within its work "
@@ -282,12 +337,13 @@ def _event_log_mgf(
         return event.steps * (np.log(sums) + top)
     rest = sums - base
     # log(1 + rest) from |1 + rest|², so that a small `rest` keeps its relative accuracy.
-    modulus = 0.5 * np.log1p(2 * rest.real + rest.real**2 + rest.imag**2)
+    squared = np.maximum(2 * rest.real + rest.real**2 + rest.imag**2, -1 + 1e-16)
+    modulus = 0.5 * np.log1p(squared)
     return event.steps * (modulus + 1j * np.arctan2(rest.imag, 1 + rest.real))
 
 
 def _grid(
-    event: SampledGaussian, direction: Direction, t: float, height: float
+    event: SampledGaussian, direction: Direction, t: float, height: float, tail: float | None
 ) -> tuple[Array, Array, float, float]:
     """Trapezoid nodes in x for E_P[e^{(t+iy)L}], |y| <= height.
 
@@ -298,26 +354,49 @@ def _grid(
         top: 0 unless the terms are too large to be added as they are.
     """
     sigma = event.noise_multiplier
-    # How far dividing by (1-q) + q e^{..} pulls the mass: at most t, and only while q e^{..} counts.
-    odds = event.sample_rate / (1 - event.sample_rate)
-    pull = min(t, sigma**2 * (1 + math.log1p(t * odds / sigma**2)))
-    left = -pull if direction == "add" else 0.0
-    right = {"remove": t + 1.0, "add": 0.0, "replace": t + 1.0 + pull}[direction]
+    left, right = _ends(event, direction, t, tail)
     slope = (2.0 if direction == "replace" else 1.0) / sigma**2
     # N's spectrum ends at 9/σ; e^{iyL} shifts it by y·slope; L is analytic within |Im x| < πσ².
     gap = min(sigma / 6, 0.5 * sigma**2, 2 * math.pi / (2 * height * slope + 9.5 / sigma))
-    first = math.floor((left - 9.5 * sigma) / gap)
-    last = math.ceil((right + 9.5 * sigma) / gap)
-    x = gap * np.arange(first, last + 1)
+    x = gap * np.arange(math.floor(left / gap), math.ceil(right / gap) + 1)
     log_p, log_q = log_ratios(x, event, direction)
     losses = log_p - log_q
     density = -0.5 * (x / sigma) ** 2 + math.log(gap / (sigma * math.sqrt(2 * math.pi)))
     terms = density + log_p + t * losses
+    if tail is not None:
+        terms += _taper(x, sigma, left, right, direction)
     largest = float(terms.max())
     top = largest if largest > 40.0 else 0.0
     keep = (terms > max(largest, 0.0) - _NEGLIGIBLE) | (density > -_NEGLIGIBLE + top)
     base = float(np.exp(density[keep]).sum()) if top == 0 else 0.0
     return np.exp(terms[keep] - top), losses[keep], base, top
+
+
+def _ends(
+    event: SampledGaussian, direction: Direction, t: float, tail: float | None
+) -> tuple[float, float]:
+    sigma = event.noise_multiplier
+    if tail is not None:
+        side = sigma * max(9.5, math.sqrt(-2 * tail) + 5.0)
+        return -side, side if direction == "add" else 1.0 + side
+    # How far dividing by (1-q) + q e^{..} pulls the mass: at most t, and only while q e^{..} counts.
+    odds = event.sample_rate / (1 - event.sample_rate)
+    pull = min(t, sigma**2 * (1 + math.log1p(t * odds / sigma**2)))
+    left = -pull if direction == "add" else 0.0
+    right = {"remove": t + 1.0, "add": 0.0, "replace": t + 1.0 + pull}[direction]
+    return left - 9.5 * sigma, right + 9.5 * sigma
+
+
+def _taper(x: Array, sigma: float, left: float, right: float, direction: Direction) -> Array:
+    """log of a smooth step from 1 to 0 over the last 5σ before the end where the loss is large.
+
+    A sharp end would cost the trapezoid rule its exponential accuracy.
+    """
+    from scipy.special import log_ndtr
+
+    distance = (x - left) if direction == "add" else (right - x)
+    taper: Array = log_ndtr(math.sqrt(8.0) * (distance / sigma - 3.0))
+    return taper
 
 
 def _powers(weights: Array, losses: Array, step: float, count: int) -> Array:

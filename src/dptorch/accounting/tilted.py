@@ -9,7 +9,7 @@ error at steps · 1e-16.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,8 +21,8 @@ from dptorch.accounting.events import SampledGaussian
 __all__ = ["Discretised", "LossTail", "compose", "connect_the_dots"]
 
 _SLACK = 2e-15  # of the total, per step: a wide margin over the FFT's and the powers' rounding
-_REACH = 12.0  # standard deviations kept around the tilted mean
-_FARTHEST = 12.5  # standard deviations put on the grid: what is beyond has mass e^-80
+_REACH = 12.0  # standard deviations kept around the tilted mean, at least
+_LARGEST_WINDOW = 2**25
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,16 @@ class LossTail:
         return max(0.0, float(self.tilted @ self.losses / self.tilted.sum()))
 
 
-def connect_the_dots(event: SampledGaussian, direction: Direction, interval: float) -> Discretised:
+def connect_the_dots(
+    event: SampledGaussian, direction: Direction, interval: float, tail: float = -80.0
+) -> Discretised:
     """Put the loss of one step on the grid of multiples of `interval` so that δ(ε) only grows.
 
     δ is convex in e^ε; the discrete loss's δ is its linear interpolation through the grid points,
     hence above it (Doroshenko et al. 2022, arXiv:2207.04380, section 3). What lies between two grid
     points is split between them so that its mass under P and under Q is kept; each cell's masses
-    are taken from the nearer tail, so a mass of 1e-30 keeps its digits.
+    are taken from the nearer tail, so a mass of 1e-30 keeps its digits. The loss of the last e^tail
+    of P's mass counts as infinite.
 
     Guarantees:
         The composed result's δ(ε) is at least that of `event`, at every ε.
@@ -117,7 +120,7 @@ def connect_the_dots(event: SampledGaussian, direction: Direction, interval: flo
         True
     """
     sigma, rate = event.noise_multiplier, event.sample_rate
-    side = _FARTHEST * sigma
+    side = math.sqrt(-2 * tail) * sigma
     ends = {"remove": (-side, 1 + side), "add": (-side, side), "replace": (-1 - side, 1 + side)}
     log_p, log_q = log_ratios(np.array(ends[direction]), event, direction)
     low, high = sorted((log_p - log_q).tolist())
@@ -189,36 +192,38 @@ def compose(parts: Sequence[Discretised], interval: float, tilt: float) -> LossT
         logs.append(part.steps * (math.log(total) + peak + tilt * interval * part.lowest))
 
     support = sum(part.steps * (part.masses.size - 1) for part in parts)
-    spread = math.sqrt(variance)
-    # Beyond the mean the weight e^{-t·loss} alone makes masses negligible after 50/t.
-    reach = _REACH * spread + min(50.0 / (tilt * interval), 4.0 * _REACH * spread) + longest / 8
-    below, above = math.ceil(_REACH * spread) + 1, math.ceil(reach) + 1
-    size = fft.next_fast_len(max(min(below + above, support + 1), longest), real=True)
-    first_index = 0 if size > support else max(0, round(mean) - below)
+    steps = sum(part.steps for part in parts)
+    # An eighth of the longest part keeps single large losses inside the window.
+    reach = _REACH * math.sqrt(variance)
+    low, high = math.floor(mean - reach), math.ceil(mean + reach + longest / 8)
+    bound = _upper_tail(parts, tilted)
+    while high < support and bound(high) > steps * _SLACK and high - low < _LARGEST_WINDOW:
+        high += (high - low) // 2
+    low, high = max(low, 0), min(high, support)
+    size = fft.next_fast_len(max(high - low + 1, longest), real=True)
+    top = bound(low + size) if low + size <= support else 0.0
 
     spectrum: Array | complex = 1.0
     for part, masses in zip(parts, tilted, strict=True):
         spectrum = spectrum * fft.rfft(masses, size) ** part.steps
     wrapped = fft.irfft(spectrum, size)
-    composed = np.maximum(np.roll(wrapped, -(first_index % size)), 0.0)
+    composed = np.maximum(np.roll(wrapped, -(low % size)), 0.0)
 
     offset = sum(part.steps * part.lowest for part in parts)
-    losses = interval * (offset + first_index + np.arange(size))
-    steps = sum(part.steps for part in parts)
-    top = 0.0 if size > support else _upper_tail(parts, tilted, first_index + size)
+    losses = interval * (offset + low + np.arange(size))
     infinite = -math.expm1(sum(part.steps * math.log1p(-part.infinite) for part in parts))
     log_scale = math.fsum(logs)
     return LossTail(losses, log_scale, tilt, composed, steps * _SLACK + top, infinite)
 
 
-def _upper_tail(parts: Sequence[Discretised], tilted: Sequence[Array], end: int) -> float:
-    """Moments bound on the tilted probability of an index of at least `end`."""
-    best = 0.0
-    size = max(masses.size for masses in tilted)
-    for order in np.geomspace(1e-3, 50.0, 40) / size:
-        exponent = -float(order) * end
-        for part, masses in zip(parts, tilted, strict=True):
-            index = np.arange(masses.size)
-            exponent += part.steps * math.log(float(masses @ np.exp(order * index)))
-        best = min(best, exponent)
-    return math.exp(best)
+def _upper_tail(parts: Sequence[Discretised], tilted: Sequence[Array]) -> Callable[[int], float]:
+    """A moments bound on the tilted probability of an index of at least `end`, as a function."""
+    orders = np.geomspace(1e-2, 50.0, 30) / max(masses.size for masses in tilted)
+    logs = np.zeros_like(orders)
+    for part, masses in zip(parts, tilted, strict=True):
+        index = np.arange(masses.size)
+        # Masses this small, times e^50, are below a rounding of the sum, which is at least 1.
+        keep = masses > 1e-40
+        for k, order in enumerate(orders):
+            logs[k] += part.steps * math.log(float(masses[keep] @ np.exp(order * index[keep])))
+    return lambda end: math.exp(min(0.0, float((logs - orders * end).min())))

@@ -32,6 +32,8 @@ _NUMPY_DTYPE: Final[Mapping[torch.dtype, np.dtype[Any]]] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
 }
+# Ten standard deviations, and a ten-thousandth of one, are ordinary float32 numbers.
+_STDDEV_RANGE: Final = (1e-30, 1e30)
 # Below this many blocks a thread costs more than it saves.
 _BLOCKS_PER_THREAD: Final = 4
 
@@ -121,9 +123,10 @@ class GaussianNoise:
             )
         _check_tensors(clipped.values)
         stddev = self.noise_multiplier * max_norm
-        if not math.isfinite(2.0 * stddev * stddev):
+        if stddev and not _STDDEV_RANGE[0] <= stddev <= _STDDEV_RANGE[1]:
             raise PrivacyError(
-                f"the standard deviation {stddev} of the noise is too large for a float"
+                f"the standard deviation {stddev} of the noise is out of float32's reach; choose "
+                f"max_norm so that it lies in [{_STDDEV_RANGE[0]}, {_STDDEV_RANGE[1]}]"
             )
         if stddev > 0.0:
             with torch.no_grad():

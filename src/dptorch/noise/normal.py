@@ -29,17 +29,20 @@ _PAIRS: Final = KEYSTREAM_BLOCK // 2
 _RADIUS_BYTES: Final = 8 * _PAIRS
 _BLOCK_BYTES: Final = 12 * _PAIRS
 
-# One unit in the last place above log(2**63), so that the exponential variable below is never zero.
-_LOG_TOP: Final = math.log(2.0**63) + 2.0**-46
+# Small enough to change no number that is not already at the edge of float32's precision.
+_OFF_ZERO: Final = 2.0**-66
 
 
 class KeystreamNormals:
     """Normals by the Box-Muller transform of a cryptographic keystream, on the CPU.
 
-    A pair of normals takes 12 bytes: 64 bits x for the radius sqrt(-2 log(|x| / 2**63)), 32 bits
-    for the angle. The logarithm is taken in float64, where |x| keeps 53 significant bits at any
-    size; the rest in `dtype`. numpy does the arithmetic, because its loops release the interpreter
-    lock and start no threads of their own, so that blocks can be made in several threads at once.
+    A pair of normals takes 12 bytes: 64 bits for the radius sqrt(-2 log u), 32 bits for the angle.
+    The uniform u is the fractional part of the 64-bit signed integer over 2**64. Both u near 0,
+    which makes the tail, and 1 - u near 0, which makes the small radii, are known to the relative
+    precision of `dtype`: a float32 u alone would round one radius in 2**25 to zero.
+
+    numpy does the arithmetic, because its loops release the interpreter lock and start no threads
+    of their own, so that blocks can be made in several threads at once.
 
     Args:
         key: 32 bytes, used for this sequence only.
@@ -61,9 +64,7 @@ class KeystreamNormals:
     def __init__(self, key: bytes, dtype: np.dtype[Any]) -> None:
         self._stream = Keystream(key)
         self._raw = np.empty(_BLOCK_BYTES, np.uint8)
-        self._logs = np.empty(_PAIRS, np.float64)
-        self._radius = np.empty(_PAIRS, dtype)
-        self._angle = np.empty(_PAIRS, dtype)
+        self._scratch = np.empty((3, _PAIRS), dtype)
         self._normals = np.empty((2, _PAIRS), dtype)
 
     def block(self, index: int, stddev: float) -> NDArray[Any]:
@@ -81,16 +82,28 @@ class KeystreamNormals:
     def _transform(
         self, radius_bits: NDArray[np.int64], angle_bits: NDArray[np.int32], stddev: float
     ) -> None:
-        logs, radius, angle, normals = self._logs, self._radius, self._angle, self._normals
-        number = radius.dtype.type
-        np.copyto(logs, radius_bits)
-        np.abs(logs, out=logs)
-        np.maximum(logs, 0.5, out=logs)  # the one integer without a logarithm
-        np.log(logs, out=logs)
-        np.subtract(_LOG_TOP, logs, out=logs)
-        np.copyto(radius, logs, casting="same_kind")
-        np.multiply(radius, number(2.0 * stddev * stddev), out=radius)
+        normals = self._normals
+        number = normals.dtype.type
+        signed, rest, radius = self._scratch
+        np.copyto(signed, radius_bits, casting="unsafe")
+        np.multiply(signed, number(2.0**-64), out=signed)
+        np.add(signed, number(_OFF_ZERO), out=signed)
+        np.floor(signed, out=rest)
+        np.subtract(signed, rest, out=radius)  # u
+        np.add(rest, number(1.0), out=rest)
+        np.subtract(rest, signed, out=rest)  # 1 - u, exact where u was rounded
+        # -log(u) as -log(u) / (1 - u) * rest, in which the rounding of u cancels (W. Kahan; see
+        # Higham 2002, Accuracy and Stability of Numerical Algorithms, section 1.14.1). If u was
+        # rounded to 1, the two small terms make the quotient 1.
+        np.subtract(number(1.0), radius, out=signed)
+        np.add(signed, number(_OFF_ZERO), out=signed)
+        np.log(radius, out=radius)
+        np.subtract(number(_OFF_ZERO), radius, out=radius)
+        np.multiply(radius, rest, out=radius)
+        np.divide(radius, signed, out=radius)
         np.sqrt(radius, out=radius)
+        np.multiply(radius, number(math.sqrt(2.0) * stddev), out=radius)
+        angle = signed
         np.copyto(angle, angle_bits, casting="unsafe")
         np.add(angle, number(0.5), out=angle)  # off the zero of the sine
         np.multiply(angle, number(2.0 * math.pi / 2.0**32), out=angle)

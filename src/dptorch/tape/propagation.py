@@ -50,7 +50,7 @@ def infer(call: Call, outputs: Sequence[Any]) -> list[Found]:
         Lost: if the examples meet, or the op has no rule.
     """
     whole = [tag for _, tag in call.tagged if tag.dim is None]
-    if whole and call.name not in ("stack", "cat"):
+    if whole and (call.batch_size == 1 or call.name not in ("stack", "cat")):
         if len(whole) != len(call.tagged) or len(set(whole)) > 1:
             raise Lost("different examples meet")
         return [whole[0]] * len(outputs)

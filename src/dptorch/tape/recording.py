@@ -417,6 +417,7 @@ class Recording(TorchFunctionMode):
         if isinstance(state, (Tag, Reduced)):
             weight = state.weight if isinstance(state, Reduced) else 1.0
             self.tape.loss_weight = weight
+            self.tape.per_example_loss = isinstance(state, Tag)
             per_example = isinstance(state, Tag) and loss.shape == (self.batch_size,)
             if loss.numel() != 1 and not per_example:
                 raise ConfigurationError(

@@ -27,6 +27,7 @@ class Tape:
         fired: whether any gradient has arrived.
         loss_weight: the loss is ``loss_weight * sum_i loss_i``: 1 for a sum, 1/B for a mean; None
             until a backward was seen from inside the recording.
+        per_example_loss: whether the loss seen had one value for each example.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
 
     Example:
@@ -50,6 +51,7 @@ class Tape:
         self.uses: dict[int, int] = {}
         self.fired = False
         self.loss_weight: float | None = None
+        self.per_example_loss = False
         self.guard: ParameterGuard | None = None
         self._forms: dict[int, list[PerExampleGradient]] = {}
         self._squared: dict[int, Tensor] = {}

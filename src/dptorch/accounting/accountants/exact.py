@@ -84,12 +84,13 @@ class ExactAccountant:
         if all(event.sample_rate == 1 for event in events):
             return dominating.gaussian_delta(epsilon, dominating.gaussian_mu(events, relation))
         one_step = sum(event.steps for event in events) == 1
-        return max(
-            dominating.one_step_delta(events[0], epsilon, direction)
-            if one_step
-            else contour_delta(events, direction, epsilon)
-            for direction in dominating.directions(relation)
-        )
+        delta = 0.0
+        for direction in dominating.directions(relation):
+            if one_step:
+                delta = max(delta, dominating.one_step_delta(events[0], epsilon, direction))
+            else:
+                delta = contour_delta(events, direction, epsilon, floor=delta)
+        return delta
 
     def _one_step_epsilon(
         self, event: SampledGaussian, delta: float, relation: Adjacency

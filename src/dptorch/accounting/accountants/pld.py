@@ -70,12 +70,18 @@ class PLDAccountant:
             return 0.0
         if without_noise(events):
             return math.inf
+        target = math.log(delta)
+        tail = contour.negligible_tail(events, target)
         epsilon = 0.0
         for direction in directions(relation):
+            # The margin covers the tail that the bound leaves out.
+            bound = contour.moments_bound(events, direction, target - 1e-9, tail)[1]
+            if bound <= epsilon:
+                continue
             # The tilt only decides how tight the bound is, so an uncertified ε may choose it.
-            near = contour.contour_epsilon(events, direction, delta)
-            tail = self._tail(events, direction, near)
-            epsilon = max(epsilon, tail.epsilon(delta))
+            near = contour.contour_epsilon(events, direction, delta, floor=epsilon)
+            loss = self._loss(events, direction, near, tail)
+            epsilon = max(epsilon, loss.epsilon(delta))
         return epsilon
 
     def delta(
@@ -94,16 +100,25 @@ class PLDAccountant:
             return 1.0
         delta = 0.0
         for direction in directions(relation):
-            delta = max(delta, self._tail(events, direction, epsilon).delta(epsilon))
+            near = contour.contour_delta(events, direction, epsilon, floor=delta)
+            tail = contour.negligible_tail(events, math.log(max(near, 1e-300)))
+            bound = contour.saddle(events, direction, epsilon, tail)[1]
+            if bound < math.log(max(delta, 1e-300)) - 1e-9:
+                continue
+            delta = max(delta, self._loss(events, direction, epsilon, tail).delta(epsilon))
         return delta
 
-    def _tail(
-        self, events: tuple[SampledGaussian, ...], direction: Direction, epsilon: float
+    def _loss(
+        self,
+        events: tuple[SampledGaussian, ...],
+        direction: Direction,
+        epsilon: float,
+        tail: float,
     ) -> tilted.LossTail:
-        tilt, _ = contour.saddle(events, direction, epsilon)
-        # A tilt on a ladder serves neighbouring ε and δ with one composition.
-        rung = 2.0 ** (round(16 * math.log2(tilt)) / 16)
-        return _composed(events, direction, self._interval(events, direction), rung)
+        tilt, _ = contour.saddle(events, direction, epsilon, tail)
+        # Rounded, so that asking for ε and then for δ at that ε composes once.
+        tilt = float(f"{tilt:.2e}")
+        return _composed(events, direction, self._interval(events, direction), tilt, tail)
 
     def _interval(self, events: tuple[SampledGaussian, ...], direction: Direction) -> float:
         steps = sum(event.steps for event in events)
@@ -115,7 +130,11 @@ class PLDAccountant:
 
 @lru_cache(maxsize=8)
 def _composed(
-    events: tuple[SampledGaussian, ...], direction: Direction, interval: float, tilt: float
+    events: tuple[SampledGaussian, ...],
+    direction: Direction,
+    interval: float,
+    tilt: float,
+    tail: float,
 ) -> tilted.LossTail:
-    parts = [tilted.connect_the_dots(event, direction, interval) for event in events]
+    parts = [tilted.connect_the_dots(event, direction, interval, tail) for event in events]
     return tilted.compose(parts, interval, tilt)

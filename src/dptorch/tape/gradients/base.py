@@ -47,12 +47,13 @@ class PerExampleGradient(ABC):
     def inner(self, other: PerExampleGradient) -> Tensor:
         """Inner product with another gradient of the same parameter, example by example, [B]."""
         product = self.dense() * other.dense()
-        return product.flatten(1).sum(1)
+        return product.reshape(self.batch_size, -1).sum(1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """``sum_b weights[b] * gradient[b]`` of the parameter's shape, for weights [B]."""
         dense = self.dense()
-        return torch.mv(dense.flatten(1).t(), weights.to(dense.dtype)).view(self.shape)
+        flat = dense.reshape(self.batch_size, -1)
+        return torch.mv(flat.t(), weights.to(dense.dtype)).view(self.shape)
 
     def merge(self, other: PerExampleGradient) -> PerExampleGradient | None:
         """The sum of both as one object, if this form can hold it; otherwise None."""
@@ -61,7 +62,7 @@ class PerExampleGradient(ABC):
 
 def square_sum(dense: Tensor) -> Tensor:
     """Squared L2 norms of the rows of [B, ...], at least in float32."""
-    flat = at_least_float32(dense).flatten(1)
+    flat = at_least_float32(dense).reshape(dense.shape[0], -1)
     return torch.linalg.vector_norm(flat, dim=1).square()
 
 

@@ -1,0 +1,5 @@
+"""Clipping: bound what one example can contribute."""
+
+from dptorch.clipping.functions import FUNCTIONS, coefficients
+
+__all__ = ["FUNCTIONS", "coefficients"]

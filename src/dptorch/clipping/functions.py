@@ -1,0 +1,79 @@
+"""Clipping functions: from each example's gradient norm to its coefficient in the sum.
+
+A clipping function maps norms [B] to coefficients c [B] with ``c[b] * norm[b] <= max_grad_norm``,
+so that one example moves the sum by at most max_grad_norm. To add one, write the function and put it
+into `FUNCTIONS`; the engine, the plan and the command line find it there by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dptorch.errors import one_of
+
+__all__ = ["FUNCTIONS", "STABILITY", "ClippingFunction", "coefficients"]
+
+# (norms [B], max_grad_norm) -> coefficients [B]
+ClippingFunction = Callable[[Tensor, float], Tensor]
+
+# gamma of automatic clipping: keeps small gradients smaller than large ones.
+STABILITY = 0.01
+
+
+def abadi(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """``min(1, C / n)``: scale down what is longer than C (Abadi et al. 2016, arXiv:1607.00133)."""
+    return (max_grad_norm / norms).clamp(max=1.0)  # norm 0 gives inf, clamped to 1
+
+
+def automatic(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """``C / (n + 0.01)``: AUTO-S, every gradient at nearly length C (Bu et al. 2023,
+    arXiv:2206.07136). C then only scales the step, so it needs no tuning."""
+    return max_grad_norm / (norms + STABILITY)
+
+
+def normalised(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """``C / n``: AUTO-V, every gradient at exactly length C; a zero gradient stays zero."""
+    return torch.where(norms > 0, max_grad_norm / norms, torch.zeros_like(norms))
+
+
+def global_clipping(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """``1 if n <= C else 0``: keep or drop (Bu et al. 2021, arXiv:2106.07830)."""
+    return (norms <= max_grad_norm).to(norms.dtype)
+
+
+FUNCTIONS: dict[str, ClippingFunction] = {
+    "abadi": abadi,
+    "automatic": automatic,
+    "normalised": normalised,
+    "global": global_clipping,
+}
+
+
+def coefficients(norms: Tensor, max_grad_norm: float, function: str = "abadi") -> Tensor:
+    """Each example's coefficient in the clipped sum.
+
+    Args:
+        norms: per-example gradient norms [B], float32 or float64.
+        max_grad_norm: the bound C > 0.
+        function: a name in `FUNCTIONS`.
+
+    Returns:
+        [B], same dtype.
+
+    Raises:
+        ConfigurationError: for an unknown function; all names are listed.
+
+    Guarantees:
+        ``coefficients * norms <= max_grad_norm`` up to one rounding, and an example whose norm is
+        NaN or infinite has coefficient 0: it is dropped, whatever the others are.
+
+    Example:
+        >>> coefficients(torch.tensor([0.5, 2.0, float("nan")]), 1.0).tolist()
+        [1.0, 0.5, 0.0]
+    """
+    one_of("clipping_fn", function, FUNCTIONS)
+    c = FUNCTIONS[function](norms, max_grad_norm)
+    return torch.where(norms.isfinite() & c.isfinite(), c, torch.zeros_like(c))

@@ -1,0 +1,150 @@
+"""Binding to a torch optimizer: its step applies noisy gradients only.
+
+`step`, `zero_grad` and `virtual_step` of one optimizer object are replaced; `restore` puts them
+back. Learning-rate schedulers and anything else that calls ``optimizer.step`` keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from dptorch.errors import ConfigurationError
+
+__all__ = ["OptimizerBinding", "check_parameters"]
+
+Closure = Callable[[], Any]
+
+
+class OptimizerBinding:
+    """Replaces the methods of `optimizer` until `restore`.
+
+    Args:
+        optimizer: any torch.optim optimizer.
+        model: its ``zero_grad`` also discards.
+        prepare: called when a step is due, after the closure ran; fills ``.grad`` with noisy
+            gradients and returns True, or returns False if the logical batch is not complete.
+        hold: called by ``virtual_step``.
+        discard: called by ``zero_grad``.
+        owner: becomes ``optimizer.privacy_engine``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        prepare: Callable[[], bool],
+        hold: Callable[[], None],
+        discard: Callable[[], None],
+        owner: Any,
+    ) -> None:
+        if getattr(optimizer, "privacy_engine", None) is not None:
+            raise ConfigurationError(
+                "this optimizer already has a privacy engine. Call engine.detach() on it first, or "
+                "make a new optimizer."
+            )
+        self.optimizer = optimizer
+        self.model = model
+        self._prepare = prepare
+        self._discard = discard
+        self._attached = True
+        self._step = optimizer.step
+        self._zero_grad = optimizer.zero_grad
+        self._model_zero_grad = model.zero_grad
+        optimizer.step = self._private_step  # type: ignore[method-assign,assignment]
+        optimizer.zero_grad = self._private_zero_grad  # type: ignore[method-assign,assignment]
+        model.zero_grad = self._private_model_zero_grad  # type: ignore[method-assign,assignment]
+        optimizer.virtual_step = hold  # type: ignore[attr-defined]
+        optimizer.privacy_engine = owner  # type: ignore[attr-defined]
+
+    def _private_step(self, closure: Closure | None = None) -> Any:
+        if not self._attached:  # a scheduler wrapped this method and still calls it
+            return self._step() if closure is None else self._step(closure)
+        if isinstance(self.optimizer, LBFGS):
+            return self._lbfgs_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._prepare():
+            self._step()
+        return loss
+
+    def _lbfgs_step(self, closure: Closure | None) -> Any:
+        if closure is None:
+            raise ConfigurationError("LBFGS needs a closure: optimizer.step(closure).")
+        if any(group["line_search_fn"] is not None for group in self.optimizer.param_groups):
+            raise ConfigurationError(
+                "LBFGS with a line search chooses its step by comparing exact losses of private "
+                "data, which no noise covers. Use line_search_fn=None."
+            )
+        losses: list[Any] = []
+
+        def private_closure() -> float:
+            losses.append(closure())
+            self._prepare()  # each evaluation is a release of its own, and is accounted as a step
+            # LBFGS would stop on the change of an exact loss. NaN compares false with everything.
+            return float("nan")
+
+        self._step(private_closure)
+        return losses[0] if losses else None
+
+    def _private_zero_grad(self, set_to_none: bool = True) -> None:
+        if self._attached:
+            self._discard()
+        self._zero_grad(set_to_none)
+
+    def _private_model_zero_grad(self, set_to_none: bool = True) -> None:
+        if self._attached:
+            self._discard()
+        self._model_zero_grad(set_to_none)
+
+    def restore(self) -> None:
+        """Give the optimizer and the model their own methods back."""
+        self._attached = False
+        for target, name, mine in (
+            (self.optimizer, "step", self._private_step),
+            (self.optimizer, "zero_grad", self._private_zero_grad),
+            (self.model, "zero_grad", self._private_model_zero_grad),
+        ):
+            # If something wrapped our method it stays, and passes through.
+            if target.__dict__.get(name) == mine:
+                del target.__dict__[name]
+        if self._step != type(self.optimizer).step.__get__(self.optimizer):
+            self.optimizer.__dict__.setdefault("step", self._step)
+        for name in ("virtual_step", "privacy_engine"):
+            self.optimizer.__dict__.pop(name, None)
+
+
+def check_parameters(model_parameters: dict[str, Tensor], optimizer: Optimizer) -> None:
+    """Model and optimizer must hold the same trainable parameters.
+
+    Raises:
+        ConfigurationError: naming a parameter that only one of them has.
+    """
+    mine = {id(p): name for name, p in model_parameters.items()}
+    seen: set[int] = set()
+    groups: Iterable[Any] = optimizer.param_groups
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            seen.add(id(p))
+            if p.requires_grad and id(p) not in mine:
+                raise ConfigurationError(
+                    f"parameter {j} of the optimizer's group {i}, of shape {tuple(p.shape)}, is not "
+                    "a trainable parameter of the model: it would be stepped without privacy, or "
+                    "not at all. Build the optimizer from model.parameters() after any change to "
+                    "the model."
+                )
+    missing = [name for key, name in mine.items() if key not in seen]
+    if missing:
+        raise ConfigurationError(
+            f"the model's trainable parameter '{missing[0]}' "
+            + (f"and {len(missing) - 1} more are" if len(missing) > 1 else "is")
+            + " not in the optimizer: its gradient would be clipped with the others and never "
+            "used. Add it, or freeze it with requires_grad_(False) before making the engine."
+        )

@@ -1,0 +1,99 @@
+"""Record every forward pass of a model from its hooks: what an attached engine stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dptorch.tape.batch import BatchDims, input_tagger
+from dptorch.tape.guard import ParameterGuard
+from dptorch.tape.invisible import visible
+from dptorch.tape.outputs import promote
+from dptorch.tape.recording import Recording
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """Hooks that record each forward pass of `model` made with gradients enabled.
+
+    Args:
+        model: is changed in nothing but its hooks.
+        parameters: the trainable parameters to follow, by name.
+        batch_dims: see `dptorch.tape.batch.BatchDims`.
+        on_recording: called with each new recording before its forward runs.
+        first_inputs: called with the arguments of each forward, until it returns True.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, Tensor],
+        *,
+        batch_dims: BatchDims,
+        on_recording: Callable[[Recording], None],
+        first_inputs: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None,
+    ) -> None:
+        self.model = model
+        self.parameters = parameters
+        self.guard = ParameterGuard(parameters, strict=True)
+        self._on_recording = on_recording
+        self._first_inputs = first_inputs
+        self._paused = False
+        self._open: tuple[Recording, ExitStack] | None = None
+        self._tag = input_tagger(lambda: self._open[0] if self._open else None, batch_dims)
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward passes inside are ordinary: not recorded, not private."""
+        before, self._paused = self._paused, True
+        try:
+            with self.guard.lifted():
+                yield
+        finally:
+            self._paused = before
+
+    def remove(self) -> None:
+        """Take all hooks off the model and its parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.guard.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._paused or self._open is not None or not torch.is_grad_enabled():
+            return None
+        if self._first_inputs is not None:
+            with self.paused():
+                done = self._first_inputs(args, kwargs)
+            if done:
+                self._first_inputs = None
+        recording = Recording(self.model, self.parameters)
+        recording.tape.guard = self.guard
+        self._on_recording(recording)
+        stack = ExitStack()
+        self._open = recording, stack
+        try:
+            tagged = self._tag(module, args, kwargs)
+        except BaseException:
+            self._open = None
+            raise
+        stack.enter_context(visible())
+        stack.enter_context(recording)
+        return tagged
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._open is None:
+            return None
+        recording, stack = self._open
+        self._open = None
+        stack.close()
+        return promote(output, recording)

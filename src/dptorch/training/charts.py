@@ -1,0 +1,118 @@
+"""The report's charts, as SVG images inside data URIs: nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["accuracy_against_epsilon", "diagnostic", "epsilon_against_steps"]
+
+INK = "#1d2733"
+MUTED = "#66717e"
+GRID = "#e4e8ec"
+BLUE = "#1f5fa8"
+AMBER = "#a8641f"
+BROWSER_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+Points = Sequence[tuple[float, float]]
+
+
+def accuracy_against_epsilon(points: Points, chance: float) -> str:
+    """Test accuracy (0 to 1) against ε; `chance` is drawn as a reference."""
+    figure, axes = _canvas("privacy spent, ε", "test accuracy")
+    _line(axes, [(e, 100 * a) for e, a in points], BLUE, "{:.1f}%")
+    axes.axhline(100 * chance, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    axes.annotate(
+        "chance",
+        (1, 100 * chance),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color=MUTED,
+        fontsize=9,
+    )
+    axes.set_ylim(0, 104)
+    axes.yaxis.set_major_formatter("{x:.0f}%")
+    return _data_uri(figure)
+
+
+def epsilon_against_steps(points: Points, budget: float | None) -> str:
+    """ε against steps; the budget, if there was one, as a reference."""
+    figure, axes = _canvas("training step", "privacy spent, ε")
+    _line(axes, points, BLUE, "{:.2f}")
+    top = max([e for _, e in points] + [budget or 0.0])
+    if budget is not None:
+        axes.axhline(budget, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+        axes.annotate(
+            f"budget {budget:g}",
+            (0, budget),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 5),
+            textcoords="offset points",
+            color=MUTED,
+            fontsize=9,
+        )
+    axes.set_ylim(0, 1.12 * top if top > 0 else 1)
+    return _data_uri(figure)
+
+
+def diagnostic(points: Points, label: str, *, percent: bool = False) -> str:
+    """A statistic of private data against steps, in a colour of its own."""
+    figure, axes = _canvas("training step", label, size=(4.0, 2.7))
+    scale = 100 if percent else 1
+    _line(axes, [(s, scale * v) for s, v in points], AMBER, "{:.0f}%" if percent else "{:.2f}")
+    if percent:
+        axes.set_ylim(0, 108)
+        axes.yaxis.set_major_formatter("{x:.0f}%")
+    else:
+        axes.set_ylim(0, 1.15 * max(v for _, v in points) or 1)
+    return _data_uri(figure)
+
+
+def _canvas(x_label: str, y_label: str, size: tuple[float, float] = (5.6, 3.5)) -> tuple[Any, Any]:
+    # Figure rather than pyplot: no global state, no display needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes: Any = figure.add_subplot()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=9.5, length=0, pad=6)
+    axes.set_xlabel(x_label, color=MUTED, fontsize=10, labelpad=8)
+    axes.set_title(y_label, loc="left", color=INK, fontsize=11, pad=12)
+    return figure, axes
+
+
+def _line(axes: Any, points: Points, color: str, label: str) -> None:
+    x, y = [p[0] for p in points], [p[1] for p in points]
+    axes.plot(x, y, color=color, linewidth=2, solid_capstyle="round")
+    axes.plot(x[-1:], y[-1:], "o", color=color, markersize=6)
+    axes.annotate(
+        label.format(y[-1]),
+        (x[-1], y[-1]),
+        xytext=(0, -16),
+        textcoords="offset points",
+        ha="right",
+        color=color,
+        fontsize=11,
+        fontweight="bold",
+    )
+    axes.set_xlim(0, 1.03 * max(x) if max(x) > 0 else 1)
+
+
+def _data_uri(figure: Any) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    # Text stays text, so that the browser sets it in its own font; a fixed salt and no date make
+    # the same run give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dptorch"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue().replace("'DejaVu Sans'", BROWSER_FONTS)
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -1,0 +1,257 @@
+"""Examples for a run: what training and testing need to know about a data set.
+
+A data set here is any map-style `torch.utils.data.Dataset` whose items are (input, label): a
+float32 tensor and an integer class. Its *shape* (the form of one input, the names of the classes,
+the number of training examples) is taken as public knowledge, as the plan's statement says; the
+examples themselves are private.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dptorch.errors import ConfigurationError, DataError
+
+__all__ = [
+    "Examples",
+    "ReadOptions",
+    "TrainTest",
+    "encode_labels",
+    "is_held_out",
+    "load_data",
+    "split_by_content",
+]
+
+Example = tuple[Tensor, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Dataset[Example]):
+    """Examples held in memory.
+
+    Attributes:
+        inputs: float32 [N, *shape].
+        labels: int64 [N], values in 0 .. number of classes - 1.
+
+    Example:
+        >>> data = Examples(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]))
+        >>> len(data), data[1][1]
+        (4, 1)
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise DataError(f"{len(self.inputs)} inputs but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.inputs[index], int(self.labels[index])
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """The examples at `indices`, in that order."""
+        at = torch.as_tensor(indices, dtype=torch.int64)
+        return Examples(self.inputs[at], self.labels[at])
+
+
+@dataclass(frozen=True)
+class TrainTest:
+    """A training set, a test set that shares no example with it, and what is public about both.
+
+    Attributes:
+        train: private; the guarantee covers these examples.
+        test: measured exactly after every epoch. The guarantee does *not* cover these examples.
+        classes: the name of class 0, 1, ...
+        input_shape: shape of one input.
+        source: one line for the report: where the data came from.
+    """
+
+    train: Dataset[Example]
+    test: Dataset[Example]
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    source: str
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Number of training and of test examples."""
+        return len(self.train), len(self.test)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read a data file; every field is public.
+
+    Attributes:
+        label: name of the label column (CSV, Parquet).
+        bounds: tabular values are clipped to (low, high) and scaled to [-1, 1]. The range must come
+            from what the columns mean, not from the data. None leaves the values as they are.
+        image_size: side to which images in a folder are resized.
+        channels: 1 (grey) or 3 (RGB), for images in a folder.
+        test_fraction: share of the examples held out, when the data has no test set of its own.
+    """
+
+    label: str = "label"
+    bounds: tuple[float, float] | None = None
+    image_size: int = 28
+    channels: int = 3
+    test_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_fraction < 1:
+            raise ConfigurationError(
+                f"test_fraction={self.test_fraction} is outside (0, 1): expected the share of "
+                f"examples to hold out, such as 0.2"
+            )
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+            raise ConfigurationError(
+                f"bounds={self.bounds}: expected low < high, such as --bounds 0,255"
+            )
+        if self.channels not in (1, 3):
+            raise ConfigurationError(f"channels={self.channels}: expected 1 (grey) or 3 (RGB)")
+        if self.image_size < 1:
+            raise ConfigurationError(f"image_size={self.image_size}: expected a positive side")
+
+    def scale(self, values: Tensor) -> Tensor:
+        """Apply `bounds` to tabular values of any shape.
+
+        Example:
+            >>> ReadOptions(bounds=(0.0, 10.0)).scale(torch.tensor([0.0, 5.0, 99.0])).tolist()
+            [-1.0, 0.0, 1.0]
+        """
+        if self.bounds is None:
+            return values
+        low, high = self.bounds
+        return (values.clamp(low, high) - low) * (2 / (high - low)) - 1
+
+
+def is_held_out(content: bytes, fraction: float) -> bool:
+    """Whether an example belongs to the test set, decided by a hash of its content alone.
+
+    Guarantees:
+        The side an example is on depends on no other example. A shuffled split would move others
+        when one is added or removed, and the guarantee is about exactly that change. Equal
+        examples land on the same side, so a duplicate cannot leak into the test set.
+
+    Example:
+        >>> sides = [is_held_out(str(i).encode(), 0.2) for i in range(1000)]
+        >>> 150 < sum(sides) < 250
+        True
+    """
+    digest = hashlib.blake2b(content, digest_size=8, person=b"dptorch split").digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def split_by_content(examples: Examples, fraction: float, source: str) -> tuple[Examples, Examples]:
+    """Split in-memory examples into (train, test) by `is_held_out` of each input's bytes.
+
+    Raises:
+        DataError: one side would be empty.
+    """
+    held_out = [is_held_out(x.numpy().tobytes(), fraction) for x in examples.inputs]
+    train = examples.take([i for i, out in enumerate(held_out) if not out])
+    test = examples.take([i for i, out in enumerate(held_out) if out])
+    refuse_empty(len(train), len(test), source)
+    return train, test
+
+
+def refuse_empty(train: int, test: int, source: str) -> None:
+    """Raise a `DataError` unless both sides of a split have examples."""
+    if train == 0 or test == 0:
+        raise DataError(
+            f"{source}: {train} training and {test} test examples after the split; both sides "
+            f"need some. Add data, or bring a test set of its own (npz: x_test and y_test; image "
+            f"folder: train/ and test/)."
+        )
+
+
+def encode_labels(labels: Iterable[object], source: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Number the classes in sorted order.
+
+    Args:
+        labels: one per example: integers, strings or booleans. Whole floats count as integers.
+        source: for messages.
+
+    Returns:
+        int64 [N] and the class names.
+
+    Raises:
+        DataError: a fractional number (that is a regression target), or fewer than two classes.
+
+    Example:
+        >>> codes, names = encode_labels(["cat", "ant", "cat"], "pets.csv")
+        >>> codes.tolist(), names
+        ([1, 0, 1], ('ant', 'cat'))
+        >>> encode_labels(["10", "9"], "ages.csv")[1]  # numbers sort as numbers
+        ('9', '10')
+    """
+    values = list(labels)
+    keys: list[int | str] = []
+    for row, value in enumerate(values):
+        try:
+            number = float(str(value))
+        except ValueError:
+            keys.append(str(value))
+            continue
+        if not number.is_integer():
+            raise DataError(
+                f"{source}: label {value!r} of example {row} is not a class. Expected an integer "
+                f"or a name; regression is not supported by this command."
+            )
+        keys.append(int(number))
+    if any(isinstance(k, str) for k in keys):
+        keys = [str(v) for v in values]
+    distinct = sorted(set(keys), key=lambda k: (isinstance(k, str), k))
+    if len(distinct) < 2:
+        raise DataError(f"{source}: {len(distinct)} classes among the labels; expected at least 2")
+    code = {k: i for i, k in enumerate(distinct)}
+    return torch.tensor([code[k] for k in keys]), tuple(str(k) for k in distinct)
+
+
+def load_data(path: str | Path, options: ReadOptions | None = None) -> TrainTest:
+    """Read a data set, choosing the reader by what `path` is.
+
+    ========================  ====================================================================
+    directory                 `<class>/*.png`, or `train/<class>/*` with `test/<class>/*`
+    `.npz`                    arrays `x`, `y`; optionally `x_test`, `y_test` (`x_train`,
+                              `y_train` are understood too)
+    `.csv`, `.csv.gz`         a header line, one label column, all other columns numbers
+    `.parquet`, `.pq`         the same, as columns
+    ========================  ====================================================================
+
+    Raises:
+        DataError: naming the file, and the row where one is at fault.
+    """
+    from dptorch.training import readers
+
+    source = Path(path)
+    options = options or ReadOptions()
+    if not source.exists():
+        raise DataError(f"{source} does not exist (looked from {Path.cwd()})")
+    if source.is_dir():
+        return readers.read_image_folder(source, options)
+    by_suffix: dict[str, Callable[[Path, ReadOptions], TrainTest]] = {
+        ".npz": readers.read_npz,
+        ".csv": readers.read_csv,
+        ".csv.gz": readers.read_csv,
+        ".parquet": readers.read_parquet,
+        ".pq": readers.read_parquet,
+    }
+    for suffix, reader in by_suffix.items():
+        if source.name.lower().endswith(suffix):
+            return reader(source, options)
+    raise DataError(
+        f"{source}: cannot tell the format. Expected a folder of images or one of "
+        f"{', '.join(by_suffix)}"
+    )

@@ -1,0 +1,217 @@
+"""A job: everything that determines a run, and the objects it is run with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dptorch.engine import PrivacyEngine
+from dptorch.errors import ConfigurationError, DataError
+from dptorch.training import recipes
+from dptorch.training.data import ReadOptions, TrainTest, load_data
+from dptorch.training.models import build_model
+
+__all__ = ["Job", "Setup", "prepare"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `dptorch train` was asked for. None means: as the recipe or the data suggests.
+
+    `prepare` returns a job with every None decided, and that is what `run.json` records.
+
+    Attributes:
+        recipe: name in `dptorch.training.recipes.RECIPES`; the default unless `data` is given.
+        data: path of the user's own data; read as `reading` says.
+        model: a name that `dptorch.training.models.build_model` knows.
+        pretrained: load published weights (torchvision, timm).
+        epochs: passes over the data, in expectation.
+        batch_size, sample_rate: how many examples a step draws in expectation, either way.
+        target_epsilon, noise_multiplier: the budget or the noise, either way.
+        target_delta, max_grad_norm, clipping_fn, accountant: see `dptorch.plan.PrivacyPlan`.
+        learning_rate, momentum: of SGD.
+        max_physical_batch_size: most examples in memory at once; no effect on the result.
+        num_workers: processes that load data.
+        device: "auto", or any torch device.
+        seed: for reproducible tests; a run with a seed is not private.
+        diagnostics: record statistics of private data, under names that say so.
+    """
+
+    recipe: str | None = None
+    data: str | None = None
+    reading: ReadOptions = ReadOptions()
+    model: str | None = None
+    pretrained: bool = False
+    epochs: float | None = None
+    batch_size: float | None = None
+    sample_rate: float | None = None
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    target_delta: float | None = None
+    max_grad_norm: float | None = None
+    clipping_fn: str | None = None
+    accountant: str = "pld"
+    learning_rate: float | None = None
+    momentum: float | None = None
+    max_physical_batch_size: int = 512
+    num_workers: int = 0
+    device: str = "auto"
+    seed: int | None = None
+    diagnostics: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `run.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+        """The job that `to_dict` described.
+
+        Raises:
+            DataError: a key is unknown, so the run is of another version of dptorch.
+
+        Example:
+            >>> job = Job(recipe="mnist", reading=ReadOptions(bounds=(0.0, 1.0)))
+            >>> Job.from_dict(job.to_dict()) == job
+            True
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise DataError(f"run.json has the unknown setting {unknown[0]!r}: another version's?")
+        reading = dict(values.get("reading", {}))
+        if reading.get("bounds") is not None:
+            reading["bounds"] = tuple(reading["bounds"])
+        return cls(**{**values, "reading": ReadOptions(**reading)})
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A job with every choice made and every object built; nothing has been written yet."""
+
+    job: Job
+    data: TrainTest
+    model: nn.Module
+    engine: PrivacyEngine
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+
+def prepare(job: Job) -> Setup:
+    """Load the data, decide what was left open, build the model and the engine.
+
+    Raises:
+        ConfigurationError: options contradict each other or have impossible values.
+        DataError: the data cannot be read.
+        PrivacyError: the model cannot be trained privately (it mixes examples, say).
+    """
+    _refuse_contradictions(job)
+    device = _device(job.device)
+    if job.data is None:
+        recipe = recipes.get(job.recipe or "mnist")
+        data = recipe.load()
+        model_name, suggested = recipe.model, recipe.hyperparameters
+        job = replace(job, recipe=recipe.name)
+    else:
+        data = load_data(job.data, job.reading)
+        model_name, suggested = recipes.for_own_data(data.input_shape)
+    job = _decide(job, model_name, suggested, sample_size=data.sizes[0])
+
+    if job.seed is not None:
+        torch.manual_seed(job.seed)
+    assert job.model is not None
+    model = build_model(
+        job.model, data.input_shape, len(data.classes), pretrained=job.pretrained
+    ).to(device)
+    engine = PrivacyEngine(
+        model,
+        sample_rate=job.sample_rate,
+        sample_size=data.sizes[0],
+        epochs=job.epochs,
+        target_epsilon=job.target_epsilon,
+        noise_multiplier=job.noise_multiplier,
+        target_delta=job.target_delta,
+        max_grad_norm=job.max_grad_norm,
+        clipping_fn=job.clipping_fn,
+        accountant=job.accountant,
+        loss_reduction="mean",
+        seed=job.seed,
+    )
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=job.learning_rate or 0.0,
+        momentum=job.momentum or 0.0,
+    )
+    engine.attach(optimizer)
+    return Setup(job, data, model, engine, optimizer, device)
+
+
+def _refuse_contradictions(job: Job) -> None:
+    pairs = [
+        ("recipe", "data", "the recipe brings its own data"),
+        ("batch_size", "sample_rate", "one determines the other"),
+        ("target_epsilon", "noise_multiplier", "one determines the other"),
+    ]
+    for first, second, why in pairs:
+        a, b = getattr(job, first), getattr(job, second)
+        if a is not None and b is not None:
+            options = (f"--{name.removeprefix('target_').replace('_', '-')}" for name in (first, second))
+            left, right = options
+            raise ConfigurationError(f"{left} {a} and {right} {b} exclude each other: {why}.")
+    for name in ("epochs", "learning_rate", "max_physical_batch_size"):
+        value = getattr(job, name)
+        if value is not None and not value > 0:
+            raise ConfigurationError(f"{name}={value}: expected a positive number")
+    if job.momentum is not None and not 0 <= job.momentum < 1:
+        raise ConfigurationError(f"momentum={job.momentum}: expected a number in [0, 1)")
+
+
+def _decide(
+    job: Job, model: str, suggested: recipes.Hyperparameters, *, sample_size: int
+) -> Job:
+    """Fill in what was left open."""
+    rate = job.sample_rate
+    if job.batch_size is not None:
+        if not 0 < job.batch_size <= sample_size:
+            raise ConfigurationError(
+                f"batch_size={job.batch_size:g}: expected between 1 and the {sample_size} training "
+                f"examples"
+            )
+        rate = job.batch_size / sample_size
+    budget = job.target_epsilon
+    if budget is None and job.noise_multiplier is None:
+        budget = suggested.target_epsilon
+    filled: dict[str, Any] = {
+        "model": job.model or model,
+        "batch_size": None,
+        "sample_rate": suggested.sample_rate if rate is None else rate,
+        "target_epsilon": budget,
+    }
+    for name in (
+        "epochs",
+        "target_delta",
+        "max_grad_norm",
+        "clipping_fn",
+        "learning_rate",
+        "momentum",
+    ):
+        value = getattr(job, name)
+        filled[name] = getattr(suggested, name) if value is None else value
+    return replace(job, **filled)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"--device {name} cannot be used here ({reason}). Use --device auto or cpu."
+        ) from error
+    return device

@@ -1,0 +1,342 @@
+"""A training run: an ordinary loop on the engine, and what it writes on the way.
+
+The loop is the one that any user of `PrivacyEngine` writes. What is added here: a test after each
+epoch, a checkpoint, and an orderly end when the user presses Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dptorch.errors import DataError
+from dptorch.training.data import Example, TrainTest
+from dptorch.training.job import Setup
+from dptorch.training.report import write_report
+from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
+
+__all__ = ["Observer", "Outcome", "Silent", "evaluate", "train"]
+
+Row = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Is told how a run goes on. Losses are of private data: for the eyes of the data's owner."""
+
+    def started(self, setup: Setup, step: int) -> None:
+        """The run begins, or goes on after `step` steps."""
+
+    def stepped(self, step: int, train_loss: float) -> None:
+        """A logical batch is done. `train_loss` is NOT PRIVATE."""
+
+    def tested(self, row: Mapping[str, Any]) -> None:
+        """An epoch is done; `row` is what `metrics.csv` gets."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def started(self, setup: Setup, step: int) -> None:
+        """See `Observer`."""
+
+    def stepped(self, step: int, train_loss: float) -> None:
+        """See `Observer`."""
+
+    def tested(self, row: Mapping[str, Any]) -> None:
+        """See `Observer`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: what it wrote.
+        last: the last row of `metrics.csv`.
+        interrupted: whether it stopped before its plan was done; `--resume` continues it.
+    """
+
+    folder: RunFolder
+    last: Mapping[str, Any]
+    interrupted: bool
+
+
+class StopOnSignal:
+    """Turns the first Ctrl-C (or SIGTERM) into a request; the second one interrupts as usual.
+
+    An optimizer step cut in half would have changed parameters without being counted, so the loop
+    looks at `requested` between batches instead.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def train(
+    setup: Setup,
+    folder: RunFolder,
+    *,
+    observer: Observer | None = None,
+    resume: bool = False,
+) -> Outcome:
+    """Run a job to the end of its plan, or to the first Ctrl-C.
+
+    Args:
+        setup: from `dptorch.training.job.prepare`.
+        folder: where the run writes; see `dptorch.training.run_folder`.
+        observer: is told of each step and epoch.
+        resume: continue from the folder's checkpoint.
+
+    Guarantees:
+        - At most `setup.engine.plan.steps` steps are taken, over all resumptions together.
+        - After an interruption the folder holds the model of the last whole step, a statement of
+          the privacy spent on exactly those steps, and a checkpoint to go on from.
+        - Columns of `metrics.csv` computed from private data begin with `not_private_`.
+
+    Raises:
+        DataError: there is nothing to resume, or the data has changed since.
+    """
+    observer = observer or Silent()
+    engine, plan = setup.engine, setup.engine.plan
+    rows: list[Row] = []
+    seconds_before = 0.0
+    if resume:
+        state = folder.read_checkpoint()
+        _refuse_changed_data(folder, setup.data)
+        setup.model.load_state_dict(state["model"])
+        setup.optimizer.load_state_dict(state["optimizer"])
+        engine.load_state_dict(state["engine"])
+        torch.set_rng_state(state["torch_rng"])
+        rows, seconds_before = state["rows"], state["seconds"]
+    else:
+        rows.append(_row(setup, epoch=0, seconds=0.0, epoch_stats={}))
+    began = time.perf_counter()
+
+    def seconds() -> float:
+        return seconds_before + time.perf_counter() - began
+
+    folder.write("plan.json", plan.to_json())
+    folder.write_json("run.json", _about(setup, "running"))
+    observer.started(setup, engine.steps_done)
+    loader = engine.loader(
+        setup.data.train,
+        max_physical_batch_size=setup.job.max_physical_batch_size,
+        num_workers=setup.job.num_workers,
+    )
+    steps_per_epoch = max(1, round(1 / plan.sample_rate))
+    with StopOnSignal() as stop:
+        while engine.steps_done < plan.steps and not stop.requested:
+            stats = _EpochStats()
+            setup.model.train()
+            for x, y in loader:
+                if stop.requested:
+                    break
+                x, y = x.to(setup.device), y.to(setup.device)
+                steps_before = engine.steps_done
+                loss = F.cross_entropy(setup.model(x), y)
+                loss.backward()
+                setup.optimizer.step()
+                setup.optimizer.zero_grad()
+                stats.add_batch(float(loss.detach()), len(y))
+                if engine.steps_done > steps_before:
+                    observer.stepped(engine.steps_done, stats.end_step(engine.diagnostics))
+            if stats.steps or not stop.requested:
+                epoch = engine.steps_done / steps_per_epoch
+                measured = stats.row() if setup.job.diagnostics else {}
+                rows.append(_row(setup, epoch, seconds(), measured))
+                observer.tested(rows[-1])
+                folder.write_metrics(rows)
+            folder.write_checkpoint(_state(setup, rows, seconds()))
+
+    interrupted = engine.steps_done < plan.steps
+    _finish(setup, folder, rows, "interrupted" if interrupted else "complete")
+    if not interrupted:
+        folder.checkpoint.unlink(missing_ok=True)
+    return Outcome(folder, rows[-1], interrupted)
+
+
+class _EpochStats:
+    """Means over an epoch of what private data gave: NOT PRIVATE."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._loss = self._examples = 0.0
+        self._step_loss = self._step_examples = 0.0
+        self._norm = self._clipped = self._batch = 0.0
+
+    def add_batch(self, mean_loss: float, examples: int) -> None:
+        self._step_loss += mean_loss * examples
+        self._step_examples += examples
+
+    def end_step(self, diagnostics: Any) -> float:
+        mean = self._step_loss / max(1.0, self._step_examples)
+        self._loss += self._step_loss
+        self._examples += self._step_examples
+        self._step_loss = self._step_examples = 0.0
+        self.steps += 1
+        if diagnostics is not None:
+            self._norm += diagnostics.mean_norm * diagnostics.examples
+            self._clipped += diagnostics.clipped_fraction * diagnostics.examples
+            self._batch += diagnostics.examples
+        return mean
+
+    def row(self) -> Row:
+        if not self._batch:
+            return {}
+        return {
+            f"{NOT_PRIVATE}train_loss": round(self._loss / max(1.0, self._examples), 6),
+            f"{NOT_PRIVATE}mean_gradient_norm": round(self._norm / self._batch, 6),
+            f"{NOT_PRIVATE}clipped_fraction": round(self._clipped / self._batch, 6),
+            f"{NOT_PRIVATE}mean_batch_size": round(self._batch / max(1, self.steps), 3),
+        }
+
+
+def evaluate(
+    model: nn.Module, test: torch.utils.data.Dataset[Example], device: torch.device
+) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) of a model in evaluation mode.
+
+    The result is exact, without noise. It is covered by no guarantee towards the test examples.
+    """
+    was_training = model.training
+    model.eval()
+    correct = total = 0
+    loss = 0.0
+    with torch.no_grad():
+        for x, y in DataLoader(test, batch_size=512):
+            logits = model(x.to(device))
+            y = y.to(device)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            correct += int((logits.argmax(1) == y).sum())
+            total += len(y)
+    model.train(was_training)
+    return correct / total, loss / total
+
+
+def _row(setup: Setup, epoch: float, seconds: float, epoch_stats: Row) -> Row:
+    engine = setup.engine
+    accuracy, loss = evaluate(setup.model, setup.data.test, setup.device)
+    epsilon = engine.get_privacy_spent().epsilon if engine.steps_done else 0.0
+    return {
+        "epoch": round(epoch, 4),
+        "step": engine.steps_done,
+        "epsilon": epsilon,
+        "delta": engine.plan.target_delta,
+        "test_accuracy": accuracy,
+        "test_loss": round(loss, 6),
+        "seconds": round(seconds, 3),
+        **epoch_stats,
+    }
+
+
+def _about(setup: Setup, status: str) -> Row:
+    """What `run.json` says."""
+    n_train, n_test = setup.data.sizes
+    return {
+        "status": status,
+        "job": setup.job.to_dict(),
+        "data": {
+            "source": setup.data.source,
+            "classes": list(setup.data.classes),
+            "input_shape": list(setup.data.input_shape),
+            "train_examples": n_train,
+            "test_examples": n_test,
+        },
+        "model": {
+            "class": type(setup.model).__name__,
+            "parameters": sum(p.numel() for p in setup.model.parameters()),
+            "trainable_parameters": sum(
+                p.numel() for p in setup.model.parameters() if p.requires_grad
+            ),
+        },
+    }
+
+
+def _state(setup: Setup, rows: list[Row], seconds: float) -> Row:
+    return {
+        "model": setup.model.state_dict(),
+        "optimizer": setup.optimizer.state_dict(),
+        "engine": setup.engine.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+        "rows": rows,
+        "seconds": seconds,
+    }
+
+
+def _refuse_changed_data(folder: RunFolder, data: TrainTest) -> None:
+    recorded = folder.read_json("run.json")["data"]
+    now = (*data.sizes, list(data.classes), list(data.input_shape))
+    then = tuple(
+        recorded[key] for key in ("train_examples", "test_examples", "classes", "input_shape")
+    )
+    if now != then:
+        raise DataError(
+            f"The data has changed since {folder.path} was begun: then {then[0]} training and "
+            f"{then[1]} test examples, now {now[0]} and {now[1]}, or other classes or shapes. A "
+            f"run's guarantee is for one data set; begin a new run."
+        )
+
+
+def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> None:
+    """Write everything a reader needs; the same for a complete and an interrupted run."""
+    statement = setup.engine.statement()
+    n_test = setup.data.sizes[1]
+    test_note = (
+        f"Test accuracy was measured exactly, on {n_test} examples that no step drew. The guarantee "
+        f"is for the training examples; it does not cover those {n_test}.\n"
+    )
+    folder.write("statement.txt", f"{statement}\n{test_note}")
+    folder.write_metrics(rows)
+    summary = {
+        "epsilon": f"{rows[-1]['epsilon']:.6f}",
+        "delta": f"{rows[-1]['delta']:g}",
+        "steps": str(rows[-1]["step"]),
+    }
+    folder.write_model(setup.model, {"format": "pt", **summary})
+    about = _about(setup, status)
+    about["result"] = {k: v for k, v in rows[-1].items() if not k.startswith(NOT_PRIVATE)}
+    about["statement"] = statement.to_dict()
+    folder.write_json("run.json", about)
+    write_report(folder)
+
+
+def spent_and_tested(outcome: Outcome) -> str:
+    """One line: what was reached at what cost."""
+    last = outcome.last
+    return (
+        f"test accuracy {last['test_accuracy']:.3f} at "
+        f"epsilon {last['epsilon']:.3f}, delta {last['delta']:g}"
+    )

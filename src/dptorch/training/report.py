@@ -1,0 +1,171 @@
+"""`report.html`: one self-contained page about a run, made from the other files in its folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dptorch.errors import ConfigurationError, DataError
+from dptorch.training import charts
+from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
+
+__all__ = ["missing_packages", "render", "wilson_interval", "write_report"]
+
+DIAGNOSTICS = (
+    ("clipped_fraction", "share of gradients clipped", True),
+    ("mean_gradient_norm", "mean gradient norm, before clipping", False),
+    ("train_loss", "training loss", False),
+)
+
+
+def missing_packages() -> list[str]:
+    """The packages of the extra `report` that a report needs and that are not installed."""
+    needed = ("jinja2", "matplotlib")
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Render the folder's `report.html`.
+
+    Raises:
+        ConfigurationError: jinja2 or matplotlib is not installed.
+        DataError: a file of the run is missing or cannot be read.
+    """
+    if missing := missing_packages():
+        raise ConfigurationError(
+            f"The report needs {' and '.join(missing)}. Install with: pip install 'dptorch[report]'"
+        )
+    try:
+        statement = (folder.path / "statement.txt").read_text(encoding="utf-8")
+        rows = folder.read_metrics()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder.path}: not the folder of a finished run ({error})") from error
+    about = folder.read_json("run.json")
+    html = render(folder.path.name, about, rows, statement)
+    folder.write("report.html", html)
+    return folder.path / "report.html"
+
+
+def render(
+    name: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, float]], statement: str
+) -> str:
+    """The page as text.
+
+    Args:
+        name: of the run.
+        about: what `run.json` says.
+        rows: the rows of `metrics.csv`, oldest first, at least one.
+        statement: what `statement.txt` says.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = resources.files("dptorch.training").joinpath("report.html.j2").read_text("utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(up=_rounded_up, percent=_percent, count=_count, plain=_plain)
+    last = rows[-1]
+    claims = about["statement"]
+    epsilon, plan = claims["epsilon"], claims["plan"]
+    low, high = wilson_interval(last["test_accuracy"], about["data"]["test_examples"])
+    return environment.from_string(template).render(
+        name=name,
+        about=about,
+        last=last,
+        claims=claims,
+        epsilon=epsilon,
+        accuracy_low=low,
+        accuracy_high=high,
+        detection=min(1.0, math.exp(min(epsilon, 700.0)) * 0.01 + plan["target_delta"]),
+        interrupted=about["status"] != "complete",
+        seeded="not private" in claims["key_provenance"],
+        accuracy_chart=charts.accuracy_against_epsilon(
+            [(row["epsilon"], row["test_accuracy"]) for row in rows],
+            chance=1 / len(about["data"]["classes"]),
+        ),
+        epsilon_chart=charts.epsilon_against_steps(
+            [(row["step"], row["epsilon"]) for row in rows], plan["target_epsilon"]
+        ),
+        diagnostics=_diagnostics(rows),
+        settings=_settings(about),
+        statement=statement,
+    )
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a probability that was estimated as `share` from n trials (Wilson, 1927).
+
+    Example:
+        >>> low, high = wilson_interval(0.95, 1000)
+        >>> round(low, 3), round(high, 3)
+        (0.935, 0.962)
+    """
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _diagnostics(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """(label, chart) of each statistic of private data that was recorded."""
+    found = []
+    for key, label, percent in DIAGNOSTICS:
+        column = NOT_PRIVATE + key
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        if points:
+            found.append((label, charts.diagnostic(points, label, percent=percent)))
+    return found
+
+
+def _settings(about: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, object]]]]:
+    """The tables of the page: heading and (name, value) rows."""
+    plan, job, data = about["statement"]["plan"], about["job"], about["data"]
+    privacy = [
+        ("Noise multiplier", plan["noise_multiplier"]),
+        ("Clipping norm", plan["max_grad_norm"]),
+        ("Clipping", f"{plan['clipping_fn']}, {plan['clipping_style']}"),
+        ("Sample rate", plan["sample_rate"]),
+        ("Expected batch size", plan["expected_batch_size"]),
+        ("Steps", f"{about['statement']['steps']} of {plan['steps']}"),
+        ("Adjacency", plan["adjacency"]),
+        ("Accountant", plan["accountant"]),
+    ]
+    training = [
+        ("Recipe" if job["recipe"] else "Data", job["recipe"] or job["data"]),
+        ("Model", f"{job['model']} ({about['model']['class']})"),
+        ("Trainable parameters", about["model"]["trainable_parameters"]),
+        ("Training examples", data["train_examples"]),
+        ("Test examples", data["test_examples"]),
+        ("Classes", len(data["classes"])),
+        ("Epochs", job["epochs"]),
+        ("Learning rate", job["learning_rate"]),
+        ("Momentum", job["momentum"]),
+    ]
+    return [("Privacy plan", privacy), ("Training", training)]
+
+
+def _rounded_up(value: float, digits: int = 3) -> str:
+    """A bound, never shown smaller than it is."""
+    if math.isinf(value):
+        return "∞"
+    return f"{math.ceil(value * 10**digits - 1e-9) / 10**digits:.{digits}f}"
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}%"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _plain(value: object) -> str:
+    """A number as a person writes it; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
+        return f"{value:,.0f}"
+    return f"{value:.5g}"

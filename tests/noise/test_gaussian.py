@@ -1,0 +1,217 @@
+"""The Gaussian mechanism: what it refuses, and that its noise is a function of position alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dptorch.errors import ConfigurationError, PrivacyError
+from dptorch.noise import GaussianNoise
+from dptorch.noise.gaussian import DEVICE_BLOCK, _add_on_device, _Span
+from dptorch.randomness import RootKey
+from dptorch.release import ClippedSum, NoisyGradient
+
+KEY = RootKey.from_seed(11)
+SHAPES = {"a": (300, 217), "b": (1,), "c": (0, 5), "d": (7, 11, 13), "e": (70_000,), "f": (2, 3)}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def zeros(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
+
+
+def noise_of(values: dict[str, torch.Tensor], step: int = 3, scale: float = 1.5) -> torch.Tensor:
+    noisy = GaussianNoise(scale).privatize(ClippedSum(values, 1.0), KEY, step)
+    return torch.cat([t.reshape(-1) for t in noisy.values.values()])
+
+
+def test_adds_noise_to_the_sum() -> None:
+    values = {name: torch.full(shape, 7.0) for name, shape in SHAPES.items()}
+    noisy = GaussianNoise(1.5).privatize(ClippedSum(values, 1.0), KEY, 3)
+    assert isinstance(noisy, NoisyGradient)
+    assert (noisy.stddev, noisy.max_norm) == (1.5, 1.0)
+    assert list(noisy.values) == list(SHAPES)
+    for name, shape in SHAPES.items():
+        assert noisy.values[name].shape == shape
+    flat = torch.cat([t.reshape(-1) for t in noisy.values.values()])
+    assert torch.allclose(flat - 7.0, noise_of(zeros()), atol=2e-6)
+
+
+def test_scale_is_multiplier_times_clipping_norm() -> None:
+    reference = noise_of(zeros(), scale=1.0)
+    noisy = GaussianNoise(0.5).privatize(ClippedSum(zeros(), 8.0), KEY, 3)
+    assert noisy.stddev == 4.0
+    flat = torch.cat([t.reshape(-1) for t in noisy.values.values()])
+    assert torch.allclose(flat, 4.0 * reference, rtol=1e-6)
+
+
+def test_every_coordinate_gets_noise() -> None:
+    assert (noise_of(zeros()) != 0).all()
+
+
+def test_no_sum_without_noise_remains() -> None:
+    values = zeros()
+    noisy = GaussianNoise(1.0).privatize(ClippedSum(values, 1.0), KEY, 0)
+    for name in values:
+        assert noisy.values[name] is values[name]
+
+
+def test_noise_does_not_depend_on_how_parameters_are_cut() -> None:
+    whole = noise_of(zeros())
+    total = whole.numel()
+    assert torch.equal(whole, noise_of({"all": torch.zeros(total)}))
+    pieces = {str(i): torch.zeros(min(9_973, total - i)) for i in range(0, total, 9_973)}
+    assert torch.equal(whole, noise_of(pieces))
+
+
+@pytest.mark.usefixtures("threads")
+def test_noise_does_not_depend_on_threads() -> None:
+    size = 1_000_003
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(noise_of({"a": torch.zeros(size), "b": torch.zeros(17)}))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_noise_does_not_depend_on_memory_layout() -> None:
+    expected = noise_of({"w": torch.zeros(8, 6, 5, 4), "v": torch.zeros(30, 20)})
+    last = torch.zeros(8, 6, 5, 4).to(memory_format=torch.channels_last)
+    transposed = torch.zeros(20, 30).t()
+    assert not last.is_contiguous()
+    assert not transposed.is_contiguous()
+    assert torch.equal(expected, noise_of({"w": last, "v": transposed}))
+
+
+def test_noise_of_both_precisions_agrees() -> None:
+    double = noise_of(zeros(torch.float64))
+    assert double.dtype == torch.float64
+    assert torch.allclose(double, noise_of(zeros()).double(), atol=1e-5)
+    mixed = zeros()
+    mixed["d"] = mixed["d"].double()
+    assert torch.allclose(double, noise_of(mixed).double(), atol=1e-5)
+
+
+def test_accepts_gradients_that_autograd_knows() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(10))
+    noisy = GaussianNoise(1.0).privatize(ClippedSum({"p": parameter}, 1.0), KEY, 0)
+    assert (noisy.values["p"] != 0).all()
+
+
+def test_multiplier_zero_adds_nothing() -> None:
+    values = {"a": torch.ones(5)}
+    noisy = GaussianNoise(0.0).privatize(ClippedSum(values, 2.0), KEY, 0)
+    assert noisy.stddev == 0.0
+    assert torch.equal(noisy.values["a"], torch.ones(5))
+
+
+def test_other_devices_use_seeded_blocks() -> None:
+    """The path of other devices, run on the CPU: positions decide, and blocks differ."""
+    device = torch.device("cpu")
+    size = DEVICE_BLOCK + 1000
+
+    def run(cuts: list[int], step: int) -> torch.Tensor:
+        flat = torch.zeros(size)
+        spans = [
+            _Span(a, flat[a:b], flat[a:b]) for a, b in zip([0, *cuts], [*cuts, size], strict=True)
+        ]
+        _add_on_device(spans, KEY, step, 2.0, device, torch.float32)
+        return flat
+
+    whole = run([], 1)
+    assert torch.equal(whole, run([5, 1000, DEVICE_BLOCK - 3, DEVICE_BLOCK + 500], 1))
+    assert (whole != 0).double().mean() > 0.999_99
+    assert (whole[:1000] == whole[DEVICE_BLOCK:]).sum() <= 1
+    assert (whole == run([], 2)).double().mean() < 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("secure", [False, True])
+def test_cuda_noise_is_a_function_of_key_and_step(secure: bool) -> None:
+    noise = GaussianNoise(2.0, secure_rng=secure)
+
+    def run(step: int) -> torch.Tensor:
+        values = {"a": torch.zeros(100_000, device="cuda"), "b": torch.zeros(7, device="cuda")}
+        noisy = noise.privatize(ClippedSum(values, 1.0), KEY, step)
+        return torch.cat(list(noisy.values.values())).cpu()
+
+    first = run(0)
+    assert torch.equal(first, run(0))
+    assert (first == run(1)).double().mean() < 1e-3
+    assert abs(first.double().std().item() - 2.0) < 2.0 * 5 / math.sqrt(200_014)
+    if secure:
+        assert torch.equal(first, noise_of({"all": torch.zeros(100_007)}, step=0, scale=2.0))
+
+
+@pytest.mark.parametrize("bad", [None, {"w": torch.zeros(3)}, torch.zeros(3), [torch.zeros(3)]])
+def test_refuses_what_is_not_clipped(bad: object) -> None:
+    with pytest.raises(TypeError, match="Clip first"):
+        GaussianNoise(1.0).privatize(bad, KEY, 0)  # type: ignore[arg-type]
+
+
+def test_refuses_noising_twice() -> None:
+    noise = GaussianNoise(1.0)
+    noisy = noise.privatize(ClippedSum({"w": torch.zeros(3)}, 1.0), KEY, 0)
+    with pytest.raises(TypeError, match="NoisyGradient"):
+        noise.privatize(noisy, KEY, 1)  # type: ignore[arg-type]
+
+
+def test_refuses_other_keys() -> None:
+    with pytest.raises(TypeError, match="from_os"):
+        GaussianNoise(1.0).privatize(ClippedSum({}, 1.0), b"k" * 32, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.inf, math.nan])
+def test_refuses_sums_without_a_bound(max_norm: float) -> None:
+    with pytest.raises(PrivacyError, match="max_norm"):
+        GaussianNoise(1.0).privatize(ClippedSum({"w": torch.zeros(3)}, max_norm), KEY, 0)
+
+
+def refused() -> dict[str, torch.Tensor]:
+    shared = torch.zeros(4)
+    return {
+        "bfloat16": torch.zeros(3, dtype=torch.bfloat16),
+        "float16": torch.zeros(3, dtype=torch.float16),
+        "int64": torch.zeros(3, dtype=torch.int64),
+        "complex": torch.zeros(3, dtype=torch.complex64),
+        "sparse": torch.zeros(3, 3).to_sparse(),
+        "expanded": shared[:1].expand(9),
+    }
+
+
+@pytest.mark.parametrize("kind", list(refused()))
+def test_refuses_tensors_that_noise_would_not_cover(kind: str) -> None:
+    values = {"good": torch.zeros(3), "bad": refused()[kind]}
+    with pytest.raises(PrivacyError, match="'bad'"):
+        GaussianNoise(1.0).privatize(ClippedSum(values, 1.0), KEY, 0)
+    assert torch.equal(values["good"], torch.zeros(3)), "refused, so nothing may have changed"
+
+
+def test_refuses_two_names_for_one_tensor() -> None:
+    tied = torch.zeros(3)
+    with pytest.raises(PrivacyError, match="'head' shares memory with 'embedding'"):
+        GaussianNoise(1.0).privatize(ClippedSum({"embedding": tied, "head": tied}, 1.0), KEY, 0)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, "1", None, True])
+def test_refuses_impossible_multipliers(bad: object) -> None:
+    with pytest.raises(ConfigurationError, match="noise_multiplier"):
+        GaussianNoise(bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True])
+def test_refuses_impossible_steps(step: object) -> None:
+    values = {"w": torch.zeros(3)}
+    with pytest.raises(ConfigurationError, match="counter"):
+        GaussianNoise(1.0).privatize(ClippedSum(values, 1.0), KEY, step)  # type: ignore[arg-type]
+    assert torch.equal(values["w"], torch.zeros(3))
