@@ -6,6 +6,7 @@ back. Learning-rate schedulers and anything else that calls ``optimizer.step`` k
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,9 +57,20 @@ class OptimizerBinding:
         self._step = optimizer.step
         self._zero_grad = optimizer.zero_grad
         self._model_zero_grad = model.zero_grad
-        optimizer.step = self._private_step  # type: ignore[method-assign,assignment]
-        optimizer.zero_grad = self._private_zero_grad  # type: ignore[method-assign,assignment]
-        model.zero_grad = self._private_model_zero_grad  # type: ignore[method-assign,assignment]
+        self._own = {name: optimizer.__dict__.get(name) for name in ("step", "zero_grad")}
+
+        # Learning-rate schedulers take the function out of the method and bind it to the optimizer
+        # again, so it must be a method of the optimizer and not of this object.
+        def step(_: Optimizer, closure: Closure | None = None) -> Any:
+            return self._private_step(closure)
+
+        self._methods = {
+            (optimizer, "step"): types.MethodType(step, optimizer),
+            (optimizer, "zero_grad"): self._private_zero_grad,
+            (model, "zero_grad"): self._private_model_zero_grad,
+        }
+        for (target, name), method in self._methods.items():
+            setattr(target, name, method)
         optimizer.virtual_step = hold  # type: ignore[attr-defined]
         optimizer.privacy_engine = owner  # type: ignore[attr-defined]
 
@@ -107,16 +119,13 @@ class OptimizerBinding:
     def restore(self) -> None:
         """Give the optimizer and the model their own methods back."""
         self._attached = False
-        for target, name, mine in (
-            (self.optimizer, "step", self._private_step),
-            (self.optimizer, "zero_grad", self._private_zero_grad),
-            (self.model, "zero_grad", self._private_model_zero_grad),
-        ):
-            # If something wrapped our method it stays, and passes through.
-            if target.__dict__.get(name) == mine:
+        for (target, name), method in self._methods.items():
+            # Where something has wrapped our method since, it stays and passes through.
+            if target.__dict__.get(name) is method:
                 del target.__dict__[name]
-        if self._step != type(self.optimizer).step.__get__(self.optimizer):
-            self.optimizer.__dict__.setdefault("step", self._step)
+                own = self._own.get(name) if target is self.optimizer else None
+                if own is not None:
+                    setattr(target, name, own)
         for name in ("virtual_step", "privacy_engine"):
             self.optimizer.__dict__.pop(name, None)
 
