@@ -1,6 +1,6 @@
 """dptorch: differential privacy for any PyTorch model."""
 
-from dptorch.engine import Private, PrivacyEngine, StepDiagnostics, make_private
+from dptorch.engine import PrivacyEngine, Private, StepDiagnostics, make_private
 from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan
 from dptorch.statement import Statement
 from dptorch.tape import Tape, record
@@ -8,10 +8,10 @@ from dptorch.tape import Tape, record
 __version__ = "0.1.0"
 
 __all__ = [
-    "Private",
     "PrivacyEngine",
     "PrivacyPlan",
     "PrivacySpent",
+    "Private",
     "Statement",
     "StepDiagnostics",
     "Tape",

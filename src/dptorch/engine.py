@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,11 +33,10 @@ from dptorch.stepping import OptimizerBinding, check_parameters
 from dptorch.tape import Recording, Tape
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.mixing import refuse_mixing
-from dptorch.tape.watch import Watch
+from dptorch.tape.watch import Watch, watch_on
 
-__all__ = ["Private", "PrivacyEngine", "StepDiagnostics", "make_private"]
+__all__ = ["PrivacyEngine", "Private", "StepDiagnostics", "make_private"]
 
-_ENGINE = "_dptorch_engine"
 _CLIPPING_MODES = ("auto",)
 _OWN_LOADER = "the user's own loader"
 
@@ -61,7 +59,8 @@ class StepDiagnostics:
 
 
 class _Batch(NamedTuple):
-    """Which physical batch a forward pass was made on; None without the engine's loader."""
+    """A tape that gradients have reached, and the physical batch its forward pass was made on (None
+    without the engine's loader)."""
 
     tape: Tape
     part: PhysicalBatch | None
@@ -147,13 +146,14 @@ class PrivacyEngine:
     ) -> None:
         one_of("clipping_mode", clipping_mode, _CLIPPING_MODES)
         self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
-        other = getattr(model, _ENGINE, None)
-        if other is not None and other() is not None:
+        if watch_on(model) is not None:
             raise ConfigurationError(
                 "this model already has a privacy engine: its gradients would be clipped and noised "
                 "twice. Call detach() on the other engine first."
             )
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        parameters: dict[str, Tensor] = {
+            n: p for n, p in model.named_parameters() if p.requires_grad
+        }
         if not parameters:
             raise ConfigurationError(
                 "the model has no trainable parameter. Unfreeze what should be trained with "
@@ -183,8 +183,10 @@ class PrivacyEngine:
         self._parameters = parameters
         self._noise = GaussianNoise(self.plan.noise_multiplier)
         self._key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
-        self._batches: list[_Batch] = []
-        self._sums: dict[str, Tensor] | None = None  # of the logical batch, moved here by virtual steps
+        self._fired: list[_Batch] = []
+        self._sums: dict[str, Tensor] | None = (
+            None  # of the logical batch, moved here by virtual steps
+        )
         self._pending: dict[str, Tensor] | None = None  # of backwards since the last step
         self._norms: list[Tensor] = []
         self._seen: set[tuple[int, int]] = set()  # physical batches in _sums
@@ -192,16 +194,17 @@ class PrivacyEngine:
         self._loader: PrivateLoader | None = None
         self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
-        me = weakref.ref(self)
+        # The model's hooks keep the engine alive: a forgotten engine trains nothing, rather than
+        # training without privacy.
         self._watch = Watch(
             model,
             parameters,
             batch_dims=batch_dims,
-            on_recording=lambda recording: _started(me, recording),
-            first_inputs=(lambda a, k: refuse_mixing(model, a, k, batch_dims)) if self_check else None,
+            on_recording=self._new_recording,
+            first_inputs=(lambda a, k: refuse_mixing(model, a, k, batch_dims))
+            if self_check
+            else None,
         )
-        weakref.finalize(self, self._watch.remove)
-        object.__setattr__(model, _ENGINE, me)
 
     # -- binding -----------------------------------------------------------------------------------
 
@@ -220,7 +223,6 @@ class PrivacyEngine:
         check_parameters(self._parameters, optimizer)
         self._binding = OptimizerBinding(
             optimizer,
-            self.model,
             prepare=self._prepare_step,
             hold=self._hold,
             discard=self._discard,
@@ -238,7 +240,6 @@ class PrivacyEngine:
             self._binding.restore()
             self._binding = None
         self._watch.remove()
-        self.model.__dict__.pop(_ENGINE, None)
 
     def loader(
         self, dataset: Any, *, max_physical_batch_size: int | None = None, **dataloader_kwargs: Any
@@ -288,7 +289,7 @@ class PrivacyEngine:
     def _new_recording(self, recording: Recording) -> None:
         self._collect()
         part = self._loader.current if self._loader is not None else None
-        self._batches.append(_Batch(recording.tape, part))
+        recording.tape.on_first_gradient = lambda tape: self._fired.append(_Batch(tape, part))
 
     def _new_part(self, part: PhysicalBatch) -> None:
         if part.index == 0:
@@ -296,11 +297,12 @@ class PrivacyEngine:
 
     def _collect(self) -> None:
         """Clip what the backwards since the last call left on the tapes and add it up."""
-        fired = [b for b in self._batches if b.tape.fired]
-        self._batches = []
+        fired, self._fired = self._fired, []
         if not fired:
             return
         if len(fired) > 1:
+            for batch in fired:
+                batch.tape.close()
             raise PrivacyError(
                 f"{len(fired)} forward passes of the model went into one backward. If they are on "
                 "the same examples, make them in one forward of a wrapping module, so that an "
@@ -314,7 +316,7 @@ class PrivacyEngine:
         c = c * (weights > 0)
         clipped = tape.clipped_sum(c * weights)
         self._norms.append(torch.stack([norms, c])[:, weights > 0].detach())
-        tape.clear()
+        tape.close()
         self._pending = _add(self._pending, clipped)
 
     def _weights(self, tape: Tape, part: PhysicalBatch | None) -> Tensor:
@@ -352,7 +354,8 @@ class PrivacyEngine:
         if place in self._seen or place in self._pending_places:
             raise PrivacyError(
                 "two backwards were made through the model on one batch: each example would count "
-                "twice. Add the losses and call backward() once."
+                "twice. Add the losses and call backward() once, or call optimizer.zero_grad() between "
+                "them to drop the first."
             )
         self._pending_places.add(place)
         if part.padding:
@@ -400,7 +403,7 @@ class PrivacyEngine:
         divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
         with torch.no_grad():
             for name, p in self._parameters.items():
-                p.grad = noisy.values[name].div(divisor).to(p.dtype)
+                p.grad = noisy.values[name].div_(divisor).to(p.dtype)
         return True
 
     def _refuse(self) -> bool:
@@ -421,7 +424,9 @@ class PrivacyEngine:
         """``zero_grad``: drop what was not stepped."""
         self._pending = None
         self._pending_places = set()
-        self._batches = []
+        for batch in self._fired:
+            batch.tape.close()
+        self._fired = []
 
     def _drop_logical_batch(self) -> None:
         """A logical batch that was left half done is drawn again: nothing of it may remain."""
@@ -495,17 +500,13 @@ class PrivacyEngine:
             )
         steps = state["steps_done"]
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ConfigurationError(f"the checkpoint has steps_done={steps!r}, not a number of steps.")
+            raise ConfigurationError(
+                f"the checkpoint has steps_done={steps!r}, not a number of steps."
+            )
         key = RootKey.restore(state["key"])
         self.steps_done = steps
         self.sampling_run = Counter(state["sampling_run"])
         self._key = key
-
-
-def _started(engine: weakref.ref[PrivacyEngine], recording: Recording) -> None:
-    alive = engine()
-    if alive is not None:
-        alive._new_recording(recording)
 
 
 def _add(total: dict[str, Tensor] | None, more: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -54,10 +54,10 @@ def one_of(name: str, value: object, valid: Iterable[str]) -> str:
     Example:
         >>> one_of("clipping_fn", "abadi", ["abadi", "automatic"])
         'abadi'
-        >>> one_of("clipping_fn", "abbadi", ["abadi", "automatic"])
+        >>> one_of("style", "flatt", ["flat", "layer"])
         Traceback (most recent call last):
         ...
-        dptorch.errors.ConfigurationError: clipping_fn='abbadi' is not known. Valid: 'abadi', 'automatic'. Did you mean 'abadi'?
+        dptorch.errors.ConfigurationError: style='flatt' is not known. Valid: 'flat', 'layer'. Did you mean 'flat'?
     """
     names = list(valid)
     if isinstance(value, str) and value in names:

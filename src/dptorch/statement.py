@@ -122,7 +122,11 @@ class Statement:
             "Released and covered: the model's parameters after every step, and anything computed "
             "from them.",
             "Treated as public: every number in the plan"
-            + (f", the number of records ({plan.sample_size}) included." if plan.sample_size else "."),
+            + (
+                f", the number of records ({plan.sample_size}) included."
+                if plan.sample_size
+                else "."
+            ),
             "Not covered:",
             *(f"  - {item}" for item in NOT_COVERED),
             "",

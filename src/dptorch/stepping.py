@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dptorch.errors import ConfigurationError
@@ -26,7 +26,6 @@ class OptimizerBinding:
 
     Args:
         optimizer: any torch.optim optimizer.
-        model: its ``zero_grad`` also discards.
         prepare: called when a step is due, after the closure ran; fills ``.grad`` with noisy
             gradients and returns True, or returns False if the logical batch is not complete.
         hold: called by ``virtual_step``.
@@ -37,7 +36,6 @@ class OptimizerBinding:
     def __init__(
         self,
         optimizer: Optimizer,
-        model: nn.Module,
         *,
         prepare: Callable[[], bool],
         hold: Callable[[], None],
@@ -50,13 +48,11 @@ class OptimizerBinding:
                 "make a new optimizer."
             )
         self.optimizer = optimizer
-        self.model = model
         self._prepare = prepare
         self._discard = discard
         self._attached = True
         self._step = optimizer.step
         self._zero_grad = optimizer.zero_grad
-        self._model_zero_grad = model.zero_grad
         self._own = {name: optimizer.__dict__.get(name) for name in ("step", "zero_grad")}
 
         # Learning-rate schedulers take the function out of the method and bind it to the optimizer
@@ -64,13 +60,14 @@ class OptimizerBinding:
         def step(_: Optimizer, closure: Closure | None = None) -> Any:
             return self._private_step(closure)
 
+        # The mark by which a scheduler made before knows that its own wrapper is still called.
+        step.__dict__.update(getattr(self._step, "__func__", self._step).__dict__)
         self._methods = {
-            (optimizer, "step"): types.MethodType(step, optimizer),
-            (optimizer, "zero_grad"): self._private_zero_grad,
-            (model, "zero_grad"): self._private_model_zero_grad,
+            "step": types.MethodType(step, optimizer),
+            "zero_grad": self._private_zero_grad,
         }
-        for (target, name), method in self._methods.items():
-            setattr(target, name, method)
+        for name, method in self._methods.items():
+            setattr(optimizer, name, method)
         optimizer.virtual_step = hold  # type: ignore[attr-defined]
         optimizer.privacy_engine = owner  # type: ignore[attr-defined]
 
@@ -111,21 +108,15 @@ class OptimizerBinding:
             self._discard()
         self._zero_grad(set_to_none)
 
-    def _private_model_zero_grad(self, set_to_none: bool = True) -> None:
-        if self._attached:
-            self._discard()
-        self._model_zero_grad(set_to_none)
-
     def restore(self) -> None:
-        """Give the optimizer and the model their own methods back."""
+        """Give the optimizer its own methods back."""
         self._attached = False
-        for (target, name), method in self._methods.items():
+        for name, method in self._methods.items():
             # Where something has wrapped our method since, it stays and passes through.
-            if target.__dict__.get(name) is method:
-                del target.__dict__[name]
-                own = self._own.get(name) if target is self.optimizer else None
-                if own is not None:
-                    setattr(target, name, own)
+            if self.optimizer.__dict__.get(name) is method:
+                del self.optimizer.__dict__[name]
+                if self._own[name] is not None:
+                    setattr(self.optimizer, name, self._own[name])
         for name in ("virtual_step", "privacy_engine"):
             self.optimizer.__dict__.pop(name, None)
 

@@ -30,12 +30,16 @@ from dptorch.accounting.dominating import Array, Direction, largest_loss, log_ra
 from dptorch.accounting.events import SampledGaussian
 from dptorch.errors import PrivacyError
 
-__all__ = ["contour_delta", "contour_epsilon", "log_mgf", "moments_bound", "negligible_tail", "saddle"]
+__all__ = ["Unsettled", "contour_delta", "contour_epsilon", "log_mgf", "moments_bound", "negligible_tail", "saddle"]
 
 _TOLERANCE = 1e-8  # relative, in δ, between a rule and its coarser check
 _LOG_SMALLEST = -740.0  # below e^-740 a float64 δ is 0
 _NEGLIGIBLE = 44.0  # e^-44 is below one rounding of the largest term
-_WORK_LIMIT = 4e9  # points in x times points in y: about half a minute
+_WORK_LIMIT = 2e8  # points in x times points in y: about a second
+
+
+class Unsettled(PrivacyError):
+    """The quadrature did not pass its own checks within the work limit."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def contour_delta(
         Relative error about 1e-9, by the checks above; not certified by a theorem.
 
     Raises:
-        PrivacyError: the checks do not pass within the work limit.
+        Unsettled: the checks do not pass within the work limit.
 
     Example:
         >>> event = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
@@ -154,9 +158,7 @@ def contour_epsilon(
         if abs(epsilon - previous) < max(1e-3 / line.t, 1e-12):
             return epsilon
         t, _ = saddle(events, direction, epsilon, tail, start=line.t)
-    raise PrivacyError(
-        f"the contour integral for δ={delta} did not settle after 30 rounds; use accountant='pld'."
-    )
+    raise Unsettled(f"the contour integral for delta={delta} did not settle in 30 rounds")
 
 
 def _newton(line: _Line, epsilon: float, target: float) -> float:
@@ -328,10 +330,7 @@ def _event_log_mgf(
 
     weights, losses, base, top = _grid(event, direction, t, step * (count - 1), tail)
     if weights.size * count > _WORK_LIMIT:
-        raise PrivacyError(
-            f"the contour integral does not settle for {event} at this ε and δ within its work "
-            "limit; use accountant='pld'."
-        )
+        raise Unsettled(f"the contour integral does not settle for {event}")
     sums = _powers(weights, losses, step, count)
     if top > 0:
         return event.steps * (np.log(sums) + top)

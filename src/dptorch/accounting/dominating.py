@@ -92,15 +92,15 @@ def largest_loss(events: Sequence[SampledGaussian], direction: Direction) -> flo
     return -sum(event.steps * math.log1p(-event.sample_rate) for event in events)
 
 
-def gaussian_mu(events: Sequence[SampledGaussian], adjacency: Adjacency) -> float:
+def gaussian_mu(events: Sequence[SampledGaussian], direction: Direction) -> float:
     """μ of the Gaussian mechanism that `events` (all with sample_rate 1) compose to, exactly.
 
     Example:
-        >>> gaussian_mu([SampledGaussian(10.0, 1.0, 100)], Adjacency.ADD_REMOVE)
+        >>> gaussian_mu([SampledGaussian(10.0, 1.0, 100)], "remove")
         1.0
     """
     precision = math.fsum(event.steps / event.noise_multiplier**2 for event in events)
-    return adjacency.sensitivity_factor * math.sqrt(precision)
+    return (2.0 if direction == "replace" else 1.0) * math.sqrt(precision)
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:

@@ -92,9 +92,9 @@ class KeystreamNormals:
         np.subtract(signed, rest, out=radius)  # u
         np.add(rest, number(1.0), out=rest)
         np.subtract(rest, signed, out=rest)  # 1 - u, exact where u was rounded
-        # -log(u) as -log(u) / (1 - u) * rest, in which the rounding of u cancels (W. Kahan; see
-        # Higham 2002, Accuracy and Stability of Numerical Algorithms, section 1.14.1). If u was
-        # rounded to 1, the two small terms make the quotient 1.
+        # -log(u) as -log(u) / (1 - u) * rest, in which the rounding of u cancels (Kahan's log1p; D.
+        # Goldberg 1991, What Every Computer Scientist Should Know About Floating-Point Arithmetic,
+        # theorem 4). If u was rounded to 1, the two small terms make the quotient 1.
         np.subtract(number(1.0), radius, out=signed)
         np.add(signed, number(_OFF_ZERO), out=signed)
         np.log(radius, out=radius)

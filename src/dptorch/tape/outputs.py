@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dptorch.errors import ConfigurationError
 from dptorch.tape.calls import each_tensor
 from dptorch.tape.invisible import visible
 from dptorch.tape.provenance import Mixed, Reduced, Tag
@@ -37,19 +38,30 @@ class RecordedTensor(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        recording = next(
-            (
-                r
-                for t in each_tensor(args, kwargs)
-                if (r := getattr(t, _RECORDING, None)) is not None
-            ),
-            None,
-        )
+        recorded = [t for t in each_tensor(args, kwargs) if hasattr(t, _RECORDING)]
         with torch._C.DisableTorchFunctionSubclass():
-            if recording is None:
+            if not recorded:
                 return func(*args, **kwargs)
+            recording: Recording = getattr(recorded[0], _RECORDING)
+            for t in recorded[1:]:
+                _adopt(t, recording)
             with visible():
                 return promote(recording.handle(func, args, kwargs), recording)
+
+
+def _adopt(t: Tensor, recording: Recording) -> None:
+    """Follow another model's output (a generator's, say) in this recording too."""
+    other: Recording = getattr(t, _RECORDING)
+    state = other.state(t)
+    if other is recording or state is None:
+        return
+    if isinstance(state, Tag) and other.batch_size != recording.batch_size:
+        raise ConfigurationError(
+            f"outputs for {other.batch_size} and for {recording.batch_size} examples meet in one "
+            "loss. Compute a loss for each forward pass, and call backward() on each."
+        )
+    recording.mark(t, state)
+    setattr(t, _RECORDING, recording)
 
 
 def promote(value: Any, recording: Recording) -> Any:
@@ -60,7 +72,10 @@ def promote(value: Any, recording: Recording) -> Any:
 def _promote_one(t: Any, recording: Recording) -> Any:
     if not isinstance(t, Tensor) or isinstance(t, torch.nn.Parameter) or not t.requires_grad:
         return t
-    if isinstance(recording.state(t), (Tag, Reduced, Mixed)) and type(t) in (Tensor, RecordedTensor):
+    if isinstance(recording.state(t), (Tag, Reduced, Mixed)) and type(t) in (
+        Tensor,
+        RecordedTensor,
+    ):
         t.__class__ = RecordedTensor
         setattr(t, _RECORDING, recording)
     return t

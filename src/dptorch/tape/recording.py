@@ -288,7 +288,8 @@ class Recording(TorchFunctionMode):
             f"{self.module_path()}: '{name}' uses a tensor of shape {tuple(t.shape)} that requires "
             f"grad ({t.grad_fn}) and was not computed in this forward pass from the inputs or the "
             "parameters seen so far. If it is a cached value, compute it in forward; if it is an "
-            "input, pass it as an argument of the model; if it is a constant, detach it."
+            "input, pass it as an argument of the model; if it is a constant, detach it; if it is a "
+            "penalty on the parameters, use the optimizer's weight_decay."
         )
 
     def _mark_param_only(

@@ -5,7 +5,7 @@ Shape legend: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -50,6 +50,8 @@ class Tape:
         self.batch_size = 0
         self.uses: dict[int, int] = {}
         self.fired = False
+        self.closed = False
+        self.on_first_gradient: Callable[[Tape], None] | None = None
         self.loss_weight: float | None = None
         self.per_example_loss = False
         self.guard: ParameterGuard | None = None
@@ -61,8 +63,21 @@ class Tape:
     # -- filled by the recording ------------------------------------------------------------------
 
     def add(self, parameter: Tensor, form: PerExampleGradient) -> None:
-        """Add one site's gradient of a parameter or a param-only tensor."""
-        self.fired = True
+        """Add one site's gradient of a parameter or a param-only tensor.
+
+        Raises:
+            PrivacyError: after `close`.
+        """
+        if self.closed:
+            raise PrivacyError(
+                "a second backward went through a forward pass whose gradients have been clipped "
+                "already: its examples would count twice. Add the losses and call backward() once, "
+                "or run the model again."
+            )
+        if not self.fired:
+            self.fired = True
+            if self.on_first_gradient is not None:
+                self.on_first_gradient(self)
         if self.guard is not None:
             self.guard.tape_fired()
         key = id(parameter)
@@ -204,10 +219,10 @@ class Tape:
                 result[name] = p.detach().new_zeros(self.batch_size, *p.shape)
         return result
 
-    def clear(self) -> None:
-        """Free everything; the tape is then as if no gradient had reached it."""
+    def close(self) -> None:
+        """Free everything and accept no more gradients."""
         self._forms.clear()
         self._squared.clear()
         self._intermediate.clear()
         self.fired = False
-        self._resolved = False
+        self.closed = True

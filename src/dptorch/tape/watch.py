@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dptorch.tape.batch import BatchDims, input_tagger
+from dptorch.tape.batch import BatchDims, map_batched
 from dptorch.tape.guard import ParameterGuard
 from dptorch.tape.invisible import visible
 from dptorch.tape.outputs import promote
 from dptorch.tape.recording import Recording
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "watch_on"]
 
 
 class Watch:
@@ -45,7 +45,7 @@ class Watch:
         self._first_inputs = first_inputs
         self._paused = False
         self._open: tuple[Recording, ExitStack] | None = None
-        self._tag = input_tagger(lambda: self._open[0] if self._open else None, batch_dims)
+        self._batch_dims = batch_dims
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -68,32 +68,49 @@ class Watch:
         self._handles.clear()
         self.guard.remove()
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles of the model are ordinary models: their hooks do nothing."""
+        return _unwatched, ()
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._paused or self._open is not None or not torch.is_grad_enabled():
             return None
+        recording = Recording(self.model, self.parameters)
+        recording.tape.guard = self.guard
+        tagged = map_batched(recording.tag_batch, module, args, kwargs, self._batch_dims)
         if self._first_inputs is not None:
             with self.paused():
                 done = self._first_inputs(args, kwargs)
             if done:
                 self._first_inputs = None
-        recording = Recording(self.model, self.parameters)
-        recording.tape.guard = self.guard
         self._on_recording(recording)
         stack = ExitStack()
-        self._open = recording, stack
-        try:
-            tagged = self._tag(module, args, kwargs)
-        except BaseException:
-            self._open = None
-            raise
         stack.enter_context(visible())
         stack.enter_context(recording)
+        self._open = recording, stack
         return tagged
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._open is None:
+        if self._open is None or self._paused:
             return None
         recording, stack = self._open
         self._open = None
         stack.close()
         return promote(output, recording)
+
+
+def watch_on(model: nn.Module) -> Watch | None:
+    """The watch whose hooks are on `model`, if there is one."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Watch) and owner.parameters:
+            return owner
+    return None
+
+
+def _unwatched() -> Watch:
+    watch = Watch.__new__(Watch)
+    watch.parameters = {}
+    watch._paused = True
+    watch._open = None
+    return watch

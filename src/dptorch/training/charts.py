@@ -96,7 +96,8 @@ def _line(axes: Any, points: Points, color: str, label: str) -> None:
     axes.annotate(
         label.format(y[-1]),
         (x[-1], y[-1]),
-        xytext=(0, -16),
+        # below a rising line, above a falling one, so that it stands clear of both
+        xytext=(0, -20 if y[-1] >= y[0] else 9),
         textcoords="offset points",
         ha="right",
         color=color,

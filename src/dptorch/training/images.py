@@ -148,4 +148,4 @@ def hog(images_NHW: Tensor, *, cell: int = 7, bins: int = 12, clip: float = 0.2)
 
     features = unit(unit(blocks).clamp_max(clip)).flatten(1)
     features = features - features.mean(1, keepdim=True)
-    return features / features.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    return features / features.square().sum(1, keepdim=True).sqrt().clamp_min(1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,17 @@ from dptorch.training.data import ReadOptions, TrainTest, load_data
 from dptorch.training.models import build_model
 
 __all__ = ["Job", "Setup", "prepare"]
+
+_FOR_THE_ENGINE = (
+    "sample_rate",
+    "epochs",
+    "target_epsilon",
+    "noise_multiplier",
+    "target_delta",
+    "max_grad_norm",
+    "clipping_fn",
+    "accountant",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Job:
 
     recipe: str | None = None
     data: str | None = None
-    reading: ReadOptions = ReadOptions()
+    reading: ReadOptions = field(default_factory=ReadOptions)
     model: str | None = None
     pretrained: bool = False
     epochs: float | None = None
@@ -126,19 +137,9 @@ def prepare(job: Job) -> Setup:
     model = build_model(
         job.model, data.input_shape, len(data.classes), pretrained=job.pretrained
     ).to(device)
+    settings = {name: getattr(job, name) for name in _FOR_THE_ENGINE}
     engine = PrivacyEngine(
-        model,
-        sample_rate=job.sample_rate,
-        sample_size=data.sizes[0],
-        epochs=job.epochs,
-        target_epsilon=job.target_epsilon,
-        noise_multiplier=job.noise_multiplier,
-        target_delta=job.target_delta,
-        max_grad_norm=job.max_grad_norm,
-        clipping_fn=job.clipping_fn,
-        accountant=job.accountant,
-        loss_reduction="mean",
-        seed=job.seed,
+        model, sample_size=data.sizes[0], loss_reduction="mean", seed=job.seed, **settings
     )
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
@@ -158,7 +159,9 @@ def _refuse_contradictions(job: Job) -> None:
     for first, second, why in pairs:
         a, b = getattr(job, first), getattr(job, second)
         if a is not None and b is not None:
-            options = (f"--{name.removeprefix('target_').replace('_', '-')}" for name in (first, second))
+            options = (
+                f"--{name.removeprefix('target_').replace('_', '-')}" for name in (first, second)
+            )
             left, right = options
             raise ConfigurationError(f"{left} {a} and {right} {b} exclude each other: {why}.")
     for name in ("epochs", "learning_rate", "max_physical_batch_size"):
@@ -169,9 +172,7 @@ def _refuse_contradictions(job: Job) -> None:
         raise ConfigurationError(f"momentum={job.momentum}: expected a number in [0, 1)")
 
 
-def _decide(
-    job: Job, model: str, suggested: recipes.Hyperparameters, *, sample_size: int
-) -> Job:
+def _decide(job: Job, model: str, suggested: recipes.Hyperparameters, *, sample_size: int) -> Job:
     """Fill in what was left open."""
     rate = job.sample_rate
     if job.batch_size is not None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from dptorch.errors import DataError
 from dptorch.training.data import Example, TrainTest
 from dptorch.training.job import Setup
-from dptorch.training.report import write_report
+from dptorch.training.report import missing_packages, write_report
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 
 __all__ = ["Observer", "Outcome", "Silent", "evaluate", "train"]
@@ -75,13 +75,13 @@ class StopOnSignal:
     """Turns the first Ctrl-C (or SIGTERM) into a request; the second one interrupts as usual.
 
     An optimizer step cut in half would have changed parameters without being counted, so the loop
-    looks at `requested` between batches instead.
+    looks at `requested()` between batches instead.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -100,9 +100,13 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self._requested = True
+
+    def requested(self) -> bool:
+        """Whether to stop at the next chance."""
+        return self._requested
 
 
 def train(
@@ -158,22 +162,22 @@ def train(
     )
     steps_per_epoch = max(1, round(1 / plan.sample_rate))
     with StopOnSignal() as stop:
-        while engine.steps_done < plan.steps and not stop.requested:
+        while engine.steps_done < plan.steps and not stop.requested():
             stats = _EpochStats()
             setup.model.train()
             for x, y in loader:
-                if stop.requested:
+                if stop.requested():
                     break
                 x, y = x.to(setup.device), y.to(setup.device)
                 steps_before = engine.steps_done
                 loss = F.cross_entropy(setup.model(x), y)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 setup.optimizer.step()
                 setup.optimizer.zero_grad()
                 stats.add_batch(float(loss.detach()), len(y))
                 if engine.steps_done > steps_before:
                     observer.stepped(engine.steps_done, stats.end_step(engine.diagnostics))
-            if stats.steps or not stop.requested:
+            if stats.steps or not stop.requested():
                 epoch = engine.steps_done / steps_per_epoch
                 measured = stats.row() if setup.job.diagnostics else {}
                 rows.append(_row(setup, epoch, seconds(), measured))
@@ -315,8 +319,8 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
     statement = setup.engine.statement()
     n_test = setup.data.sizes[1]
     test_note = (
-        f"Test accuracy was measured exactly, on {n_test} examples that no step drew. The guarantee "
-        f"is for the training examples; it does not cover those {n_test}.\n"
+        f"Test accuracy was measured exactly, on {n_test} examples that no step drew. The "
+        f"guarantee is for the training examples; it does not cover those {n_test}.\n"
     )
     folder.write("statement.txt", f"{statement}\n{test_note}")
     folder.write_metrics(rows)
@@ -330,7 +334,8 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
     about["result"] = {k: v for k, v in rows[-1].items() if not k.startswith(NOT_PRIVATE)}
     about["statement"] = statement.to_dict()
     folder.write_json("run.json", about)
-    write_report(folder)
+    if not missing_packages():
+        write_report(folder)
 
 
 def spent_and_tested(outcome: Outcome) -> str:

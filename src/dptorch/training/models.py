@@ -224,6 +224,7 @@ def _imported_model(module: str, attribute: str, input_shape: Shape, num_classes
     model = factory(**{k: v for k, v in offered.items() if k in known})
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
-            f"--model {module}:{attribute} returned a {type(model).__name__}; expected an nn.Module."
+            f"--model {module}:{attribute} returned a {type(model).__name__}; expected an "
+            f"nn.Module."
         )
     return model

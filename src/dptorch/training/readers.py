@@ -174,8 +174,8 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
     for name, labels in zip((train_y, "y_test"), label_arrays, strict=False):
         if labels.ndim != 1 or labels.dtype.kind not in "biufUS":
             raise DataError(
-                f"{path}: array {name!r} has shape {labels.shape} and type {labels.dtype}; expected "
-                f"one class per example, shape (N,)"
+                f"{path}: array {name!r} has shape {labels.shape} and type {labels.dtype}; "
+                f"expected one class per example, shape (N,)"
             )
     codes, classes = encode_labels(np.concatenate(label_arrays).tolist(), f"{path}: {train_y}")
     _same_length(path, train_x, inputs, train_y, label_arrays[0])
@@ -246,9 +246,7 @@ def read_csv(path: Path, options: ReadOptions) -> TrainTest:
         if not row:
             continue
         if len(row) != len(header):
-            raise DataError(
-                f"{path}, line {line}: {len(row)} fields; the header has {len(header)}"
-            )
+            raise DataError(f"{path}, line {line}: {len(row)} fields; the header has {len(header)}")
         if not row[label_at].strip():
             raise DataError(f"{path}, line {line}: the label column {options.label!r} is empty")
         labels.append(row[label_at].strip())
@@ -322,8 +320,8 @@ def read_parquet(path: Path, options: ReadOptions) -> TrainTest:
         kind = column.type
         if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
             raise DataError(
-                f"{path}, row 0, column {name!r}: type {kind} is not a number. Encode it as numbers "
-                f"first."
+                f"{path}, row 0, column {name!r}: type {kind} is not a number. Encode it as "
+                f"numbers first."
             )
         array = np.asarray(column.to_numpy())
         _refuse_nonfinite(array, f"{path}, column {name!r}")

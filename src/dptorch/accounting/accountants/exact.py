@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dptorch.accounting import dominating
 from dptorch.accounting.accountants.protocol import (
     check_delta,
     check_epsilon,
@@ -13,7 +12,8 @@ from dptorch.accounting.accountants.protocol import (
     without_noise,
 )
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.contour import contour_delta, contour_epsilon
+from dptorch.accounting.composition import composed_delta, composed_epsilon
+from dptorch.accounting.dominating import directions
 from dptorch.accounting.events import Event, History, SampledGaussian
 
 __all__ = ["ExactAccountant"]
@@ -23,8 +23,9 @@ __all__ = ["ExactAccountant"]
 class ExactAccountant:
     """ε and δ to about nine digits in milliseconds: for planning and calibration.
 
-    One step and sample_rate = 1 have closed forms (`dominating`); everything else, mixtures
-    included, is a contour integral (`contour`). Each direction of add/remove is composed alone.
+    One step and sample_rate = 1 have closed forms (`dominating`); nearly everything else, mixtures
+    included, is a contour integral (`contour`; `composition` chooses). Each direction of add/remove
+    is composed alone.
 
     `is_upper_bound` is False: the quadrature's error is checked at run time and far below 1e-6 in ε,
     but no theorem certifies its sign. State the number of "pld" where a bound is needed.
@@ -58,13 +59,9 @@ class ExactAccountant:
             return 0.0
         if without_noise(events):
             return math.inf
-        if all(event.sample_rate == 1 for event in events):
-            return dominating.gaussian_epsilon(delta, dominating.gaussian_mu(events, relation))
-        if sum(event.steps for event in events) == 1:
-            return self._one_step_epsilon(events[0], delta, relation)
         epsilon = 0.0
-        for direction in dominating.directions(relation):
-            epsilon = contour_epsilon(events, direction, delta, floor=epsilon)
+        for direction in directions(relation):
+            epsilon = composed_epsilon(events, direction, delta, floor=epsilon)
         return epsilon
 
     def delta(
@@ -81,26 +78,7 @@ class ExactAccountant:
             return 0.0
         if without_noise(events):
             return 1.0
-        if all(event.sample_rate == 1 for event in events):
-            return dominating.gaussian_delta(epsilon, dominating.gaussian_mu(events, relation))
-        one_step = sum(event.steps for event in events) == 1
         delta = 0.0
-        for direction in dominating.directions(relation):
-            if one_step:
-                delta = max(delta, dominating.one_step_delta(events[0], epsilon, direction))
-            else:
-                delta = contour_delta(events, direction, epsilon, floor=delta)
+        for direction in directions(relation):
+            delta = composed_delta(events, direction, epsilon, floor=delta)
         return delta
-
-    def _one_step_epsilon(
-        self, event: SampledGaussian, delta: float, relation: Adjacency
-    ) -> float:
-        def delta_at(epsilon: float) -> float:
-            return max(
-                dominating.one_step_delta(event, epsilon, direction)
-                for direction in dominating.directions(relation)
-            )
-
-        if delta_at(0.0) <= delta:
-            return 0.0
-        return dominating.falling_root(delta_at, delta, 1.0)

@@ -14,33 +14,35 @@ from dptorch.accounting.accountants.protocol import (
     without_noise,
 )
 from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.composition import composed_delta, composed_epsilon
 from dptorch.accounting.dominating import Direction, directions
 from dptorch.accounting.events import Event, History, SampledGaussian
 
 __all__ = ["PLDAccountant"]
 
-_LONGEST_GRID = 2e-3
-_LARGEST_WINDOW = 2**23
+_LARGEST_WINDOW = 2**22
 
 
 @dataclass(frozen=True)
 class PLDAccountant:
     """An upper bound on ε, tight to `tolerance`: the number to state.
 
-    Each step's privacy loss is put on a grid by Google's `dp-accounting`, which rounds it so that
-    δ(ε) only grows ("connect the dots": Doroshenko et al. 2022, arXiv:2207.04380, Theorem 3.3); the
-    steps are composed by tilted FFTs (`tilted`). The excess of ε grows as interval² · steps, with
-    a factor of at most 1.6 over the published settings, so interval = sqrt(tolerance / (1.6 steps)).
+    Each step's privacy loss is put on a grid by the rule of Google's `dp-accounting`, which rounds
+    it so that δ(ε) only grows ("connect the dots": Doroshenko et al. 2022, arXiv:2207.04380); the
+    steps are composed by tilted FFTs (`tilted`). The excess of ε grows as interval² · steps, with a
+    factor of at most 1.6 over published settings, so the grid starts at interval =
+    sqrt(tolerance / (1.6 steps)); it is refined where that is not fine enough (small losses).
+
+    Why not `dp-accounting`'s own composition: its plain FFT has absolute errors of about steps ·
+    1e-16 in δ. At δ = 1.1e-10 and 1e5 steps its ε is 9e-3 too large at this interval. Elsewhere the
+    two agree to 1e-6, which a test holds.
 
     Guarantees:
         ε and δ are at least the true ones: discretisation, cut-off tails and a margin for the
-        rounding of the FFT all err upwards. (`dp-accounting`'s own composition carries absolute
-        errors of steps · 1e-16: at δ = 1e-10 and 1e5 steps its ε is off by up to 1e-2, and not
-        always upwards.)
+        rounding of the FFT all err upwards.
 
     Attributes:
-        tolerance: wanted excess of ε over the exact value. Runs with a very large ε get a coarser
-            grid, hence a larger excess, so that memory stays bounded.
+        tolerance: wanted excess of ε over the exact value, up to ε = 10; above, it grows with ε.
 
     Example:
         >>> run = [SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)]
@@ -78,10 +80,8 @@ class PLDAccountant:
             bound = contour.moments_bound(events, direction, target - 1e-9, tail)[1]
             if bound <= epsilon:
                 continue
-            # The tilt only decides how tight the bound is, so an uncertified ε may choose it.
-            near = contour.contour_epsilon(events, direction, delta, floor=epsilon)
-            loss = self._loss(events, direction, near, tail)
-            epsilon = max(epsilon, loss.epsilon(delta))
+            near = composed_epsilon(events, direction, delta, floor=epsilon)
+            epsilon = max(epsilon, self._loss(events, direction, near, delta).epsilon(delta))
         return epsilon
 
     def delta(
@@ -100,32 +100,36 @@ class PLDAccountant:
             return 1.0
         delta = 0.0
         for direction in directions(relation):
-            near = contour.contour_delta(events, direction, epsilon, floor=delta)
-            tail = contour.negligible_tail(events, math.log(max(near, 1e-300)))
+            near = composed_delta(events, direction, epsilon, floor=delta)
+            if near <= 0:
+                near = 1e-300
+            tail = contour.negligible_tail(events, math.log(near))
             bound = contour.saddle(events, direction, epsilon, tail)[1]
             if bound < math.log(max(delta, 1e-300)) - 1e-9:
                 continue
-            delta = max(delta, self._loss(events, direction, epsilon, tail).delta(epsilon))
+            delta = max(delta, self._loss(events, direction, epsilon, near).delta(epsilon))
         return delta
 
     def _loss(
-        self,
-        events: tuple[SampledGaussian, ...],
-        direction: Direction,
-        epsilon: float,
-        tail: float,
+        self, events: tuple[SampledGaussian, ...], direction: Direction, epsilon: float, delta: float
     ) -> tilted.LossTail:
-        tilt, _ = contour.saddle(events, direction, epsilon, tail)
-        # Rounded, so that asking for ε and then for δ at that ε composes once.
-        tilt = float(f"{tilt:.2e}")
-        return _composed(events, direction, self._interval(events, direction), tilt, tail)
+        """The composed loss, on a grid fine enough around the (uncertified) point (ε, δ).
 
-    def _interval(self, events: tuple[SampledGaussian, ...], direction: Direction) -> float:
+        That point decides only how tight the bound is, never whether it is one.
+        """
+        tail = contour.negligible_tail(events, math.log(delta))
+        # Rounded, so that asking for ε and then for δ at that ε composes once.
+        tilt = float(f"{contour.saddle(events, direction, epsilon, tail)[0]:.2e}")
         steps = sum(event.steps for event in events)
-        wanted = min(_LONGEST_GRID, math.sqrt(self.tolerance / (1.6 * steps)))
-        mean_gap = [contour.log_mgf([event], direction, 1e-4) / 1e-4 for event in events]
-        width = 30.0 * math.sqrt(2 * max(sum(mean_gap), 1e-30)) + 60.0
-        return max(wanted, width / _LARGEST_WINDOW)
+        tolerance = self.tolerance * max(1.0, epsilon / 10)
+        interval = math.sqrt(tolerance / (1.6 * max(steps, 100)))
+        while True:
+            loss = _composed(events, direction, interval, tilt, tail)
+            # An excess of e^{t · tolerance} in δ is one of `tolerance` in ε.
+            excess = math.log(max(loss.delta(epsilon), 1e-300) / delta) / tilt
+            if excess <= tolerance or loss.losses.size > _LARGEST_WINDOW:
+                return loss
+            interval *= 0.5 if excess < 2 * tolerance else 0.2
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,129 @@
+"""δ(ε) and ε(δ) of a composition in one direction, by whichever method is accurate there.
+
+* sample_rate 1 throughout: the Gaussian's closed form;
+* one step: the closed form of amplification by sampling;
+* otherwise the contour integral;
+* where that does not settle (few steps at a tiny rate: nearly all of the loss sits at one point),
+  the discretised loss at two grid intervals, extrapolated to interval 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dptorch.accounting import contour, tilted
+from dptorch.accounting.dominating import (
+    Direction,
+    falling_root,
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_mu,
+    largest_loss,
+    log_ratios,
+    one_step_delta,
+)
+from dptorch.accounting.events import SampledGaussian
+
+__all__ = ["composed_delta", "composed_epsilon"]
+
+_FINE_GRID = 2**18
+
+
+def composed_delta(
+    events: Sequence[SampledGaussian], direction: Direction, epsilon: float, floor: float = 0.0
+) -> float:
+    """δ(ε) of `events` (grouped, with noise), or `floor` where that is larger.
+
+    Example:
+        >>> event = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
+        >>> f"{composed_delta([event], 'remove', 1.8282367):.4e}"
+        '1.0000e-05'
+    """
+    if all(event.sample_rate == 1 for event in events):
+        return max(floor, gaussian_delta(epsilon, gaussian_mu(events, direction)))
+    if sum(event.steps for event in events) == 1:
+        return max(floor, one_step_delta(events[0], epsilon, direction))
+    try:
+        return contour.contour_delta(events, direction, epsilon, floor)
+    except contour.Unsettled:
+        return max(floor, _extrapolated_delta(events, direction, epsilon))
+
+
+def composed_epsilon(
+    events: Sequence[SampledGaussian], direction: Direction, delta: float, floor: float = 0.0
+) -> float:
+    """The ε at which δ(ε) is `delta`, or `floor` where that is larger.
+
+    Example:
+        >>> event = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
+        >>> round(composed_epsilon([event], "remove", 1e-5), 7)
+        1.8282367
+    """
+    if all(event.sample_rate == 1 for event in events):
+        return max(floor, gaussian_epsilon(delta, gaussian_mu(events, direction)))
+    if sum(event.steps for event in events) == 1:
+        if one_step_delta(events[0], floor, direction) <= delta:
+            return floor
+        return falling_root(lambda e: one_step_delta(events[0], e, direction), delta, floor + 1.0)
+    try:
+        return contour.contour_epsilon(events, direction, delta, floor)
+    except contour.Unsettled:
+        return max(floor, _extrapolated_epsilon(events, direction, delta))
+
+
+def _extrapolated_delta(
+    events: Sequence[SampledGaussian], direction: Direction, epsilon: float
+) -> float:
+    if epsilon >= largest_loss(events, direction):
+        return 0.0
+    tail = contour.negligible_tail(events, -80.0)
+    coarse, fine = _two_grids(events, direction, epsilon, tail)
+    return _extrapolate(coarse.delta(epsilon), fine.delta(epsilon))
+
+
+def _extrapolated_epsilon(
+    events: Sequence[SampledGaussian], direction: Direction, delta: float
+) -> float:
+    target = math.log(delta)
+    tail = contour.negligible_tail(events, target)
+    _, epsilon = contour.moments_bound(events, direction, target, tail)
+    for _ in range(4):
+        coarse, fine = _two_grids(events, direction, max(epsilon, 0.0), tail)
+        previous = epsilon
+        epsilon = fine.epsilon(delta) + (fine.epsilon(delta) - coarse.epsilon(delta)) / 3
+        # A tilt for a nearby ε is as good: the slack of `tilted` is then far below δ.
+        if abs(epsilon - previous) < 0.05 * epsilon + 1e-12:
+            break
+    return max(epsilon, 0.0)
+
+
+def _two_grids(
+    events: Sequence[SampledGaussian], direction: Direction, epsilon: float, tail: float
+) -> tuple[tilted.LossTail, tilted.LossTail]:
+    tilt, _ = contour.saddle(events, direction, epsilon, tail)
+    width = max(_width(event, direction, tail) for event in events)
+    return tuple(  # type: ignore[return-value]
+        tilted.compose(
+            [tilted.connect_the_dots(event, direction, interval, tail) for event in events],
+            interval,
+            tilt,
+        )
+        for interval in (width / _FINE_GRID, width / (2 * _FINE_GRID))
+    )
+
+
+def _width(event: SampledGaussian, direction: Direction, tail: float) -> float:
+    """The range of one step's loss, its last e^tail at either end left out."""
+    side = math.sqrt(-2 * tail) * event.noise_multiplier
+    log_p, log_q = log_ratios(np.array([-1 - side, 1 + side]), event, direction)
+    return float(np.ptp(log_p - log_q))
+
+
+def _extrapolate(coarse: float, fine: float) -> float:
+    """The excess of a discretised δ falls with the square of the interval."""
+    if not 0 < fine <= coarse:
+        return fine
+    return fine * (fine / coarse) ** (1 / 3)

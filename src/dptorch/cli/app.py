@@ -1,0 +1,90 @@
+"""The entry point of `dptorch`: registers the commands and turns errors into one readable line."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from dptorch.cli.calibrate import calibrate
+from dptorch.cli.epsilon import epsilon
+from dptorch.cli.train import train
+from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
+
+__all__ = ["app", "main"]
+
+
+class ReadableErrors(TyperGroup):
+    """Prints the errors that a user can act on in one line, without a traceback; exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_with(console, warnings.showwarning)
+            try:
+                return super().invoke(ctx)
+            except (ConfigurationError, DataError, PrivacyError) as error:
+                console.print(f"[bold red]Error:[/] {escape(_one_line(error))}")
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                console.print("Interrupted.")
+                raise typer.Exit(130) from None
+
+
+def _one_line(error: BaseException | Warning) -> str:
+    return " ".join(str(error).split())
+
+
+def _show_with(console: Console, otherwise: Callable[..., None]) -> Callable[..., None]:
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, PrivacyWarning):
+            console.print(f"[bold yellow]Warning:[/] {escape(' '.join(str(message).split()))}")
+        else:
+            otherwise(message, category, *args, **kwargs)
+
+    return show
+
+
+app = typer.Typer(
+    cls=ReadableErrors,
+    name="dptorch",
+    help="Train PyTorch models with differential privacy, and know what it guarantees.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command(rich_help_panel="Train")(train)
+app.command(rich_help_panel="Plan")(epsilon)
+app.command(rich_help_panel="Plan")(calibrate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from dptorch import __version__
+
+        typer.echo(f"dptorch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Train PyTorch models with differential privacy, and know what it guarantees."""
+
+
+def main() -> None:
+    """What the console script `dptorch` runs."""
+    app()

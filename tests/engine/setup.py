@@ -1,0 +1,69 @@
+"""Small models, data and engines for the engine's tests."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import dptorch
+
+SIZE = 24
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def make_data(size: int = SIZE) -> TensorDataset:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(size, 5, generator=generator)
+    return TensorDataset(x, torch.randint(0, 3, (size,), generator=generator))
+
+
+def make_engine(model: nn.Module, **overrides: Any) -> dptorch.PrivacyEngine:
+    """A full-batch engine without noise and practically without clipping, unless told otherwise."""
+    settings: dict[str, Any] = {
+        "sample_rate": 1.0,
+        "sample_size": SIZE,
+        "steps": 10,
+        "noise_multiplier": 0.0,
+        "target_delta": 1e-3,
+        "max_grad_norm": 1e6,
+        "seed": 0,
+    }
+    return dptorch.PrivacyEngine(model, **settings | overrides)
+
+
+def parameters(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Any,
+    reduction: str = "mean",
+    epochs: int = 1,
+) -> Tensor:
+    """The ordinary loop; returns the trained parameters."""
+    for _ in range(epochs):
+        for x, y in batches:
+            loss = F.cross_entropy(model(x), y, reduction=reduction)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return parameters(model)
+
+
+def clipped_mean(model: nn.Module, data: TensorDataset, bound: float, divisor: float) -> Tensor:
+    """The DP-SGD gradient without noise, by a loop over examples."""
+    x, y = data.tensors
+    total = torch.zeros_like(parameters(model))
+    for i in range(len(data)):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        total += g * min(1.0, bound / g.norm().item())
+    return total / divisor
