@@ -54,10 +54,11 @@ def one_of(name: str, value: object, valid: Iterable[str]) -> str:
     Example:
         >>> one_of("clipping_fn", "abadi", ["abadi", "automatic"])
         'abadi'
-        >>> one_of("style", "flatt", ["flat", "layer"])
-        Traceback (most recent call last):
-        ...
-        dptorch.errors.ConfigurationError: style='flatt' is not known. Valid: 'flat', 'layer'. Did you mean 'flat'?
+        >>> try:
+        ...     one_of("style", "flatt", ["flat", "layer"])
+        ... except ConfigurationError as error:
+        ...     print(error)
+        style='flatt' is not known. Valid: 'flat', 'layer'. Did you mean 'flat'?
     """
     names = list(valid)
     if isinstance(value, str) and value in names:

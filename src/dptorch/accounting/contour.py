@@ -33,6 +33,7 @@ from dptorch.errors import PrivacyError
 __all__ = ["Unsettled", "contour_delta", "contour_epsilon", "log_mgf", "moments_bound", "negligible_tail", "saddle"]
 
 _TOLERANCE = 1e-8  # relative, in δ, between a rule and its coarser check
+_WORST_TOLERANCE = 1e-6  # where rounding leaves no better
 _LOG_SMALLEST = -740.0  # below e^-740 a float64 δ is 0
 _NEGLIGIBLE = 44.0  # e^-44 is below one rounding of the largest term
 _WORK_LIMIT = 2e8  # points in x times points in y: about a second
@@ -51,12 +52,14 @@ class _Line:
         y: [n] heights, from 0, evenly spaced.
         k0: K(t).
         shape: [n] complex, e^{K(t+iy) - K(t)} / (z (1+z)).
+        error: absolute rounding error of K.
     """
 
     t: float
     y: Array
     k0: float
     shape: Array
+    error: float
 
     def log_delta(self, epsilon: float, cut: float = 1.0, stride: int = 1) -> tuple[float, float]:
         """log δ(ε) and its derivative in ε; `cut` shortens the line, `stride` coarsens the step."""
@@ -72,6 +75,14 @@ class _Line:
         if not total > 0:
             return -math.inf, -math.inf
         return self.k0 - self.t * epsilon + math.log(total), slope / total
+
+
+    def rounding(self, epsilon: float) -> float:
+        """Relative error of δ(ε) by the rounding of K."""
+        size = float(np.abs(self.shape).sum()) * (self.y[1] - self.y[0]) / math.pi
+        log_delta = self.log_delta(epsilon)[0]
+        scale = math.exp(min(self.k0 - self.t * epsilon - log_delta, 600.0))
+        return (self.error + 1e-16) * size * scale
 
 
 def contour_delta(
@@ -262,10 +273,14 @@ def _converged_line(
         count = 2 * math.ceil(height * distance / (4 * math.pi)) + 1
         line = _line(events, direction, t, 2 * math.pi / distance, max(count, 33), tail)
         fine = line.log_delta(epsilon)[0]
+        rounding = line.rounding(epsilon)
+        if 10 * _WORST_TOLERANCE < rounding < 1.0 and count > 1000:
+            raise Unsettled(f"rounding leaves delta an error of {rounding:.1e}")
+        tolerance = min(max(_TOLERANCE, rounding), _WORST_TOLERANCE)
         # The height first: on too short a line even the sign may be wrong, whatever the step.
-        if not abs(fine - line.log_delta(epsilon, cut=0.625)[0]) < _TOLERANCE:
+        if not abs(fine - line.log_delta(epsilon, cut=0.625)[0]) < tolerance:
             height *= 2
-        elif not abs(fine - line.log_delta(epsilon, stride=2)[0]) < _TOLERANCE:
+        elif not abs(fine - line.log_delta(epsilon, stride=2)[0]) < tolerance:
             distance *= 2
         else:
             return line
@@ -282,10 +297,13 @@ def _line(
     y = step * np.arange(count)
     z = t + 1j * y
     k = np.zeros(count, complex)
+    rounding = 0.0
     for event in events:
-        k += _event_log_mgf(event, direction, t, step, count, tail)
+        values, error = _event_log_mgf(event, direction, t, step, count, tail)
+        k += values
+        rounding += error
     k0 = float(k[0].real)
-    return _Line(t, y, k0, np.exp(k - k0) / (z * (1 + z)))
+    return _Line(t, y, k0, np.exp(k - k0) / (z * (1 + z)), rounding)
 
 
 def log_mgf(
@@ -311,7 +329,7 @@ def log_mgf(
 def _real_log_mgf(
     event: SampledGaussian, direction: Direction, t: float, tail: float | None
 ) -> float:
-    return float(_event_log_mgf(event, direction, t, 1.0, 1, tail)[0].real)
+    return float(_event_log_mgf(event, direction, t, 1.0, 1, tail)[0][0].real)
 
 
 def _event_log_mgf(
@@ -321,37 +339,41 @@ def _event_log_mgf(
     step: float,
     count: int,
     tail: float | None,
-) -> Array:
-    """steps · log E_P[e^{zL}] at z = t + i·step·(0..count-1); [count] complex128."""
+) -> tuple[Array, float]:
+    """steps · log E_P[e^{zL}] at z = t + i·step·(0..count-1), [count] complex, and its rounding."""
+    z = t + 1j * step * np.arange(count)
     if event.sample_rate == 1:
-        z = t + 1j * step * np.arange(count)
         precision = (2.0 if direction == "replace" else 1.0) ** 2 / event.noise_multiplier**2
-        return event.steps * z * (z + 1) / 2 * precision
+        return event.steps * z * (z + 1) / 2 * precision, 0.0
 
-    weights, losses, base, top = _grid(event, direction, t, step * (count - 1), tail)
-    if weights.size * count > _WORK_LIMIT:
+    masses, losses = _grid(event, direction, t, abs(z[-1].imag), tail)
+    if masses.size * count > _WORK_LIMIT:
         raise Unsettled(f"the contour integral does not settle for {event}")
-    sums = _powers(weights, losses, step, count)
-    if top > 0:
-        return event.steps * (np.log(sums) + top)
-    rest = sums - base
+    largest = float((np.log(masses) + t * losses).max())
+    if largest > 40.0:
+        sums = _powers(np.exp(np.log(masses) + t * losses - largest), losses, step, count)
+        return event.steps * (np.log(sums) + largest), 1e-15 * event.steps
+    # E[e^{zL}] - 1 = E[e^{zL} - 1]: by its series where |zL| is small (at low rates nearly
+    # everywhere), so that no 1 is added to be taken off again.
+    small = np.abs(losses) * abs(z[-1]) < 0.5
+    rest = _exponential_series(masses[small], losses[small], z)
+    p, far = masses[~small], losses[~small]
+    tilted = p * np.exp(t * far)
+    if count == 1:
+        rest += float(p @ np.expm1(t * far))
+    else:
+        rest += _powers(tilted, far, step, count) - float(p.sum())
+    rounding = 2e-16 * event.steps * float(tilted.sum() + p.sum() + abs(rest[0]))
     # log(1 + rest) from |1 + rest|², so that a small `rest` keeps its relative accuracy.
     squared = np.maximum(2 * rest.real + rest.real**2 + rest.imag**2, -1 + 1e-16)
-    modulus = 0.5 * np.log1p(squared)
-    return event.steps * (modulus + 1j * np.arctan2(rest.imag, 1 + rest.real))
+    values = 0.5 * np.log1p(squared) + 1j * np.arctan2(rest.imag, 1 + rest.real)
+    return event.steps * values, rounding
 
 
 def _grid(
     event: SampledGaussian, direction: Direction, t: float, height: float, tail: float | None
-) -> tuple[Array, Array, float, float]:
-    """Trapezoid nodes in x for E_P[e^{(t+iy)L}], |y| <= height.
-
-    Returns:
-        weights: positive terms at y = 0, divided by e^top.
-        losses: L at the nodes.
-        base: the same rule applied to the density alone, to be taken off before log1p.
-        top: 0 unless the terms are too large to be added as they are.
-    """
+) -> tuple[Array, Array]:
+    """Trapezoid nodes in x for E_P[e^{(t+iy)L}], |y| <= height: P's masses and the losses there."""
     sigma = event.noise_multiplier
     left, right = _ends(event, direction, t, tail)
     slope = (2.0 if direction == "replace" else 1.0) / sigma**2
@@ -360,15 +382,12 @@ def _grid(
     x = gap * np.arange(math.floor(left / gap), math.ceil(right / gap) + 1)
     log_p, log_q = log_ratios(x, event, direction)
     losses = log_p - log_q
-    density = -0.5 * (x / sigma) ** 2 + math.log(gap / (sigma * math.sqrt(2 * math.pi)))
-    terms = density + log_p + t * losses
+    log_masses = log_p - 0.5 * (x / sigma) ** 2 + math.log(gap / (sigma * math.sqrt(2 * math.pi)))
     if tail is not None:
-        terms += _taper(x, sigma, left, right, direction)
-    largest = float(terms.max())
-    top = largest if largest > 40.0 else 0.0
-    keep = (terms > max(largest, 0.0) - _NEGLIGIBLE) | (density > -_NEGLIGIBLE + top)
-    base = float(np.exp(density[keep]).sum()) if top == 0 else 0.0
-    return np.exp(terms[keep] - top), losses[keep], base, top
+        log_masses += _taper(x, sigma, left, right, direction)
+    weights = log_masses + np.maximum(t * losses, 0.0)
+    keep = weights > max(float(weights.max()), 0.0) - _NEGLIGIBLE
+    return np.exp(log_masses[keep]), losses[keep]
 
 
 def _ends(
@@ -396,6 +415,15 @@ def _taper(x: Array, sigma: float, left: float, right: float, direction: Directi
     distance = (x - left) if direction == "add" else (right - x)
     taper: Array = log_ndtr(math.sqrt(8.0) * (distance / sigma - 3.0))
     return taper
+
+
+def _exponential_series(masses: Array, losses: Array, z: Array) -> Array:
+    """Σ_k masses_k (e^{z losses_k} - 1) for |z losses_k| < 0.5, by moments; [n] complex."""
+    total = np.zeros_like(z)
+    for order in range(14, 0, -1):
+        moment = float(masses @ losses**order) / math.factorial(order)
+        total = (total + moment) * z
+    return total
 
 
 def _powers(weights: Array, losses: Array, step: float, count: int) -> Array:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+from dptorch.accounting import contour
 from dptorch.accounting.accountants import registry
 from dptorch.accounting.accountants.protocol import Accountant, check_delta, check_epsilon
 from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.dominating import directions
 from dptorch.accounting.events import SampledGaussian
 from dptorch.errors import ConfigurationError
 
@@ -134,8 +137,6 @@ def sample_rate(
         0.01
     """
     question = _Question.of(target_epsilon, delta, accountant, adjacency)
-    if question.affords(SampledGaussian(noise_multiplier, 1.0, steps)):
-        return 1.0
     return question.solve(
         lambda rate: SampledGaussian(noise_multiplier, rate, steps),
         start=1e-2,
@@ -205,6 +206,15 @@ class _Question:
         value = asked.delta([run], self.target, adjacency=self.adjacency)
         return math.log(max(value, 1e-300)) - math.log(self.delta)
 
+    def moments_excess(self, run: SampledGaussian) -> float:
+        """`excess` by the moments bound of one direction: cheap, and near enough to start from."""
+        if run.noise_multiplier == 0:
+            return math.inf
+        direction = directions(self.adjacency)[0]
+        log_delta = math.log(self.delta)
+        tail = contour.negligible_tail([run], log_delta)
+        return contour.saddle([run], direction, self.target, tail)[1] - log_delta
+
     def cost(self, run: SampledGaussian) -> float:
         return self.accountant.epsilon([run], self.delta, adjacency=self.adjacency)
 
@@ -226,8 +236,14 @@ class _Question:
         """
         log_ends = (math.log(safe_end), math.log(costly_end))
         exact = registry.get("exact")
+        near, _ = _root(
+            lambda log_x: self.moments_excess(run(math.exp(log_x))), math.log(start), 1.0, *log_ends
+        )
         found, slope = _root(
-            lambda log_x: self.excess(run(math.exp(log_x)), exact), math.log(start), *log_ends
+            lambda log_x: self.excess(run(math.exp(log_x)), exact),
+            log_ends[0] if near is None else near,
+            0.05,
+            *log_ends,
         )
         if self.accountant.name != "exact" and found is not None:
             found = _approach(
@@ -245,7 +261,7 @@ class _Question:
         self, run: Callable[[float], SampledGaussian], found: float, safe: float
     ) -> float:
         """Step towards the safe end until ε itself, not only δ, confirms the target."""
-        step = 1e-9 if safe > found else -1e-9
+        step = 4e-9 if safe > found else -4e-9
         for _ in range(40):
             value = math.exp(found)
             if self.cost(run(value)) <= self.target:
@@ -258,19 +274,26 @@ class _Question:
 
     def most_steps(self, run: Callable[[float], SampledGaussian]) -> int:
         """The largest whole number of steps within the target; one is known to be."""
-        if self.affords(run(_MOST_STEPS)) and self.cost(run(_MOST_STEPS)) <= self.target:
+        if self.moments_excess(run(_MOST_STEPS)) <= 0 and self.affords(run(_MOST_STEPS)):
             return _MOST_STEPS
+        near, _ = _root(
+            lambda log_x: self.moments_excess(run(math.exp(log_x))),
+            math.log(1024),
+            1.0,
+            0.0,
+            math.log(_MOST_STEPS),
+        )
         exact = registry.get("exact")
-        low, high = _whole_bracket(lambda count: self.excess(run(count), exact), 1, 1024)
+        low = _most_whole(lambda n: self.excess(run(n), exact), int(math.exp(near or 0.0)))
         if self.accountant.name != "exact":
-            low, high = _whole_bracket(lambda count: self.excess(run(count)), 1, max(low, 2))
+            low = _most_whole(lambda n: self.excess(run(n)), low)
         while low > 1 and self.cost(run(low)) > self.target:
             low -= 1
         return low
 
 
 def _root(
-    gap: Callable[[float], float], start: float, safe: float, costly: float
+    gap: Callable[[float], float], start: float, stride: float, safe: float, costly: float
 ) -> tuple[float | None, float]:
     """Where the monotone `gap` crosses 0 between `safe` (gap < 0) and `costly`, and its slope.
 
@@ -281,26 +304,29 @@ def _root(
     from scipy.optimize import brentq
 
     towards = 1.0 if costly > safe else -1.0
+    gap = lru_cache(maxsize=None)(gap)
     # Walk from the start in growing strides, so that extreme ends are tried only when needed.
-    inside, outside, stride, at = None, None, 0.7, start
+    inside: float | None = None
+    outside: float | None = None
+    at = start
     while inside is None or outside is None:
         if gap(at) <= 0:
             inside = at
             if at == costly:
-                return costly, 1.0
+                return costly, towards
         else:
             outside = at
             if at == safe:
-                return None, 1.0
-        if inside is None:
-            at = min(at + stride, safe) if towards < 0 else max(at - stride, safe)
-        elif outside is None:
-            at = max(at - stride, costly) if towards < 0 else min(at + stride, costly)
-        stride *= 1.6
-    root = float(brentq(gap, inside, outside, xtol=1e-11, rtol=1e-13))
-    near = root + 1e-3 * towards
-    slope = (gap(near) - gap(root)) / (near - root)
-    return root - 2e-11 * towards, slope
+                return None, towards
+        if outside is None:
+            at = towards * min(towards * at + stride, towards * costly)
+        elif inside is None:
+            at = towards * max(towards * at - stride, towards * safe)
+        stride *= 2.0
+    root = float(brentq(gap, inside, outside, xtol=1e-9, rtol=1e-12))
+    aside = inside if abs(inside - root) > abs(outside - root) else outside
+    slope = (gap(root) - gap(aside)) / (root - aside)
+    return root - 2e-9 * towards, slope
 
 
 def _approach(
@@ -314,7 +340,7 @@ def _approach(
     low, high = min(safe, costly), max(safe, costly)
     inside: tuple[float, float] | None = None
     outside: tuple[float, float] | None = None
-    at, value = start, gap(start)
+    at, value, stride = start, gap(start), 5e-7
     for _ in range(60):
         if -_CLOSE <= value <= 0:
             return at
@@ -330,47 +356,47 @@ def _approach(
             if abs(outside[0] - inside[0]) < 1e-9:
                 return inside[0]
             slope = (outside[1] - inside[1]) / (outside[0] - inside[0])
-        # Aim at the middle of the wanted interval; without a bracket, stride on if that is short.
-        target = -_CLOSE / 2
-        step = (target - value) / slope if slope * towards > 0 else -math.copysign(0.1, value)
-        after = at + max(min(step, 1.0), -1.0)
+        # Aim at the middle of the wanted interval.
+        step = (-_CLOSE / 2 - value) / slope if slope * towards > 0 else math.inf
         if inside is not None and outside is not None:
+            after = at + step
             ends = sorted((inside[0], outside[0]))
             if not ends[0] < after < ends[1]:
                 after = (ends[0] + ends[1]) / 2
-        elif value > 0:
-            after = at - towards * max(abs(after - at), 1e-6)
+        else:
+            # Without a bracket every stride is at least twice the last.
+            stride = max(2 * stride, min(abs(step), 1.0))
+            after = at + towards * math.copysign(stride, -value)
         after = min(max(after, low), high)
         at, value = after, gap(after)
     return inside[0] if inside is not None else None
 
 
-def _whole_bracket(gap: Callable[[int], float], low: int, guess: int) -> tuple[int, int]:
-    """Neighbouring whole numbers (n, n+1) with gap(n) <= 0 < gap(n+1); gap(low) <= 0 is known."""
-    values: dict[int, float] = {}
-
-    def at(count: int) -> float:
-        if count not in values:
-            values[count] = gap(count)
-        return values[count]
-
-    high = max(guess, low + 1)
-    growth = 1
-    while at(high) <= 0:
-        low, high = high, high + max(1, (high // 1000) * growth)
-        growth *= 8
+def _most_whole(gap: Callable[[int], float], guess: int) -> int:
+    """The largest whole number >= 1 with gap <= 0 (gap rises, gap(1) <= 0), searched from `guess`."""
+    low, high = max(guess, 1), 0
+    stride = max(1, low // 2000)
+    below = gap(low) if low > 1 else -1.0
+    above = math.inf
+    while below > 0:
+        high, above = low, below
+        low, stride = max(1, low - stride), 8 * stride
+        below = gap(low) if low > 1 else -1.0
+    while high == 0:
+        at = low + stride
+        value = gap(at)
+        if value <= 0:
+            low, below, stride = at, value, 8 * stride
+        else:
+            high, above = at, value
     while high - low > 1:
-        if low in values:
-            # False position in log steps, kept off the ends by an eighth of the bracket.
-            below, above = at(low), at(high)
-            share = below / (below - above) if below < 0 else 0.5
-            guess = round(low * (high / low) ** share)
-            room = (high - low) // 8 if high - low > 64 else 0
-            middle = min(max(guess, low + max(room, 1)), high - max(room, 1))
+        # False position, kept off the ends by an eighth of a wide bracket.
+        room = max(1, (high - low) // 8 if high - low > 16 else 1)
+        aim = low + (high - low) * (below / (below - above) if below < 0 else 0.5)
+        at = int(min(max(aim, low + room), high - room))
+        value = gap(at)
+        if value <= 0:
+            low, below = at, value
         else:
-            middle = (low + high) // 2
-        if at(middle) <= 0:
-            low = middle
-        else:
-            high = middle
-    return low, high
+            high, above = at, value
+    return low

@@ -18,11 +18,11 @@ import numpy as np
 from dptorch.accounting.dominating import Array, Direction, log_ratios, thresholds
 from dptorch.accounting.events import SampledGaussian
 
-__all__ = ["Discretised", "LossTail", "compose", "connect_the_dots"]
+__all__ = ["Discretised", "LossTail", "compose", "connect_the_dots", "loss_range"]
 
 _SLACK = 2e-15  # of the total, per step: a wide margin over the FFT's and the powers' rounding
 _REACH = 12.0  # standard deviations kept around the tilted mean, at least
-_LARGEST_WINDOW = 2**25
+_LARGEST_WINDOW = 2**23
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,7 @@ def connect_the_dots(
         True
     """
     sigma, rate = event.noise_multiplier, event.sample_rate
-    side = math.sqrt(-2 * tail) * sigma
-    ends = {"remove": (-side, 1 + side), "add": (-side, side), "replace": (-1 - side, 1 + side)}
-    log_p, log_q = log_ratios(np.array(ends[direction]), event, direction)
-    low, high = sorted((log_p - log_q).tolist())
+    low, high = _loss_ends(event, direction, tail)
     first, last = math.floor(low / interval), math.ceil(high / interval)
     grid = interval * np.arange(first, last + 1)
     x = thresholds(grid, event, direction)
@@ -148,6 +145,21 @@ def connect_the_dots(
     masses[-1] = p[-1] - infinite
     masses[1:] += risen[:-1]
     return Discretised(masses, first, infinite, event.steps)
+
+
+def loss_range(event: SampledGaussian, direction: Direction, tail: float) -> float:
+    """The width of one step's loss, without the last e^tail of its mass at either end."""
+    low, high = _loss_ends(event, direction, tail)
+    return high - low
+
+
+def _loss_ends(event: SampledGaussian, direction: Direction, tail: float) -> tuple[float, float]:
+    side = math.sqrt(-2 * tail) * event.noise_multiplier
+    left = -1 - side if direction == "replace" else -side
+    right = side if direction == "add" else 1 + side
+    log_p, log_q = log_ratios(np.array([left, right]), event, direction)
+    low, high = sorted((log_p - log_q).tolist())
+    return low, high
 
 
 def _normal_masses(edges: Array) -> Array:

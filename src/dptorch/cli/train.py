@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,7 +62,8 @@ def train(
         typer.Option(
             metavar="LOW,HIGH",
             help="Tabular: clip values to this range and scale it to [-1, 1]. Take it from what "
-            "the columns mean, not from the data.",
+            "the columns mean, not from the data. Or a JSON file: "
+            '{"age": [0, 120], ...}, one range a column.',
             show_default="values as they are",
             rich_help_panel=DATA,
         ),
@@ -245,7 +247,7 @@ def train(
 
     [cyan]dptorch train --recipe mnist-features --epsilon 1[/]
 
-    [cyan]dptorch train --data patients.csv --label diagnosis --bounds 0,100[/]
+    [cyan]dptorch train --data patients.csv --label diagnosis --bounds ranges.json[/]
 
     [cyan]dptorch train --data photos/ --image-size 64 --model mypackage.nets:resnet[/]
 
@@ -271,7 +273,7 @@ def train(
         job = Job(
             recipe=recipe,
             data=None if data is None else str(data),
-            reading=ReadOptions(label, _bounds(bounds), image_size, channels, test_fraction),
+            reading=ReadOptions(label, *_bounds(bounds), image_size, channels, test_fraction),
             model=model,
             pretrained=pretrained,
             epochs=epochs,
@@ -315,16 +317,24 @@ def _refuse_settings(ctx: typer.Context, overwrite: bool) -> None:
             )
 
 
-def _bounds(text: str | None) -> tuple[float, float] | None:
+Range = tuple[float, float]
+
+
+def _bounds(text: str | None) -> tuple[Range | None, dict[str, Range]]:
+    """What `--bounds` says: (one range for all columns, a range for each)."""
     if text is None:
-        return None
+        return None, {}
     try:
+        if text.endswith(".json"):
+            ranges = json.loads(Path(text).read_text(encoding="utf-8"))
+            return None, {str(k): (float(low), float(high)) for k, (low, high) in ranges.items()}
         low, high = (float(part) for part in text.split(","))
-    except ValueError:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigurationError(
-            f"--bounds {text!r}: expected two numbers, such as --bounds 0,255"
+            f"--bounds {text!r} cannot be read ({error}). Expected two numbers, such as 0,255, or "
+            f'a JSON file such as {{"age": [0, 120], "height": [0, 250]}}.'
         ) from None
-    return low, high
+    return (low, high), {}
 
 
 def _prepare(prepare: Any, job: Job, console: Console) -> Setup:
@@ -355,7 +365,8 @@ def _conclude(outcome: Outcome, console: Console) -> None:
             f"[bold yellow]Interrupted[/] after step {outcome.last['step']}: "
             f"{spent_and_tested(outcome)}. What was trained is usable and its ε is true."
         )
-        console.print(f"Go on with: dptorch train --resume --name {path.name}")
+        where = "" if path.parent == Path("runs") else f" --runs {path.parent}"
+        console.print(f"Go on with: dptorch train --resume --name {path.name}{where}")
     else:
         console.print(f"[bold green]Done:[/] {spent_and_tested(outcome)}")
     if missing_packages():

@@ -12,13 +12,13 @@ Shape legend: B examples, m positions folded into the batch dimension, ... whate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "NOBODY",
     "PARAM_ONLY",
     "Lost",
     "Mixed",
@@ -26,8 +26,11 @@ __all__ = [
     "Reduced",
     "State",
     "Tag",
+    "complete",
     "owners",
+    "read_owners",
     "read_shadow",
+    "regular_or_explicit",
     "rows",
     "separate",
     "shadow",
@@ -35,10 +38,14 @@ __all__ = [
 ]
 
 
+# In place of an owner: a row that was never written to, in a buffer that is being filled.
+NOBODY = -1
+
+
 class Tag(NamedTuple):
     """Examples lie along `dim`; index i belongs to ``(i // step) % B``, or to ``explicit[i]``.
 
-    With ``dim=None`` the whole tensor belongs to example `step`.
+    With ``dim=None`` the whole tensor belongs to example `step`. An explicit owner may be `NOBODY`.
     """
 
     dim: int | None
@@ -90,6 +97,11 @@ class Lost(Exception):
     """Raised inside tag inference when the examples of a result cannot be told apart."""
 
 
+def complete(tag: Tag) -> bool:
+    """Whether every index belongs to an example."""
+    return tag.explicit is None or NOBODY not in tag.explicit
+
+
 def owners(tag: Tag, size: int, batch_size: int, device: torch.device | None = None) -> Tensor:
     """The owner of each index along ``tag.dim``: int64 [size].
 
@@ -105,6 +117,9 @@ def owners(tag: Tag, size: int, batch_size: int, device: torch.device | None = N
 def rows(t: Tensor, tag: Tag, batch_size: int) -> Tensor:
     """Bring the examples to the front: [B, m, ...], m being what was folded into the dimension.
 
+    With explicit owners m is the largest number of rows that an example has; the others are padded
+    with zeros, which add nothing where rows are multiplied and summed.
+
     Example:
         >>> x = torch.arange(6).view(6, 1)                     # 3 examples, 2 positions folded in
         >>> rows(x, Tag(0, step=2), 3).shape
@@ -114,12 +129,26 @@ def rows(t: Tensor, tag: Tag, batch_size: int) -> Tensor:
         return t[None, None]
     dim, step = tag.dim, tag.step
     t = t.movedim(dim, 0)
+    if tag.explicit is not None:
+        return _padded_rows(t, tag.explicit, batch_size)
     if t.shape[0] == batch_size:
         return t.unsqueeze(1)
     repeats = t.shape[0] // (batch_size * step)
     if repeats == 1:
         return t.unflatten(0, (batch_size, step))
     return t.unflatten(0, (repeats, batch_size, step)).transpose(0, 1).flatten(1, 2)
+
+
+def _padded_rows(t: Tensor, explicit: tuple[int, ...], batch_size: int) -> Tensor:
+    taken: list[list[int]] = [[] for _ in range(batch_size)]
+    for i, owner in enumerate(explicit):
+        if owner != NOBODY:
+            taken[owner].append(i)
+    longest = max(1, max(map(len, taken)))
+    # One row past the end serves as padding.
+    index = [own + [t.shape[0]] * (longest - len(own)) for own in taken]
+    padded = torch.cat([t, t.new_zeros(1, *t.shape[1:])])
+    return padded[torch.tensor(index, device=t.device)]
 
 
 def separate(g: Tensor, tag: Tag, batch_size: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -200,6 +229,37 @@ def read_shadow(moved: Tensor, tag: Tag, size: int, batch_size: int) -> Tag:
     return regular_or_explicit(owner_of[moved], dim, batch_size, tag.step)
 
 
+def read_owners(owner: Tensor, batch_size: int) -> Tag | None:
+    """The tag of a tensor whose every element's owner is given; None if it is all `NOBODY`'s.
+
+    Raises:
+        Lost: if owners vary along more than one dimension.
+
+    Example:
+        >>> read_owners(torch.tensor([[0, 0], [-1, 1]]), 2)
+        Tag(dim=0, step=1, explicit=None)
+    """
+    if owner.numel() == 0:
+        return None
+    if owner.dim() == 0:
+        return None if int(owner) == NOBODY else Tag(None, int(owner))
+    single: int | None = None
+    for dim in range(owner.dim()):
+        along = owner.movedim(dim, 0).flatten(1).amax(1)
+        view = along.view([-1 if i == dim else 1 for i in range(owner.dim())])
+        if not bool(((owner == view) | (owner == NOBODY)).all()):
+            continue
+        found = along.unique()
+        if found.numel() == 1 and int(found) == NOBODY:
+            return None
+        if found.numel() > 1:
+            return regular_or_explicit(along, dim, batch_size)
+        single = int(found)
+    if single is None:
+        raise Lost("the examples vary along several dimensions")
+    return Tag(None, single)
+
+
 def regular_or_explicit(owner: Tensor, dim: int, batch_size: int, hint: int = 1) -> Tag:
     """The shortest tag that gives these owners along `dim`."""
     n = owner.numel()
@@ -208,7 +268,3 @@ def regular_or_explicit(owner: Tensor, dim: int, batch_size: int, hint: int = 1)
         if step and n % (step * batch_size) == 0 and torch.equal(owner, (index // step) % batch_size):
             return Tag(dim, step)
     return Tag(dim, 1, tuple(owner.tolist()))
-
-
-# A convenience alias for functions that infer the tags of a call's outputs.
-Inference = Callable[..., "Tag | Reduced"]

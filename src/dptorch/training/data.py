@@ -9,8 +9,9 @@ examples themselves are private.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -97,6 +98,7 @@ class ReadOptions:
         label: name of the label column (CSV, Parquet).
         bounds: tabular values are clipped to (low, high) and scaled to [-1, 1]. The range must come
             from what the columns mean, not from the data. None leaves the values as they are.
+        column_bounds: a range of its own for each column, by name (CSV, Parquet).
         image_size: side to which images in a folder are resized.
         channels: 1 (grey) or 3 (RGB), for images in a folder.
         test_fraction: share of the examples held out, when the data has no test set of its own.
@@ -104,6 +106,7 @@ class ReadOptions:
 
     label: str = "label"
     bounds: tuple[float, float] | None = None
+    column_bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     image_size: int = 28
     channels: int = 3
     test_fraction: float = 0.2
@@ -114,26 +117,45 @@ class ReadOptions:
                 f"test_fraction={self.test_fraction} is outside (0, 1): expected the share of "
                 f"examples to hold out, such as 0.2"
             )
-        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
-            raise ConfigurationError(
-                f"bounds={self.bounds}: expected low < high, such as --bounds 0,255"
-            )
+        ranges = [*self.column_bounds.items(), ("every column", self.bounds)]
+        for column, bounds in ranges:
+            if bounds is not None and not (
+                bounds[0] < bounds[1] and math.isfinite(bounds[1] - bounds[0])
+            ):
+                raise ConfigurationError(
+                    f"bounds of {column}: {bounds[0]:g} to {bounds[1]:g}; expected finite numbers, "
+                    f"low < high"
+                )
         if self.channels not in (1, 3):
             raise ConfigurationError(f"channels={self.channels}: expected 1 (grey) or 3 (RGB)")
         if self.image_size < 1:
             raise ConfigurationError(f"image_size={self.image_size}: expected a positive side")
 
-    def scale(self, values: Tensor) -> Tensor:
-        """Apply `bounds` to tabular values of any shape.
+    def scale(self, values: Tensor, columns: Sequence[str]) -> Tensor:
+        """Apply the bounds to tabular values [N, D] with D named columns.
+
+        Raises:
+            ConfigurationError: `column_bounds` is not empty and does not fit the columns.
 
         Example:
-            >>> ReadOptions(bounds=(0.0, 10.0)).scale(torch.tensor([0.0, 5.0, 99.0])).tolist()
-            [-1.0, 0.0, 1.0]
+            >>> options = ReadOptions(bounds=(0.0, 10.0))
+            >>> options.scale(torch.tensor([[0.0, 5.0, 99.0]]), ["a", "b", "c"]).tolist()
+            [[-1.0, 0.0, 1.0]]
         """
-        if self.bounds is None:
+        if not self.column_bounds and self.bounds is None:
             return values
-        low, high = self.bounds
-        return (values.clamp(low, high) - low) * (2 / (high - low)) - 1
+        if self.column_bounds:
+            missing = [c for c in columns if c not in self.column_bounds]
+            unknown = [c for c in self.column_bounds if c not in columns]
+            if missing or unknown:
+                raise ConfigurationError(
+                    f"--bounds: column {(missing + unknown)[0]!r} "
+                    + ("has no range" if missing else "is not in the data")
+                    + f". Expected a range for each of: {', '.join(columns)}."
+                )
+        ranges = torch.tensor([self.column_bounds.get(c, self.bounds) for c in columns])
+        low, high = ranges.to(values).unbind(1)
+        return (torch.minimum(torch.maximum(values, low), high) - low) * (2 / (high - low)) - 1
 
 
 def is_held_out(content: bytes, fraction: float) -> bool:

@@ -96,6 +96,8 @@ class Job:
         reading = dict(values.get("reading", {}))
         if reading.get("bounds") is not None:
             reading["bounds"] = tuple(reading["bounds"])
+        columns = reading.get("column_bounds", {})
+        reading["column_bounds"] = {name: tuple(pair) for name, pair in columns.items()}
         return cls(**{**values, "reading": ReadOptions(**reading)})
 
 

@@ -211,7 +211,7 @@ def _npz_inputs(path: Path, name: str, array: NDArray[Any], options: ReadOptions
     _refuse_nonfinite(array, f"{path}: array {name!r}")
     x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if array.ndim == 2:
-        return options.scale(x)
+        return options.scale(x, [str(i) for i in range(x.shape[1])])
     if array.dtype == np.uint8:
         x = x / 255
     if array.ndim == 3:
@@ -258,7 +258,8 @@ def read_csv(path: Path, options: ReadOptions) -> TrainTest:
     if not values:
         raise DataError(f"{path}: no rows under the header")
     inputs = torch.tensor(values, dtype=torch.float32)
-    return _tabular(path, inputs, labels, options, "CSV file")
+    columns = [name for position, name in enumerate(header) if position != label_at]
+    return _tabular(path, inputs, labels, columns, options, "CSV file")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -328,7 +329,8 @@ def read_parquet(path: Path, options: ReadOptions) -> TrainTest:
         columns.append(array.astype(np.float32))
     inputs = torch.from_numpy(np.stack(columns, axis=1))
     labels = table.column(label_at).to_pylist()
-    return _tabular(path, inputs, labels, options, "Parquet file")
+    features = [name for position, name in enumerate(names) if position != label_at]
+    return _tabular(path, inputs, labels, features, options, "Parquet file")
 
 
 def _label_position(path: Path, names: list[str], label: str) -> int:
@@ -345,10 +347,15 @@ def _label_position(path: Path, names: list[str], label: str) -> int:
 
 
 def _tabular(
-    path: Path, inputs: Tensor, labels: list[Any], options: ReadOptions, kind: str
+    path: Path,
+    inputs: Tensor,
+    labels: list[Any],
+    columns: list[str],
+    options: ReadOptions,
+    kind: str,
 ) -> TrainTest:
     codes, classes = encode_labels(labels, str(path))
-    examples = Examples(options.scale(inputs), codes)
+    examples = Examples(options.scale(inputs, columns), codes)
     train, test = split_by_content(examples, options.test_fraction, str(path))
     return TrainTest(train, test, classes, tuple(inputs.shape[1:]), f"{kind} {path}")
 

@@ -122,17 +122,33 @@ class PLDAccountant:
         tilt = float(f"{contour.saddle(events, direction, epsilon, tail)[0]:.2e}")
         steps = sum(event.steps for event in events)
         tolerance = self.tolerance * max(1.0, epsilon / 10)
+        # An excess of e^{tilt · tolerance} in δ is one of `tolerance` in ε, while it is small.
+        wanted = min(tilt * tolerance, 0.05)
+        widest = max(tilted.loss_range(event, direction, tail) for event in events)
         interval = math.sqrt(tolerance / (1.6 * max(steps, 100)))
+        interval = max(interval, widest / _LARGEST_WINDOW)
+        interval = max(interval, 30.0 * self._spread(events, direction, tilt, tail) / _LARGEST_WINDOW)
         while True:
             loss = _composed(events, direction, interval, tilt, tail)
-            # An excess of e^{t · tolerance} in δ is one of `tolerance` in ε.
-            excess = math.log(max(loss.delta(epsilon), 1e-300) / delta) / tilt
-            if excess <= tolerance or loss.losses.size > _LARGEST_WINDOW:
+            excess = math.log(max(loss.delta(epsilon), 1e-300) / delta)
+            finer = 0.5 if excess < 2 * wanted else 0.2
+            if excess <= wanted or loss.losses.size / finer > _LARGEST_WINDOW:
                 return loss
-            interval *= 0.5 if excess < 2 * tolerance else 0.2
+            interval *= finer
 
 
-@lru_cache(maxsize=8)
+    @staticmethod
+    def _spread(
+        events: tuple[SampledGaussian, ...], direction: Direction, tilt: float, tail: float
+    ) -> float:
+        """Standard deviation of the composed loss, tilted."""
+        low, middle, high = (
+            contour.log_mgf(events, direction, tilt * factor, tail) for factor in (0.95, 1.0, 1.05)
+        )
+        return math.sqrt(max(low + high - 2 * middle, 0.0)) / (0.05 * tilt)
+
+
+@lru_cache(maxsize=4)
 def _composed(
     events: tuple[SampledGaussian, ...],
     direction: Direction,

@@ -46,8 +46,16 @@ class PerExampleGradient(ABC):
 
     def inner(self, other: PerExampleGradient) -> Tensor:
         """Inner product with another gradient of the same parameter, example by example, [B]."""
+        for first, second in ((self, other), (other, self)):
+            found = first.factored_inner(second)
+            if found is not None:
+                return found
         product = self.dense() * other.dense()
         return product.reshape(self.batch_size, -1).sum(1)
+
+    def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
+        """`inner` without forming either gradient, or None if this form does not know how."""
+        return None
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """``sum_b weights[b] * gradient[b]`` of the parameter's shape, for weights [B]."""

@@ -55,7 +55,7 @@ class Scatter(PerExampleGradient):
         owner = torch.div(pairs, self.shape[0], rounding_mode="floor")
         return norms.index_add_(0, owner, square_sum(summed))
 
-    def inner(self, other: PerExampleGradient) -> Tensor:
+    def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
         if isinstance(other, Scatter):
             same = self.ids[:, :, None] == other.ids[:, None, :]
             gram = torch.bmm(self.values, other.values.transpose(1, 2).to(self.values.dtype))
@@ -67,7 +67,7 @@ class Scatter(PerExampleGradient):
             )
             gram = torch.bmm(other.right, self.values.transpose(1, 2).to(other.right.dtype))
             return (gram * picked).sum((1, 2))
-        return super().inner(other)
+        return None
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         table = self.values.new_zeros(self.shape)
