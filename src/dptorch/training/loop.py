@@ -171,7 +171,7 @@ def train(
                 x, y = x.to(setup.device), y.to(setup.device)
                 steps_before = engine.steps_done
                 loss = F.cross_entropy(setup.model(x), y)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 setup.optimizer.step()
                 setup.optimizer.zero_grad()
                 stats.add_batch(float(loss.detach()), len(y))

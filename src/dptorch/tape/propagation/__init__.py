@@ -1,0 +1,29 @@
+"""Where the examples are in the result of an op that touches no parameter: one op family a file.
+
+To add an op: write a function ``family(call, outputs) -> Tag`` in the file of its family and decorate
+it with ``@family("name")``, the name being the op's `canonical_name`; `table` says what it may return.
+"""
+
+from dptorch.tape.propagation import (
+    elementwise,
+    joining,
+    layers,
+    losses,
+    movement,
+    products,
+    reductions,
+)
+from dptorch.tape.propagation.table import FAMILIES, infer, rowwise
+
+__all__ = [
+    "FAMILIES",
+    "elementwise",
+    "infer",
+    "joining",
+    "layers",
+    "losses",
+    "movement",
+    "products",
+    "reductions",
+    "rowwise",
+]
