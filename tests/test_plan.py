@@ -13,9 +13,7 @@ from dptorch.errors import ConfigurationError
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.statement import NOT_COVERED, make_statement
 
-PLAN = make_plan(
-    batch_size=64, sample_size=1024, epochs=2, noise_multiplier=1.1, target_delta=1e-5
-)
+PLAN = make_plan(batch_size=64, sample_size=1024, epochs=2, noise_multiplier=1.1, target_delta=1e-5)
 
 
 def test_a_plan_cannot_be_changed() -> None:
@@ -51,7 +49,8 @@ def test_replace_one_costs_as_much_as_half_the_noise_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "rate", "steps"), [(20, 0.25, 80), (1, 1 / 3, 3), (3, 256 / 50_000, 586), (0.5, 1, 1)]
+    ("epochs", "rate", "steps"),
+    [(20, 0.25, 80), (1, 1 / 3, 3), (3, 256 / 50_000, 586), (0.5, 1, 1)],
 )
 def test_epochs_become_whole_steps(epochs: float, rate: float, steps: int) -> None:
     plan = make_plan(

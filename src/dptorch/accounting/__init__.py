@@ -12,19 +12,23 @@ from dptorch.accounting.accountants.registry import get, names
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.events import Event, History, SampledGaussian, merge
 from dptorch.accounting.solve import delta, epsilon, noise_multiplier, sample_rate, steps
+from dptorch.accounting.tradeoff import GaussianFit, gaussian_fit, trade_off_curve
 
 __all__ = [
     "Accountant",
     "Adjacency",
     "Event",
+    "GaussianFit",
     "History",
     "SampledGaussian",
     "delta",
     "epsilon",
+    "gaussian_fit",
     "get",
     "merge",
     "names",
     "noise_multiplier",
     "sample_rate",
     "steps",
+    "trade_off_curve",
 ]

@@ -79,7 +79,7 @@ def _extrapolated_delta(
     tail = contour.negligible_tail(events, -80.0)
     tilt, _ = contour.saddle(events, direction, epsilon, tail)
     coarse, fine = (loss.delta(epsilon) for loss in _two_grids(events, direction, tilt, tail))
-    if not 0 < fine:
+    if fine <= 0:
         return 0.0
     _check_resolved(math.log(coarse / fine), events)
     return fine * (fine / coarse) ** (1 / 3)

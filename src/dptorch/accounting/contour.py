@@ -30,7 +30,15 @@ from dptorch.accounting.dominating import Array, Direction, largest_loss, log_ra
 from dptorch.accounting.events import SampledGaussian
 from dptorch.errors import PrivacyError
 
-__all__ = ["Unsettled", "contour_delta", "contour_epsilon", "log_mgf", "moments_bound", "negligible_tail", "saddle"]
+__all__ = [
+    "Unsettled",
+    "contour_delta",
+    "contour_epsilon",
+    "log_mgf",
+    "moments_bound",
+    "negligible_tail",
+    "saddle",
+]
 
 _TOLERANCE = 1e-8  # relative, in δ, between a rule and its coarser check
 _WORST_TOLERANCE = 1e-6  # where rounding leaves no better
@@ -75,7 +83,6 @@ class _Line:
         if not total > 0:
             return -math.inf, -math.inf
         return self.k0 - self.t * epsilon + math.log(total), slope / total
-
 
     def rounding(self, epsilon: float) -> float:
         """Relative error of δ(ε) by the rounding of K."""
@@ -132,9 +139,9 @@ def negligible_tail(events: Sequence[SampledGaussian], log_delta: float) -> floa
 
     Example:
         >>> negligible_tail([SampledGaussian(1.0, 0.01, 1000)], math.log(1e-5))
-        -47.0
+        -47
     """
-    return math.floor(log_delta - math.log(sum(event.steps for event in events)) - 28.0)
+    return math.floor(log_delta - math.log(sum(event.steps for event in events)) - 28)
 
 
 def contour_epsilon(
@@ -346,23 +353,23 @@ def _event_log_mgf(
         precision = (2.0 if direction == "replace" else 1.0) ** 2 / event.noise_multiplier**2
         return event.steps * z * (z + 1) / 2 * precision, 0.0
 
-    masses, losses = _grid(event, direction, t, abs(z[-1].imag), tail)
-    if masses.size * count > _WORK_LIMIT:
+    log_masses, losses = _grid(event, direction, t, abs(z[-1].imag), tail)
+    if losses.size * count > _WORK_LIMIT:
         raise Unsettled(f"the contour integral does not settle for {event}")
-    largest = float((np.log(masses) + t * losses).max())
+    exponents = log_masses + t * losses
+    largest = float(exponents.max())
     if largest > 40.0:
-        sums = _powers(np.exp(np.log(masses) + t * losses - largest), losses, step, count)
+        sums = _powers(np.exp(exponents - largest), losses, step, count)
         return event.steps * (np.log(sums) + largest), 1e-15 * event.steps
     # E[e^{zL}] - 1 = E[e^{zL} - 1]: by its series where |zL| is small (at low rates nearly
     # everywhere), so that no 1 is added to be taken off again.
     small = np.abs(losses) * abs(z[-1]) < 0.5
-    rest = _exponential_series(masses[small], losses[small], z)
-    p, far = masses[~small], losses[~small]
-    tilted = p * np.exp(t * far)
+    rest = _exponential_series(np.exp(log_masses[small]), losses[small], z)
+    p, tilted = np.exp(log_masses[~small]), np.exp(exponents[~small])
     if count == 1:
-        rest += float(p @ np.expm1(t * far))
+        rest += float((tilted - p).sum())
     else:
-        rest += _powers(tilted, far, step, count) - float(p.sum())
+        rest += _powers(tilted, losses[~small], step, count) - float(p.sum())
     rounding = 2e-16 * event.steps * float(tilted.sum() + p.sum() + abs(rest[0]))
     # log(1 + rest) from |1 + rest|², so that a small `rest` keeps its relative accuracy.
     squared = np.maximum(2 * rest.real + rest.real**2 + rest.imag**2, -1 + 1e-16)
@@ -373,7 +380,7 @@ def _event_log_mgf(
 def _grid(
     event: SampledGaussian, direction: Direction, t: float, height: float, tail: float | None
 ) -> tuple[Array, Array]:
-    """Trapezoid nodes in x for E_P[e^{(t+iy)L}], |y| <= height: P's masses and the losses there."""
+    """Trapezoid nodes in x for E_P[e^{(t+iy)L}], |y| <= height: log P's masses, the losses."""
     sigma = event.noise_multiplier
     left, right = _ends(event, direction, t, tail)
     slope = (2.0 if direction == "replace" else 1.0) / sigma**2
@@ -387,7 +394,7 @@ def _grid(
         log_masses += _taper(x, sigma, left, right, direction)
     weights = log_masses + np.maximum(t * losses, 0.0)
     keep = weights > max(float(weights.max()), 0.0) - _NEGLIGIBLE
-    return np.exp(log_masses[keep]), losses[keep]
+    return log_masses[keep], losses[keep]
 
 
 def _ends(

@@ -57,9 +57,7 @@ def directions(adjacency: Adjacency) -> tuple[Direction, ...]:
     return ("replace",) if adjacency is Adjacency.REPLACE_ONE else ("remove", "add")
 
 
-def log_ratios(
-    x: Array, event: SampledGaussian, direction: Direction
-) -> tuple[Array, Array]:
+def log_ratios(x: Array, event: SampledGaussian, direction: Direction) -> tuple[Array, Array]:
     """Return log P(x)/N(0)(x) and log Q(x)/N(0)(x), float64 of x's shape.
 
     Example:

@@ -17,7 +17,7 @@ from dptorch.accounting.accountants.protocol import Accountant, check_delta, che
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.dominating import directions
 from dptorch.accounting.events import SampledGaussian
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["delta", "epsilon", "noise_multiplier", "sample_rate", "steps"]
 
@@ -204,6 +204,8 @@ class _Question:
         """log δ(target) - log delta: at most 0 within the target."""
         asked = accountant or self.accountant
         value = asked.delta([run], self.target, adjacency=self.adjacency)
+        if math.isnan(value):
+            raise PrivacyError(f"accountant {asked.name!r} returned NaN for {run}; nothing is stated.")
         return math.log(max(value, 1e-300)) - math.log(self.delta)
 
     def moments_excess(self, run: SampledGaussian) -> float:
@@ -257,9 +259,7 @@ class _Question:
             )
         return self._settle(run, found, log_ends[0])
 
-    def _settle(
-        self, run: Callable[[float], SampledGaussian], found: float, safe: float
-    ) -> float:
+    def _settle(self, run: Callable[[float], SampledGaussian], found: float, safe: float) -> float:
         """Step towards the safe end until ε itself, not only δ, confirms the target."""
         step = 4e-9 if safe > found else -4e-9
         for _ in range(40):

@@ -18,7 +18,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def calls_of(model: nn.Module, run: Callable[[], Any]) -> list[Call]:
-    """The arguments of every call of `model` that ``run()`` makes, without gradients."""
+    """The arguments of every call of `model` that ``run()`` makes."""
     calls: list[Call] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -26,8 +26,7 @@ def calls_of(model: nn.Module, run: Callable[[], Any]) -> list[Call]:
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with torch.no_grad():
-            run()
+        run()
     finally:
         handle.remove()
     return calls
@@ -68,9 +67,7 @@ class Cutter:
                 if isinstance(t, Tensor):
                     self._dims.setdefault(id(t), -1)  # shared by all examples
         self._batch = batch
-        sizes = {
-            s for t in _tensors(batch) if (s := self._size(t)) is not None
-        }
+        sizes = {s for t in _tensors(batch) if (s := self._size(t)) is not None}
         sizes = sizes - {1} if len(sizes) > 1 else sizes
         if len(sizes) != 1:
             found = ", ".join(str(tuple(t.shape)) for t in _tensors(batch))

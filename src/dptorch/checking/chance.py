@@ -15,8 +15,15 @@ from dptorch.tape.calls import canonical_name
 __all__ = ["FixedChance", "no_chance"]
 
 _DROPOUTS = frozenset(
-    """dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d
-    dropout3d""".split()
+    [
+        "dropout",
+        "alpha_dropout",
+        "feature_dropout",
+        "feature_alpha_dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+    ]
 )
 _NORMAL = 0.75  # what every standard normal draw becomes: any number that is not special
 _DROPOUT_POSITION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}

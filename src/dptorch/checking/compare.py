@@ -20,12 +20,24 @@ from dptorch.checking.batch import Cutter
 from dptorch.errors import ConfigurationError, NotCoveredError
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.calls import canonical_name
+from dptorch.tape.mixing import undisturbed
 from dptorch.tape.provenance import Mixed, Reduced, Tag
 from dptorch.tape.record import record
 from dptorch.tape.recording import Recording, active_modes
 from dptorch.tape.tape import Tape
 
-__all__ = ["Comparison", "Recorded", "compare", "leakage", "loss_value", "run_tape", "tolerance_for"]
+__all__ = [
+    "Comparison",
+    "LossFn",
+    "Recorded",
+    "compare",
+    "frozen",
+    "leakage",
+    "loss_value",
+    "run_tape",
+    "tolerance_for",
+    "uncovered",
+]
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -33,7 +45,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # A gradient smaller than this fraction of the example's whole gradient is compared with that
 # fraction: one that is zero but for rounding has no relative error.
 _FLOOR = {torch.float64: 1e-4, torch.float32: 1e-2}
-_READS = frozenset("item tolist numpy __float__ __int__ __array__".split())
+_READS = frozenset(["item", "tolist", "numpy", "__float__", "__int__", "__array__"])
 
 
 def tolerance_for(dtype: torch.dtype) -> float:
@@ -68,12 +80,15 @@ class _Reads(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = canonical_name(func)
-        if name in _READS and self.recording is not None and args and isinstance(args[0], Tensor):
-            if args[0].is_floating_point() and isinstance(
-                self.recording.state(args[0]), (Tag, Reduced, Mixed)
-            ):
+        if name in _READS and self.recording is not None and args:
+            t = args[0]
+            if isinstance(t, Tensor) and t.is_floating_point() and self._of_the_batch(t):
                 self.places[name, self.recording.module_path()] += 1
         return func(*args, **(kwargs or {}))
+
+    def _of_the_batch(self, t: Tensor) -> bool:
+        assert self.recording is not None
+        return isinstance(self.recording.state(t), (Tag, Reduced, Mixed))
 
 
 @dataclass
@@ -111,7 +126,11 @@ def run_tape(
         ConfigurationError: if the loss depends on no trainable parameter.
     """
     reads = _Reads()
-    with reads, record(model, batch_dims=batch_dims, parameters=parameters) as tape:
+    with (
+        undisturbed(model),
+        reads,
+        record(model, batch_dims=batch_dims, parameters=parameters) as tape,
+    ):
         recording = next(m for m in reversed(active_modes()) if isinstance(m, Recording))
         reads.recording = recording
         loss = loss_value(model, batch, loss_fn)
@@ -167,26 +186,27 @@ def compare(
 ) -> Comparison:
     """Run the examples one by one and compare with the tape.
 
-    Holds the per-example gradients of the tape and two gradients of the loop at a time.
+    Holds every example's gradient twice: from the tape and from the loop.
+
+    Args:
+        cutter: of the batch whose first `examples` the tape saw.
+        dtype: the lowest precision among the parameters.
+        cast: what floating-point inputs are cast to.
     """
     result = Comparison()
     names, tensors = list(parameters), list(parameters.values())
     singles: list[list[Tensor | None]] = []
     losses = []
     for i in range(examples):
-        loss = loss_value(model, cutter.select([i], cast), loss_fn).sum()
-        losses.append(loss.item())
-        singles.append(list(torch.autograd.grad(loss, tensors, allow_unused=True)))
+        with undisturbed(model):
+            loss = loss_value(model, cutter.select([i], cast), loss_fn).sum()
+            losses.append(loss.item())
+            singles.append(list(torch.autograd.grad(loss, tensors, allow_unused=True)))
     result.reduction = recorded.reduction or _reduction(recorded.loss, losses)
     scale = examples if result.reduction == "mean" else 1
     floor = _FLOOR.get(dtype, 1e-1)
     exact = {
-        n: torch.stack(
-            [
-                torch.zeros_like(p) if (g := row[j]) is None else g
-                for row in singles
-            ]
-        )
+        n: torch.stack([torch.zeros_like(p) if (g := row[j]) is None else g for row in singles])
         for j, (n, p) in enumerate(zip(names, tensors, strict=True))
         if any(row[j] is not None for row in singles)
     }
@@ -199,7 +219,7 @@ def compare(
     least = floor * whole
     tape_norms = {n: s.double().sqrt() * scale for n, s in recorded.tape.squared_norms().items()}
     weights = torch.linspace(1.0, 0.25, examples, device=tensors[0].device, dtype=torch.float64)
-    sums = recorded.tape.clipped_sum(weights.to(whole.device, torch.float32))
+    sums = recorded.tape.clipped_sum(weights)
     for n in names:
         found, truth = recorded.gradients[n].double() * scale, exact[n].double()
         size = torch.maximum(exact_norms[n], least).clamp(min=1e-300)
@@ -223,7 +243,9 @@ def leakage(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
 
 
 def _norms(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g.double().flatten(1) if g.dim() > 1 else g.double()[:, None], dim=1)
+    return torch.linalg.vector_norm(
+        g.double().flatten(1) if g.dim() > 1 else g.double()[:, None], dim=1
+    )
 
 
 def _worst(errors: Tensor) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dptorch.tape.provenance import Tag
 
-__all__ = ["Call", "canonical_name", "each_tensor", "replace_tensors"]
+__all__ = ["Call", "Info", "canonical_name", "each_tensor", "info", "replace_tensors"]
 
 # Operators arrive under their dunder, reflected and in-place names.
 _DUNDERS = {
     "truediv": "div",
     "itruediv": "div",
-    "rtruediv": "div",
-    "rdiv": "div",
+    "rtruediv": "rdiv",
+    "rdiv": "rdiv",
     "idiv": "div",
     "floordiv": "floor_divide",
     "rfloordiv": "floor_divide",
@@ -43,6 +43,9 @@ _DUNDERS = {
     "imul": "mul",
     "rpow": "pow",
     "ipow": "pow",
+    "imatmul": "matmul",
+    "ilshift": "lshift",
+    "irshift": "rshift",
 }
 _SYNONYMS = {
     "multiply": "mul",
@@ -57,6 +60,9 @@ _SYNONYMS = {
     "swapdims": "transpose",
     "moveaxis": "movedim",
 }
+_IN_PLACE_DUNDERS = frozenset(
+    "iadd isub imul itruediv idiv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
+)
 _OPERATORS = frozenset(
     "add sub mul pow matmul neg pos abs eq ne lt le gt ge lshift rshift".split()
 )
@@ -85,22 +91,74 @@ def canonical_name(func: Callable[..., Any]) -> str:
     return _SYNONYMS.get(name, name)
 
 
-def each_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+class Info(NamedTuple):
+    """What a torch function is, worked out once.
+
+    Attributes:
+        name: its `canonical_name`.
+        in_place: whether its name says that it writes to its first argument.
+        passive: it makes no tensor of the batch, or none that matters.
+    """
+
+    name: str
+    in_place: bool
+    passive: bool
+
+
+# Functions that make no tensor of the batch, or none that matters.
+_PASSIVE = frozenset(
+    """size dim ndimension numel nelement stride is_floating_point is_complex element_size data_ptr
+    is_contiguous storage_offset untyped_storage storage is_same_size get_device retain_grad
+    register_post_accumulate_grad_hook requires_grad is_tensor result_type can_cast is_storage
+    is_inference is_grad_enabled is_signed has_names is_conj is_neg is_pinned is_shared
+    promote_types broadcast_shapes _assert_async is_set_to new_zeros new_ones new_empty
+    new_empty_strided arange zeros ones empty linspace eye randint randperm rand randn
+    autograd_backward __len__ __bool__ __int__ __complex__ __index__ __repr__ __format__ __hash__
+    __str__ __array_wrap__ __contains__ __dir__ __reduce_ex__ __setstate__ __delete__ __dlpack__
+    __dlpack_device__ is_nonzero""".split()
+)
+_TENSOR_PROPERTIES = frozenset({".T", ".mT", ".H", ".mH", ".data", ".real", ".imag"})
+_INFO: dict[Any, Info] = {}
+
+
+def info(func: Callable[..., Any]) -> Info:
+    """What `func` is; remembered."""
+    try:
+        return _INFO[func]
+    except KeyError:
+        found = _describe(func)
+        _INFO[func] = found
+        return found
+    except TypeError:  # unhashable
+        return _describe(func)
+
+
+def _describe(func: Callable[..., Any]) -> Info:
+    name = canonical_name(func)
+    raw = getattr(func, "__name__", "")
+    dunder = raw.startswith("__") and raw.endswith("__")
+    if raw == "__set__":
+        name = "." + str(getattr(getattr(func, "__self__", None), "__name__", "?")) + "="
+    in_place = raw == "__setitem__" or (
+        raw[2:-2] in _IN_PLACE_DUNDERS if dunder else raw.endswith("_")
+    )
+    passive = name in _PASSIVE or (name[0] == "." and name not in _TENSOR_PROPERTIES)
+    return Info(name, in_place, passive and name not in (".data=",))
+
+
+def each_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Every tensor among the arguments, in order, inside lists and tuples too (two levels)."""
-    for a in args:
+    found = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(a, Tensor):
-            yield a
+            found.append(a)
         elif isinstance(a, (list, tuple)):
             for b in a:
                 if isinstance(b, Tensor):
-                    yield b
+                    found.append(b)
                 elif isinstance(b, (list, tuple)):
-                    yield from (c for c in b if isinstance(c, Tensor))
-    for a in kwargs.values():
-        if isinstance(a, Tensor):
-            yield a
-        elif isinstance(a, (list, tuple)):
-            yield from (b for b in a if isinstance(b, Tensor))
+                    found += [c for c in b if isinstance(c, Tensor)]
+    return found
 
 
 def replace_tensors(value: Any, table: Mapping[int, Tensor]) -> Any:
@@ -126,9 +184,19 @@ class Call:
         parameters: distinct operands whose per-example gradient is wanted (parameters and
             param-only tensors).
         batch_size: number of examples B.
+        in_place: whether the call writes to its first argument.
     """
 
-    __slots__ = ("args", "batch_size", "func", "kwargs", "name", "parameters", "tagged")
+    __slots__ = (
+        "args",
+        "batch_size",
+        "func",
+        "in_place",
+        "kwargs",
+        "name",
+        "parameters",
+        "tagged",
+    )
 
     def __init__(
         self,
@@ -139,6 +207,7 @@ class Call:
         tagged: list[tuple[Tensor, Tag]],
         parameters: list[Tensor],
         batch_size: int,
+        in_place: bool = False,
     ) -> None:
         self.func = func
         self.name = name
@@ -147,6 +216,7 @@ class Call:
         self.tagged = tagged
         self.parameters = parameters
         self.batch_size = batch_size
+        self.in_place = in_place
 
     def arg(self, position: int, keyword: str, default: Any = None) -> Any:
         """An argument by position or keyword."""

@@ -19,7 +19,10 @@ from dptorch.tape.invisible import visible
 from dptorch.tape.provenance import Tag, owners
 from dptorch.tape.recording import Recording
 
-__all__ = ["find_mixing", "mixing_message", "perturbed", "refuse_mixing", "undisturbed"]
+__all__ = ["MIXES", "WAY_OUT", "find_mixing", "perturbed", "refuse_mixing", "undisturbed"]
+
+MIXES = "changing one example changed its values for another, so no per-example gradient exists."
+WAY_OUT = "Make it treat examples independently; dptorch.prepare(model) converts BatchNorm."
 
 _EXAMPLES = 3
 _SAMPLES = 4096  # values of a tensor that are compared; a mixture moves whole rows
@@ -57,17 +60,10 @@ def refuse_mixing(
         )
         return True
     if where:
-        raise ExamplesMixError(mixing_message(where))
+        raise ExamplesMixError(
+            f"{where}: {MIXES} {WAY_OUT} If this finding is wrong, pass self_check=False."
+        )
     return where is not None
-
-
-def mixing_message(where: str) -> str:
-    """What to tell the user about a finding of `find_mixing`."""
-    return (
-        f"{where}: changing one example changed its values for another, so no per-example gradient "
-        "exists. Make it treat examples independently (BatchNorm: dptorch.prepare(model)), or, if "
-        "this finding is wrong, pass self_check=False."
-    )
 
 
 def find_mixing(
@@ -98,15 +94,18 @@ def find_mixing(
     if len(sizes) != 1:
         return "" if sizes else None  # not one batch: the recording says what is wrong
     size = sizes.pop()
-    try:
-        return _compare(model, args, kwargs, batch_dims, min(size, _EXAMPLES))
-    except (PrivacyError, ConfigurationError):
-        raise
-    except Exception:
-        if size <= _EXAMPLES:
+    # Fewer examples fail where an argument that is no tensor speaks of all of them (a list of
+    # lengths), a run without gradients where the model itself differentiates.
+    few = min(size, _EXAMPLES)
+    for count, grad in [(few, False), (few, True), (size, False), (size, True)]:
+        try:
+            return _compare(model, args, kwargs, batch_dims, count, grad)
+        except (PrivacyError, ConfigurationError):
             raise
-        # An argument that is no tensor may speak of all examples: a list of lengths, for one.
-        return _compare(model, args, kwargs, batch_dims, size)
+        except Exception:
+            if (count, grad) == (size, True):
+                raise
+    raise AssertionError
 
 
 def _compare(
@@ -115,13 +114,14 @@ def _compare(
     kwargs: Mapping[str, Any],
     batch_dims: BatchDims,
     count: int,
+    grad: bool,
 ) -> str | None:
     plain, other, changed = perturbed(model, args, kwargs, batch_dims, count)
     if not changed:
         return None
 
     def run(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[_Seen]:
-        with torch.no_grad(), undisturbed(model):
+        with torch.set_grad_enabled(grad), undisturbed(model), _frozen(model):
             return _watch(model, *inputs, batch_dims)
 
     before = run(plain)
@@ -295,9 +295,21 @@ def _is_plain(t: Tensor) -> bool:
 
 
 @contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Random states, buffers and attributes of the model's modules are restored on the way out."""
-    modules = list(model.modules())
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tables = [m.__dict__ for m in modules]
     tables += [m.__dict__[k] for m in modules for k in ("_parameters", "_buffers", "_modules")]
     contents = [dict(table) for table in tables]

@@ -110,7 +110,7 @@ def owners(tag: Tag, size: int, batch_size: int, device: torch.device | None = N
         [0, 0, 1, 1, 2, 2]
     """
     if tag.explicit is not None:
-        return torch.tensor(tag.explicit, device=device)
+        return torch.tensor(tag.explicit, dtype=torch.int64, device=device)
     return (torch.arange(size, device=device) // tag.step) % batch_size
 
 
@@ -210,10 +210,10 @@ def read_shadow(moved: Tensor, tag: Tag, size: int, batch_size: int) -> Tag:
     """Read the tag off a moved `shadow`.
 
     Raises:
-        Lost: if owners vary along more than one dimension, or nothing is left.
+        Lost: if owners vary along more than one dimension.
     """
     if moved.numel() == 0:
-        raise Lost("the result is empty")
+        return Tag(moved.shape.index(0), 1, ())
     owner_of = owners(tag, size, batch_size, moved.device)
     varying = [i for i in range(moved.dim()) if moved.stride(i) != 0 and moved.shape[i] > 1]
     if len(varying) > 1:  # a copy: find what really varies
@@ -263,6 +263,8 @@ def read_owners(owner: Tensor, batch_size: int) -> Tag | None:
 def regular_or_explicit(owner: Tensor, dim: int, batch_size: int, hint: int = 1) -> Tag:
     """The shortest tag that gives these owners along `dim`."""
     n = owner.numel()
+    if not n:
+        return Tag(dim, 1, ())
     index = torch.arange(n, device=owner.device)
     for step in dict.fromkeys((hint, 1, n // batch_size)):
         if step and n % (step * batch_size) == 0 and torch.equal(owner, (index // step) % batch_size):

@@ -10,7 +10,6 @@ weight gradient.
 from __future__ import annotations
 
 import sys
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from dptorch.tape.calls import Call, canonical_name, each_tensor
+from dptorch.tape.aliases import Aliases, storage_of
+from dptorch.tape.assignment import assign, assign_parameter
+from dptorch.tape.calls import Call, Info, each_tensor, info
+from dptorch.tape.composites import is_composite, opened
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance import (
@@ -31,12 +33,13 @@ from dptorch.tape.provenance import (
     Reduced,
     State,
     Tag,
-    read_shadow,
+    complete,
     rows,
     separate,
-    shadow,
 )
+from dptorch.tape.reduced import follow_loss
 from dptorch.tape.rules import LOSSES, RULES, generic
+from dptorch.tape.special import SPECIAL
 from dptorch.tape.tape import Tape
 from dptorch.tape.taps import lift, tap
 
@@ -44,25 +47,21 @@ __all__ = ["Recording", "active_modes"]
 
 _STATE = "_dptorch_state"
 
-# Functions that make no tensor of the batch, or none that matters.
-_PASS = frozenset(
-    """size dim ndimension numel nelement stride is_floating_point is_complex element_size item
-    tolist numpy data_ptr is_contiguous storage_offset untyped_storage storage is_same_size
-    get_device register_hook retain_grad register_post_accumulate_grad_hook requires_grad is_tensor
-    is_nonzero result_type can_cast is_storage is_inference is_grad_enabled is_signed has_names
-    is_conj is_neg is_pinned is_shared promote_types broadcast_shapes _assert_async is_set_to
-    new_tensor new_zeros new_ones new_empty new_full new_empty_strided arange zeros ones empty full
-    linspace eye tensor as_tensor scalar_tensor randint randperm rand randn set autograd_backward
-    __len__ __bool__ __int__ __float__ __complex__ __index__ __repr__ __format__ __hash__ __str__
-    __array__ __array_wrap__ __contains__ __dir__ __reduce_ex__ __setstate__ __set__ __delete__
-    __dlpack__ __dlpack_device__""".split()
-)
-_TENSOR_PROPERTIES = frozenset({".T", ".mT", ".H", ".mH", ".data", ".real", ".imag"})
-_OVERRIDE_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+# Ops whose further operands lend no more than their shape or type.
+_LIKE_OTHER = frozenset("expand_as view_as reshape_as type_as".split())
 
 Gradients = Callable[
     [Sequence[Tensor | None], Sequence[Tensor]], Iterable[tuple[Tensor, PerExampleGradient]]
 ]
+
+
+class _Token:
+    """Whose a tensor's state is: each recording has one."""
+
+    __slots__ = ("batch_size",)
+
+    def __init__(self) -> None:
+        self.batch_size = 0
 
 
 class Recording(TorchFunctionMode):
@@ -76,6 +75,7 @@ class Recording(TorchFunctionMode):
     Attributes:
         tape: filled when gradients arrive.
         generic_ops: how often each op went through the generic rule, by (op, parameter names).
+        sites: how often an op met a parameter.
         escaped: how often floating-point values of the batch were read into Python, by op.
     """
 
@@ -87,23 +87,65 @@ class Recording(TorchFunctionMode):
         self.tape = Tape({n: p for n, p in parameters.items() if p.requires_grad})
         self.batch_size = 0
         self.generic_ops: Counter[tuple[str, str]] = Counter()
+        self.sites = 0
         self.escaped: Counter[str] = Counter()
         self._followed = self.tape.names
         self._handle = torch.zeros(0, requires_grad=True)
-        self._token = object()  # a tensor's state counts in the recording that gave it
+        self._token = _Token()
+        self._aliases = Aliases()
+        self._depth = 0
+        self._owned: dict[int, str] | None = None
+
+    def __enter__(self) -> Recording:
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._depth -= 1
+        super().__exit__(*args)
 
     # -- states -----------------------------------------------------------------------------------
 
     def state(self, t: Tensor) -> State | None:
-        """What is known of a tensor, or None for a constant."""
-        entry = getattr(t, _STATE, None)
-        return entry[1] if entry is not None and entry[0] is self._token else None
+        """What is known of a tensor, or None for a constant.
 
-    def mark(self, t: Any, state: State) -> None:
+        Raises:
+            NotCoveredError: for a tensor that carries the examples of another recording.
+        """
+        entry = getattr(t, _STATE, None)
+        if entry is None:
+            state, clock = None, 0
+        elif entry[0] is self._token:
+            state, clock = entry[1], entry[2]
+        else:
+            state, clock = self._foreign(t, entry), 0
+        if self._aliases.clock and clock < self._aliases.clock:
+            state = self._aliases.now(t, clock, state, self.batch_size)
+            if entry is not None or state is not None:
+                setattr(t, _STATE, (self._token, state, self._aliases.clock))
+        return state
+
+    def _foreign(self, t: Tensor, entry: tuple[Any, ...]) -> State | None:
+        token, state = entry[0], entry[1]
+        if isinstance(state, ParamOnly) or state is None or not t.is_floating_point():
+            return None
+        if self._depth == 0 and token.batch_size == self.batch_size and not t.requires_grad:
+            return state  # type: ignore[no-any-return]
+        if t.is_leaf and t.requires_grad and not isinstance(state, Mixed):
+            return None
+        raise NotCoveredError(
+            f"{self.module_path()}: a tensor of shape {tuple(t.shape)} holds the examples of another "
+            "forward pass (a hidden state or a statistic kept from an earlier step, or another "
+            "model's output). What one step's examples leave behind may not enter the next. If it "
+            "belongs to the same examples, pass it as an argument of the model."
+        )
+
+    def mark(self, t: Any, state: State | None) -> None:
         """Say what a tensor is. A mixed tensor raises if a gradient ever passes it."""
         if not isinstance(t, Tensor):
             return
-        setattr(t, _STATE, (self._token, state))
+        setattr(t, _STATE, (self._token, state, self._aliases.clock))
         if isinstance(state, Mixed) and t.requires_grad and not t.is_leaf:
             reason = state.reason
 
@@ -111,6 +153,30 @@ class Recording(TorchFunctionMode):
                 raise ExamplesMixError(reason)
 
             t.register_hook(poison)
+
+    def mark_written(self, t: Tensor, before: State | None, after: State | None) -> None:
+        """Say what a tensor is after it was written to in place.
+
+        Raises:
+            NotCoveredError: if examples were written into a parameter or a buffer of the model.
+        """
+        if isinstance(after, (Tag, Reduced, Mixed)) and not isinstance(before, (Tag, Reduced, Mixed)):
+            if self._owned is None:
+                named = [*self.model.named_buffers(), *self.model.named_parameters()]
+                self._owned = {storage_of(b): n for n, b in named}
+            name = self._owned.get(storage_of(t))
+            if name is not None:
+                raise NotCoveredError(
+                    f"{self.module_path()}: '{name}' is overwritten with values of the batch. What "
+                    "the examples of one step leave in a parameter or buffer (running statistics, "
+                    "code books, queues) enters later steps without noise. Freeze it (eval mode, "
+                    "momentum 0), or compute it anew in each forward pass."
+                )
+        if isinstance(after, ParamOnly):
+            self.mark(t, after)
+            return
+        self._aliases.wrote(t, before, after, self.batch_size)
+        self.mark(t, after)
 
     def tag_batch(self, t: Tensor, dim: int = 0) -> Tensor:
         """Declare that the examples of the batch lie along `dim` of `t`; returns the tensor to use.
@@ -131,10 +197,10 @@ class Recording(TorchFunctionMode):
                 "the batch is empty. An empty Poisson batch is a step of its own: use the engine's "
                 "loader, which turns it into a padding example of weight zero."
             )
-        self.batch_size = self.tape.batch_size = size
-        if getattr(t, _STATE, None) is not None or isinstance(t, nn.Parameter):
+        self.batch_size = self.tape.batch_size = self._token.batch_size = size
+        if t.requires_grad or isinstance(t, nn.Parameter):
             with torch._C.DisableTorchFunction():
-                t = t.view_as(t)  # another recording's tensor keeps its own state
+                t = t.view_as(t)  # another recording's output keeps its own state
         self.mark(t, Tag(dim % t.dim()) if size > 1 else Tag(None, 0))
         return t
 
@@ -225,51 +291,85 @@ class Recording(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        known = info(func)
         with torch._C.DisableTorchFunctionSubclass():
-            return self.handle(func, args, kwargs or {})
+            if known.passive:
+                return func(*args, **(kwargs or {}))
+            return self._handle_known(known, func, args, kwargs or {})
 
     def handle(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Run one torch function and keep track of it."""
-        name = _name(func)
-        if name in _PASS or (name[0] == "." and name not in _TENSOR_PROPERTIES):
-            if name in ("item", "tolist", "numpy") and self.batch_size:
-                self._note_escape(name, args)
+        known = info(func)
+        if known.passive:
             return func(*args, **kwargs)
-        if name == "backward":
-            return self.backward(func, args, kwargs)
+        return self._handle_known(known, func, args, kwargs)
+
+    def _handle_known(
+        self,
+        known: Info,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        name = known.name
+        special = SPECIAL.get(name)
+        if special is not None:
+            return special(self, func, name, args, kwargs)
         tagged: list[tuple[Tensor, Tag]] = []
         parameters: dict[int, Tensor] = {}
         lost: Mixed | Reduced | None = None
         grad_enabled = torch.is_grad_enabled()
-        for t in each_tensor(args, kwargs):
+        tensors = each_tensor(args, kwargs)
+        if name in _LIKE_OTHER:
+            tensors = tensors[:1]
+        out_argument = kwargs.get("out") if kwargs else None
+        for t in tensors:
+            if t is out_argument:
+                continue
             state = self.state(t)
-            if state is None:
-                if t.requires_grad and grad_enabled and self._is_parameter(t, name):
-                    parameters[id(t)] = t
-            elif isinstance(state, Tag):
+            if type(state) is Tag:
                 tagged.append((t, state))
+            elif state is None:
+                if grad_enabled and t.requires_grad and self._is_parameter(t, name):
+                    parameters[id(t)] = t
             elif isinstance(state, ParamOnly):
-                if t.requires_grad and grad_enabled:
+                if grad_enabled and t.requires_grad:
                     parameters[id(t)] = t
             elif lost is None or isinstance(state, Mixed):
-                lost = state
+                lost = state  # type: ignore[assignment]
+        if out_argument is not None and parameters:
+            raise NotCoveredError(
+                f"{self.module_path()}: '{name}' writes into out= and takes "
+                f"{self.describe(next(iter(parameters.values())))}. PyTorch has no gradient for "
+                "out=; assign the result instead."
+            )
         if lost is not None:
-            return self._after_the_batch(func, name, args, kwargs, tagged, parameters, lost)
+            return self._after_the_batch(known, func, args, kwargs, tagged, parameters, lost)
         if not tagged:
             out = func(*args, **kwargs)
             if parameters:
                 self._mark_param_only(name, args, kwargs, out)
+            elif torch._C._functorch.peek_interpreter_stack() is not None:
+                self._refuse_vmap(name, tensors)
             return out
-        if name not in FAMILIES and name not in RULES and _is_composite(func):
+        if name not in FAMILIES and name not in RULES and is_composite(func):
             return self._decompose(func, args, kwargs)
-        call = Call(func, name, args, kwargs, tagged, list(parameters.values()), self.batch_size)
+        call = Call(
+            func,
+            name,
+            args,
+            kwargs,
+            tagged,
+            list(parameters.values()) if parameters else [],
+            self.batch_size,
+            known.in_place,
+        )
         if parameters:
             return self._site(call)
         if name == "__setitem__":
-            func(*args, **kwargs)
-            self._after_setitem(call)
+            assign(call, self)
             return None
         if name in LOSSES and grad_enabled:
             out = LOSSES[name](call, self)
@@ -313,15 +413,20 @@ class Recording(TorchFunctionMode):
 
     def _site(self, call: Call) -> Any:
         """An op that takes both examples and a parameter."""
-        if call.name == "__setitem__":
-            return self._setitem_site(call)
         for p in call.parameters:
             self.count_use(self.untransposed(p)[0])
+        self.sites += 1
         return self._with_rule(call)
 
     def _with_rule(self, call: Call) -> Any:
         found = RULES.get(call.name)
         try:
+            if not all(complete(tag) for _, tag in call.tagged):
+                raise Lost("rows that belong to no example yet meet a parameter")
+            if call.name == "__setitem__":
+                return assign_parameter(call, self)
+            if call.in_place and found is not RULES["add"]:
+                return generic(call, self)
             result = found(call, self) if found is not None else NotImplemented
             return generic(call, self) if result is NotImplemented else result
         except Lost as lost:
@@ -330,76 +435,36 @@ class Recording(TorchFunctionMode):
                 f"{self.module_path()}: {names} used in '{call.name}', where {lost}."
             ) from None
 
-    def _setitem_site(self, call: Call) -> None:
-        """``x[index] = parameter``."""
-        x, index, value = call.args
-        tag = call.tag_of(x)
-        if tag is None or not call.is_parameter(value):
-            raise NotCoveredError(
-                f"{self.module_path()}: examples are written into {self.describe(x)} by index "
-                "assignment. Build the result with torch.cat or torch.where instead."
-            )
-        if tag.dim is None:
-            target, part = x[index].shape, tag
-        else:
-            moved = shadow(x.shape, tag.dim, x.device)[index]
-            target, part = moved.shape, read_shadow(moved, tag, x.shape[tag.dim], self.batch_size)
-        if part.explicit is not None:
-            raise NotCoveredError(
-                f"{self.module_path()}: {self.describe(value)} is assigned to some examples only."
-            )
-        call.func(x, index, self.lift(value, target, part))
-
-    def _after_setitem(self, call: Call) -> None:
-        """Examples were written into a tensor by index assignment."""
-        x, index, value = call.args
-        tag = call.tag_of(x)
-        value_tag = call.tag_of(value)
-        try:
-            if tag is not None:
-                if value_tag is None or tag == value_tag or tag.dim is None:
-                    return
-                moved = shadow(x.shape, tag.dim, x.device)[index]
-                part = read_shadow(moved, tag, x.shape[tag.dim], self.batch_size)
-                expected = value_tag
-                if part.dim is not None and value_tag.dim is not None:
-                    expected = value_tag.at(value_tag.dim - value.dim() + moved.dim())
-                if part != expected:
-                    raise Lost("examples are written over other examples")
-                return
-            if value_tag is None:
-                raise Lost("an index that carries examples writes into a constant")
-            if value_tag.dim is None:
-                if self.batch_size == 1:
-                    self.mark(x, value_tag)
-                    return
-                raise Lost("one example is written into a constant")
-            back = value_tag.dim - value.dim()
-            for dim in range(x.dim()):
-                part = shadow(x.shape, dim, x.device)[index]
-                if part.dim() >= -back and part.stride(back) != 0 and part.shape[back] > 1:
-                    self.mark(x, value_tag.at(dim))
-                    return
-            raise Lost("examples are written into a constant")
-        except Lost as lost:
-            self.mark(x, Mixed(f"{self.module_path()}: index assignment: {lost}."))
-
     def _propagate(self, call: Call, out: Any) -> None:
-        outputs = out if isinstance(out, (tuple, list)) else (out,)
-        if not any(isinstance(o, Tensor) for o in outputs):
-            return
+        single = isinstance(out, Tensor)
+        outputs: Sequence[Any] = (
+            out if isinstance(out, (tuple, list)) else (out,)
+        )
+        if not single and not any(isinstance(o, Tensor) for o in outputs):
+            if not call.in_place:
+                return
+            outputs = each_tensor(call.args, call.kwargs)  # _foreach_add_(list, ...)
         try:
             states: Sequence[State | None] = infer(call, outputs)
         except Lost as lost:
             mixed = Mixed(f"{self.module_path()}: examples meet in '{call.name}': {lost}.")
             states = [mixed] * len(outputs)
+        first = call.args[0] if call.args else None
+        out_argument = call.kwargs.get("out") if call.kwargs else None
         for o, state in zip(outputs, states, strict=True):
-            if isinstance(state, Reduced) and isinstance(o, Tensor) and not o.requires_grad:
-                state = self._statistic(call.name)
-            if state is not None:
+            if not isinstance(o, Tensor):
+                continue
+            if isinstance(state, Reduced) and not o.requires_grad:
+                state = self.statistic(call.name)
+            if o is first or call.in_place or out_argument is not None:
+                before = self.state(o)
+                if before != state and not (before is None and state is None):
+                    self.mark_written(o, before, state)
+            elif state is not None:
                 self.mark(o, state)
 
-    def _statistic(self, name: str) -> Mixed:
+    def statistic(self, name: str) -> Mixed:
+        """The state of a statistic over the examples."""
         return Mixed(f"{self.module_path()}: '{name}' takes a statistic over the examples.")
 
     def backward(
@@ -432,8 +497,8 @@ class Recording(TorchFunctionMode):
 
     def _after_the_batch(
         self,
+        known: Info,
         func: Callable[..., Any],
-        name: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         tagged: list[tuple[Tensor, Tag]],
@@ -441,6 +506,7 @@ class Recording(TorchFunctionMode):
         lost: Mixed | Reduced,
     ) -> Any:
         """An op on a value that all examples have gone into: a loss, or a mixture."""
+        name = known.name
         if isinstance(lost, Mixed) and parameters:
             raise ExamplesMixError(
                 f"{lost.reason} The result meets {self.describe(next(iter(parameters.values())))} "
@@ -454,70 +520,53 @@ class Recording(TorchFunctionMode):
                 "or not at all. Use the optimizer's weight_decay for an L2 penalty, which costs no "
                 "privacy; or add the term to each example's loss before reducing."
             )
-        out = func(*args, **kwargs)
         state: State = lost
         if isinstance(lost, Reduced):
-            reduced = [
-                s for s in map(self.state, each_tensor(args, kwargs)) if isinstance(s, Reduced)
-            ]
-            state = self._follow_loss(name, args, kwargs, reduced, bool(tagged))
-        for o in _leaves(out):
-            self.mark(o, state if o.requires_grad or isinstance(lost, Mixed) else self._statistic(name))
+            states = map(self.state, each_tensor(args, kwargs))
+            state = follow_loss(
+                name,
+                args,
+                kwargs,
+                [s for s in states if isinstance(s, Reduced)],
+                meets_examples=bool(tagged),
+                is_loss=lambda t: isinstance(t, Tensor) and isinstance(self.state(t), Reduced),
+                where=self.module_path,
+            )
+        before = [(t, self.state(t)) for t in args[:1] if isinstance(t, Tensor)]
+        out = func(*args, **kwargs)
+        written = name == "__setitem__" or (known.in_place and not isinstance(out, Tensor))
+        for o in each_tensor(args, kwargs) if written else _leaves(out):
+            own = state
+            if not isinstance(state, Mixed) and not o.requires_grad:
+                own = self.statistic(name)
+            was = next((s for t, s in before if t is o), None)
+            if written or known.in_place or kwargs.get("out") is not None:
+                if was != own:
+                    self.mark_written(o, was, own)
+            else:
+                self.mark(o, own)
         return out
 
-    def _follow_loss(
-        self,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        reduced: list[Reduced],
-        meets_examples: bool,
-    ) -> State:
-        """Linear functions of a reduced loss keep their meaning; anything else mixes examples."""
-        where = f"{self.module_path()}: '{name}'"
-        if meets_examples:
-            return Mixed(f"{where} joins a value reduced over the examples with single examples.")
-        weight = reduced[0].weight
-        if len(reduced) > 1:
-            if name not in ("add", "sub", "stack", "cat", "sum"):
-                return Mixed(f"{where} multiplies losses that are reduced over the examples.")
-            if any(r.weight != weight for r in reduced):
-                return Mixed(f"{where} adds a sum and a mean over the examples.")
-            return Reduced(weight)
-        if name in _LINEAR:
-            return Reduced(weight)
-        if name in ("mul", "div"):
-            other = next((a for a in args if not isinstance(a, Tensor)), None)
-            if isinstance(other, (int, float)) and not (name == "div" and args[0] is other):
-                return Reduced(weight * other if name == "mul" else weight / other)
-            if name == "mul" or self._is_loss(args[0]):
-                return Reduced(weight)
-        return Mixed(f"{where} is not linear, and its argument is reduced over the examples.")
-
-    def _is_loss(self, t: Any) -> bool:
-        return isinstance(t, Tensor) and isinstance(self.state(t), Reduced)
+    def _refuse_vmap(self, name: str, tensors: Sequence[Tensor]) -> None:
+        for t in tensors:
+            inner = t
+            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+                inner = torch._C._functorch.get_unwrapped(inner)
+            if inner is not t and t.is_floating_point() and self.state(inner) is not None:
+                raise NotCoveredError(
+                    f"{self.module_path()}: '{name}' runs on the examples inside torch.func "
+                    "(vmap, grad, ...), where they cannot be followed. Write it with ordinary ops "
+                    "on batched tensors."
+                )
 
     def _decompose(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Run a Python-level torch function so that the ops inside it are seen."""
         if self in active_modes():
-            return _open(func)(*args, **kwargs)
+            return opened(func)(*args, **kwargs)
         with self:
-            return _open(func)(*args, **kwargs)
-
-    def _note_escape(self, name: str, args: tuple[Any, ...]) -> None:
-        t = args[0] if args else None
-        if isinstance(t, Tensor) and t.is_floating_point():
-            state = self.state(t)
-            if isinstance(state, (Mixed, Tag)):
-                self.escaped[name] += 1
-
-
-_LINEAR = frozenset(
-    """neg pos sum mean view reshape flatten squeeze unsqueeze to float double half bfloat16 clone
-    contiguous add sub type type_as cuda cpu nansum stack cat __getitem__ select expand""".split()
-)
+            return opened(func)(*args, **kwargs)
 
 
 def active_modes() -> list[Any]:
@@ -551,40 +600,3 @@ def _leaves(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from _leaves(v)
-
-
-_names: dict[Any, str] = {}
-
-
-def _name(func: Callable[..., Any]) -> str:
-    try:
-        return _names[func]
-    except KeyError:
-        return _names.setdefault(func, canonical_name(func))
-    except TypeError:  # unhashable
-        return canonical_name(func)
-
-
-def _is_composite(func: Callable[..., Any]) -> bool:
-    code = getattr(func, "__code__", None)
-    return code is not None and any(c in code.co_names for c in _OVERRIDE_CHECKS)
-
-
-_opened: dict[Any, Callable[..., Any]] = {}
-
-
-def _open(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a Python-level torch function that does not hand itself back to the mode."""
-    if func not in _opened:
-        scope = dict(func.__globals__)  # type: ignore[attr-defined]
-        scope.update({check: lambda *a, **k: False for check in _OVERRIDE_CHECKS})
-        copy = types.FunctionType(
-            func.__code__,  # type: ignore[attr-defined]
-            scope,
-            func.__name__,
-            func.__defaults__,  # type: ignore[attr-defined]
-            func.__closure__,  # type: ignore[attr-defined]
-        )
-        copy.__kwdefaults__ = func.__kwdefaults__  # type: ignore[attr-defined]
-        _opened[func] = copy
-    return _opened[func]

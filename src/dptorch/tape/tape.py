@@ -5,8 +5,8 @@ Shape legend: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class Tape:
         self._squared: dict[int, Tensor] = {}
         self._intermediate: dict[int, Tensor] = {}  # param-only tensors, kept alive by id
         self._resolved = False
+        self._aside = False
 
     # -- filled by the recording ------------------------------------------------------------------
 
@@ -68,6 +69,8 @@ class Tape:
         Raises:
             PrivacyError: after `close`.
         """
+        if self._aside:
+            return
         if self.closed:
             raise PrivacyError(
                 "a second backward went through a forward pass whose gradients have been clipped "
@@ -96,6 +99,15 @@ class Tape:
                 forms[i] = merged
                 return
         forms.append(form)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Backwards inside are not the loss's: their gradients are not kept."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
 
     def _resolve(self) -> None:
         """Carry the gradients of param-only tensors back to the parameters they came from."""

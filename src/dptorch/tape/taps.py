@@ -13,10 +13,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from dptorch.errors import NotCoveredError
+
 __all__ = ["TAPS", "lift", "tap"]
 
 # Called in the backward with the outputs' gradients and the saved tensors.
 OnGradient = Callable[[Sequence[Tensor | None], Sequence[Tensor]], None]
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise NotCoveredError(
+            "a backward with create_graph=True went through the recorded model: the tape does not "
+            "follow second derivatives."
+        )
 
 
 class _Tap(Function):
@@ -36,6 +46,7 @@ class _Tap(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse_second_derivatives()
         saved = ctx.saved_tensors  # before anything is disabled: it may run a checkpoint's recompute
         if any(g is not None for g in grads):
             with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -68,6 +79,7 @@ class _Lift(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse_second_derivatives()
         with torch.no_grad(), torch._C.DisableTorchFunction():
             ctx.on_gradient(grads[0])
         return None, None, None, None

@@ -152,12 +152,15 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
     uint8 images are divided by 255; images are standardised one by one.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise DataError(f"{path}: holds one array without a name; save it with np.savez")
+        with loaded as archive:
             arrays = {name: archive[name] for name in archive.files}
+    except DataError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a readable .npz file ({error})") from error
-    except AttributeError as error:  # a bare .npy array under the name .npz
-        raise DataError(f"{path}: holds one array without a name; save it with np.savez") from error
     train_x, train_y = ("x_train", "y_train") if "x_train" in arrays else ("x", "y")
     for name in (train_x, train_y):
         if name not in arrays:
@@ -208,6 +211,8 @@ def _npz_inputs(path: Path, name: str, array: NDArray[Any], options: ReadOptions
             f"{path}: array {name!r} has shape {array.shape} and type {array.dtype}; expected "
             f"numbers of shape (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C)"
         )
+    if array.size == 0:
+        raise DataError(f"{path}: array {name!r} of shape {array.shape} holds no example")
     _refuse_nonfinite(array, f"{path}: array {name!r}")
     x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if array.ndim == 2:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from dptorch.accounting import contour, tilted
 from dptorch.accounting.accountants.protocol import (
     check_delta,
@@ -15,7 +17,7 @@ from dptorch.accounting.accountants.protocol import (
 )
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.composition import composed_delta, composed_epsilon
-from dptorch.accounting.dominating import Direction, directions
+from dptorch.accounting.dominating import Array, Direction, directions
 from dptorch.accounting.events import Event, History, SampledGaussian
 
 __all__ = ["PLDAccountant"]
@@ -110,8 +112,43 @@ class PLDAccountant:
             delta = max(delta, self._loss(events, direction, epsilon, near).delta(epsilon))
         return delta
 
+    def profile(
+        self,
+        history: History,
+        epsilons: Array,
+        *,
+        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    ) -> Array:
+        """δ at every one of `epsilons` ([n], at least 0); [n] upper bounds.
+
+        Tight from δ = 1 down to about 1e-12, by a few compositions in all.
+
+        Example:
+            >>> gaussian = [SampledGaussian(noise_multiplier=1.0, sample_rate=1.0, steps=1)]
+            >>> PLDAccountant().profile(gaussian, np.array([0.0, 1.0])).round(3).tolist()
+            [0.383, 0.127]
+        """
+        events = tuple(covered(self, history))
+        if not events:
+            return np.zeros(len(epsilons))
+        if without_noise(events):
+            return np.ones(len(epsilons))
+        worst = np.zeros(len(epsilons))
+        for direction in directions(Adjacency.of(adjacency)):
+            best = np.ones(len(epsilons))
+            for delta in (1e-1, 1e-3, 1e-6, 1e-10):
+                near = composed_epsilon(events, direction, delta)
+                loss = self._loss(events, direction, near, delta)
+                best = np.minimum(best, [loss.delta(float(epsilon)) for epsilon in epsilons])
+            worst = np.maximum(worst, best)
+        return worst
+
     def _loss(
-        self, events: tuple[SampledGaussian, ...], direction: Direction, epsilon: float, delta: float
+        self,
+        events: tuple[SampledGaussian, ...],
+        direction: Direction,
+        epsilon: float,
+        delta: float,
     ) -> tilted.LossTail:
         """The composed loss, on a grid fine enough around the (uncertified) point (ε, δ).
 
@@ -127,7 +164,9 @@ class PLDAccountant:
         widest = max(tilted.loss_range(event, direction, tail) for event in events)
         interval = math.sqrt(tolerance / (1.6 * max(steps, 100)))
         interval = max(interval, widest / _LARGEST_WINDOW)
-        interval = max(interval, 30.0 * self._spread(events, direction, tilt, tail) / _LARGEST_WINDOW)
+        interval = max(
+            interval, 30.0 * self._spread(events, direction, tilt, tail) / _LARGEST_WINDOW
+        )
         while True:
             loss = _composed(events, direction, interval, tilt, tail)
             excess = math.log(max(loss.delta(epsilon), 1e-300) / delta)
@@ -135,7 +174,6 @@ class PLDAccountant:
             if excess <= wanted or loss.losses.size / finer > _LARGEST_WINDOW:
                 return loss
             interval *= finer
-
 
     @staticmethod
     def _spread(

@@ -118,9 +118,7 @@ def check_epsilon(epsilon: float, *, name: str = "epsilon") -> float:
         dptorch.errors.ConfigurationError: epsilon=nan must be finite and at least 0, such as 3.0.
     """
     if isinstance(epsilon, (bool, str)) or not (epsilon >= 0 and math.isfinite(epsilon)):
-        raise ConfigurationError(
-            f"{name}={epsilon!r} must be finite and at least 0, such as 3.0."
-        )
+        raise ConfigurationError(f"{name}={epsilon!r} must be finite and at least 0, such as 3.0.")
     return float(epsilon)
 
 

@@ -72,9 +72,7 @@ class PRVAccountant:
         """(lower bound, estimate, upper bound) of ε in one direction, none below 0."""
         composed = _composed(events, direction, self.eps_error, delta * self.delta_error_ratio)
         try:
-            bounds = composed.compute_epsilon(
-                delta, delta * self.delta_error_ratio, self.eps_error
-            )
+            bounds = composed.compute_epsilon(delta, delta * self.delta_error_ratio, self.eps_error)
         except (RuntimeError, ValueError) as problem:
             if "Cannot compute epsilon" in str(problem):
                 return 0.0, 0.0, self.eps_error

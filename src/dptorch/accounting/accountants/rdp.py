@@ -117,9 +117,7 @@ def _one_step(sigma: float, rate: float, relation: Adjacency) -> Array:
     # An order whose series does not converge counts as infinite, which keeps the bound.
     logging.set_verbosity(logging.ERROR)
     try:
-        accountant.compose(
-            dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
-        )
+        accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)))
     finally:
         logging.set_verbosity(verbosity)
     return np.asarray(accountant.rdp, float)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dptorch.tape.calls import Call
 from dptorch.tape.propagation.table import FAMILIES, Found, agree, family
-from dptorch.tape.provenance import Lost, Tag
+from dptorch.tape.provenance import Lost, Tag, owners, regular_or_explicit
 
 __all__ = ["along_broadcast", "elementwise"]
 
 _ELEMENTWISE = """
-add sub mul div pow neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos
+add sub mul div rdiv pow neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos
 tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid erf erfc erfinv lgamma digamma
 floor ceil round trunc frac sign sgn clamp clip clamp_min clamp_max maximum minimum fmax fmin fmod
 remainder floor_divide where masked_fill lerp addcmul addcdiv hypot logaddexp nan_to_num copysign
@@ -25,7 +25,7 @@ native_dropout bernoulli normal uniform exponential rand_like randn_like zeros_l
 empty_like full_like randint_like eq ne lt le gt ge equal isnan isinf isfinite isclose logical_and
 logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not lshift rshift
 clone contiguous detach float double half bfloat16 long int short bool char byte cpu cuda cfloat
-fill zero positive alias real imag conj angle pin_memory requires_grad
+fill zero positive alias real imag conj angle pin_memory
 polygamma i0 ldexp nextafter float_power polar view_as_complex special_expit special_erf
 .data .real .imag
 """.split()
@@ -89,13 +89,9 @@ def nonzero(call: Call, outputs: Sequence[Any]) -> Found:
     """Positions of true elements: each belongs to the example of its element."""
     x, tag = call.tagged[0]
     assert tag.dim is not None
-    from dptorch.tape.provenance import owners, regular_or_explicit
-
     table = call.name != "where" and not call.kwargs.get("as_tuple", False) and len(call.args) == 1
     along = outputs[0][:, tag.dim] if table else outputs[tag.dim]
     owner = owners(tag, x.shape[tag.dim], call.batch_size, x.device)[along]
-    if owner.numel() == 0:
-        raise Lost("nothing was found")
     return regular_or_explicit(owner, 0, call.batch_size, tag.step)
 
 

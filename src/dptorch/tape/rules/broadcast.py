@@ -12,42 +12,60 @@ import torch
 from torch import Tensor
 
 from dptorch.tape.calls import Call
-from dptorch.tape.provenance import Lost, Tag
+from dptorch.tape.propagation.elementwise import along_broadcast
+from dptorch.tape.propagation.table import agree
+from dptorch.tape.provenance import Tag
+from dptorch.tape.rules.generic import generic
 from dptorch.tape.rules.registry import rule
 
 if TYPE_CHECKING:
     from dptorch.tape.recording import Recording
 
 
-@rule("add sub rsub mul div where lerp addcmul addcdiv maximum minimum pow masked_fill")
+@rule(
+    """add sub rsub mul div where lerp addcmul addcdiv maximum minimum pow masked_fill clamp clip
+    clamp_min clamp_max fmax fmin atan2 hypot logaddexp xlogy copysign float_power copy"""
+)
 def elementwise(call: Call, recording: Recording) -> Any:
     """Elementwise ops of an activation with a parameter of any broadcastable shape."""
     tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
     if call.args and isinstance(call.args[0], Tensor) and call.is_parameter(call.args[0]):
-        if call.func.__name__.endswith("_") and not call.func.__name__.endswith("__"):
-            return NotImplemented  # writes into the parameter
-        if call.func.__name__.startswith("__i"):
-            return NotImplemented
+        if call.in_place:
+            return generic(call, recording)  # writes into the parameter
+    if call.name == "masked_fill" and not call.in_place:
+        x, mask, value = call.args[:3] if len(call.args) > 2 else (*call.args[:2], call.kwargs["value"])
+        if isinstance(value, Tensor):  # masked_fill takes a value of no dimension only
+            func = torch.where
+            args = (mask, value, x)
+            call = Call(func, "where", args, {}, call.tagged, call.parameters, call.batch_size)
+            tensors = list(args)
+    elif call.name == "masked_fill":
+        return generic(call, recording)
     shape = torch.broadcast_shapes(*[t.shape for t in tensors])
-    tag = _joint_tag(call, len(shape))
+    tag = _joint_tag(call, shape)
     table = {}
     for p in call.parameters:
         target = [1] * (len(shape) - p.dim()) + list(p.shape)
         if tag.dim is not None:
             target[tag.dim] = shape[tag.dim]
         table[id(p)] = recording.lift(p, target, tag)
+    target = call.args[0] if call.in_place else None
+    before = None if target is None else recording.state(target)
     out = call.run(table)
-    recording.mark(out, tag)
+    if target is not None and before != tag:
+        recording.mark_written(out, before, tag)
+    else:
+        recording.mark(out, tag)
     return out
 
 
-def _joint_tag(call: Call, rank: int) -> Tag:
-    found = {
-        tag if tag.dim is None else tag.at(tag.dim - t.dim() + rank) for t, tag in call.tagged
-    }
-    if len(found) != 1:
-        raise Lost("operands carry the examples in different places")
-    return found.pop()
+def _joint_tag(call: Call, shape: torch.Size) -> Tag:
+    found = [
+        tag if tag.dim is None else along_broadcast(t, tag, shape)
+        for t, tag in call.tagged
+        if not (call.name == "copy" and t is call.args[0])  # what it held is gone
+    ]
+    return agree(found or [tag for _, tag in call.tagged])
 
 
 @rule("cat stack")

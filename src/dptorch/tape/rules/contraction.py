@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, Outer, PerExampleGradient
-from dptorch.tape.propagation import einsum_operands, expand_einsum
+from dptorch.tape.propagation.products import einsum_operands, expand_einsum
 from dptorch.tape.provenance import Tag, rows
 from dptorch.tape.rules.registry import detached, rule
 
@@ -36,7 +36,7 @@ def linear(call: Call, recording: Recording) -> Any:
     """``x @ w.T + b`` for x of any rank."""
     x, w, b = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     tag = call.tag_of(x)
-    if tag is None or tag.explicit is not None or tag.dim == x.dim() - 1 or len(call.tagged) > 1:
+    if tag is None or tag.dim == x.dim() - 1 or len(call.tagged) > 1:
         return NotImplemented
     if w.dim() != 2:
         return NotImplemented
@@ -50,7 +50,7 @@ def addmm(call: Call, recording: Recording) -> Any:
     b, x, w = call.args[:3]
     tag = call.tag_of(x)
     scaled = call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1
-    if tag is None or tag.explicit is not None or tag.dim == 1 or len(call.tagged) > 1 or scaled:
+    if tag is None or tag.dim == 1 or len(call.tagged) > 1 or scaled:
         return NotImplemented
     if b.dim() > 1:
         return NotImplemented
@@ -132,7 +132,7 @@ def _contract(
     out_letters: str,
 ) -> Any:
     tag = call.tag_of(x)
-    if tag is None or tag.explicit is not None or len(call.tagged) > 1:
+    if tag is None or len(call.tagged) > 1:
         return NotImplemented
     if len(set(x_letters)) < len(x_letters) or len(set(w_letters)) < len(w_letters):
         return NotImplemented  # a diagonal

@@ -30,7 +30,7 @@ def convolution(call: Call, recording: Recording) -> Any:
     x, w, b = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     rank = int(call.name[-2])
     tag = call.tag_of(x)
-    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+    if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
     if x.dim() != rank + 2:
         return NotImplemented

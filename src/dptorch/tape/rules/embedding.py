@@ -47,7 +47,7 @@ def embedding(call: Call, recording: Recording) -> Any:
             "batch. Use scale_grad_by_freq=False."
         )
     tag = call.tag_of(ids)
-    if tag is None or tag.explicit is not None or not call.is_parameter(table):
+    if tag is None or not call.is_parameter(table):
         return NotImplemented
     n = call.batch_size
     out = call.func(table.detach(), ids) if call.func is torch.embedding else call.func(

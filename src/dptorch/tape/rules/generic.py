@@ -36,7 +36,12 @@ def generic(call: Call, recording: Recording) -> Any:
         NotCoveredError: if it is not known where the op leaves the examples.
     """
     copies = {id(p): p.detach().requires_grad_() for p in call.parameters}
-    result = call.run(copies)
+    target = call.args[0] if call.in_place else None
+    if target is None:
+        result = call.run(copies)
+    else:  # on a copy, so that the tensor written to ends up behind the tap
+        table = {**copies, id(target): copies.get(id(target), target).clone()}
+        result = call.run(table)
     outputs = result if isinstance(result, (tuple, list)) else (result,)
     try:
         tags = _tags(call, recording, outputs)
@@ -81,6 +86,12 @@ def generic(call: Call, recording: Recording) -> Any:
 
     recording.note_generic(call)
     tapped = recording.tap_many(raw, raw_tags, (), gradients)
+    if target is not None:
+        before = recording.state(target)
+        target.copy_(tapped[0])
+        if before != raw_tags[0]:
+            recording.mark_written(target, before, raw_tags[0])
+        return target
     return replace_tensors(result, {id(o): t for o, t in zip(raw, tapped, strict=True)})
 
 

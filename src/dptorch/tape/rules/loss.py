@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dptorch.tape.calls import Call
-from dptorch.tape.propagation import reduction_of
+from dptorch.tape.propagation.losses import reduction_of
 from dptorch.tape.provenance import Reduced, Tag, rows
 
 if TYPE_CHECKING:

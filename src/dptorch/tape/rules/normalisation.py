@@ -60,7 +60,7 @@ def last_dims(call: Call, recording: Recording) -> Any:
     eps = call.arg(4 if layer else 3, "eps", 1e-5 if layer else None)
     tag = call.tag_of(x)
     inner = len(shape)
-    if tag is None or tag.explicit is not None or len(call.tagged) > 1:
+    if tag is None or len(call.tagged) > 1:
         return NotImplemented
     if tag.dim is not None and tag.dim >= x.dim() - inner:
         return NotImplemented
@@ -86,7 +86,7 @@ def group_norm(call: Call, recording: Recording) -> Any:
     x, groups = call.arg(0, "input"), call.arg(1, "num_groups")
     weight, bias, eps = call.arg(2, "weight"), call.arg(3, "bias"), call.arg(4, "eps", 1e-5)
     tag = call.tag_of(x)
-    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+    if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
     return _record(
         call,
@@ -116,7 +116,7 @@ def instance_norm(call: Call, recording: Recording) -> Any:
             "batch. Set track_running_stats=False."
         )
     tag = call.tag_of(x)
-    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+    if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
     return _record(
         call,
@@ -141,7 +141,7 @@ def batch_norm(call: Call, recording: Recording) -> Any:
     x, mean, var = call.arg(0, "input"), call.arg(1, "running_mean"), call.arg(2, "running_var")
     weight, bias, eps = call.arg(3, "weight"), call.arg(4, "bias"), call.arg(7, "eps", 1e-5)
     tag = call.tag_of(x)
-    if tag is None or not tag.regular or tag.dim != 0 or len(call.tagged) > 1:
+    if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
 
     def normalise(a: Tensor) -> Tensor:

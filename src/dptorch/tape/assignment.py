@@ -1,0 +1,130 @@
+"""Index assignment: ``x[index] = value``, where any of the three may carry examples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dptorch.errors import NotCoveredError
+from dptorch.tape.aliases import owner_of_each
+from dptorch.tape.calls import Call
+from dptorch.tape.propagation.movement import region
+from dptorch.tape.provenance import Lost, Mixed, State, Tag, read_owners, read_shadow, shadow
+
+if TYPE_CHECKING:
+    from dptorch.tape.recording import Recording
+
+__all__ = ["assign", "assign_parameter"]
+
+
+def assign(call: Call, recording: Recording) -> None:
+    """Run the assignment and mark what it wrote to."""
+    x, index, value = call.args
+    before = call.tag_of(x)
+    after: State | None
+    try:
+        after = _owners_after(call, before)
+    except Lost as lost:
+        after = Mixed(f"{recording.module_path()}: index assignment: {lost}.")
+    call.func(x, index, value)
+    if after != before:
+        recording.mark_written(x, before, after)
+
+
+def _owners_after(call: Call, before: Tag | None) -> Tag | None:
+    x, index, value = call.args
+    tag = call.tag_of(value)
+    parts = index if isinstance(index, tuple) else (index,)
+    by = [p for p in parts if isinstance(p, Tensor) and call.tag_of(p) is not None]
+    if before is not None and before.dim is None:
+        if any(t != before for t in (tag, *map(call.tag_of, by)) if t is not None):
+            raise Lost("examples are written over other examples")
+        return before
+    if before is not None:
+        if by:
+            region(call, x, before, index)  # raises where an index reaches other examples
+        if tag is None:
+            return before
+        assert before.dim is not None
+        moved = shadow(x.shape, before.dim, x.device)[index]
+        part = read_shadow(moved, before, x.shape[before.dim], call.batch_size)
+        placed = tag if tag.dim is None else tag.at(tag.dim - value.dim() + moved.dim())
+        if part == placed:
+            return before
+        if by:
+            raise Lost("examples are written over other examples")
+        # Rows that belonged to nobody yet may be taken.
+    if by:
+        return _by_index(call, before)
+    assert tag is not None
+    if call.batch_size == 1:
+        return tag
+    owner = owner_of_each(x, before, call.batch_size).clone()
+    target = owner[index]
+    new = owner_of_each(value, tag, call.batch_size).expand(target.shape)
+    if bool(((target != new) & (target >= 0)).any()):
+        raise Lost("examples are written over other examples")
+    owner[index] = new
+    return read_owners(owner, call.batch_size)
+
+
+def _by_index(call: Call, before: Tag | None) -> Tag | None:
+    """A constant is written to at places that depend on the examples (a one-hot, a mask)."""
+    x, index, value = call.args
+    if before is not None or call.tag_of(value) is not None:
+        raise Lost("an index that carries examples")
+    parts = list(index) if isinstance(index, tuple) else [index]
+    tensors = [p for p in parts if isinstance(p, Tensor)]
+    if len(tensors) == 1 and tensors[0].dtype in (torch.bool, torch.uint8) and parts[0] is tensors[0]:
+        return call.tag_of(tensors[0])
+    if len(tensors) != len(parts) or any(p.dtype == torch.bool for p in tensors):
+        raise Lost("an index that carries examples beside slices")
+    shape = torch.broadcast_shapes(*[p.shape for p in tensors])
+    owner = owner_of_each(x, None, call.batch_size).clone()
+    who = torch.full(shape, -1, dtype=torch.int32)
+    for p in tensors:
+        tag = call.tag_of(p)
+        if tag is not None:
+            own = owner_of_each(p, tag, call.batch_size).expand(shape)
+            if bool(((who >= 0) & (who != own)).any()):
+                raise Lost("indices of different examples meet")
+            who = own
+    if who.numel() > 1 << 14:
+        raise Lost("an index that carries examples is too long; use torch.nn.functional.one_hot")
+    for place in torch.cartesian_prod(*[torch.arange(n) for n in shape]).reshape(-1, len(shape)):
+        at = tuple(place.tolist())
+        # Whatever the index might have been, that part of x depends on its example.
+        reach = tuple(
+            slice(None) if call.tag_of(p) is not None else int(p.expand(shape)[at]) for p in tensors
+        )
+        reached = owner[reach]
+        if bool(((reached >= 0) & (reached != who[at])).any()):
+            raise Lost("indices of different examples reach one row")
+        owner[reach] = who[at]
+    return read_owners(owner, call.batch_size)
+
+
+def assign_parameter(call: Call, recording: Recording) -> None:
+    """``x[index] = parameter``: the parameter is lifted along the examples.
+
+    Raises:
+        NotCoveredError: where the value is not the parameter, or goes to some examples only.
+    """
+    x, index, value = call.args
+    tag = call.tag_of(x)
+    if tag is None or not call.is_parameter(value):
+        raise NotCoveredError(
+            f"{recording.module_path()}: examples are written into {recording.describe(x)} by index "
+            "assignment. Build the result with torch.cat or torch.where instead."
+        )
+    if tag.dim is None:
+        target, part = x[index].shape, tag
+    else:
+        if any(call.tag_of(p) is not None for p in (index if isinstance(index, tuple) else (index,))):
+            region(call, x, tag, index)
+        moved = shadow(x.shape, tag.dim, x.device)[index]
+        target, part = moved.shape, read_shadow(moved, tag, x.shape[tag.dim], recording.batch_size)
+    call.func(x, index, recording.lift(value, target, part))
+

@@ -1,0 +1,46 @@
+"""Torch functions written in Python: run so that the ops inside them are seen.
+
+Inside the handler of a function mode the mode is off, so the body of
+``F.multi_head_attention_forward`` would run unseen, and calling the function again would only hand
+it back to the mode. It is therefore rebuilt with its override checks answered "no".
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["is_composite", "opened"]
+
+_OVERRIDE_CHECKS = (
+    "has_torch_function",
+    "has_torch_function_unary",
+    "has_torch_function_variadic",
+)
+
+
+def is_composite(func: Callable[..., Any]) -> bool:
+    """Whether `func` is a Python function that offers itself to function modes."""
+    code = getattr(func, "__code__", None)
+    return code is not None and any(c in code.co_names for c in _OVERRIDE_CHECKS)
+
+
+_opened: dict[Any, Callable[..., Any]] = {}
+
+
+def opened(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a Python-level torch function that does not hand itself back to the mode."""
+    if func not in _opened:
+        scope = dict(func.__globals__)  # type: ignore[attr-defined]
+        scope.update({check: lambda *a, **k: False for check in _OVERRIDE_CHECKS})
+        copy = types.FunctionType(
+            func.__code__,  # type: ignore[attr-defined]
+            scope,
+            func.__name__,
+            func.__defaults__,  # type: ignore[attr-defined]
+            func.__closure__,  # type: ignore[attr-defined]
+        )
+        copy.__kwdefaults__ = func.__kwdefaults__  # type: ignore[attr-defined]
+        _opened[func] = copy
+    return _opened[func]

@@ -1,0 +1,105 @@
+"""What is refused, and that the message says how to go on."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from dptorch import accounting
+from dptorch.accounting import SampledGaussian
+from dptorch.errors import ConfigurationError, PrivacyError
+
+GOOD = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 10, "delta": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"sample_rate": 0.0},
+        {"sample_rate": 1.01},
+        {"sample_rate": -0.1},
+        {"sample_rate": math.nan},
+        {"sample_rate": "0.01"},
+        {"sample_rate": None},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": math.nan},
+        {"noise_multiplier": math.inf},
+        {"noise_multiplier": True},
+        {"steps": 10.5},
+        {"steps": 10.0},
+        {"steps": -1},
+        {"steps": True},
+        {"steps": math.nan},
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"delta": -1e-5},
+        {"delta": math.nan},
+        {"delta": "1e-5"},
+        {"accountant": "moments"},
+        {"adjacency": "swap"},
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_named(bad):
+    with pytest.raises(ConfigurationError) as caught:
+        accounting.epsilon(**{**GOOD, **bad})
+    (name, value), *_ = bad.items()
+    assert f"{name}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, True])
+def test_a_bad_target_is_named(bad):
+    with pytest.raises(ConfigurationError, match="target_epsilon="):
+        accounting.noise_multiplier(target_epsilon=bad, delta=1e-5, sample_rate=0.1, steps=3)
+    with pytest.raises(ConfigurationError, match="epsilon="):
+        accounting.get("exact").delta([SampledGaussian(1.0, 0.1, 3)], bad)
+
+
+def test_numpy_numbers_are_welcome():
+    event = SampledGaussian(np.float32(1.0), np.float64(0.25), np.int64(3))
+    assert event == SampledGaussian(1.0, 0.25, 3)
+    assert type(event.steps) is int
+    assert hash(event) == hash(SampledGaussian(1.0, 0.25, 3))
+
+
+@dataclass(frozen=True)
+class RandomAllocation:
+    """An event to come: each example once an epoch, in a random step."""
+
+    steps: int
+    kind: str = "random allocation"
+
+
+@pytest.mark.parametrize("name", accounting.names())
+def test_an_event_nobody_covers_is_refused_by_name(name):
+    accountant = accounting.get(name)
+    history = [SampledGaussian(1.0, 0.1, 3), RandomAllocation(5)]
+    with pytest.raises(PrivacyError, match=r"random allocation.*without amplification"):
+        accountant.epsilon(history, 1e-5)
+    with pytest.raises(PrivacyError, match=accountant.name):
+        accountant.delta(history, 1.0)
+
+
+def test_the_refusal_names_who_does_cover_it(monkeypatch):
+    from dptorch.accounting.accountants.exact import ExactAccountant
+
+    monkeypatch.setattr(ExactAccountant, "covers", lambda self, event: True)
+    with pytest.raises(PrivacyError, match="These do: exact"):
+        accounting.get("pld").epsilon([RandomAllocation(5)], 1e-5)
+
+
+def test_what_is_no_event_is_refused():
+    with pytest.raises(ConfigurationError, match="not an accounting event"):
+        accounting.get("exact").epsilon([(1.0, 0.1, 3)], 1e-5)
+
+
+def test_unknown_accountants_get_a_suggestion():
+    with pytest.raises(ConfigurationError, match="Did you mean 'exact'"):
+        accounting.get("exat")
+
+
+def test_bounds_are_told_apart_from_estimates():
+    claims = {name: accounting.get(name).is_upper_bound for name in accounting.names()}
+    assert claims == {"exact": False, "pld": True, "rdp": True, "prv": True, "gdp": False}
+    assert all(isinstance(accounting.get(name), accounting.Accountant) for name in claims)

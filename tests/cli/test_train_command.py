@@ -1,0 +1,200 @@
+"""`dptorch train` as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from dptorch.cli import train as train_command
+from dptorch.cli.app import app
+from dptorch.plan import PrivacyPlan
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture
+def data() -> Path:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 300)
+    path = Path("points.csv")
+    lines = ["u,v,kind"] + [
+        f"{a:.3f},{a + b:.3f},{b}" for a, b in zip(rng.random(300), y, strict=True)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+QUICK = ("--label", "kind", "--epochs", "2", "--noise-multiplier", "2")
+
+
+def refused(result: Result) -> str:
+    """The message of a command that failed as it should: one line, no traceback."""
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_own_data_from_csv_to_report(data: Path) -> None:
+    result = run("train", "--data", "points.csv", *QUICK)
+    assert result.exit_code == 0, result.output
+    folder = Path("runs/points-1")
+    plan = PrivacyPlan.from_json(folder / "plan.json")
+    assert plan.noise_multiplier == 2.0
+    assert plan.steps == 8
+    assert "Report: runs/points-1/report.html" in result.output
+    assert f"epsilon {plan.epsilon():.3f}" in result.output
+    assert (folder / "report.html").exists()
+    assert run("train", "--data", "points.csv", *QUICK).exit_code == 0
+    assert Path("runs/points-2").is_dir()
+
+
+def test_epsilon_is_a_budget(data: Path) -> None:
+    result = run(
+        "train", "--data", "points.csv", "--label", "kind", "--epochs", "2", "--epsilon", "1.5"
+    )
+    assert result.exit_code == 0, result.output
+    assert PrivacyPlan.from_json(Path("runs/points-1/plan.json")).epsilon() <= 1.5
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
+    command = ("train", "--data", "points.csv", "--name", "one", *QUICK)
+    assert run(*command).exit_code == 0
+    before = Path("runs/one/plan.json").read_text()
+    message = refused(run(*command, "--delta", "1e-6"))
+    assert "runs/one exists" in message
+    assert Path("runs/one/plan.json").read_text() == before
+    assert run(*command, "--delta", "1e-6", "--overwrite").exit_code == 0
+    assert PrivacyPlan.from_json(Path("runs/one/plan.json")).target_delta == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "mnst"), "Did you mean 'mnist'?"),
+        (("--data", "nowhere.csv"), "nowhere.csv does not exist"),
+        (("--data", "points.csv"), "no column 'label'; found u, v, kind"),
+        (("--data", "points.csv", "--recipe", "mnist"), "exclude each other"),
+        (("--data", "points.csv", *QUICK, "--model", "no.such:thing"), "cannot be imported"),
+        (("--data", "points.csv", *QUICK, "--bounds", "1"), "expected two numbers"),
+        (("--data", "points.csv", *QUICK, "--bounds", "no.json"), "no.json"),
+        (("--data", "points.csv", *QUICK, "--clipping-fn", "none"), "Valid: 'abadi'"),
+        (("--data", "points.csv", *QUICK, "--sample-rate", "2"), "sample_rate"),
+        (("--data", "points.csv", *QUICK, "--name", "a/b"), "cannot name a run"),
+        (("--data", "points.csv", "--label", "kind", "--epsilon", "-1"), "epsilon"),
+        (("--resume",), "--resume needs the --name"),
+        (("--resume", "--name", "x"), "not the folder of a run"),
+        (("--resume", "--name", "x", "--overwrite"), "exclude each other"),
+        (("--resume", "--name", "x", "--lr", "1"), "--learning-rate cannot be changed"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    data: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    assert message.replace("expected", "Expected") in refused(
+        run("train", *arguments)
+    ) or message in refused(run("train", *arguments))
+    assert not Path("runs").exists()
+
+
+def test_a_model_that_mixes_examples_is_refused_with_the_way_out(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("normed.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))\n"
+    )
+    message = refused(run("train", "--data", "points.csv", *QUICK, "--model", "normed:net"))
+    assert "BatchNorm" in message
+
+
+def test_a_large_delta_is_warned_of(data: Path) -> None:
+    result = run("train", "--data", "points.csv", *QUICK, "--delta", "0.1")
+    assert result.exit_code == 0
+    assert "Warning: target_delta=0.1" in result.stderr
+
+
+def test_ranges_by_column(data: Path) -> None:
+    Path("ranges.json").write_text('{"u": [0, 1], "v": [0, 2]}')
+    result = run("train", "--data", "points.csv", *QUICK, "--bounds", "ranges.json")
+    assert result.exit_code == 0, result.output
+    Path("ranges.json").write_text('{"u": [0, 1]}')
+    message = refused(run("train", "--data", "points.csv", *QUICK, "--bounds", "ranges.json"))
+    assert "'v' has no range" in message
+
+
+def test_an_interrupted_run_resumes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import signal
+
+    from dptorch.cli.progress import EpochLines
+
+    def stepped(self: EpochLines, step: int, train_loss: float) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochLines, "stepped", stepped)
+        cut = run("train", "--data", "points.csv", "--name", "cut", *QUICK)
+    assert cut.exit_code == 130
+    assert "dptorch train --resume --name cut" in cut.output
+    assert Path("runs/cut/model.safetensors").exists()
+    assert "3 of 8 planned" in Path("runs/cut/statement.txt").read_text()
+    resumed = run("train", "--resume", "--name", "cut")
+    assert resumed.exit_code == 0, resumed.output
+    assert "8 of 8 planned" in Path("runs/cut/statement.txt").read_text()
+    assert "that run is complete" in refused(run("train", "--resume", "--name", "cut"))
+
+
+def test_help_teaches() -> None:
+    text = run("train", "--help").output
+    for phrase in (
+        "dptorch train --recipe mnist-features --epsilon 1",
+        "Privacy",
+        "default: (0.25)",
+        "mnist: 3.0, mnist-features: 20.0",
+        "--resume",
+    ):
+        assert phrase in text
+
+
+def test_the_bar_of_a_terminal_takes_what_a_run_tells(data: Path) -> None:
+    from rich.console import Console
+
+    from dptorch.cli.progress import ProgressBar, observer_for
+    from dptorch.training import run_folder
+    from dptorch.training.data import ReadOptions
+    from dptorch.training.job import Job, prepare
+    from dptorch.training.loop import train
+
+    console = Console(force_terminal=True, width=120, record=True)
+    job = Job(data="points.csv", reading=ReadOptions("kind"), epochs=2, noise_multiplier=2.0)
+    with observer_for(console) as observer:
+        assert isinstance(observer, ProgressBar)
+        train(prepare(job), run_folder.create(Path("runs"), "bar"), observer=observer)
+    shown = console.export_text()
+    assert "step 8/8" in shown
+    assert "(not private)" in shown
+
+
+def test_every_option_has_help() -> None:
+    import inspect
+
+    for name, parameter in inspect.signature(train_command.train, eval_str=True).parameters.items():
+        if name != "ctx":
+            assert parameter.annotation.__metadata__[0].help, name

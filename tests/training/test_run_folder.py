@@ -1,0 +1,98 @@
+"""What a run leaves on disk, and that it is never half of it."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from dptorch.errors import ConfigurationError, DataError
+from dptorch.training import load_model, run_folder
+from dptorch.training.run_folder import RunFolder
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_checkpoint({"step": 1})
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        folder.write_checkpoint({"step": 2})
+    assert folder.read_checkpoint() == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_the_checkpoint_is_for_its_owner_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_checkpoint({"key": "secret"})
+    folder.write("statement.txt", "public")
+    assert stat.S_IMODE(folder.checkpoint.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "statement.txt").stat().st_mode) & 0o400
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> object:
+            return (Path(tmp_path / "owned").touch, ())
+
+    folder = RunFolder(tmp_path)
+    torch.save(Evil(), folder.checkpoint)
+    with pytest.raises(DataError, match="not a readable checkpoint"):
+        folder.read_checkpoint()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_existing_folder_is_an_error_and_kept(tmp_path: Path) -> None:
+    run_folder.create(tmp_path, "a").write("run.json", "{}")
+    with pytest.raises(ConfigurationError, match="--resume to continue it, --overwrite to replace"):
+        run_folder.create(tmp_path, "a")
+    assert (tmp_path / "a" / "run.json").exists()
+    run_folder.create(tmp_path, "a", overwrite=True)
+    assert not (tmp_path / "a" / "run.json").exists()
+
+
+def test_overwrite_leaves_other_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "final.tex").write_text("years of work")
+    with pytest.raises(ConfigurationError, match="not the folder of a run"):
+        run_folder.create(tmp_path, "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "final.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-x", ".hidden"])
+def test_names_that_are_paths_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot name a run"):
+        run_folder.create(tmp_path, name, overwrite=True)
+
+
+def test_next_name_counts_on(tmp_path: Path) -> None:
+    (tmp_path / "mnist-1").mkdir()
+    assert run_folder.next_name(tmp_path, "mnist") == "mnist-2"
+
+
+def test_reopen_lists_the_runs_there_are(tmp_path: Path) -> None:
+    run_folder.create(tmp_path, "mine").write("run.json", "{}")
+    with pytest.raises(ConfigurationError, match=r"Runs in .*: mine"):
+        run_folder.reopen(tmp_path, "yours")
+
+
+def test_a_trained_model_is_loaded_back(finished: RunFolder) -> None:
+    model = load_model(finished.path)
+    about = finished.read_json("run.json")
+    with torch.no_grad():
+        logits = model(torch.tensor([[3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert not model.training
+    assert logits.argmax(1).tolist() == [1, 0]
+    assert about["result"]["test_accuracy"] > 0.9
+
+
+def test_loading_from_elsewhere_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"run\.json"):
+        load_model(tmp_path)
