@@ -316,15 +316,7 @@ class _Check:
                 "batch. Freeze these parameters (requires_grad_(False)), and please report it.",
                 fault=True,
             )
-        unreached = [n for n in comparison.error if n not in comparison.reached]
-        if unreached:
-            findings.add(
-                "no gradient",
-                _listed(unreached),
-                "Trainable, but no example of this batch reaches it. Noise will still be added to "
-                "it in every step; freeze it if it is not meant to be trained.",
-                fault=False,
-            )
+        self._note_unreached([n for n in comparison.error if n not in comparison.reached], recorded)
         for (op, names), uses in recorded.slow.items():
             size = sum(
                 p.numel() * p.element_size()
@@ -345,6 +337,27 @@ class _Check:
                 f"'{function}' read values of the batch into Python {times} time"
                 f"{'s' if times > 1 else ''}. What becomes of them is not followed: they must not "
                 "bring one example to another.",
+                fault=False,
+            )
+
+    def _note_unreached(self, names: list[str], recorded: Recorded) -> None:
+        tape = recorded.tape
+        used = [n for n in names if tape.uses.get(id(tape.parameters[n]))]
+        idle = [n for n in names if n not in used]
+        if idle:
+            self.findings.add(
+                "no gradient",
+                _listed(idle),
+                "Trainable, but not used for this batch. Noise is added to it in every step all "
+                "the same; freeze it if it is not meant to be trained.",
+                fault=False,
+            )
+        if used:
+            self.findings.add(
+                "no gradient",
+                _listed(used),
+                "The gradient is zero for all these examples, so its exactness was not put to the "
+                "test. A layer further on that starts at zero does this; check a trained model.",
                 fault=False,
             )
 

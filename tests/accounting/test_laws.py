@@ -1,5 +1,6 @@
 """Laws every accountant must keep: monotone in each argument, and composition that adds up."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def cost(name, delta=1e-5, adjacency="add-remove", **changes):
     "rising",
     [
         [{"steps": steps} for steps in (1, 2, 10, 300, 5000)],
-        [{"sample_rate": rate} for rate in (1e-4, 0.01, 0.3, 0.9, 1.0)],
+        [{"sample_rate": rate} for rate in (1e-3, 0.01, 0.3, 0.9, 1.0)],
         [{"noise_multiplier": sigma} for sigma in (20.0, 3.0, 1.0, 0.5, 0.0)],
         [{"delta": delta} for delta in (1e-2, 1e-5, 1e-8, 1e-12)],
     ],
@@ -33,7 +34,7 @@ def cost(name, delta=1e-5, adjacency="add-remove", **changes):
 )
 def test_epsilon_is_monotone(name, adjacency, rising):
     costs = [cost(name, adjacency=adjacency, **change) for change in rising]
-    assert all(low < high or low == high == 0 for low, high in zip(costs, costs[1:], strict=False))
+    assert all(low < high or low == high == 0 for low, high in itertools.pairwise(costs))
 
 
 @pytest.mark.parametrize("name", ACCOUNTANTS)
@@ -78,12 +79,12 @@ def test_edges(name):
     assert accountant.delta([SampledGaussian(0.0, 0.1, 1)], 1.0) == 1.0
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     log_sigma=st.floats(-0.5, 1.0),
     log_rate=st.floats(-3.0, -0.3),
-    log_steps=st.floats(0.5, 3.5),
-    log_delta=st.floats(-10.0, -2.0),
+    log_steps=st.floats(0.5, 3.0),
+    log_delta=st.floats(-8.0, -2.0),
     adjacency=st.sampled_from(["add-remove", "replace-one"]),
 )
 def test_pld_brackets_exact_anywhere(log_sigma, log_rate, log_steps, log_delta, adjacency):
@@ -117,3 +118,9 @@ def test_merge_keeps_order_and_adds_neighbours():
         step,
     ]
     assert merge([SampledGaussian(1.0, 0.1, 0)]) == []
+
+
+def test_rounding_below_zero_is_no_proof_of_perfect_privacy():
+    """dp-accounting alone answers 0 here: its divergences come out as -1e-16."""
+    run = [SampledGaussian(1e6, 0.01, 100)]
+    assert accounting.get("rdp").epsilon(run, 1e-9) > 1e-3

@@ -94,10 +94,10 @@ def test_generous_targets_take_every_record():
 
 
 def test_unreachable_noise_names_the_smallest_epsilon():
-    """RDP stops at order 1024, so no noise brings its ε to 0.001 at δ = 1e-5."""
+    """RDP stops at order 1024, so at δ = 1e-9 no noise brings its ε to 0.001."""
     with pytest.raises(ConfigurationError, match=r"unreachable.*no epsilon below 0\.0\d+"):
         accounting.noise_multiplier(
-            target_epsilon=1e-3, delta=1e-5, sample_rate=0.01, steps=100, accountant="rdp"
+            target_epsilon=1e-3, delta=1e-9, sample_rate=0.01, steps=100, accountant="rdp"
         )
 
 

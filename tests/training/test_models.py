@@ -92,3 +92,13 @@ def test_a_missing_package_says_how_to_install_it(
 def test_pretrained_needs_a_package_that_has_weights() -> None:
     with pytest.raises(ConfigurationError, match="--pretrained goes with torchvision: and timm:"):
         build_model("cnn", (1, 28, 28), 10, pretrained=True)
+
+
+def test_a_torchvision_for_another_torch_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(ConfigurationError, match=r"does not fit this torch \(operator nms"):
+        build_model("timm:resnet18", (3, 32, 32), 10)

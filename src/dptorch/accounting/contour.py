@@ -4,11 +4,11 @@ With K(z) = Σ steps · log E_P[e^{zL}] of a dominating pair (`dominating`), for
 
     δ(ε) = 1/(2πi) ∫_{t-i∞}^{t+i∞} e^{K(z) - zε} / (z (1+z)) dz
 
-(Alghamdi et al. 2023, arXiv:2212.00220, Theorem 3.1). The line is put through the saddle of the
-integrand's modulus, where the integral has no cancellation, so δ keeps its relative accuracy however
-small it is. Before that, P loses the far tail in which δ cannot change by more than e^-28 of itself:
-the tail's e^{tL} would otherwise hold the saddle at a t far too small for the rest. Three
-discretisations are made, each with its own check:
+(Alghamdi et al., The Saddle-Point Method in Differential Privacy, ICML 2023, Theorem 3.1). The line
+is put through the saddle of the integrand's modulus, where the integral has no cancellation, so δ
+keeps its relative accuracy however small it is. Before that, P loses the far tail in which δ cannot
+change by more than e^-28 of itself: the tail's e^{tL} would otherwise hold the saddle at a t far
+too small for the rest. Three discretisations are made, each with its own check:
 
 * x, inside E_P: the trapezoid rule, whose step resolves the fastest oscillation e^{iyL} on the line;
 * y, along the line: the trapezoid rule, checked against the rule with twice the step;

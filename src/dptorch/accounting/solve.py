@@ -205,7 +205,9 @@ class _Question:
         asked = accountant or self.accountant
         value = asked.delta([run], self.target, adjacency=self.adjacency)
         if math.isnan(value):
-            raise PrivacyError(f"accountant {asked.name!r} returned NaN for {run}; nothing is stated.")
+            raise PrivacyError(
+                f"accountant {asked.name!r} returned NaN for {run}; nothing is stated."
+            )
         return math.log(max(value, 1e-300)) - math.log(self.delta)
 
     def moments_excess(self, run: SampledGaussian) -> float:

@@ -112,5 +112,5 @@ def _profile(history: History, relation: Adjacency) -> tuple[Array, Array]:
     if without_noise(events):
         return np.zeros(1), np.ones(1)
     last = max(composed_epsilon(events, way, 1e-8) for way in directions(relation))
-    epsilons = np.linspace(0.0, max(last, 1e-9), 400)
+    epsilons = np.linspace(0.0, max(last, 1e-9), 200)
     return epsilons, accountant.profile(events, epsilons, adjacency=relation)

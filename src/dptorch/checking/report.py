@@ -8,6 +8,9 @@ from typing import Any
 __all__ = ["CheckReport", "Finding", "ParameterRow"]
 
 
+_LISTED = ("inexact", "examples mix", "not covered")
+
+
 @dataclass(frozen=True)
 class ParameterRow:
     """How one parameter fared.
@@ -15,7 +18,8 @@ class ParameterRow:
     Attributes:
         name, shape: of the parameter.
         status: "exact"; "inexact"; "examples mix"; "no gradient": no example of this batch reaches
-            it; "not covered": the tape cannot follow it; "not compared".
+            it, or its gradient is zero for all of them; "not covered": the tape cannot follow it;
+            "not compared".
         error: largest relative error, over the examples, of its per-example gradients, its norms
             and its clipped sum; NaN where none was compared.
         uses: how many ops take it.
@@ -92,7 +96,7 @@ class CheckReport:
         """The report as text.
 
         Args:
-            every_parameter: list also those that are as they should be.
+            every_parameter: list every parameter, not only those at fault.
         """
         lines = [
             f"{self.model}: {'ok' if self.ok else 'NOT ok'}",
@@ -102,14 +106,13 @@ class CheckReport:
             f"(tolerance {self.tolerance:.0e})",
             f"  gradients when another example changes: change {_number(self.leakage)}",
         ]
-        shown = [r for r in self.parameters if every_parameter or r.status != "exact"]
-        exact = [r for r in self.parameters if r.status == "exact"]
-        if exact and not every_parameter:
-            worst = max(r.error for r in exact)
-            total = len(self.parameters)
-            lines.append(
-                f"  {len(exact)} of {total} parameters exact, worst error {_number(worst)}"
-            )
+        total = len(self.parameters)
+        for status in dict.fromkeys(r.status for r in self.parameters):
+            rows = [r for r in self.parameters if r.status == status]
+            worst = max(r.error for r in rows)
+            error = "" if worst != worst else f", error at most {_number(worst)}"
+            lines.append(f"  parameters {status}: {len(rows)} of {total}{error}")
+        shown = [r for r in self.parameters if every_parameter or r.status in _LISTED]
         if shown:
             lines += ["", *_columns(shown)]
         for fault, title in ((True, "Faults"), (False, "Notes")):

@@ -12,6 +12,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from dptorch.cli.calibrate import calibrate
+from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
 from dptorch.cli.train import train
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
@@ -63,6 +64,7 @@ app = typer.Typer(
 app.command(rich_help_panel="Train")(train)
 app.command(rich_help_panel="Plan")(epsilon)
 app.command(rich_help_panel="Plan")(calibrate)
+app.command(rich_help_panel="Train")(check)
 
 
 def _print_version(wanted: bool) -> None:

@@ -73,12 +73,24 @@ def _owners_after(call: Call, before: Tag | None) -> Tag | None:
 def _by_index(call: Call, before: Tag | None) -> Tag | None:
     """A constant is written to at places that depend on the examples (a one-hot, a mask)."""
     x, index, value = call.args
-    if before is not None or call.tag_of(value) is not None:
-        raise Lost("an index that carries examples")
     parts = list(index) if isinstance(index, tuple) else [index]
     tensors = [p for p in parts if isinstance(p, Tensor)]
+    new = call.tag_of(value)
     if len(tensors) == 1 and tensors[0].dtype in (torch.bool, torch.uint8) and parts[0] is tensors[0]:
-        return call.tag_of(tensors[0])
+        tag = call.tag_of(tensors[0])
+        assert tag is not None
+        if new is not None:
+            assert tag.dim is not None
+            moved = shadow(x.shape, tag.dim, x.device)[index]
+            part = read_shadow(moved, tag, x.shape[tag.dim], call.batch_size)
+            placed = new if new.dim is None else new.at(new.dim - value.dim() + moved.dim())
+            if part != placed:
+                raise Lost("examples are written over other examples")
+        if before is not None and before != tag:
+            raise Lost("an index that carries examples")
+        return tag
+    if before is not None or new is not None:
+        raise Lost("an index that carries examples")
     if len(tensors) != len(parts) or any(p.dtype == torch.bool for p in tensors):
         raise Lost("an index that carries examples beside slices")
     shape = torch.broadcast_shapes(*[p.shape for p in tensors])

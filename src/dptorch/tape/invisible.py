@@ -1,6 +1,7 @@
-"""What a torch function mode does not see by itself: custom autograd Functions and checkpointing.
+"""What a torch function mode does not see by itself: custom autograd Functions,
+checkpointing, and Parameters that are made on the way.
 
-Both are patched while a recording is active, and only then.
+They are patched while a recording is active, and only then.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
 from dptorch.errors import NotCoveredError
 from dptorch.tape.calls import Call, each_tensor
-from dptorch.tape.provenance import ParamOnly, Tag
+from dptorch.tape.propagation import FAMILIES, infer
+from dptorch.tape.provenance import Mixed, ParamOnly, Reduced, Tag
 from dptorch.tape.recording import Recording, active_modes
 from dptorch.tape.rules import generic
 from dptorch.tape.taps import TAPS
@@ -26,6 +28,7 @@ __all__ = ["visible"]
 
 _depth = 0
 _plain_apply: Any = Function.__dict__["apply"]
+_plain_new: Any = nn.Parameter.__new__
 _plain_generator: Any = checkpoint._checkpoint_without_reentrant_generator  # type: ignore[attr-defined]
 
 
@@ -43,6 +46,7 @@ def visible() -> Iterator[None]:
     if _depth == 0:
         Function.apply = classmethod(_apply)  # type: ignore[method-assign,assignment]
         checkpoint._checkpoint_without_reentrant_generator = _generator  # type: ignore[attr-defined]
+        nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign,assignment]
     _depth += 1
     try:
         yield
@@ -50,7 +54,21 @@ def visible() -> Iterator[None]:
         _depth -= 1
         if _depth == 0:
             Function.apply = _plain_apply  # type: ignore[method-assign]
+            nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
             checkpoint._checkpoint_without_reentrant_generator = _plain_generator  # type: ignore[attr-defined]
+
+
+def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """A Parameter made in a recorded forward pass holds the examples of what it is made from."""
+    made = _plain_new(cls, data, *args, **kwargs)
+    recording = _innermost()
+    if recording is not None and data is not None:
+        state = recording.state(data)
+        if isinstance(state, Reduced):
+            state = recording.statistic("Parameter")
+        if isinstance(state, (Tag, Mixed)):
+            recording.mark(made, state)
+    return made
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,12 +86,18 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         for t, s in states
         if t.requires_grad and (isinstance(s, ParamOnly) or id(t) in recording.tape.names)
     ]
-    if not parameters or not tagged or not torch.is_grad_enabled():
+    if not tagged:
         return original(*args, **kwargs)
+    if not parameters or not torch.is_grad_enabled():
+        return _passed_on(original(*args, **kwargs), cls, tagged, recording)
 
     def run(*a: Any, **k: Any) -> Any:
-        with recording:  # the ops inside tell where the examples go
-            return original(*a, **k)
+        # The ops inside tell where the examples go.
+        with torch._C._EnableTorchFunction():
+            if recording in active_modes():
+                return original(*a, **k)
+            with recording:
+                return original(*a, **k)
 
     distinct = list({id(p): p for p in parameters}.values())
     for p in distinct:
@@ -83,6 +107,33 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return generic(
             Call(run, name, args, kwargs, tagged, distinct, recording.batch_size), recording
         )
+
+
+def _passed_on(out: Any, cls: Any, tagged: list[tuple[Tensor, Tag]], recording: Recording) -> Any:
+    """The outputs of a custom Function without parameters: the ops inside it were followed, but an
+    input that it returns as it is becomes a new tensor object."""
+    for o in out if isinstance(out, (tuple, list)) else (out,):
+        if not isinstance(o, Tensor) or recording.state(o) is not None:
+            continue
+        for t, tag in tagged:
+            if o.shape == t.shape and o.stride() == t.stride() and o.data_ptr() == t.data_ptr():
+                recording.mark(o, tag)
+                break
+        else:
+            name = f"{cls.__name__}.apply"
+            if name in FAMILIES:
+                call = Call(cls.apply, name, (), {}, tagged, [], recording.batch_size)
+                recording.mark(o, infer(call, [o])[0])
+            elif o.is_floating_point():
+                recording.mark(
+                    o,
+                    Mixed(
+                        f"{recording.module_path()}: the ops inside {name} cannot be followed; if it "
+                        "treats the rows of dimension 0 independently, say so with "
+                        f"dptorch.tape.rowwise({name!r})."
+                    ),
+                )
+    return out
 
 
 def _generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -97,15 +97,14 @@ def find_mixing(
     # Fewer examples fail where an argument that is no tensor speaks of all of them (a list of
     # lengths), a run without gradients where the model itself differentiates.
     few = min(size, _EXAMPLES)
+    first: Exception | None = None
     for count, grad in [(few, False), (few, True), (size, False), (size, True)]:
         try:
             return _compare(model, args, kwargs, batch_dims, count, grad)
-        except (PrivacyError, ConfigurationError):
-            raise
-        except Exception:
-            if (count, grad) == (size, True):
-                raise
-    raise AssertionError
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _compare(

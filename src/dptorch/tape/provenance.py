@@ -22,12 +22,14 @@ __all__ = [
     "PARAM_ONLY",
     "Lost",
     "Mixed",
+    "Order",
     "ParamOnly",
     "Reduced",
     "State",
     "Tag",
     "complete",
     "owners",
+    "place",
     "read_owners",
     "read_shadow",
     "regular_or_explicit",
@@ -74,6 +76,14 @@ class ParamOnly(NamedTuple):
     transposed: Tensor | None = None
 
 
+class Order(NamedTuple):
+    """A permutation of the examples, or sequence lengths in that order.
+
+    It depends on all of them, so it may do nothing but put whole examples in order and back: what
+    packing sequences for a recurrent layer needs.
+    """
+
+
 class Reduced(NamedTuple):
     """A linear reduction over the examples: the value is ``weight * sum_i loss_i``.
 
@@ -89,7 +99,7 @@ class Mixed(NamedTuple):
     reason: str
 
 
-State = Tag | ParamOnly | Reduced | Mixed
+State = Tag | ParamOnly | Order | Reduced | Mixed
 PARAM_ONLY = ParamOnly()
 
 
@@ -126,7 +136,7 @@ def rows(t: Tensor, tag: Tag, batch_size: int) -> Tensor:
         torch.Size([3, 2, 1])
     """
     if tag.dim is None:
-        return t[None, None]
+        return place(t[None], tag.step, batch_size)
     dim, step = tag.dim, tag.step
     t = t.movedim(dim, 0)
     if tag.explicit is not None:
@@ -137,6 +147,15 @@ def rows(t: Tensor, tag: Tag, batch_size: int) -> Tensor:
     if repeats == 1:
         return t.unflatten(0, (batch_size, step))
     return t.unflatten(0, (repeats, batch_size, step)).transpose(0, 1).flatten(1, 2)
+
+
+def place(t: Tensor, example: int, batch_size: int) -> Tensor:
+    """One example's tensor among zeros for the others, [B, *t.shape]."""
+    if batch_size == 1:
+        return t[None]
+    placed = t.new_zeros(batch_size, *t.shape)
+    placed[example] = t
+    return placed
 
 
 def _padded_rows(t: Tensor, explicit: tuple[int, ...], batch_size: int) -> Tensor:
@@ -245,7 +264,7 @@ def read_owners(owner: Tensor, batch_size: int) -> Tag | None:
         return None if int(owner) == NOBODY else Tag(None, int(owner))
     single: int | None = None
     for dim in range(owner.dim()):
-        along = owner.movedim(dim, 0).flatten(1).amax(1)
+        along = owner.movedim(dim, 0).reshape(owner.shape[dim], -1).amax(1)
         view = along.view([-1 if i == dim else 1 for i in range(owner.dim())])
         if not bool(((owner == view) | (owner == NOBODY)).all()):
             continue

@@ -24,16 +24,19 @@ from dptorch.tape.assignment import assign, assign_parameter
 from dptorch.tape.calls import Call, Info, each_tensor, info
 from dptorch.tape.composites import is_composite, opened
 from dptorch.tape.gradients import Dense, PerExampleGradient
+from dptorch.tape.ordering import KEEP_ORDER, USE_ORDER, order_of, reorder
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance import (
     PARAM_ONLY,
     Lost,
     Mixed,
+    Order,
     ParamOnly,
     Reduced,
     State,
     Tag,
     complete,
+    place,
     rows,
     separate,
 )
@@ -320,6 +323,7 @@ class Recording(TorchFunctionMode):
         tagged: list[tuple[Tensor, Tag]] = []
         parameters: dict[int, Tensor] = {}
         lost: Mixed | Reduced | None = None
+        ordering = False
         grad_enabled = torch.is_grad_enabled()
         tensors = each_tensor(args, kwargs)
         if name in _LIKE_OTHER:
@@ -337,6 +341,8 @@ class Recording(TorchFunctionMode):
             elif isinstance(state, ParamOnly):
                 if grad_enabled and t.requires_grad:
                     parameters[id(t)] = t
+            elif isinstance(state, Order):
+                ordering = True
             elif lost is None or isinstance(state, Mixed):
                 lost = state  # type: ignore[assignment]
         if out_argument is not None and parameters:
@@ -345,14 +351,19 @@ class Recording(TorchFunctionMode):
                 f"{self.describe(next(iter(parameters.values())))}. PyTorch has no gradient for "
                 "out=; assign the result instead."
             )
+        if ordering and lost is None:
+            if name in KEEP_ORDER and not tagged and not parameters:
+                return reorder(self, func, args, kwargs)
+            if name not in USE_ORDER:
+                lost = Mixed(f"{self.module_path()}: '{name}' looks at the order of the examples.")
         if lost is not None:
             return self._after_the_batch(known, func, args, kwargs, tagged, parameters, lost)
         if not tagged:
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                self._refuse_vmap(name, tensors)
             out = func(*args, **kwargs)
             if parameters:
                 self._mark_param_only(name, args, kwargs, out)
-            elif torch._C._functorch.peek_interpreter_stack() is not None:
-                self._refuse_vmap(name, tensors)
             return out
         if name not in FAMILIES and name not in RULES and is_composite(func):
             return self._decompose(func, args, kwargs)
@@ -445,7 +456,7 @@ class Recording(TorchFunctionMode):
                 return
             outputs = each_tensor(call.args, call.kwargs)  # _foreach_add_(list, ...)
         try:
-            states: Sequence[State | None] = infer(call, outputs)
+            states: Sequence[State | None] = order_of(call) or infer(call, outputs)
         except Lost as lost:
             mixed = Mixed(f"{self.module_path()}: examples meet in '{call.name}': {lost}.")
             states = [mixed] * len(outputs)
@@ -577,7 +588,7 @@ def active_modes() -> list[Any]:
 def _reduce_to(g: Tensor, shape: torch.Size, tag: Tag, n: int) -> Tensor:
     """The gradient of a lifted copy -> one gradient of the parameter's `shape` for each example."""
     if tag.dim is None:
-        return g.sum_to_size(shape)[None]
+        return place(g.sum_to_size(shape), tag.step, n)
     own_dim = tag.dim - (g.dim() - len(shape))
     if own_dim >= 0 and shape[own_dim] != 1:  # the parameter itself spans the batch
         reduced = g.sum_to_size([*shape])

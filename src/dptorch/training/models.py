@@ -166,8 +166,8 @@ def _optional(package: str) -> ModuleType:
         ) from error
     except RuntimeError as error:  # a torchvision built for another torch fails this way
         raise ConfigurationError(
-            f"{package} is installed but does not fit this torch ({error}). Install the "
-            f"torchvision build that belongs to torch {torch.__version__}."
+            f"{package} cannot be loaded: the installed torchvision does not fit this torch "
+            f"({error}). Install the torchvision build that belongs to torch {torch.__version__}."
         ) from error
 
 

@@ -140,3 +140,162 @@ def lora_on_gpt2() -> Case:
     return Case(model, base.batch, base.loss)
 
 
+
+
+_GPT = {
+    "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+
+
+def _build(kind: str, **settings: object) -> nn.Module:
+    """A randomly initialised transformers model by class name."""
+    import transformers
+
+    model_class = getattr(transformers, kind)
+    return model_class(model_class.config_class(**settings))  # type: ignore[no-any-return]
+
+
+def _lm(kind: str, **settings: object) -> Case:
+    return Case(_build(kind, **_DECODER | settings), (torch.randint(3, 40, (B, 7)),), causal_lm)
+
+
+def _double_heads(model: nn.Module) -> Case:
+    """Two choices for each example; the last token of each scores it."""
+
+    def loss(m: nn.Module, ids: Tensor, last: Tensor, y: Tensor) -> Tensor:
+        out = m(ids, mc_token_ids=last)
+        words = F.cross_entropy(out.logits[..., :-1, :].flatten(0, 2), ids[..., 1:].flatten(), reduction="none")
+        choices = F.cross_entropy(out.mc_logits, y, reduction="none")
+        return words.view(ids.shape[0], -1).mean(1) + choices
+
+    last = torch.full((B, 2), 5)
+    return Case(model, (torch.randint(0, 40, (B, 2, 6)), last, torch.randint(0, 2, (B,))), loss)
+
+
+@case
+def openai_gpt() -> Case:
+    model = _build("OpenAIGPTLMHeadModel", **_GPT)
+    return Case(model, (torch.randint(0, 40, (B, 7)),), causal_lm)
+
+
+@case
+def openai_gpt_double_heads() -> Case:
+    return _double_heads(_build("OpenAIGPTDoubleHeadsModel", **_GPT, summary_first_dropout=0.0, num_labels=1))
+
+
+@case
+def gpt2_double_heads() -> Case:
+    model = _build(
+        "GPT2DoubleHeadsModel", **_GPT, summary_first_dropout=0.0, num_labels=1, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return _double_heads(model)
+
+
+@case
+def albert() -> Case:
+    return _sequence_case(
+        _build("AlbertForSequenceClassification", **_ENCODER, embedding_size=8, classifier_dropout_prob=0.0)
+    )
+
+
+@case
+def mistral() -> Case:
+    return _lm("MistralForCausalLM", head_dim=8, sliding_window=4)
+
+
+@case
+def qwen3_tied() -> Case:
+    return _lm("Qwen3ForCausalLM", head_dim=8, tie_word_embeddings=True)
+
+
+@case
+def gemma2() -> Case:
+    return _lm("Gemma2ForCausalLM", head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
+
+
+@case
+def gemma3() -> Case:
+    return _lm("Gemma3ForCausalLM", head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
+
+
+@case
+def phi3() -> Case:
+    return _lm("Phi3ForCausalLM")
+
+
+@case
+def gpt_neox() -> Case:
+    return _lm("GPTNeoXForCausalLM", num_key_value_heads=2)
+
+
+@case
+def mamba() -> Case:
+    model = _build(
+        "MambaForCausalLM", vocab_size=40, hidden_size=12, state_size=4, num_hidden_layers=2,
+        time_step_rank=3, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return Case(model, (torch.randint(3, 40, (B, 7)),), causal_lm)
+
+
+@case
+def mixtral() -> Case:
+    def loss(m: nn.Module, ids: Tensor) -> Tensor:
+        return m(ids, labels=ids, output_router_logits=False).loss * ids.shape[0]
+
+    built = _lm("MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=2, experts_implementation="batched_mm")
+    return Case(built.model, built.batch, loss)
+
+
+@case
+def whisper() -> Case:
+    model = _build(
+        "WhisperForConditionalGeneration", vocab_size=40, num_mel_bins=4, d_model=16,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=20, decoder_ffn_dim=20, max_source_positions=8, max_target_positions=12,
+        dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+
+    def loss(m: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return m(input_features=x, labels=target).loss * x.shape[0]
+
+    return Case(model, (torch.randn(B, 4, 16), torch.randint(3, 40, (B, 5))), loss)
+
+
+def _peft(config: object) -> Case:
+    from peft import get_peft_model
+
+    base = gpt2_tied()
+    model = get_peft_model(base.model, config).to(torch.float64)
+    return Case(model, base.batch, base.loss)
+
+
+@case
+def prefix_tuning() -> Case:
+    from peft import PrefixTuningConfig
+
+    return _peft(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+@case
+def prompt_tuning() -> Case:
+    from peft import PromptTuningConfig
+
+    return _peft(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+@case
+def ia3() -> Case:
+    from peft import IA3Config
+
+    return _peft(IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True))
+
+
+@case
+def bitfit() -> Case:
+    base = bert()
+    for name, p in base.model.named_parameters():
+        p.requires_grad_(name.endswith("bias") or name.startswith("classifier"))
+    return base

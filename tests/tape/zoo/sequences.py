@@ -50,7 +50,10 @@ def lstm_and_gru() -> Case:
 @case
 def transformer_batch_first() -> Case:
     model = Lambda(
-        lambda m, x, y: m.t(x, y, tgt_mask=m.t.generate_square_subsequent_mask(4), tgt_is_causal=True),
+        lambda m, x, y: m.h(
+            m.t(x, y, tgt_mask=m.t.generate_square_subsequent_mask(4), tgt_is_causal=True)
+        ),
+        h=nn.Linear(8, 2),
         t=nn.Transformer(8, 2, 1, 1, 12, dropout=0.0, batch_first=True),
     )
     return Case(model, (torch.randn(B, 5, 8), torch.randn(B, 4, 8)), squares)
@@ -59,7 +62,8 @@ def transformer_batch_first() -> Case:
 @case
 def transformer_sequence_first() -> Case:
     model = Lambda(
-        lambda m, x, y: m.t(x.transpose(0, 1), y.transpose(0, 1)).transpose(0, 1),
+        lambda m, x, y: m.h(m.t(x.transpose(0, 1), y.transpose(0, 1)).transpose(0, 1)),
+        h=nn.Linear(8, 2),
         t=nn.Transformer(8, 2, 1, 1, 12, dropout=0.0, norm_first=True),
     )
     return Case(model, (torch.randn(B, 5, 8), torch.randn(B, 4, 8)), squares)

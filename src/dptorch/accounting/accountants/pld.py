@@ -82,7 +82,10 @@ class PLDAccountant:
             bound = contour.moments_bound(events, direction, target - 1e-9, tail)[1]
             if bound <= epsilon:
                 continue
-            near = composed_epsilon(events, direction, delta, floor=epsilon)
+            try:
+                near = composed_epsilon(events, direction, delta, floor=epsilon)
+            except contour.Unsettled:
+                near = bound
             epsilon = max(epsilon, self._loss(events, direction, near, delta).epsilon(delta))
         return epsilon
 
@@ -102,9 +105,11 @@ class PLDAccountant:
             return 1.0
         delta = 0.0
         for direction in directions(relation):
-            near = composed_delta(events, direction, epsilon, floor=delta)
-            if near <= 0:
-                near = 1e-300
+            try:
+                near = composed_delta(events, direction, epsilon, floor=delta)
+            except contour.Unsettled:
+                near = 1e-20
+            near = max(near, 1e-300)
             tail = contour.negligible_tail(events, math.log(near))
             bound = contour.saddle(events, direction, epsilon, tail)[1]
             if bound < math.log(max(delta, 1e-300)) - 1e-9:
@@ -136,7 +141,7 @@ class PLDAccountant:
         worst = np.zeros(len(epsilons))
         for direction in directions(Adjacency.of(adjacency)):
             best = np.ones(len(epsilons))
-            for delta in (1e-1, 1e-3, 1e-6, 1e-10):
+            for delta in (1e-1, 1e-4, 1e-9):
                 near = composed_epsilon(events, direction, delta)
                 loss = self._loss(events, direction, near, delta)
                 best = np.minimum(best, [loss.delta(float(epsilon)) for epsilon in epsilons])

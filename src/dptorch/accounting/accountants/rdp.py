@@ -21,6 +21,8 @@ from dptorch.accounting.events import Event, History, SampledGaussian
 
 __all__ = ["RDPAccountant"]
 
+_ROUNDING = 1e-15
+
 
 @dataclass(frozen=True)
 class RDPAccountant:
@@ -103,11 +105,20 @@ def _orders() -> Array:
 
 @lru_cache(maxsize=1024)
 def _one_step(sigma: float, rate: float, relation: Adjacency) -> Array:
-    """Rényi divergences of one step, at every order."""
+    """Rényi divergences of one step, at every order.
+
+    Rounding can leave a divergence of 1e-16 below 0, which `dp-accounting` takes for a proof of
+    ε = 0 or δ = 0; hence the small surcharge.
+    """
     if relation is Adjacency.REPLACE_ONE:
         step = SampledGaussian(sigma, rate, 1)
-        return np.array([log_mgf([step], "replace", a - 1) / (a - 1) for a in _orders()])
+        found = np.array([log_mgf([step], "replace", a - 1) / (a - 1) for a in _orders()])
+    else:
+        found = _dp_accounting_divergences(sigma, rate)
+    return np.maximum(found, 0.0) + _ROUNDING
 
+
+def _dp_accounting_divergences(sigma: float, rate: float) -> Array:
     from absl import logging
     from dp_accounting import dp_event
     from dp_accounting.rdp import rdp_privacy_accountant

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call
+from dptorch.tape.calls import Call, each_tensor
 from dptorch.tape.propagation.table import FAMILIES, Found, agree, family
 from dptorch.tape.provenance import Lost, Tag, owners, regular_or_explicit
 
-__all__ = ["along_broadcast", "elementwise"]
+__all__ = ["along_broadcast", "elementwise", "refuse_positions"]
 
 _ELEMENTWISE = """
 add sub mul div rdiv pow neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos
@@ -52,8 +52,22 @@ def elementwise(call: Call, outputs: Sequence[Any]) -> Found:
     shape = out.shape
     if len(call.tagged) == 1:
         t, tag = call.tagged[0]
-        return tag if t.shape == shape else along_broadcast(t, tag, shape)
-    return agree([along_broadcast(t, tag, shape) for t, tag in call.tagged])
+        tag = tag if t.shape == shape else along_broadcast(t, tag, shape)
+    else:
+        tag = agree([along_broadcast(t, tag, shape) for t, tag in call.tagged])
+    if tag.explicit is not None:
+        refuse_positions(call, tag, shape)
+    return tag
+
+
+def refuse_positions(call: Call, tag: Tag, shape: Sequence[int]) -> None:
+    """Where a row stands among irregular ones may depend on other examples, so a constant that
+    differs from row to row may not enter."""
+    assert tag.dim is not None
+    back = len(shape) - tag.dim
+    for t in each_tensor(call.args, call.kwargs):
+        if call.tag_of(t) is None and t.dim() >= back and t.shape[-back] > 1:
+            raise Lost("a constant with one row for each meets irregularly ordered examples")
 
 
 for _name in _ELEMENTWISE:

@@ -37,6 +37,8 @@ def cat(call: Call, outputs: Sequence[Any]) -> Found:
         return regular_or_explicit(owner, dim, call.batch_size, known[0].step)
     if any(g.dim is None or g.dim == dim for g in known):
         raise Lost("rows that belong to no example join the batch")
+    if known[0].explicit is not None and len(known) < len(parts):
+        raise Lost("a constant with one row for each meets irregularly ordered examples")
     return agree(known)
 
 
@@ -51,6 +53,8 @@ def stack(call: Call, outputs: Sequence[Any]) -> Found:
         owner = torch.tensor([g.step for g in known], device=outputs[0].device)
         return regular_or_explicit(owner, dim, call.batch_size)
     tag = agree(known)
+    if tag.explicit is not None and len(known) < len(parts):
+        raise Lost("a constant with one row for each meets irregularly ordered examples")
     if tag.dim is None:
         raise Lost("rows that belong to no example join the batch")
     return tag.at(tag.dim + (dim <= tag.dim))
@@ -74,6 +78,8 @@ def gather(call: Call, outputs: Sequence[Any]) -> Found:
     assert tag.dim is not None
     if index.shape[tag.dim] != x.shape[tag.dim]:
         raise Lost("only some of the examples are looked up")
+    if by is None and tag.explicit is not None:
+        raise Lost("a constant with one row for each meets irregularly ordered examples")
     return tag if by is None else agree([tag, by])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dptorch.tape.calls import Call
-from dptorch.tape.propagation.elementwise import along_broadcast
+from dptorch.tape.propagation.elementwise import along_broadcast, refuse_positions
 from dptorch.tape.propagation.table import Found, agree, family
 from dptorch.tape.provenance import Lost, Tag
 
@@ -133,7 +133,10 @@ def leading_dims(call: Call, outputs: Sequence[Any]) -> Found:
         if tag.dim >= t.dim() - inner:
             raise Lost("attention across the examples")
         found.append(along_broadcast(t, tag, out.shape))
-    return agree(found)
+    agreed = agree(found)
+    if agreed.explicit is not None:
+        refuse_positions(call, agreed, out.shape)
+    return agreed
 
 
 @family("one_hot")

@@ -52,7 +52,12 @@ def product(call: Call, outputs: Sequence[Any]) -> Found:
         if name == "cdist" and tag.dim == b.dim() - 2:
             dim = out.dim() - 1
         found.append(tag.at(dim))
-    return agree(found)
+    agreed = agree(found)
+    if agreed.explicit is not None and any(
+        call.tag_of(t) is None and isinstance(t, Tensor) and t.dim() > 2 for t in operands
+    ):
+        raise Lost("a constant with one matrix for each meets irregularly ordered examples")
+    return agreed
 
 
 @family("einsum")
@@ -69,7 +74,14 @@ def einsum(call: Call, outputs: Sequence[Any]) -> Found:
             if letter not in right:
                 raise Lost("einsum sums over the examples")
             found.append(tag.at(right.index(letter)))
-    return agree(found)
+    agreed = agree(found)
+    assert agreed.dim is not None
+    if agreed.explicit is not None and any(
+        call.tag_of(t) is None and right[agreed.dim] in letters
+        for letters, t in zip(left, operands, strict=True)
+    ):
+        raise Lost("a constant with one row for each meets irregularly ordered examples")
+    return agreed
 
 
 def einsum_operands(call: Call) -> tuple[str, list[Tensor]]:

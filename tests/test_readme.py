@@ -1,0 +1,45 @@
+"""The README's Python runs as printed, and the package keeps its promises about imports."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_quick_start_runs_as_printed(capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    torch.manual_seed(0)
+    size = 4000
+    scope = {
+        "model": torch.nn.Linear(4, 2),
+        "dataset": torch.utils.data.TensorDataset(
+            torch.randn(size, 4), torch.randint(0, 2, (size,))
+        ),
+    }
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert scope["engine"].exhausted
+    assert "differentially private" in capsys.readouterr().out
+
+
+def test_importing_is_quick_and_brings_no_optional_package() -> None:
+    code = (
+        "import time, torch, numpy, sys; before = set(sys.modules); start = time.perf_counter();"
+        "import dptorch; print(time.perf_counter() - start);"
+        "print(' '.join(sorted({m.split('.')[0] for m in set(sys.modules) - before})))"
+    )
+    seconds, modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    loaded = set(modules.split())
+    optional = {
+        "dp_accounting", "matplotlib", "mlxtend", "pandas", "peft", "pyarrow", "rich", "scipy",
+        "sklearn", "timm", "torchvision", "transformers", "typer",
+    }  # fmt: skip
+    assert not loaded & optional
+    assert float(seconds) < 1.0
