@@ -181,7 +181,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}\n")
-    print("| workload | what | median ratio | p10 - p90 | ratio of fastest |\n|---|---|---|---|---|")
+    print(
+        "| workload | what | median ratio | p10 - p90 | ratio of fastest |\n|---|---|---|---|---|"
+    )
     for name in options.workloads or WORKLOADS:
         print(measure(name, options.rounds), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

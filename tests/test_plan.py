@@ -92,8 +92,8 @@ def test_the_statement_says_everything_that_matters() -> None:
     made = statement({"poisson": 10})
     text = str(made)
     for phrase in (
-        "adding or removing one example", "add-remove", "1e-05", "Poisson", "10 steps: poisson",
-        "without that assumption", "Gaussian noise, multiplier 1.1", "operating system", *NOT_COVERED,
+        "replacing one example by one that contributes nothing", "zero-out", "1e-05", "Poisson", "10 steps: poisson",
+        "in a place that no other record moves", "Gaussian noise, multiplier 1.1", "operating system", *NOT_COVERED,
         dptorch.__version__,
     ):  # fmt: skip
         assert phrase in text, phrase

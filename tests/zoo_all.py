@@ -34,8 +34,7 @@ from tests.tape.zoo.vision import group_norm
 ROOT = Path(__file__).parents[1]
 ROWS, TABLE = ROOT / "docs" / "zoo.jsonl", ROOT / "docs" / "zoo.md"
 TIMM = (Path(__file__).parent / "timm_models.txt").read_text().split()
-TORCHVISION = """densenet121 densenet161 densenet201 vgg11 vgg16_bn resnet18 resnet50 efficientnet_b0
-efficientnet_v2_s convnext_tiny swin_t swin_v2_t maxvit_t""".split()
+TORCHVISION = ["densenet121", "densenet161", "densenet201", "vgg11", "vgg16_bn", "resnet18", "resnet50", "efficientnet_b0", "efficientnet_v2_s", "convnext_tiny", "swin_t", "swin_v2_t", "maxvit_t"]
 # Above this many parameters the loop's copies do not fit beside the tape's in float64.
 LARGEST_IN_FLOAT64 = 160_000_000
 
@@ -108,8 +107,8 @@ def run(library: str, name: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     recording.tape.close()
     expected, total = looped(model, x, y, coefficients)
-    flat_error = sum(float((clipped[n] - t).square().sum()) for n, t in total.items()) ** 0.5
-    flat_size = sum(float(t.square().sum()) for t in total.values()) ** 0.5
+    # Parameter by parameter: one with a small gradient must not hide behind the others.
+    errors = [relative_error(clipped[n].to(t.dtype), t) for n, t in total.items()]
     return {
         "model": name,
         "library": library,
@@ -119,7 +118,7 @@ def run(library: str, name: str) -> dict[str, Any]:
         "sites": recording.sites,
         "generic": sorted({op for op, _ in recording.generic_ops}),
         "norm_error": relative_error(norms, expected),
-        "sum_error": flat_error / flat_size,
+        "sum_error": max(errors),
         "seconds": round(seconds, 2),
     }
 
@@ -132,7 +131,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def write_table() -> None:
     known = {(r["library"], r["model"]): r for r in rows()}
-    order = [("timm", n) for n in TIMM] + [("torchvision", n) for n in TORCHVISION]
+    order = [("timm", n) for n in TIMM] + [("torchvision", n) for n in TORCHVISION.split()]
     done = [known[key] for key in order if key in known]
     failed = [r for r in done if "error" in r]
     lines = [
@@ -140,7 +139,7 @@ def write_table() -> None:
         "",
         "Every row: the published architecture, unmodified but for BatchNorm, which is replaced by "
         "GroupNorm; two images; every parameter trained. Errors are relative, against a loop over "
-        "single examples, of the per-example norms and of the clipped sum. *Generic* names the ops "
+        "single examples, of the per-example norms and of the clipped sum (the worst parameter). *Generic* names the ops "
         "whose gradients go through the rule that any op has, at the cost of one backward an example. "
         "Seconds are those of one forward, backward, norms and clipped sum on one CPU core.",
         "",
@@ -151,7 +150,9 @@ def write_table() -> None:
     ]
     for r in done:
         if "error" in r:
-            lines.append(f"| {r['model']} | {r['library']} | | | | | | **failed** | {r['error']} | |")
+            lines.append(
+                f"| {r['model']} | {r['library']} | | | | | | **failed** | {r['error']} | |"
+            )
             continue
         lines.append(
             f"| {r['model']} | {r['library']} | {r['parameters'] / 1e6:.1f} M | {r['image']} | "
@@ -165,7 +166,7 @@ def main(arguments: list[str]) -> int:
     resume = "--resume" in arguments
     prefixes = tuple(a for a in arguments if not a.startswith("-"))
     torch.set_num_threads(1)
-    order = [("timm", n) for n in TIMM] + [("torchvision", n) for n in TORCHVISION]
+    order = [("timm", n) for n in TIMM] + [("torchvision", n) for n in TORCHVISION.split()]
     chosen = [key for key in order if not prefixes or key[1].startswith(prefixes)]
     known = {(r["library"], r["model"]): r for r in rows()}
     for library, name in chosen:
@@ -191,7 +192,6 @@ def tolerable(row: dict[str, Any]) -> bool:
     """Whether a row meets what is promised: 1e-9 in float64, 1e-4 in float32."""
     limit = 1e-9 if row["dtype"] == "float64" else 1e-4
     return max(row["norm_error"], row["sum_error"]) <= limit
-
 
 
 if __name__ == "__main__":

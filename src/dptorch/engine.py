@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections import Counter
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from dptorch.accounting import Adjacency
 from dptorch.clipping import coefficients
@@ -33,6 +35,7 @@ from dptorch.stepping import OptimizerBinding, check_parameters
 from dptorch.tape import Recording, Tape
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.mixing import refuse_mixing
+from dptorch.tape.tape import PER_EXAMPLE
 from dptorch.tape.watch import Watch, watch_on
 
 __all__ = ["PrivacyEngine", "Private", "StepDiagnostics", "make_private"]
@@ -95,7 +98,8 @@ class PrivacyEngine:
         Each `optimizer.step()` applies ``sum_b clip(gradient_b) + N(0, (noise_multiplier *
         max_grad_norm)^2)``, divided by the public expected batch size under a mean loss, and
         nothing else; it is counted before it is applied, and none is applied past the plan. No
-        parameter's ``.grad`` ever holds a gradient without noise.
+        parameter's ``.grad`` ever holds a gradient without noise. The statement lists what this
+        assumes of data and loss.
 
     Raises:
         ConfigurationError: for arguments that cannot be honoured, a model without trainable
@@ -136,7 +140,7 @@ class PrivacyEngine:
         clipping_mode: str = "auto",
         clipping_style: str = "all-layer",
         accountant: str = "pld",
-        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+        adjacency: Adjacency | str | None = None,
         loss_reduction: str = "mean",
         unit: str = "example",
         on_budget_exhausted: str = "raise",
@@ -160,7 +164,7 @@ class PrivacyEngine:
                 "requires_grad_(True) before making the engine."
             )
         self.model = model
-        self.plan = plan or make_plan(
+        self._plan = plan or make_plan(
             batch_size=batch_size,
             sample_rate=sample_rate,
             sample_size=sample_size,
@@ -177,11 +181,11 @@ class PrivacyEngine:
             loss_reduction=loss_reduction,
             unit=unit,
         )
-        self.steps_done = 0
+        self._steps_done = 0
+        self._resumed = 0
         self.diagnostics: StepDiagnostics | None = None
         self.sampling_run: Counter[str] = Counter()
         self._parameters = parameters
-        self._noise = GaussianNoise(self.plan.noise_multiplier)
         self._key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
         self._fired: list[_Batch] = []
         self._sums: dict[str, Tensor] | None = (
@@ -191,9 +195,12 @@ class PrivacyEngine:
         self._norms: list[Tensor] = []
         self._seen: set[tuple[int, int]] = set()  # physical batches in _sums
         self._pending_places: set[tuple[int, int]] = set()  # and in _pending
-        self._loader: PrivateLoader | None = None
+        self._part: PhysicalBatch | None = None  # where the batch handed out last belongs
+        self._loss_factors: tuple[float, ...] | None = None
+        self._loaders = 0
         self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
+        self._warned_own_loader = False
         # The model's hooks keep the engine alive: a forgotten engine trains nothing, rather than
         # training without privacy.
         self._watch = Watch(
@@ -273,8 +280,8 @@ class PrivacyEngine:
         )
         loader.on_batch(self._new_part)
         loader.on_start(lambda step: self._drop_logical_batch())
-        loader.on_end(lambda complete: None if complete else self._drop_logical_batch())
-        self._loader = loader
+        loader.on_end(self._end_of_loader)
+        self._loaders += 1
         return loader
 
     def public(self) -> AbstractContextManager[None]:
@@ -288,11 +295,24 @@ class PrivacyEngine:
 
     def _new_recording(self, recording: Recording) -> None:
         self._collect()
-        part = self._loader.current if self._loader is not None else None
+        part = self._part
         recording.tape.on_first_gradient = lambda tape: self._fired.append(_Batch(tape, part))
 
     def _new_part(self, part: PhysicalBatch) -> None:
         if part.index == 0:
+            if self._fired or self._pending is not None or self._sums is not None:
+                raise PrivacyError(
+                    "the loader's last batch was backpropagated but never stepped. Each of its "
+                    "batches is a whole logical batch: call optimizer.step() after each, or "
+                    "optimizer.zero_grad() to drop it. For larger batches make the plan's batch "
+                    "larger and bound memory with max_physical_batch_size."
+                )
+            self._drop_logical_batch()
+        self._part = part
+
+    def _end_of_loader(self, complete: bool) -> None:
+        self._part = None
+        if not complete:
             self._drop_logical_batch()
 
     def _collect(self) -> None:
@@ -309,6 +329,10 @@ class PrivacyEngine:
                 "example's gradients are clipped together; if not, call backward() after each."
             )
         tape, part = fired[0]
+        with _full_precision():
+            self._clip(tape, part)
+
+    def _clip(self, tape: Tape, part: PhysicalBatch | None) -> None:
         norms = tape.norms()
         weights = self._weights(tape, part).to(norms)
         norms = norms * weights
@@ -327,28 +351,17 @@ class PrivacyEngine:
                 not reduced as the plan says.
         """
         b = tape.batch_size
-        mean = self.plan.loss_reduction == "mean"
-        scale = float(b) if mean else 1.0
-        if tape.loss_weight is not None and b > 1:
-            seen_sum = tape.loss_weight == 1.0
-            if tape.per_example_loss:
-                scale = 1.0
-            elif (mean and seen_sum) or (not mean and math.isclose(tape.loss_weight, 1 / b)):
-                seen = "sum" if seen_sum else "mean"
-                raise PrivacyError(
-                    f"the loss is a {seen} over the examples, but the engine was told "
-                    f"loss_reduction={self.plan.loss_reduction!r}: gradients would be off by the "
-                    f"batch size. Use loss_reduction={seen!r}."
-                )
+        scale = self._loss_scale(tape)
         weights = torch.full((b,), scale)
         if part is None:
             return weights
         rows = part.examples + part.padding
-        if b > rows or (part.padding and b != rows):
+        if b != rows:
             raise PrivacyError(
-                f"the model was given {b} rows where the loader handed out {rows} examples. If one "
-                "example makes several rows (augmentation, several sequences), put them on an axis "
-                "of their own, so that an example's gradients are clipped together."
+                f"the model was given {b} rows where the loader handed out {rows} examples. Each "
+                "row must be one example: augmented views of an example go on an axis of their "
+                "own, so that its gradients are clipped together, and examples may not be paired, "
+                "selected or mixed after the loader."
             )
         place = (part.logical_step, part.index)
         if place in self._seen or place in self._pending_places:
@@ -361,6 +374,48 @@ class PrivacyEngine:
         if part.padding:
             weights[part.examples :] = 0
         return weights
+
+    def _loss_scale(self, tape: Tape) -> float:
+        """What makes the tape's gradients those of each example's own loss.
+
+        Raises:
+            PrivacyError: for a loss that was not followed, is reduced otherwise than the plan says,
+                or is multiplied by a factor that is not the same throughout the run.
+        """
+        b, mean = tape.batch_size, self.plan.loss_reduction == "mean"
+        if tape.loss is None:
+            raise PrivacyError(
+                "the loss could not be followed from the model's outputs to backward(), so it may "
+                "mix examples. Compute it from what the model returns (tensors in tuples, lists, "
+                "dicts or dataclasses) with torch functions, and call loss.backward()."
+            )
+        kind, factors = tape.loss.kind, tape.loss.factors
+        scale = float(b) if mean else 1.0
+        if kind == PER_EXAMPLE or b == 1:
+            return 1.0
+        if kind != self.plan.loss_reduction:
+            # A sum divided by the number of rows is a mean, and a mean times it a sum.
+            factors = tuple(f * b if mean else f / b for f in factors)
+            if not all(math.isclose(f, 1.0, rel_tol=1e-6) for f in factors):
+                raise PrivacyError(
+                    f"the loss is a {kind} over the examples, but the engine was told "
+                    f"loss_reduction={self.plan.loss_reduction!r}: gradients would be off by the "
+                    f"batch size. Use loss_reduction={kind!r}, without dividing by anything that "
+                    "depends on the batch."
+                )
+        before = self._loss_factors
+        if before is None:
+            self._loss_factors = factors
+        elif len(before) != len(factors) or not all(
+            math.isclose(f, g, rel_tol=1e-6) for f, g in zip(factors, before, strict=True)
+        ):
+            raise PrivacyError(
+                f"the terms of the loss are multiplied by {_list(factors)}, before by "
+                f"{_list(before)}. A factor that depends on the batch (a number of tokens, a sum of "
+                "weights) lets one example rescale all others. Use public constants, and the "
+                "learning rate for a schedule."
+            )
+        return scale
 
     def _hold(self) -> None:
         """``optimizer.virtual_step()``: keep this batch's clipped sum for a later step."""
@@ -387,24 +442,52 @@ class PrivacyEngine:
             return self._refuse()
         self._need_gradient("step")
         self._hold()
-        part = self._loader.current if self._loader is not None else None
+        part = self._part
         if part is not None and not part.is_last:
             return False
+        self._refuse_changed_parameters()
         assert self._sums is not None
         clipped = ClippedSum(self._sums, self.plan.max_grad_norm)
-        step = self.steps_done
+        context = _fingerprint(self._sums)
+        step = self._steps_done
         # Counted before it is visible: whatever happens from here on, the step has been spent.
-        self.steps_done += 1
+        self._steps_done += 1
         sampled = part is not None and part.logical_step == step
         self.sampling_run["poisson" if sampled else _OWN_LOADER] += 1
+        if not sampled:
+            self._warn_of_own_loader()
         self._sums = None
         self._summarise()
-        noisy = self._noise.privatize(clipped, self._key, step)
+        noise = GaussianNoise(self.plan.noise_multiplier)
+        noisy = noise.privatize(clipped, self._key, step, context=context)
         divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
         with torch.no_grad():
             for name, p in self._parameters.items():
                 p.grad = noisy.values[name].div_(divisor).to(p.dtype)
         return True
+
+    def _refuse_changed_parameters(self) -> None:
+        """What is trained must still be what the engine follows and the optimizer holds."""
+        now = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if now != {id(p) for p in self._parameters.values()}:
+            raise PrivacyError(
+                "the model's trainable parameters have changed since the engine was made (frozen, "
+                "unfrozen, replaced or added). Freeze and unfreeze before making it: detach() this "
+                "engine, and make another for the steps that remain; their epsilons add up."
+            )
+        assert self._binding is not None
+        check_parameters(self._parameters, self._binding.optimizer)
+
+    def _warn_of_own_loader(self) -> None:
+        if not self._warned_own_loader:
+            self._warned_own_loader = True
+            warnings.warn(
+                "a batch did not come from engine.loader(), so it is no Poisson sample as far as "
+                "is known: epsilon is stated without amplification by sampling, and is much "
+                "larger. Take batches from engine.loader(dataset).",
+                PrivacyWarning,
+                stacklevel=5,
+            )
 
     def _refuse(self) -> bool:
         self._drop_logical_batch()
@@ -452,6 +535,16 @@ class PrivacyEngine:
     # -- reporting and state -----------------------------------------------------------------------
 
     @property
+    def plan(self) -> PrivacyPlan:
+        """What the run committed to; it cannot be changed."""
+        return self._plan
+
+    @property
+    def steps_done(self) -> int:
+        """Steps taken, empty batches included."""
+        return self._steps_done
+
+    @property
     def exhausted(self) -> bool:
         """Whether every planned step is done."""
         return self.steps_done >= self.plan.steps
@@ -462,13 +555,20 @@ class PrivacyEngine:
         return self.plan.noise_multiplier
 
     def get_privacy_spent(self) -> PrivacySpent:
-        """(ε, δ) spent so far, assuming Poisson sampling; `statement` says whether that is what ran."""
-        return self.plan.spent(self.steps_done)
+        """(ε, δ) spent so far. Amplification by sampling counts only if every batch came from the
+        engine's loader."""
+        amplified = not self.sampling_run[_OWN_LOADER]
+        epsilon = self.plan.epsilon(self.steps_done, amplified=amplified)
+        return PrivacySpent(epsilon, self.plan.target_delta)
 
     def statement(self) -> Statement:
         """The privacy statement of the run so far; ``print`` it."""
         return make_statement(
-            self.plan, self.steps_done, dict(self.sampling_run), self._key.provenance
+            self.plan,
+            self.steps_done,
+            dict(self.sampling_run),
+            self._key.provenance,
+            self._resumed,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -477,6 +577,8 @@ class PrivacyEngine:
         return {
             "plan": self.plan.to_json(),
             "steps_done": self.steps_done,
+            "resumed": self._resumed,
+            "loss_factors": self._loss_factors,
             "sampling_run": dict(self.sampling_run),
             "key": self._key.export(),
         }
@@ -493,7 +595,7 @@ class PrivacyEngine:
                 "the checkpoint belongs to another plan (this engine's, the checkpoint's): "
                 + "; ".join(self.plan.differences(theirs))
             )
-        if self._loader is not None or self.steps_done:
+        if self._loaders or self.steps_done:
             raise ConfigurationError(
                 "load the checkpoint into a new engine, before making its loader: this one has "
                 f"done {self.steps_done} steps with a key of its own."
@@ -504,7 +606,10 @@ class PrivacyEngine:
                 f"the checkpoint has steps_done={steps!r}, not a number of steps."
             )
         key = RootKey.restore(state["key"])
-        self.steps_done = steps
+        self._steps_done = steps
+        self._resumed = state["resumed"] + 1
+        factors = state["loss_factors"]
+        self._loss_factors = None if factors is None else tuple(factors)
         self.sampling_run = Counter(state["sampling_run"])
         self._key = key
 
@@ -515,6 +620,30 @@ def _add(total: dict[str, Tensor] | None, more: dict[str, Tensor]) -> dict[str, 
     for name, value in more.items():
         total[name].add_(value)
     return total
+
+
+def _list(factors: tuple[float, ...]) -> str:
+    return ", ".join(f"{f:.6g}" for f in factors)
+
+
+def _fingerprint(sums: dict[str, Tensor]) -> int:
+    """64 bits that differ between different sums, and not between equal ones.
+
+    The noise depends on it, so that going back to a checkpoint and on with other data does not
+    repeat the noise, while repeating the same step repeats the same release.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for value in sums.values():
+        flat = value.double().flatten()
+        digest.update(torch.stack([flat.sum(), flat.square().sum()]).cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "big")
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Norms, factors and sums are computed in float32 at least, whatever autocast says."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 class Private(NamedTuple):
@@ -567,6 +696,12 @@ def make_private(
             "the loader has no batch size (batch_size=None, or a batch_sampler of its own), so the "
             "expected batch size is not known. Pass a DataLoader with batch_size=, or use "
             "PrivacyEngine and its loader()."
+        )
+    if type(loader.sampler) not in (RandomSampler, SequentialSampler):
+        raise ConfigurationError(
+            f"the loader draws with {type(loader.sampler).__name__}, which Poisson sampling would "
+            "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights "
+            "to the loss."
         )
     size = len(loader.dataset)  # type: ignore[arg-type]
     if size == 0:

@@ -40,8 +40,9 @@ class PrivacySpent:
 class PrivacyPlan:
     """Everything the guarantee of a run depends on. Build one with `make_plan`.
 
-    All fields are public constants: publish them. None may be derived from the private data, the
-    exact number of records under add/remove adjacency included.
+    All fields are public constants: publish them. None may be derived from the private data. Under
+    add/remove adjacency that includes the exact number of records, so a plan made from it states
+    zero-out adjacency, under which the number is public and ε is the same.
 
     Attributes:
         sample_rate: probability with which a step draws each record.
@@ -100,8 +101,8 @@ class PrivacyPlan:
 
         Args:
             steps: steps done.
-            amplified: use that a step sees a random sample. False gives the ε that holds however
-                the batches were chosen, as if every record took part in every step.
+            amplified: use that a step sees a random sample. False gives the ε of a run in which
+                every record may take part in every step, once in each.
         """
         steps = self.steps if steps is None else steps
         event = self.event(steps)
@@ -156,7 +157,7 @@ def make_plan(
     clipping_fn: str = "abadi",
     clipping_style: str = "all-layer",
     accountant: str = "pld",
-    adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    adjacency: Adjacency | str | None = None,
     loss_reduction: str = "mean",
     unit: str = "example",
 ) -> PrivacyPlan:
@@ -173,8 +174,10 @@ def make_plan(
         noise_multiplier: or state the noise; ε follows.
         target_delta: δ; by default 1 / (10 * sample_size), at most 1e-5, rounded down to a power
             of ten.
-        max_grad_norm, clipping_fn, clipping_style, accountant, adjacency, loss_reduction, unit:
-            see `PrivacyPlan`.
+        adjacency: the neighbouring relation. By default zero-out where sample_size is given, since
+            rate and batch size then tell it, and add/remove otherwise.
+        max_grad_norm, clipping_fn, clipping_style, accountant, loss_reduction, unit: see
+            `PrivacyPlan`.
 
     Raises:
         ConfigurationError: where arguments are missing, contradict each other or cannot be met; for
@@ -186,6 +189,8 @@ def make_plan(
         (586, 1e-06, True)
     """
     rate, expected = _rate(batch_size, sample_rate, sample_size)
+    if adjacency is None:
+        adjacency = Adjacency.ADD_REMOVE if sample_size is None else Adjacency.ZERO_OUT
     if (epochs is None) == (steps is None):
         raise ConfigurationError(
             f"epochs={epochs!r} and steps={steps!r}: give exactly one, the length of the run."

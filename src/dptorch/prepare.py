@@ -158,15 +158,27 @@ def prepare(
     `FrozenBatchNorm`; InstanceNorm stops tracking running statistics. All else is left alone:
     `dptorch.check` finds what mixes examples in other ways.
 
-    BatchNorm maps channel c by its running mean and variance, GroupNorm by those of c's group in
-    the one example. Folding multiplies the scale and moves the shift by what turns the one into
-    the other where the example's statistics are the running ones. Measured with
-    ``python benchmarks/batchnorm.py`` (MEASURED):
+    BatchNorm normalises a channel by its running mean and variance, GroupNorm by those of the
+    channel's group within one example. Folding scales and moves GroupNorm's result by what would
+    turn the one into the other if the example had the running statistics. Test accuracy in %, mean
+    over seeds, of networks trained with BatchNorm on five classes: right after the conversion
+    («kept»), after private fine-tuning on the five other classes (ε = 3), and of private training
+    from random weights on those («scratch»)::
 
-    TABLE
+                                    residual CNN, MNIST, 12 epochs        MLP, digits, 20 epochs
+                                    kept   fine-tuned   scratch           kept   fine-tuned   scratch
+        frozen                      98.1   76.6         73.0              99.3   89.7         94.8
+        groups of 16, copied        46.8   78.0         81.6              82.3   95.9         95.2
+        groups of 16, folded        96.7   81.3         81.6              99.3   96.6         95.2
 
-    Hence the default. Running statistics, frozen or folded, are functions of the data that the
-    model was trained on before: that data must be public, or its own privacy accounted for.
+    (``python benchmarks/batchnorm.py --data mnist --seeds 2 --epochs 12`` and ``--data digits
+    --seeds 4 --epochs 20``; the better of two learning rates; standard deviations at most 2.4, but
+    16 of «copied, kept» on digits.) So folded GroupNorm is the default. Frozen is exact until
+    something is trained, and was better after very few steps: 65.8 against 53.1 after 4 epochs of
+    MNIST. These are small networks; with a large pretrained one, compare both.
+
+    Running statistics, frozen or folded in, are functions of the data that the model was trained on
+    before: that data must be public, or its privacy accounted for.
 
     Args:
         model: its modules are replaced. If it is itself a BatchNorm, use the return value.

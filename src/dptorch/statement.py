@@ -13,7 +13,7 @@ import torch
 from dptorch.accounting import Adjacency
 from dptorch.plan import PrivacyPlan
 
-__all__ = ["NOT_COVERED", "Statement", "make_statement"]
+__all__ = ["ASSUMED", "NOT_COVERED", "Statement", "make_statement"]
 
 _ADJACENCY_TEXT = {
     Adjacency.ADD_REMOVE: "adding or removing one {unit}",
@@ -24,10 +24,17 @@ _ADJACENCY_TEXT = {
 NOT_COVERED = (
     "values logged in training that are exact functions of private data: loss, gradient norms, "
     "the clipped fraction, batch sizes",
-    "choices made by looking at private data outside the run: hyper-parameters, early stopping, "
-    "which run to keep",
+    "choices made by looking at private data, inside the run or outside: hyper-parameters, "
+    "learning-rate schedules that follow the loss, early stopping, which run to keep",
     "metrics computed on private data, and any preprocessing that used statistics of it",
+    "buffers of the model, and parameters written by anything but the optimizer's steps",
+    "other engines and other runs on the same data: their epsilons add up",
     "attacks on floating-point arithmetic: noise and sums are floating-point numbers",
+)
+ASSUMED = (
+    "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
+    "dataset, the collate function or the loop",
+    "the loss is multiplied by public constants only",
 )
 
 
@@ -39,7 +46,8 @@ class Statement:
         plan: what the run committed to.
         steps: steps taken, empty batches included.
         epsilon: certified ε under the sampling that was run.
-        epsilon_unamplified: ε that holds however the batches were chosen.
+        epsilon_unamplified: ε of steps in each of which any record may take part, once.
+        resumed: how often the run went on from a checkpoint.
         sampling_run: how many steps each sampler served.
         key_provenance: where the randomness came from.
         versions: software that ran.
@@ -52,6 +60,7 @@ class Statement:
     sampling_run: dict[str, int]
     key_provenance: str
     versions: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
 
     @property
     def sampling_holds(self) -> bool:
@@ -73,10 +82,12 @@ class Statement:
             "unit": self.plan.unit,
             "adjacency": self.plan.adjacency.value,
             "steps": self.steps,
+            "resumed": self.resumed,
             "sampling_assumed": "poisson",
             "sampling_run": dict(self.sampling_run),
             "key_provenance": self.key_provenance,
             "plan": json.loads(self.plan.to_json()),
+            "assumed": [item.format(unit=self.plan.unit) for item in ASSUMED],
             "not_covered": list(NOT_COVERED),
             "versions": dict(self.versions),
         }
@@ -87,21 +98,22 @@ class Statement:
         run = ", ".join(f"{n} steps: {s}" for s, n in self.sampling_run.items() if n) or "no step"
         headline = self.epsilon if self.sampling_holds else self.epsilon_unamplified
         lines = [
-            f"The training run is ({_number(headline)}, {plan.target_delta:g})-differentially "
-            f"private with respect to {adjacency}.",
+            f"These {self.steps} training steps are ({_number(headline)}, {plan.target_delta:g})-"
+            f"differentially private with respect to {adjacency}.",
             "",
             f"Unit of privacy      one {plan.unit}",
             f"Adjacency            {plan.adjacency.value}",
             f"delta                {plan.target_delta:g}",
             f"Mechanism            Gaussian noise, multiplier {plan.noise_multiplier:.6g}, on sums of "
             f"gradients clipped to {plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})",
-            f"Steps                {self.steps} of {plan.steps} planned, empty batches included",
+            f"Steps                {self.steps} of {plan.steps} planned, empty batches included"
+            + (f"; resumed {self.resumed} times" if self.resumed else ""),
             f"Sampling assumed     Poisson, rate {plan.sample_rate:.6g}",
             f"Sampling run         {run}",
-            f"epsilon              {_number(self.epsilon)} if batches are Poisson samples, as "
-            "assumed",
-            f"                     {_number(self.epsilon_unamplified)} without that assumption, "
-            "however batches were chosen",
+            f"epsilon              {_number(self.epsilon)} if every batch is a Poisson sample",
+            f"                     {_number(self.epsilon_unamplified)} if batches are chosen "
+            "otherwise, without looking at the data, a record at",
+            "                     most once a step and in a place that no other record moves",
             f"Accountant           {plan.accountant}",
             f"Randomness           key from the {self.key_provenance}",
             "",
@@ -119,8 +131,10 @@ class Statement:
                 "",
             ]
         lines += [
-            "Released and covered: the model's parameters after every step, and anything computed "
-            "from them.",
+            "Released and covered: the model's trained parameters after every step, and anything "
+            "computed from them.",
+            "Assumed:",
+            *(f"  - {item.format(unit=plan.unit)}" for item in ASSUMED),
             "Treated as public: every number in the plan"
             + (
                 f", the number of records ({plan.sample_size}) included."
@@ -136,7 +150,11 @@ class Statement:
 
 
 def make_statement(
-    plan: PrivacyPlan, steps: int, sampling_run: dict[str, int], key_provenance: str
+    plan: PrivacyPlan,
+    steps: int,
+    sampling_run: dict[str, int],
+    key_provenance: str,
+    resumed: int = 0,
 ) -> Statement:
     """The statement for a run that took `steps` steps of `plan`."""
     from dptorch import __version__
@@ -153,6 +171,7 @@ def make_statement(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        resumed=resumed,
     )
 
 

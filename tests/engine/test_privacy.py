@@ -30,9 +30,9 @@ def recorded_sums(
     sums: list[dict[str, Tensor]] = []
     plain = GaussianNoise.privatize
 
-    def privatize(self: GaussianNoise, clipped: ClippedSum, *rest: Any) -> Any:
+    def privatize(self: GaussianNoise, clipped: ClippedSum, *rest: Any, **more: Any) -> Any:
         sums.append({k: v.clone() for k, v in clipped.values.items()})
-        return plain(self, clipped, *rest)
+        return plain(self, clipped, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(GaussianNoise, "privatize", privatize)
@@ -129,17 +129,17 @@ def test_the_noise_is_as_large_as_the_plan_says() -> None:
 def test_noise_twins_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = GaussianNoise.privatize
 
-    def none(self: Any, clipped: ClippedSum, key: Any, step: int) -> Any:
-        return plain(GaussianNoise(0.0), clipped, key, step)
+    def none(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
+        return plain(GaussianNoise(0.0), clipped, key, step, **context)
 
-    def divided_by_the_batch(self: Any, clipped: ClippedSum, key: Any, step: int) -> Any:
-        return plain(GaussianNoise(self.noise_multiplier / SIZE), clipped, key, step)
+    def divided_by_the_batch(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
+        return plain(GaussianNoise(self.noise_multiplier / SIZE), clipped, key, step, **context)
 
-    def same_every_step(self: Any, clipped: ClippedSum, key: Any, step: int) -> Any:
-        return plain(self, clipped, key, 0)
+    def same_every_step(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
+        return plain(self, clipped, key, 0, context=0)
 
-    def same_every_second_step(self: Any, clipped: ClippedSum, key: Any, step: int) -> Any:
-        return plain(self, clipped, key, step // 2)
+    def same_every_second_step(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
+        return plain(self, clipped, key, step // 2, context=0)
 
     for twin in (none, divided_by_the_batch, same_every_step, same_every_second_step):
         monkeypatch.setattr(GaussianNoise, "privatize", twin)
@@ -337,7 +337,7 @@ def test_a_loader_of_ones_own_is_not_stated_as_poisson() -> None:
     assert statement.epsilon_unamplified > statement.epsilon
     assert statement.to_dict()["epsilon"] == statement.epsilon_unamplified
     assert str(statement).startswith(
-        f"The training run is ({math.ceil(statement.epsilon_unamplified * 1e4) / 1e4:.4f}"
+        f"These 2 training steps are ({math.ceil(statement.epsilon_unamplified * 1e4) / 1e4:.4f}"
     )
 
 

@@ -125,7 +125,7 @@ def test_other_devices_use_seeded_blocks() -> None:
         spans = [
             _Span(a, flat[a:b], flat[a:b]) for a, b in zip([0, *cuts], [*cuts, size], strict=True)
         ]
-        _add_on_device(spans, KEY, step, 2.0, device, torch.float32)
+        _add_on_device(spans, KEY, (step, 0), 2.0, device, torch.float32)
         return flat
 
     whole = run([], 1)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.oracles.loop import one_example_loop, relative_error
+from tests.tape.zoo import ZOO, Case
 
 import dptorch
 from dptorch.tape import Tape
-from tests.oracles.loop import one_example_loop, relative_error
-from tests.tape.zoo import ZOO, Case
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,11 @@ def test_norms_and_clipped_sums_equal_the_loop(name: str) -> None:
     expected = one_example_loop(case.model, case.batch, case.loss)
     tape = recorded(case)
 
-    norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    norms = (
+        torch.stack([g.reshape(len(g), -1).square().sum(1) for g in expected.values()])
+        .sum(0)
+        .sqrt()
+    )
     torch.testing.assert_close(tape.norms(), norms, rtol=1e-9, atol=1e-12)
     coefficients = torch.rand(norms.shape[0])
     clipped = tape.clipped_sum(coefficients)
@@ -68,7 +72,11 @@ def test_float32_is_close() -> None:
 
 def _norm_error(case: Case, broken: torch.Tensor) -> float:
     expected = one_example_loop(case.model, case.batch, case.loss)
-    norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    norms = (
+        torch.stack([g.reshape(len(g), -1).square().sum(1) for g in expected.values()])
+        .sum(0)
+        .sqrt()
+    )
     return relative_error(broken, norms)
 
 

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.oracles.loop import one_example_loop, relative_error
+from tests.tape.zoo import ZOO
+from tests.tape.zoo.base import B, Case, Lambda
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dptorch
 from dptorch.tape import Recording, Tape
-from tests.oracles.loop import one_example_loop, relative_error
-from tests.tape.zoo import ZOO
-from tests.tape.zoo.base import B, Case, Lambda
+from dptorch.tape.provenance import Reduced
 
 D = 6
 
@@ -51,6 +52,7 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for block in self.blocks:
+
             def run(h: Tensor, block: nn.Module = block) -> Tensor:
                 return h + block(h) * self.shared
 
@@ -137,7 +139,9 @@ def test_autocast_gives_norms_in_float32() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters(dtype: torch.dtype) -> None:
     torch.set_default_dtype(torch.float32)
-    model = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 4))
+    model = nn.Sequential(
+        nn.Embedding(9, 16), nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 4)
+    )
     model = model.to(dtype)
     ids = torch.randint(0, 9, (8, 5))
     with dptorch.record(model) as tape:
@@ -145,7 +149,9 @@ def test_low_precision_parameters(dtype: torch.dtype) -> None:
     loss.backward()
     assert tape.norms().dtype == torch.float32
     expected = one_example_loop(model, (ids,), squares)
-    truth = torch.stack([g.float().flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    truth = (
+        torch.stack([g.float().flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    )
     assert relative_error(tape.norms(), truth) < 3e-2
 
 
@@ -192,17 +198,31 @@ def test_ignored_positions_equal_the_loop() -> None:
     target = ids.clone()
     target[0, 1:] = -100
     target[2, :2] = -100
-    weight = torch.rand(9)
 
     def loss(m: nn.Module, ids: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(m(ids).flatten(0, 1), target.flatten(), weight=weight)
+        return F.cross_entropy(m(ids).flatten(0, 1), target.flatten())
 
     expected = one_example_loop(model, (ids, target), loss)
     with dptorch.record(model) as tape:
         value = loss(model, ids, target)
         value.backward()
     exact(tape, {k: v / B for k, v in expected.items()})
-    assert tape.loss_weight == 1 / B
+    assert tape.loss == Reduced("mean")
+
+
+@pytest.mark.parametrize("examples", [1, B])
+def test_class_weights_scale_each_example(examples: int) -> None:
+    """A weight is as much as it says, whichever classes the batch holds and however many examples."""
+    model, weight = nn.Linear(D, 3), torch.tensor([0.1, 1.0, 5.0])
+    x, y = torch.randn(examples, D), torch.arange(examples) % 3
+
+    def weighted(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m(x), y, weight=weight, reduction="none")
+
+    expected = one_example_loop(model, (x, y), weighted)
+    with dptorch.record(model) as tape:
+        F.cross_entropy(model(x), y, weight=weight).backward()
+    exact(tape, {k: v / examples for k, v in expected.items()})
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -214,7 +234,7 @@ def test_reductions_of_losses(reduction: str) -> None:
         F.cross_entropy(case.model(x), y, reduction=reduction).backward()
     scale = 1 / B if reduction == "mean" else 1.0
     exact(tape, {k: v * scale for k, v in expected.items()})
-    assert tape.loss_weight == scale
+    assert tape.loss == Reduced(reduction)
 
 
 @pytest.mark.parametrize("name", ["gpt2_tied", "bert", "resnet_groupnorm", "lstm_and_gru", "vit"])
@@ -266,13 +286,14 @@ def test_common_models_need_no_generic_rule(name: str) -> None:
 
 def test_loss_weights_follow_arithmetic() -> None:
     model, x = nn.Linear(D, D), torch.randn(B, D)
-    losses: list[tuple[Callable[[Tensor], Tensor], float]] = [
-        (lambda o: o.square().mean(), 1 / B),
-        (lambda o: o.square().sum(), 1.0),
-        (lambda o: o.square().sum() / B, 1 / B),
-        (lambda o: 3 * o.square().sum(1).mean() - 0.5, 3 / B),
+    half = torch.tensor(0.5)
+    losses: list[tuple[Callable[[Tensor], Tensor], Reduced]] = [
+        (lambda o: o.square().mean(), Reduced("mean")),
+        (lambda o: o.square().sum(), Reduced("sum")),
+        (lambda o: o.square().sum() / B, Reduced("sum", (1 / B,))),
+        (lambda o: 3 * o.square().sum(1).mean() - 0.5, Reduced("mean", (3.0,))),
     ]
-    for loss, weight in losses:
+    for loss, found in losses:
         with dptorch.record(model) as tape:
             loss(model(x)).backward()
-        assert tape.loss_weight == pytest.approx(weight)
+        assert tape.loss == found

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.tape.zoo.base import Lambda
 from torch import Tensor, nn
 
 import dptorch
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from tests.tape.zoo.base import Lambda
 
 B, D = 4, 6
 
@@ -57,7 +57,11 @@ def test_instance_norm_with_running_statistics() -> None:
     for affine in (True, False):
         norm = nn.InstanceNorm1d(D, track_running_stats=True, affine=affine)
         with pytest.raises(ExamplesMixError, match="running statistics"):
-            run(nn.Sequential(nn.Conv1d(D, D, 1), norm, nn.Conv1d(D, D, 1)), None, torch.randn(B, D, 3))
+            run(
+                nn.Sequential(nn.Conv1d(D, D, 1), norm, nn.Conv1d(D, D, 1)),
+                None,
+                torch.randn(B, D, 3),
+            )
 
 
 def grad_free(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

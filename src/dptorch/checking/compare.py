@@ -146,7 +146,7 @@ def run_tape(
     if isinstance(state, Tag):
         reduction = "none"
     elif isinstance(state, Reduced):
-        reduction = "sum" if math.isclose(state.weight, 1.0) else "mean"
+        reduction = state.kind
     return Recorded(
         tape,
         tape.per_example_gradients(),

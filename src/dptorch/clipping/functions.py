@@ -21,6 +21,8 @@ ClippingFunction = Callable[[Tensor, float], Tensor]
 
 # gamma of automatic clipping: keeps small gradients smaller than large ones.
 STABILITY = 0.01
+# Below this a float32 norm, the root of a sum of squares, is made of denormal numbers.
+_TINY = 1e-16
 
 
 def abadi(norms: Tensor, max_grad_norm: float) -> Tensor:
@@ -35,8 +37,9 @@ def automatic(norms: Tensor, max_grad_norm: float) -> Tensor:
 
 
 def normalised(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """``C / n``: AUTO-V, every gradient at exactly length C; a zero gradient stays zero."""
-    return torch.where(norms > 0, max_grad_norm / norms, torch.zeros_like(norms))
+    """``C / n``: AUTO-V, every gradient at exactly length C; a zero gradient stays zero, and so does
+    one so short that its square has lost its digits."""
+    return torch.where(norms > _TINY, max_grad_norm / norms, torch.zeros_like(norms))
 
 
 def global_clipping(norms: Tensor, max_grad_norm: float) -> Tensor:

@@ -85,7 +85,9 @@ class GaussianNoise:
         self.noise_multiplier = value
         self.secure_rng = bool(secure_rng)
 
-    def privatize(self, clipped: ClippedSum, key: RootKey, step: int) -> NoisyGradient:
+    def privatize(
+        self, clipped: ClippedSum, key: RootKey, step: int, *, context: int = 0
+    ) -> NoisyGradient:
         """Add the noise of `step` to the sum.
 
         Takes the sum over: the noise is written into the tensors of `clipped.values`, which the
@@ -96,6 +98,9 @@ class GaussianNoise:
             clipped: the sum; float32 or float64 tensors, each in memory of its own.
             key: root key of the run.
             step: number of the logical batch, in [0, 2**64).
+            context: a fingerprint of what the noise is for, in [0, 2**64). The same key and step
+                give other noise in another context, so that a step that is taken again on other
+                data, after going back to a checkpoint, does not repeat its noise.
 
         Returns:
             the noisy sum, with `stddev = noise_multiplier * clipped.max_norm`.
@@ -130,10 +135,12 @@ class GaussianNoise:
             )
         if stddev > 0.0:
             with torch.no_grad():
-                self._add(clipped.values, key, step, stddev)
+                self._add(clipped.values, key, (step, context), stddev)
         return NoisyGradient(dict(clipped.values), stddev=stddev, max_norm=max_norm)
 
-    def _add(self, values: Mapping[str, Tensor], key: RootKey, step: int, stddev: float) -> None:
+    def _add(
+        self, values: Mapping[str, Tensor], key: RootKey, place: tuple[int, int], stddev: float
+    ) -> None:
         starts = list(itertools.accumulate((t.numel() for t in values.values()), initial=0))
         groups: dict[tuple[torch.device, torch.dtype], list[_Span]] = {}
         for start, tensor in zip(starts, values.values(), strict=False):
@@ -143,14 +150,14 @@ class GaussianNoise:
                 groups.setdefault((tensor.device, tensor.dtype), []).append(span)
         for (device, dtype), spans in groups.items():
             if device.type == "cpu":
-                _add_on_cpu(spans, key.derive(PURPOSE, step), stddev, _NUMPY_DTYPE[dtype])
+                _add_on_cpu(spans, key.derive(PURPOSE, *place), stddev, _NUMPY_DTYPE[dtype])
             elif self.secure_rng:
-                normals = KeystreamNormals(key.derive(PURPOSE, step), _NUMPY_DTYPE[dtype])
+                normals = KeystreamNormals(key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
                 for index, pieces in _by_block(spans, KEYSTREAM_BLOCK):
                     block = torch.from_numpy(normals.block(index, stddev)).to(device)
                     _add_pieces(pieces, block)
             else:
-                _add_on_device(spans, key, step, stddev, device, dtype)
+                _add_on_device(spans, key, place, stddev, device, dtype)
             for span in spans:
                 span.write_back()
 
@@ -229,13 +236,13 @@ def _add_on_cpu(spans: list[_Span], key: bytes, stddev: float, dtype: np.dtype[A
 def _add_on_device(
     spans: list[_Span],
     key: RootKey,
-    step: int,
+    place: tuple[int, int],
     stddev: float,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     def seed_of(block: int) -> int:
-        return int.from_bytes(key.derive(DEVICE_PURPOSE, step, block)[:8], "little")
+        return int.from_bytes(key.derive(DEVICE_PURPOSE, *place, block)[:8], "little")
 
     normals = DeviceNormals(seed_of, device, dtype)
     for index, pieces in _by_block(spans, DEVICE_BLOCK):

@@ -66,7 +66,7 @@ class _Memory:
 
 
 def _place(t: Tensor) -> tuple[torch.Size, tuple[int, ...], int, int]:
-    return t.shape, t.stride(), t.storage_offset(), t.element_size()
+    return t.shape, t.stride(), int(t.storage_offset()), t.element_size()
 
 
 class Aliases:
@@ -106,7 +106,9 @@ class Aliases:
         shape, stride, offset, width = _place(t)
         elements = t.untyped_storage().nbytes() // width
         if elements > _LARGEST or any(w.place[3] != width for w in memory.writes):
-            return Mixed("memory that examples were written into is looked at through another view.")
+            return Mixed(
+                "memory that examples were written into is looked at through another view."
+            )
         known = torch.full((elements,), _UNKNOWN, dtype=torch.int32)
         for write in memory.writes:
             sizes, strides, start, _ = write.place

@@ -76,7 +76,11 @@ def _by_index(call: Call, before: Tag | None) -> Tag | None:
     parts = list(index) if isinstance(index, tuple) else [index]
     tensors = [p for p in parts if isinstance(p, Tensor)]
     new = call.tag_of(value)
-    if len(tensors) == 1 and tensors[0].dtype in (torch.bool, torch.uint8) and parts[0] is tensors[0]:
+    if (
+        len(tensors) == 1
+        and tensors[0].dtype in (torch.bool, torch.uint8)
+        and parts[0] is tensors[0]
+    ):
         tag = call.tag_of(tensors[0])
         assert tag is not None
         if new is not None:
@@ -134,9 +138,10 @@ def assign_parameter(call: Call, recording: Recording) -> None:
     if tag.dim is None:
         target, part = x[index].shape, tag
     else:
-        if any(call.tag_of(p) is not None for p in (index if isinstance(index, tuple) else (index,))):
+        if any(
+            call.tag_of(p) is not None for p in (index if isinstance(index, tuple) else (index,))
+        ):
             region(call, x, tag, index)
         moved = shadow(x.shape, tag.dim, x.device)[index]
         target, part = moved.shape, read_shadow(moved, tag, x.shape[tag.dim], recording.batch_size)
     call.func(x, index, recording.lift(value, target, part))
-

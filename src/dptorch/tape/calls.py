@@ -11,7 +11,18 @@ from torch import Tensor
 
 from dptorch.tape.provenance import Tag
 
-__all__ = ["Call", "Info", "canonical_name", "each_tensor", "info", "replace_tensors"]
+__all__ = ["Call", "Info", "canonical_name", "each_tensor", "info", "replace_tensors", "words"]
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text: a readable way to write long lists of names.
+
+    Example:
+        >>> sorted(words("add sub"))
+        ['add', 'sub']
+    """
+    return frozenset(text.split())
+
 
 # Operators arrive under their dunder, reflected and in-place names.
 _DUNDERS = {
@@ -60,11 +71,11 @@ _SYNONYMS = {
     "swapdims": "transpose",
     "moveaxis": "movedim",
 }
-_IN_PLACE_DUNDERS = frozenset(
-    "iadd isub imul itruediv idiv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
+_IN_PLACE_DUNDERS = words(
+    """iadd isub imul itruediv idiv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"""
 )
-_OPERATORS = frozenset(
-    "add sub mul pow matmul neg pos abs eq ne lt le gt ge lshift rshift".split()
+_OPERATORS = words(
+    """add sub mul pow matmul neg pos abs eq ne lt le gt ge lshift rshift"""
 )
 
 
@@ -106,16 +117,16 @@ class Info(NamedTuple):
 
 
 # Functions that make no tensor of the batch, or none that matters.
-_PASSIVE = frozenset(
-    """size dim ndimension numel nelement stride is_floating_point is_complex element_size data_ptr
-    is_contiguous storage_offset untyped_storage storage is_same_size get_device retain_grad
-    register_post_accumulate_grad_hook requires_grad is_tensor result_type can_cast is_storage
-    is_inference is_grad_enabled is_signed has_names is_conj is_neg is_pinned is_shared
-    promote_types broadcast_shapes _assert_async is_set_to new_zeros new_ones new_empty
-    new_empty_strided arange zeros ones empty linspace eye randint randperm rand randn
-    autograd_backward __len__ __bool__ __int__ __complex__ __index__ __repr__ __format__ __hash__
-    __str__ __array_wrap__ __contains__ __dir__ __reduce_ex__ __setstate__ __delete__ __dlpack__
-    __dlpack_device__ is_nonzero""".split()
+_PASSIVE = words(
+    """size dim ndimension numel nelement stride is_floating_point is_complex element_size
+    data_ptr is_contiguous storage_offset untyped_storage storage is_same_size get_device
+    retain_grad register_post_accumulate_grad_hook requires_grad is_tensor result_type
+    can_cast is_storage is_inference is_grad_enabled is_signed has_names is_conj is_neg
+    is_pinned is_shared promote_types broadcast_shapes _assert_async is_set_to new_zeros
+    new_ones new_empty new_empty_strided arange zeros ones empty linspace eye randint randperm
+    rand randn autograd_backward __len__ __bool__ __int__ __complex__ __index__ __repr__
+    __format__ __hash__ __str__ __array_wrap__ __contains__ __dir__ __reduce_ex__ __setstate__
+    __delete__ __dlpack__ __dlpack_device__ is_nonzero"""
 )
 _TENSOR_PROPERTIES = frozenset({".T", ".mT", ".H", ".mH", ".data", ".real", ".imag"})
 _INFO: dict[Any, Info] = {}

@@ -32,15 +32,15 @@ _opened: dict[Any, Callable[..., Any]] = {}
 def opened(func: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a Python-level torch function that does not hand itself back to the mode."""
     if func not in _opened:
-        scope = dict(func.__globals__)  # type: ignore[attr-defined]
+        scope = dict(func.__globals__)
         scope.update({check: lambda *a, **k: False for check in _OVERRIDE_CHECKS})
         copy = types.FunctionType(
-            func.__code__,  # type: ignore[attr-defined]
+            func.__code__,
             scope,
             func.__name__,
-            func.__defaults__,  # type: ignore[attr-defined]
-            func.__closure__,  # type: ignore[attr-defined]
+            func.__defaults__,
+            func.__closure__,
         )
-        copy.__kwdefaults__ = func.__kwdefaults__  # type: ignore[attr-defined]
+        copy.__kwdefaults__ = func.__kwdefaults__
         _opened[func] = copy
     return _opened[func]

@@ -68,9 +68,7 @@ class ParameterGuard:
         _remove(self._handles)
 
 
-def _hook(
-    guard: weakref.ref[ParameterGuard], name: str
-) -> Callable[[Tensor], None]:
+def _hook(guard: weakref.ref[ParameterGuard], name: str) -> Callable[[Tensor], None]:
     def hook(_: Tensor) -> None:
         alive = guard()
         if alive is not None:

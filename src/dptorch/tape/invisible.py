@@ -148,9 +148,7 @@ def _recorded(
     fn: Callable[..., Any], inputs: Any, recording: Recording, *, reentrant: bool
 ) -> Callable[..., Any]:
     """`fn`, recorded again when the backward recomputes it, outside the recording."""
-    states = [
-        recording.state(t) if isinstance(t, Tensor) else None for t in tree_leaves(inputs)
-    ]
+    states = [recording.state(t) if isinstance(t, Tensor) else None for t in tree_leaves(inputs)]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if any(mode is recording for mode in active_modes()):

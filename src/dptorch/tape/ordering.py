@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call
+from dptorch.tape.calls import Call, words
 from dptorch.tape.provenance import Order, State
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["KEEP_ORDER", "USE_ORDER", "order_of", "reorder"]
 
 # Ops on an order alone that give an order: copies, and the scatter that inverts a permutation.
-KEEP_ORDER = frozenset(
-    "cpu cuda to long int clone detach contiguous empty_like scatter argsort tolist".split()
+KEEP_ORDER = words(
+    """cpu cuda to long int clone detach contiguous empty_like scatter argsort tolist"""
 )
 # Ops that put whole examples in order, or run them in it.
-USE_ORDER = frozenset(
-    """index_select _pack_padded_sequence _pad_packed_sequence lstm gru rnn_tanh rnn_relu""".split()
+USE_ORDER = words(
+    """index_select _pack_padded_sequence _pad_packed_sequence lstm gru rnn_tanh rnn_relu"""
 )
 
 

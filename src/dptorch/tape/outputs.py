@@ -8,6 +8,7 @@ those inside the model. So a loss that mixes examples is refused, the kind of re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,14 +63,19 @@ def _adopt(t: Tensor, recording: Recording) -> None:
         )
     recording.mark(t, state)
     setattr(t, _RECORDING, recording)
+    recording.joined += [other.tape, *other.joined]
 
 
 def promote(value: Any, recording: Recording) -> Any:
     """Turn the tensors in `value` that carry examples, and need a gradient, into RecordedTensors."""
-    return tree_map(lambda t: _promote_one(t, recording), value)
+    tree_map(lambda t: _promote_one(t, recording), value)
+    return value
 
 
 def _promote_one(t: Any, recording: Recording) -> Any:
+    if dataclasses.is_dataclass(t) and not isinstance(t, type):
+        promote([getattr(t, f.name, None) for f in dataclasses.fields(t)], recording)
+        return t
     if not isinstance(t, Tensor) or isinstance(t, torch.nn.Parameter) or not t.requires_grad:
         return t
     if isinstance(recording.state(t), (Tag, Reduced, Mixed)) and type(t) in (

@@ -85,12 +85,18 @@ class Order(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """A linear reduction over the examples: the value is ``weight * sum_i loss_i``.
+    """A linear reduction over the examples, the "sum" or the "mean" of their losses.
 
-    `weight` is 1 after a sum and 1/B after a mean, and follows multiplication by numbers.
+    `factors` are the numbers that the terms of the loss were multiplied by since, one for each
+    term: (1.0,) for a plain loss, (1.0, 0.5) for ``a + 0.5 * b``.
     """
 
-    weight: float
+    kind: str
+    factors: tuple[float, ...] = (1.0,)
+
+    def times(self, factor: float) -> Reduced:
+        """The loss multiplied by a number."""
+        return Reduced(self.kind, tuple(f * factor for f in self.factors))
 
 
 class Mixed(NamedTuple):
@@ -170,7 +176,9 @@ def _padded_rows(t: Tensor, explicit: tuple[int, ...], batch_size: int) -> Tenso
     return padded[torch.tensor(index, device=t.device)]
 
 
-def separate(g: Tensor, tag: Tag, batch_size: int, start: int = 0, stop: int | None = None) -> Tensor:
+def separate(
+    g: Tensor, tag: Tag, batch_size: int, start: int = 0, stop: int | None = None
+) -> Tensor:
     """One copy of g for each example in [start, stop), zero wherever another example owns it.
 
     Returns [stop - start, *g.shape].
@@ -187,9 +195,7 @@ def separate(g: Tensor, tag: Tag, batch_size: int, start: int = 0, stop: int | N
     return torch.where(mine.view(shape), g[None], torch.zeros((), dtype=g.dtype, device=g.device))
 
 
-def tag_after_view(
-    shape: torch.Size, tag: Tag, new_shape: torch.Size, batch_size: int
-) -> Tag:
+def tag_after_view(shape: torch.Size, tag: Tag, new_shape: torch.Size, batch_size: int) -> Tag:
     """The tag after a reshape.
 
     In row-major order the owner of element f is ``(f // s) % B`` with ``s = step * inner size``. An
@@ -286,6 +292,10 @@ def regular_or_explicit(owner: Tensor, dim: int, batch_size: int, hint: int = 1)
         return Tag(dim, 1, ())
     index = torch.arange(n, device=owner.device)
     for step in dict.fromkeys((hint, 1, n // batch_size)):
-        if step and n % (step * batch_size) == 0 and torch.equal(owner, (index // step) % batch_size):
+        if (
+            step
+            and n % (step * batch_size) == 0
+            and torch.equal(owner, (index // step) % batch_size)
+        ):
             return Tag(dim, step)
     return Tag(dim, 1, tuple(owner.tolist()))

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.aliases import Aliases, storage_of
 from dptorch.tape.assignment import assign, assign_parameter
-from dptorch.tape.calls import Call, Info, each_tensor, info
+from dptorch.tape.calls import Call, Info, each_tensor, info, words
 from dptorch.tape.composites import is_composite, opened
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.ordering import KEEP_ORDER, USE_ORDER, order_of, reorder
@@ -51,7 +51,9 @@ __all__ = ["Recording", "active_modes"]
 _STATE = "_dptorch_state"
 
 # Ops whose further operands lend no more than their shape or type.
-_LIKE_OTHER = frozenset("expand_as view_as reshape_as type_as".split())
+_LIKE_OTHER = words(
+    """expand_as view_as reshape_as type_as"""
+)
 
 Gradients = Callable[
     [Sequence[Tensor | None], Sequence[Tensor]], Iterable[tuple[Tensor, PerExampleGradient]]
@@ -98,6 +100,7 @@ class Recording(TorchFunctionMode):
         self._aliases = Aliases()
         self._depth = 0
         self._owned: dict[int, str] | None = None
+        self.joined: list[Tape] = []  # of other models whose outputs entered the same loss
 
     def __enter__(self) -> Recording:
         self._depth += 1
@@ -163,7 +166,9 @@ class Recording(TorchFunctionMode):
         Raises:
             NotCoveredError: if examples were written into a parameter or a buffer of the model.
         """
-        if isinstance(after, (Tag, Reduced, Mixed)) and not isinstance(before, (Tag, Reduced, Mixed)):
+        if isinstance(after, (Tag, Reduced, Mixed)) and not isinstance(
+            before, (Tag, Reduced, Mixed)
+        ):
             if self._owned is None:
                 named = [*self.model.named_buffers(), *self.model.named_parameters()]
                 self._owned = {storage_of(b): n for n, b in named}
@@ -219,7 +224,9 @@ class Recording(TorchFunctionMode):
     def describe(self, p: Tensor) -> str:
         """A parameter's name, for messages."""
         name = self.tape.names.get(id(p))
-        return f"parameter '{name}'" if name else f"a tensor computed from parameters {tuple(p.shape)}"
+        return (
+            f"parameter '{name}'" if name else f"a tensor computed from parameters {tuple(p.shape)}"
+        )
 
     def module_path(self) -> str:
         """The module whose forward is running, found by walking the stack: only errors pay for it."""
@@ -393,8 +400,17 @@ class Recording(TorchFunctionMode):
     def _is_parameter(self, t: Tensor, name: str) -> bool:
         if id(t) in self._followed:
             return True
+        if isinstance(t, nn.Parameter):
+            raise NotCoveredError(
+                f"{self.module_path()}: '{name}' uses a trainable parameter of shape "
+                f"{tuple(t.shape)} that is not followed: it was unfrozen, replaced or added after "
+                "the engine was made, or belongs to another module (a loss with parameters, a "
+                "separate head). Its gradient would have no protection. Freeze it with "
+                "requires_grad_(False), or make one module that holds everything that is trained, "
+                "and the engine after it."
+            )
         if t.is_leaf:
-            return False  # requires grad, but is no parameter of this model
+            return False  # an input whose gradient somebody wants, or a constant
         raise NotCoveredError(
             f"{self.module_path()}: '{name}' uses a tensor of shape {tuple(t.shape)} that requires "
             f"grad ({t.grad_fn}) and was not computed in this forward pass from the inputs or the "
@@ -413,7 +429,8 @@ class Recording(TorchFunctionMode):
                 state = ParamOnly(source=x)
             elif id(x) in self._followed and x.dim() == 2 and out.dim() == 2:
                 swapped = name in (".T", ".mT", "t") or (
-                    name in ("transpose", "permute") and out.shape == x.shape[::-1]
+                    name in ("transpose", "permute")
+                    and out.shape == x.shape[::-1]
                     and out.stride() == x.stride()[::-1]
                 )
                 if swapped:
@@ -448,9 +465,7 @@ class Recording(TorchFunctionMode):
 
     def _propagate(self, call: Call, out: Any) -> None:
         single = isinstance(out, Tensor)
-        outputs: Sequence[Any] = (
-            out if isinstance(out, (tuple, list)) else (out,)
-        )
+        outputs: Sequence[Any] = out if isinstance(out, (tuple, list)) else (out,)
         if not single and not any(isinstance(o, Tensor) for o in outputs):
             if not call.in_place:
                 return
@@ -477,34 +492,6 @@ class Recording(TorchFunctionMode):
     def statistic(self, name: str) -> Mixed:
         """The state of a statistic over the examples."""
         return Mixed(f"{self.module_path()}: '{name}' takes a statistic over the examples.")
-
-    def backward(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """``loss.backward()``: look at what kind of loss it is first.
-
-        Raises:
-            ConfigurationError: if the loss is neither a scalar nor one value for each example.
-            ExamplesMixError: if it mixes examples.
-        """
-        loss = args[0]
-        state = self.state(loss)
-        if isinstance(state, Mixed):
-            raise ExamplesMixError(state.reason)
-        if isinstance(state, (Tag, Reduced)):
-            weight = state.weight if isinstance(state, Reduced) else 1.0
-            self.tape.loss_weight = weight
-            self.tape.per_example_loss = isinstance(state, Tag)
-            per_example = isinstance(state, Tag) and loss.shape == (self.batch_size,)
-            if loss.numel() != 1 and not per_example:
-                raise ConfigurationError(
-                    f"the loss has shape {tuple(loss.shape)}; expected a scalar, or one value for "
-                    f"each of the {self.batch_size} examples. Reduce it over positions first, for "
-                    "example loss.flatten(1).mean(1)."
-                )
-            if loss.numel() != 1 and len(args) < 2 and kwargs.get("gradient") is None:
-                kwargs = {**kwargs, "gradient": torch.ones_like(loss)}
-        return func(*args, **kwargs)
 
     def _after_the_batch(
         self,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from dptorch.tape.calls import words
 from dptorch.tape.provenance import Mixed, Reduced, State
 
 __all__ = ["follow_loss"]
 
-_LINEAR = frozenset(
+_LINEAR = words(
     """neg positive sum mean view reshape flatten squeeze unsqueeze to float double half bfloat16
     clone contiguous add sub type type_as cuda cpu nansum stack cat __getitem__ select expand
-    .data""".split()
+    .data"""
 )
 
 
@@ -43,19 +45,28 @@ def follow_loss(
 
     if meets_examples:
         return mixed("joins a value reduced over the examples with single examples.")
-    weight = reduced[0].weight
+    first = reduced[0]
     if len(reduced) > 1:
         if name not in ("add", "sub", "stack", "cat", "sum"):
             return mixed("multiplies losses that are reduced over the examples.")
-        if any(r.weight != weight for r in reduced):
+        if any(r.kind != first.kind for r in reduced):
             return mixed("adds a sum and a mean over the examples.")
-        return Reduced(weight)
+        alpha = float(kwargs.get("alpha", 1))
+        terms = [r if i == 0 else r.times(alpha) for i, r in enumerate(reduced)]
+        return Reduced(first.kind, tuple(f for r in terms for f in r.factors))
     if name in _LINEAR and kwargs.get("alpha", 1) == 1:
-        return Reduced(weight)
-    if name in ("mul", "div") and args:
-        other = next((a for a in args if not isinstance(a, Tensor)), None)
-        if isinstance(other, (int, float)) and not (name == "div" and args[0] is other):
-            return Reduced(weight * other if name == "mul" else weight / other)
-        if name == "mul" or is_loss(args[0]):
-            return Reduced(weight)
+        return first
+    if name in ("mul", "div") and len(args) > 1 and (name == "mul" or is_loss(args[0])):
+        other = args[1] if is_loss(args[0]) else args[0]
+        factor = _number(other)
+        if factor is None:
+            return mixed("multiplies the loss by a tensor of several numbers.")
+        return first.times(factor if name == "mul" else 1 / factor if factor else math.inf)
     return mixed("is not linear, and its argument is reduced over the examples.")
+
+
+def _number(value: Any) -> float | None:
+    """The value of a number or of a tensor that holds one; None for anything else."""
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.calls import each_tensor
 from dptorch.tape.provenance import Mixed, ParamOnly, Reduced, Tag
+from dptorch.tape.tape import PER_EXAMPLE
 
 if TYPE_CHECKING:
     from dptorch.tape.recording import Recording
@@ -179,9 +180,8 @@ def backward(
             raise NotCoveredError(
                 "backward(create_graph=True): the tape does not follow second derivatives."
             )
-        weight = state.weight if isinstance(state, Reduced) else 1.0
-        recording.tape.loss_weight = weight
-        recording.tape.per_example_loss = isinstance(state, Tag)
+        for tape in (recording.tape, *recording.joined):
+            tape.loss = state if isinstance(state, Reduced) else Reduced(PER_EXAMPLE)
         per_example = isinstance(state, Tag) and loss.shape == (recording.batch_size,)
         if loss.numel() != 1 and not per_example:
             raise ConfigurationError(

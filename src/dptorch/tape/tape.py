@@ -13,10 +13,15 @@ from torch import Tensor
 
 from dptorch.errors import PrivacyError
 from dptorch.tape.gradients import Dense, PerExampleGradient
+from dptorch.tape.gradients.base import without_cancellation
 from dptorch.tape.guard import ParameterGuard
+from dptorch.tape.provenance import Reduced
 from dptorch.tape.rules.generic import batched_vjp
 
-__all__ = ["Tape"]
+__all__ = ["PER_EXAMPLE", "Tape"]
+
+# The kind of a loss with one value for each example.
+PER_EXAMPLE = "per example"
 
 
 class Tape:
@@ -25,9 +30,8 @@ class Tape:
     Attributes:
         batch_size: number of examples B; 0 until a batch was seen.
         fired: whether any gradient has arrived.
-        loss_weight: the loss is ``loss_weight * sum_i loss_i``: 1 for a sum, 1/B for a mean; None
-            until a backward was seen from inside the recording.
-        per_example_loss: whether the loss seen had one value for each example.
+        loss: how the loss of the last backward was reduced over the examples, or `PER_EXAMPLE`;
+            None if the recording did not see it.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
 
     Example:
@@ -52,8 +56,7 @@ class Tape:
         self.fired = False
         self.closed = False
         self.on_first_gradient: Callable[[Tape], None] | None = None
-        self.loss_weight: float | None = None
-        self.per_example_loss = False
+        self.loss: Reduced | None = None
         self.guard: ParameterGuard | None = None
         self._forms: dict[int, list[PerExampleGradient]] = {}
         self._squared: dict[int, Tensor] = {}
@@ -163,11 +166,7 @@ class Tape:
         result = {}
         for key, forms in self._forms.items():
             if key not in self._squared:
-                total = sum((f.squared_norm() for f in forms), start=torch.zeros(()))
-                for i, first in enumerate(forms):
-                    for second in forms[i + 1 :]:
-                        total = total + 2 * first.inner(second)
-                self._squared[key] = total.clamp(min=0)
+                self._squared[key] = _squared_norm_of_sum(forms)
             result[self.names[key]] = self._squared[key]
         return result
 
@@ -238,3 +237,18 @@ class Tape:
         self._intermediate.clear()
         self.fired = False
         self.closed = True
+
+
+def _squared_norm_of_sum(forms: Sequence[PerExampleGradient]) -> Tensor:
+    """Squared norms of the sum of several sites' gradients, cross terms included, [B]."""
+    total = forms[0].squared_norm()
+    if len(forms) == 1:
+        return total
+    magnitude = forms[0].magnitude()
+    for form in forms[1:]:
+        total = total + form.squared_norm()
+        magnitude = magnitude + form.magnitude()
+    for i, first in enumerate(forms):
+        for second in forms[i + 1 :]:
+            total = total + 2 * first.inner(second)
+    return without_cancellation(total.clamp(min=0), magnitude, forms, formed=False)

@@ -6,7 +6,8 @@ first layer of a model, whose input does not, is seen as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd import Function
 
 from dptorch.errors import NotCoveredError
 
-__all__ = ["TAPS", "lift", "tap"]
+__all__ = ["TAPS", "full_precision", "lift", "tap"]
 
 # Called in the backward with the outputs' gradients and the saved tensors.
 OnGradient = Callable[[Sequence[Tensor | None], Sequence[Tensor]], None]
@@ -27,6 +28,16 @@ def _refuse_second_derivatives() -> None:
             "a backward with create_graph=True went through the recorded model: the tape does not "
             "follow second derivatives."
         )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Norms, factors and sums are computed in float32 at least, whatever autocast says."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        yield
+        return
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 class _Tap(Function):
@@ -47,9 +58,11 @@ class _Tap(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         _refuse_second_derivatives()
-        saved = ctx.saved_tensors  # before anything is disabled: it may run a checkpoint's recompute
+        saved = (
+            ctx.saved_tensors
+        )  # before anything is disabled: it may run a checkpoint's recompute
         if any(g is not None for g in grads):
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.no_grad(), torch._C.DisableTorchFunction(), full_precision():
                 ctx.on_gradient(grads, saved)
         return (None, None, None, *grads, *([None] * ctx.n_saved))
 
@@ -61,7 +74,7 @@ def tap(
 
     A gradient is None for an output that nothing used.
     """
-    passed = _Tap.apply(on_gradient, handle, len(outputs), *outputs, *saved)
+    passed = _apply_tap(on_gradient, handle, len(outputs), *outputs, *saved)
     return passed if isinstance(passed, tuple) else (passed,)
 
 
@@ -80,7 +93,7 @@ class _Lift(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         _refuse_second_derivatives()
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch._C.DisableTorchFunction(), full_precision():
             ctx.on_gradient(grads[0])
         return None, None, None, None
 
@@ -93,8 +106,11 @@ def lift(
     The parameter goes in boxed: as a tensor argument even its None gradient would walk the graph of
     a param-only tensor, and free it.
     """
-    lifted: Tensor = _Lift.apply(on_gradient, (parameter,), handle, tuple(shape))
+    lifted: Tensor = _apply_lift(on_gradient, (parameter,), handle, tuple(shape))
     return lifted
 
 
+# Bound before a recording patches Function.apply.
+_apply_tap: Callable[..., Any] = _Tap.apply
+_apply_lift: Callable[..., Any] = _Lift.apply
 TAPS = (_Tap, _Lift)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dptorch.errors import PrivacyWarning
 from dptorch.tape.batch import BatchDims, map_batched
 from dptorch.tape.guard import ParameterGuard
 from dptorch.tape.invisible import visible
@@ -73,6 +76,13 @@ class Watch:
         return _unwatched, ()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.parameters:
+            self._warn_of_copy(module)
+            return None
+        if self._open is not None and _calls_of(module) < 2:
+            # A KeyboardInterrupt left the last forward without its closing hook.
+            self._open[1].close()
+            self._open = None
         if self._paused or self._open is not None or not torch.is_grad_enabled():
             return None
         recording = Recording(self.model, self.parameters)
@@ -89,6 +99,16 @@ class Watch:
         stack.enter_context(recording)
         self._open = recording, stack
         return tagged
+
+    def _warn_of_copy(self, module: nn.Module) -> None:
+        if module.training and torch.is_grad_enabled() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this model is a copy of one that has a privacy engine; the copy has none, and "
+                "training it is not private. Make an engine for it, or use torch.no_grad().",
+                PrivacyWarning,
+                stacklevel=4,
+            )
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._open is None or self._paused:
@@ -108,9 +128,20 @@ def watch_on(model: nn.Module) -> Watch | None:
     return None
 
 
+def _calls_of(module: nn.Module) -> int:
+    """How many calls of `module` are on the stack."""
+    frame, calls = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            calls += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls
+
+
 def _unwatched() -> Watch:
     watch = Watch.__new__(Watch)
     watch.parameters = {}
     watch._paused = True
+    watch._warned = False
     watch._open = None
     return watch

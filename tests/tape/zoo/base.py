@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from tests.oracles.loop import Loss
+from torch import Tensor, nn
 
 B = 4
 
@@ -55,5 +54,3 @@ class Lambda(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.function(self, *inputs)
-
-

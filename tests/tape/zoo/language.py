@@ -1,11 +1,11 @@
 """Language models, untouched, in their default call."""
 
+import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 import torch.nn.functional as F
+from tests.tape.zoo.base import B, Case, case, labels
 from torch import Tensor, nn
 
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
-from tests.tape.zoo.base import B, Case, case, labels
 
 @case
 def gpt2_tied() -> Case:
@@ -140,8 +140,6 @@ def lora_on_gpt2() -> Case:
     return Case(model, base.batch, base.loss)
 
 
-
-
 _GPT = {
     "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.0,
     "embd_pdrop": 0.0, "attn_pdrop": 0.0,
@@ -165,7 +163,9 @@ def _double_heads(model: nn.Module) -> Case:
 
     def loss(m: nn.Module, ids: Tensor, last: Tensor, y: Tensor) -> Tensor:
         out = m(ids, mc_token_ids=last)
-        words = F.cross_entropy(out.logits[..., :-1, :].flatten(0, 2), ids[..., 1:].flatten(), reduction="none")
+        words = F.cross_entropy(
+            out.logits[..., :-1, :].flatten(0, 2), ids[..., 1:].flatten(), reduction="none"
+        )
         choices = F.cross_entropy(out.mc_logits, y, reduction="none")
         return words.view(ids.shape[0], -1).mean(1) + choices
 
@@ -181,7 +181,9 @@ def openai_gpt() -> Case:
 
 @case
 def openai_gpt_double_heads() -> Case:
-    return _double_heads(_build("OpenAIGPTDoubleHeadsModel", **_GPT, summary_first_dropout=0.0, num_labels=1))
+    return _double_heads(
+        _build("OpenAIGPTDoubleHeadsModel", **_GPT, summary_first_dropout=0.0, num_labels=1)
+    )
 
 
 @case
@@ -196,7 +198,12 @@ def gpt2_double_heads() -> Case:
 @case
 def albert() -> Case:
     return _sequence_case(
-        _build("AlbertForSequenceClassification", **_ENCODER, embedding_size=8, classifier_dropout_prob=0.0)
+        _build(
+            "AlbertForSequenceClassification",
+            **_ENCODER,
+            embedding_size=8,
+            classifier_dropout_prob=0.0,
+        )
     )
 
 
@@ -244,7 +251,12 @@ def mixtral() -> Case:
     def loss(m: nn.Module, ids: Tensor) -> Tensor:
         return m(ids, labels=ids, output_router_logits=False).loss * ids.shape[0]
 
-    built = _lm("MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=2, experts_implementation="batched_mm")
+    built = _lm(
+        "MixtralForCausalLM",
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        experts_implementation="batched_mm",
+    )
     return Case(built.model, built.batch, loss)
 
 
@@ -290,7 +302,14 @@ def prompt_tuning() -> Case:
 def ia3() -> Case:
     from peft import IA3Config
 
-    return _peft(IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True))
+    return _peft(
+        IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=["c_attn", "mlp.c_proj"],
+            feedforward_modules=["mlp.c_proj"],
+            fan_in_fan_out=True,
+        )
+    )
 
 
 @case

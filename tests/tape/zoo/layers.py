@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
+from tests.tape.zoo.base import B, Case, Lambda, case, classes, labels, squares
 from torch import Tensor, nn
 
-from tests.tape.zoo.base import B, Case, Lambda, case, classes, labels, squares
 
 @case
 def mlp() -> Case:
@@ -97,9 +97,7 @@ def einsum_heads() -> Case:
 
 @case
 def einsum_experts() -> Case:
-    model = Lambda(
-        lambda m, x: torch.einsum("bed,efd->bef", x, m.w).tanh(), w=torch.randn(3, 4, 6)
-    )
+    model = Lambda(lambda m, x: torch.einsum("bed,efd->bef", x, m.w).tanh(), w=torch.randn(3, 4, 6))
     return Case(model, (torch.randn(B, 3, 6),), squares)
 
 

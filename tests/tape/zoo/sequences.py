@@ -1,10 +1,8 @@
 """Attention and recurrence, in every layout."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from tests.tape.zoo.base import B, Case, Lambda, case, squares
+from torch import Tensor, nn
 
 # -- attention and recurrence ----------------------------------------------------------------------
 
@@ -43,8 +41,6 @@ def lstm_and_gru() -> Case:
         g=nn.GRU(8, 3),
     )
     return Case(model, (torch.randn(B, 5, 6),), squares)
-
-
 
 
 @case
@@ -138,7 +134,10 @@ def packed_sequences() -> Case:
         return m.h(padded).flatten(1).sum(1, keepdim=True) + h.transpose(0, 1).flatten(1)
 
     model = Lambda(
-        run, l=nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True), g=nn.GRU(8, 3), h=nn.Linear(3, 2)
+        run,
+        l=nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True),
+        g=nn.GRU(8, 3),
+        h=nn.Linear(3, 2),
     )
     return Case(model, (torch.randn(B, 5, 6), lengths), squares)
 
@@ -151,7 +150,5 @@ def state_passed_on() -> Case:
             out, state = m.l(part, state)
         return m.d(out, state)[0]
 
-    model = Lambda(
-        run, l=nn.LSTM(6, 4, batch_first=True), d=nn.LSTM(4, 4, batch_first=True)
-    )
+    model = Lambda(run, l=nn.LSTM(6, 4, batch_first=True), d=nn.LSTM(4, 4, batch_first=True))
     return Case(model, (torch.randn(B, 6, 6),), squares)

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from tests.tape.zoo.base import B, Case, Lambda, case, classes, labels, squares
+from torch import Tensor, nn
 
 
 @case
@@ -126,7 +125,9 @@ def mixture_of_experts() -> Case:
             out.index_add_(0, rows, layer(flat[rows]) * weights[rows, k, None])
         return out.view_as(x)
 
-    experts = nn.ModuleList([nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in "abc"])
+    experts = nn.ModuleList(
+        [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in "abc"]
+    )
     model = Lambda(run, gate=nn.Linear(4, 3), experts=experts)
     return Case(model, (torch.randn(B, 3, 4),), squares)
 

@@ -4,12 +4,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 import torch.nn.functional as F
+from tests.tape.zoo.base import B, Case, case, classes, labels
 from torch import Tensor, nn
 
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
-from tests.tape.zoo.base import B, Case, case, classes, labels
 
 @case
 def vit() -> Case:
@@ -38,8 +38,6 @@ def swin_windows() -> Case:
     )  # fmt: skip
     model = SwinForImageClassification(config)
     return Case(model, (torch.randn(B, 3, 16, 16), labels()), logits_classes)
-
-
 
 
 def _hugging_face(kind: str, **settings: object) -> Case:
@@ -203,7 +201,12 @@ _FAMILIES: dict[str, tuple[str, int, dict[str, object]]] = {
     "legacy_senet": (
         "timm.models.senet.SENet",
         32,
-        {"block": "timm.models.senet.SEResNetBlock", "layers": (1, 1, 1, 1), "groups": 1, "reduction": 16},
+        {
+            "block": "timm.models.senet.SEResNetBlock",
+            "layers": (1, 1, 1, 1),
+            "groups": 1,
+            "reduction": 16,
+        },
     ),
     "resnest": ("resnest14d", 32, {}),
     "dla": ("dla46_c", 32, {}),
@@ -252,7 +255,12 @@ def torchvision_densenet() -> Case:
 @case
 def torchvision_densenet_checkpointed() -> Case:
     return _torchvision(
-        "DenseNet", 32, growth_rate=4, block_config=(2, 2), num_init_features=8, memory_efficient=True
+        "DenseNet",
+        32,
+        growth_rate=4,
+        block_config=(2, 2),
+        num_init_features=8,
+        memory_efficient=True,
     )
 
 
@@ -287,7 +295,9 @@ def torchvision_swin_v2() -> Case:
 def torchvision_convnext() -> Case:
     from torchvision.models.convnext import CNBlockConfig
 
-    return _torchvision("ConvNeXt", 32, block_setting=[CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)])
+    return _torchvision(
+        "ConvNeXt", 32, block_setting=[CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
+    )
 
 
 @case

@@ -6,11 +6,12 @@ Shape legend: B examples, T positions, D inputs, P outputs, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["PerExampleGradient", "weigh"]
+__all__ = ["PerExampleGradient", "weigh", "without_cancellation"]
 
 
 class PerExampleGradient(ABC):
@@ -32,12 +33,16 @@ class PerExampleGradient(ABC):
         """All gradients, [B, *shape]."""
 
     @abstractmethod
-    def take(self, index: Tensor) -> PerExampleGradient:
-        """The gradients of some examples only (int64 [B'])."""
+    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> PerExampleGradient:
+        """The gradients of some examples only (int64 [B']), in another precision if asked."""
 
     def squared_norm(self) -> Tensor:
         """Squared L2 norm of each example's gradient, [B]."""
         return square_sum(self.dense())
+
+    def magnitude(self) -> Tensor:
+        """What the norm would be if nothing cancelled, [B]: the scale of its rounding error."""
+        return self.squared_norm().sqrt()
 
     def measured(self) -> tuple[Tensor, PerExampleGradient]:
         """The squared norms, and the form to keep from here on: the formed gradient where the norm
@@ -66,6 +71,40 @@ class PerExampleGradient(ABC):
     def merge(self, other: PerExampleGradient) -> PerExampleGradient | None:
         """The sum of both as one object, if this form can hold it; otherwise None."""
         return None
+
+
+def without_cancellation(
+    squared: Tensor, magnitude: Tensor, forms: Sequence[PerExampleGradient], *, formed: bool
+) -> Tensor:
+    """Squared norms that clipping can rely on, however much cancels in a gradient.
+
+    A norm from Gram matrices or cross terms is a difference of large numbers where an example's
+    terms nearly cancel: its rounding error is that of the terms. Where the result is not well above
+    that error, the gradient is formed in float64 and measured. The error of the sum that will be
+    released, which is formed in the original precision, is added to every norm.
+
+    Args:
+        squared: squared norms [B] as computed.
+        magnitude: see `PerExampleGradient.magnitude`, [B].
+        forms: whose sum the gradient is.
+        formed: whether `squared` was taken from the formed gradient. Its error is then eps times the
+            magnitude; in a difference of squares it is eps times the magnitude's square.
+
+    Guarantees:
+        The result is at least the true squared norm, to a relative error of 1e-2.
+    """
+    eps = torch.finfo(squared.dtype).eps
+    if squared.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        eps = max(eps, 2.0**-11)
+    bound = magnitude.square()
+    least = (1000 * eps) ** 2 if formed else 4000 * eps
+    doubtful = (squared < least * bound) & bound.isfinite()
+    if bool(doubtful.any()):
+        index = doubtful.nonzero().flatten()
+        total = sum(f.take(index, torch.float64).dense() for f in forms)
+        assert isinstance(total, Tensor)
+        squared = squared.index_copy(0, index, square_sum(total).to(squared.dtype))
+    return squared + (4 * eps) ** 2 * bound
 
 
 def square_sum(dense: Tensor) -> Tensor:

@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dptorch.tape.gradients.base import PerExampleGradient, at_least_float32, square_sum, weigh
+from dptorch.tape.gradients.base import (
+    PerExampleGradient,
+    at_least_float32,
+    square_sum,
+    weigh,
+    without_cancellation,
+)
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.outer import gram_is_cheaper
 
@@ -45,7 +51,9 @@ class Convolution(PerExampleGradient):
         geometry: see `Geometry`.
     """
 
-    def __init__(self, inputs: Tensor, grads: Tensor, shape: torch.Size, geometry: Geometry) -> None:
+    def __init__(
+        self, inputs: Tensor, grads: Tensor, shape: torch.Size, geometry: Geometry
+    ) -> None:
         self.grads = at_least_float32(grads)
         self.inputs = at_least_float32(inputs).to(self.grads.dtype)
         self.shape = shape
@@ -78,10 +86,11 @@ class Convolution(PerExampleGradient):
         out = self._backward(inputs, grads, shape, b * self.geometry.groups)
         return out.view(b, *self.shape)
 
-    def take(self, index: Tensor) -> Convolution:
+    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Convolution:
+        dtype = dtype or self.grads.dtype
         return Convolution(
-            self.inputs.index_select(0, index),
-            self.grads.index_select(0, index),
+            self.inputs.index_select(0, index).to(dtype),
+            self.grads.index_select(0, index).to(dtype),
             self.shape,
             self.geometry,
         )
@@ -97,13 +106,23 @@ class Convolution(PerExampleGradient):
         )
 
     def squared_norm(self) -> Tensor:
-        return self._gram_norm() if self._gram_wins() else square_sum(self.dense())
+        by_gram = self._gram_wins()
+        squared = self._gram_norm() if by_gram else square_sum(self.dense())
+        return without_cancellation(squared, self.magnitude(), [self], formed=not by_gram)
+
+    def magnitude(self) -> Tensor:
+        # No larger than the product of the factors' norms times the kernel's overlap; the sum over
+        # positions of products would need the unfolded input.
+        reach = math.sqrt(math.prod(self.shape[2:]))
+        inputs = torch.linalg.vector_norm(self.inputs.flatten(1), dim=1)
+        return reach * inputs * torch.linalg.vector_norm(self.grads.flatten(1), dim=1)
 
     def measured(self) -> tuple[Tensor, PerExampleGradient]:
         if self._gram_wins():
-            return self._gram_norm(), self
+            return self.squared_norm(), self
         formed = Dense(self.dense())
         norms = formed.squared_norm()
+        norms = without_cancellation(norms, self.magnitude(), [self], formed=True)
         smaller = formed.values.numel() <= self.inputs.numel() + self.grads.numel()
         return norms, formed if smaller else self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dptorch.tape.gradients.base import PerExampleGradient, at_least_float32
@@ -24,8 +25,8 @@ class Dense(PerExampleGradient):
     def dense(self) -> Tensor:
         return self.values
 
-    def take(self, index: Tensor) -> Dense:
-        return Dense(self.values.index_select(0, index))
+    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Dense:
+        return Dense(self.values.index_select(0, index).to(dtype or self.values.dtype))
 
     def merge(self, other: PerExampleGradient) -> Dense | None:
         return Dense(self.values + other.values) if isinstance(other, Dense) else None

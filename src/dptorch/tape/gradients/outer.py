@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dptorch.tape.gradients.base import PerExampleGradient, at_least_float32, square_sum, weigh
+from dptorch.tape.gradients.base import (
+    PerExampleGradient,
+    at_least_float32,
+    square_sum,
+    weigh,
+    without_cancellation,
+)
 from dptorch.tape.gradients.dense import Dense
 
 __all__ = ["Outer", "gram_is_cheaper"]
@@ -54,34 +60,44 @@ class Outer(PerExampleGradient):
         product = torch.bmm(self.left.transpose(1, 2), self.right)
         return product.view(self.batch_size, *self.shape)
 
-    def take(self, index: Tensor) -> PerExampleGradient:
-        return Outer(
-            self.left.index_select(0, index), self.right.index_select(0, index), self.shape
-        )
+    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> PerExampleGradient:
+        left, right = self.left.index_select(0, index), self.right.index_select(0, index)
+        return Outer(left.to(dtype), right.to(dtype), self.shape)
+
+    def magnitude(self) -> Tensor:
+        lengths = torch.linalg.vector_norm(self.left, dim=2)
+        lengths = lengths * torch.linalg.vector_norm(self.right, dim=2)
+        return lengths.sum(1)
 
     def measured(self) -> tuple[Tensor, PerExampleGradient]:
         t, p, d = self._sizes
         if t == 1 or gram_is_cheaper(t, p, d):
             return self.squared_norm(), self
         formed = Dense(self.dense())
-        return formed.squared_norm(), formed
+        squared = formed.squared_norm()
+        return without_cancellation(squared, self.magnitude(), [self], formed=True), formed
 
     def squared_norm(self) -> Tensor:
         t, p, d = self._sizes
         if t == 1:
             return square_sum(self.left) * square_sum(self.right)
-        if gram_is_cheaper(t, p, d):
+        by_gram = gram_is_cheaper(t, p, d)
+        if by_gram:
             gram = torch.bmm(self.left, self.left.transpose(1, 2))
             gram *= torch.bmm(self.right, self.right.transpose(1, 2))
-            return gram.sum((1, 2)).clamp_(min=0)
-        return square_sum(self.dense())
+            squared = gram.sum((1, 2)).clamp_(min=0)
+        else:
+            squared = square_sum(self.dense())
+        return without_cancellation(squared, self.magnitude(), [self], formed=not by_gram)
 
     def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
         if not isinstance(other, Outer) or other.shape != self.shape:
             return None
         t, p, d = self._sizes
         s = other.left.shape[1]
-        if (other.left.shape[2], other.right.shape[2]) != (p, d) or t * s * (p + d) > (t + s) * p * d:
+        if (other.left.shape[2], other.right.shape[2]) != (p, d) or t * s * (p + d) > (
+            t + s
+        ) * p * d:
             return None
         gram = torch.bmm(self.left, other.left.transpose(1, 2))
         gram *= torch.bmm(self.right, other.right.transpose(1, 2))

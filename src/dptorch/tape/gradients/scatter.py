@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dptorch.tape.gradients.base import PerExampleGradient, at_least_float32, square_sum, weigh
+from dptorch.tape.gradients.base import (
+    PerExampleGradient,
+    at_least_float32,
+    square_sum,
+    weigh,
+    without_cancellation,
+)
 from dptorch.tape.gradients.outer import Outer
 
 __all__ = ["Scatter"]
@@ -42,10 +48,12 @@ class Scatter(PerExampleGradient):
         table.index_add_(0, self._flat(), self.values.flatten(0, 1))
         return table.view(self.batch_size, *self.shape)
 
-    def take(self, index: Tensor) -> Scatter:
-        return Scatter(
-            self.ids.index_select(0, index), self.values.index_select(0, index), self.shape
-        )
+    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Scatter:
+        values = self.values.index_select(0, index).to(dtype or self.values.dtype)
+        return Scatter(self.ids.index_select(0, index), values, self.shape)
+
+    def magnitude(self) -> Tensor:
+        return torch.linalg.vector_norm(self.values, dim=2).sum(1)
 
     def squared_norm(self) -> Tensor:
         pairs, where = torch.unique(self._flat(), return_inverse=True)
@@ -53,7 +61,8 @@ class Scatter(PerExampleGradient):
         summed.index_add_(0, where, self.values.flatten(0, 1))
         norms = summed.new_zeros(self.batch_size)
         owner = torch.div(pairs, self.shape[0], rounding_mode="floor")
-        return norms.index_add_(0, owner, square_sum(summed))
+        squared = norms.index_add_(0, owner, square_sum(summed))
+        return without_cancellation(squared, self.magnitude(), [self], formed=True)
 
     def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
         if isinstance(other, Scatter):
@@ -62,9 +71,7 @@ class Scatter(PerExampleGradient):
             return (gram * same).sum((1, 2))
         if isinstance(other, Outer) and other.left.shape[2] == self.shape[0]:
             # sum_s <values[s], sum_t left[t, ids[s]] right[t]>: a [T, T] product, never [V, D].
-            picked = other.left.gather(
-                2, self.ids[:, None, :].expand(-1, other.left.shape[1], -1)
-            )
+            picked = other.left.gather(2, self.ids[:, None, :].expand(-1, other.left.shape[1], -1))
             gram = torch.bmm(other.right, self.values.transpose(1, 2).to(other.right.dtype))
             return (gram * picked).sum((1, 2))
         return None

@@ -7,28 +7,29 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call, each_tensor
+from dptorch.tape.calls import Call, each_tensor, words
 from dptorch.tape.propagation.table import FAMILIES, Found, agree, family
 from dptorch.tape.provenance import Lost, Tag, owners, regular_or_explicit
 
 __all__ = ["along_broadcast", "elementwise", "refuse_positions"]
 
-_ELEMENTWISE = """
-add sub mul div rdiv pow neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos
-tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid erf erfc erfinv lgamma digamma
-floor ceil round trunc frac sign sgn clamp clip clamp_min clamp_max maximum minimum fmax fmin fmod
-remainder floor_divide where masked_fill lerp addcmul addcdiv hypot logaddexp nan_to_num copysign
-relu relu6 gelu silu mish elu selu celu leaky_relu rrelu hardtanh hardswish hardsigmoid hardshrink
-softshrink tanhshrink softplus softsign logsigmoid threshold logit sinc xlogy heaviside rsub
-dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d
-native_dropout bernoulli normal uniform exponential rand_like randn_like zeros_like ones_like
-empty_like full_like randint_like eq ne lt le gt ge equal isnan isinf isfinite isclose logical_and
-logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not lshift rshift
-clone contiguous detach float double half bfloat16 long int short bool char byte cpu cuda cfloat
-fill zero positive alias real imag conj angle pin_memory
-polygamma i0 ldexp nextafter float_power polar view_as_complex special_expit special_erf
-.data .real .imag
-""".split()
+_ELEMENTWISE = words(
+    """add sub mul div rdiv pow neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square
+    reciprocal sin cos tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid erf
+    erfc erfinv lgamma digamma floor ceil round trunc frac sign sgn clamp clip clamp_min
+    clamp_max maximum minimum fmax fmin fmod remainder floor_divide where masked_fill lerp
+    addcmul addcdiv hypot logaddexp nan_to_num copysign relu relu6 gelu silu mish elu selu
+    celu leaky_relu rrelu hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink
+    softplus softsign logsigmoid threshold logit sinc xlogy heaviside rsub dropout
+    alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d
+    native_dropout bernoulli normal uniform exponential rand_like randn_like zeros_like
+    ones_like empty_like full_like randint_like eq ne lt le gt ge equal isnan isinf isfinite
+    isclose logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor
+    bitwise_not lshift rshift clone contiguous detach float double half bfloat16 long int
+    short bool char byte cpu cuda cfloat fill zero positive alias real imag conj angle
+    pin_memory polygamma i0 ldexp nextafter float_power polar view_as_complex special_expit
+    special_erf .data .real .imag"""
+)
 
 
 def along_broadcast(t: Tensor, tag: Tag, shape: Sequence[int]) -> Tag:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import along_broadcast

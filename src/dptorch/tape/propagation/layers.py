@@ -60,7 +60,9 @@ def rows_of_input(call: Call, outputs: Sequence[Any]) -> Found:
     return tag
 
 
-@family("grid_sample max_unpool1d max_unpool2d max_unpool3d lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+@family(
+    "grid_sample max_unpool1d max_unpool2d max_unpool3d lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+)
 def rows_of_inputs(call: Call, outputs: Sequence[Any]) -> Found:
     """The same for ops with several inputs; weights come after the first two."""
     inputs = [*call.args[:2], *(call.args[1] if isinstance(call.args[1], (list, tuple)) else ())]
@@ -196,7 +198,7 @@ def recurrent(call: Call, outputs: Sequence[Any]) -> list[Found]:
     for t, g in call.tagged:
         if t is not x and g != state:
             raise Lost("the initial state carries the examples elsewhere")
-    return [tag] + [state] * (len(outputs) - 1)
+    return [tag, *[state] * (len(outputs) - 1)]
 
 
 def _owner_list(tag: Tag, size: int, batch_size: int) -> list[int]:
@@ -205,7 +207,9 @@ def _owner_list(tag: Tag, size: int, batch_size: int) -> list[int]:
     return [(i // tag.step) % batch_size for i in range(size)]
 
 
-def _packed_owners(tag: Tag, data: torch.Tensor, counts: torch.Tensor, batch_size: int) -> list[int]:
+def _packed_owners(
+    tag: Tag, data: torch.Tensor, counts: torch.Tensor, batch_size: int
+) -> list[int]:
     """The owner of each packed sequence."""
     if tag.dim != 0:
         raise Lost("the packed sequences are not the examples")

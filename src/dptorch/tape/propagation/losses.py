@@ -12,7 +12,7 @@ from torch import Tensor
 from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import elementwise
 from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance import Lost, Reduced, Tag
+from dptorch.tape.provenance import Lost, Reduced
 
 __all__ = ["reduction_of"]
 
@@ -60,7 +60,7 @@ def _reduced_or(call: Call, unreduced: Callable[[], Found]) -> Found:
         raise Lost("a mean over examples of unequal sizes")
     if reduction == "batchmean" and any(tag.dim != 0 for _, tag in call.tagged):
         raise Lost("batchmean divides by dimension 0, where the examples are not")
-    return Reduced(1.0 if reduction == "sum" else 1.0 / call.batch_size)
+    return Reduced("sum" if reduction == "sum" else "mean")
 
 
 @family(

@@ -7,11 +7,11 @@ them may not meet a parameter or a loss. `rowwise` adds an op of your own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call
+from dptorch.tape.calls import Call, words
 from dptorch.tape.provenance import Lost, Reduced, Tag, complete
 
 __all__ = ["FAMILIES", "Family", "Found", "agree", "family", "infer", "named_dims", "rowwise"]
@@ -19,18 +19,21 @@ __all__ = ["FAMILIES", "Family", "Found", "agree", "family", "infer", "named_dim
 # What is known of an output: a tag, a reduction over the examples, or None for a constant.
 Found = Tag | Reduced | None
 Family = Callable[[Call, Sequence[Any]], "Found | list[Found]"]
+F = TypeVar("F", bound=Family)
 
 FAMILIES: dict[str, Family] = {}
 
 # Joins and look-ups, whose operands may each be one whole example; and ops that look at more than
 # the values of their operands.
-_SEVERAL_EXAMPLES = frozenset("stack cat column_stack hstack vstack batch_norm".split())
+_SEVERAL_EXAMPLES = words(
+    """stack cat column_stack hstack vstack batch_norm"""
+)
 
 
-def family(names: str) -> Callable[[Family], Family]:
+def family(names: str) -> Callable[[F], F]:
     """Register a function under one or more op names, separated by spaces."""
 
-    def add(function: Family) -> Family:
+    def add(function: F) -> F:
         for name in names.split():
             FAMILIES[name] = function
         return function
@@ -54,7 +57,9 @@ def infer(call: Call, outputs: Sequence[Any]) -> list[Found]:
             return [tag] * len(outputs)
     found = FAMILIES.get(call.name)
     if found is None:
-        raise Lost("the op has no provenance rule; declare it with dptorch.tape.rowwise if it is one")
+        raise Lost(
+            "the op has no provenance rule; declare it with dptorch.tape.rowwise if it is one"
+        )
     result = found(call, outputs)
     results = result if isinstance(result, list) else [result] * len(outputs)
     if any(isinstance(r, Reduced) for r in results) and not all(complete(t) for _, t in tagged):

@@ -6,15 +6,17 @@ delivers one gradient for each. No op-specific mathematics is needed, in-place o
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dptorch.tape.calls import Call
+from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import agree
-from dptorch.tape.provenance import Tag
+from dptorch.tape.provenance import Tag, rows
 from dptorch.tape.rules.generic import generic
 from dptorch.tape.rules.registry import rule
 
@@ -33,7 +35,9 @@ def elementwise(call: Call, recording: Recording) -> Any:
         if call.in_place:
             return generic(call, recording)  # writes into the parameter
     if call.name == "masked_fill" and not call.in_place:
-        x, mask, value = call.args[:3] if len(call.args) > 2 else (*call.args[:2], call.kwargs["value"])
+        x, mask, value = (
+            call.args[:3] if len(call.args) > 2 else (*call.args[:2], call.kwargs["value"])
+        )
         if isinstance(value, Tensor):  # masked_fill takes a value of no dimension only
             func = torch.where
             args = (mask, value, x)
@@ -49,10 +53,10 @@ def elementwise(call: Call, recording: Recording) -> Any:
         if tag.dim is not None:
             target[tag.dim] = shape[tag.dim]
         table[id(p)] = recording.lift(p, target, tag)
-    target = call.args[0] if call.in_place else None
-    before = None if target is None else recording.state(target)
+    written = call.args[0] if call.in_place else None
+    before = None if written is None else recording.state(written)
     out = call.run(table)
-    if target is not None and before != tag:
+    if written is not None and before != tag:
         recording.mark_written(out, before, tag)
     else:
         recording.mark(out, tag)
@@ -104,3 +108,36 @@ def attention_bias(call: Call, recording: Recording) -> Any:
     out = call.run({id(mask): recording.lift(mask, target, tag)})
     recording.mark(out, tag)
     return out
+
+
+@rule("prelu")
+def prelu(call: Call, recording: Recording) -> Any:
+    """``max(x, 0) + weight * min(x, 0)``, one slope in all or one a channel (dimension 1)."""
+    x, weight = call.arg(0, "input"), call.arg(1, "weight")
+    tag = call.tag_of(x)
+    if tag is None or not call.is_parameter(weight) or tag.dim == 1 or x.dim() < 2:
+        return NotImplemented
+    slope = weight.detach()
+    if weight.numel() > 1:
+        if tag.dim is None:
+            return NotImplemented
+        slope = slope.view([-1 if i == 1 else 1 for i in range(x.dim())])
+    out = call.func(x, weight.detach())
+    n = call.batch_size
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        assert grads[0] is not None
+        per_element = grads[0] * saved[0].clamp(max=0)
+        if slope.numel() == 1:
+            total = rows(per_element, tag, n).flatten(1).sum(1, keepdim=True)
+        else:
+            assert tag.dim is not None
+            channels_first = per_element.movedim(1, 0).unsqueeze(-1)  # behind the batch's shift
+            at = tag.dim + 1 if tag.dim < 1 else tag.dim
+            by_example = rows(channels_first, tag.at(at), n)  # [B, m, C, ...]
+            total = by_example.flatten(3).sum((1, 3))
+        yield weight, Dense(total.reshape(n, *weight.shape))
+
+    return recording.tap(call, out, [tag], (x.detach(),), gradients)

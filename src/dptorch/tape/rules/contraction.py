@@ -89,6 +89,36 @@ def _affine(
     return recording.tap(call, out, [tag], (x.detach(),) if want_w else (), gradients)
 
 
+@rule("bilinear")
+def bilinear(call: Call, recording: Recording) -> Any:
+    """``x1 @ W @ x2 + b``: a linear layer on the outer products of its two inputs."""
+    x1, x2 = call.arg(0, "input1"), call.arg(1, "input2")
+    w, b = call.arg(2, "weight"), call.arg(3, "bias")
+    tags = [call.tag_of(x1), call.tag_of(x2)]
+    tag = tags[0] or tags[1]
+    if tag is None or any(t is not None and t != tag for t in tags):
+        return NotImplemented
+    if tag.dim == x1.dim() - 1 or call.is_parameter(x1) or call.is_parameter(x2):
+        return NotImplemented
+    n = call.batch_size
+    want_w, want_b = call.is_parameter(w), b is not None and call.is_parameter(b)
+    out = call.run({id(p): p.detach() for p in call.parameters})
+
+    def gradients(grads: Sequence[Tensor | None], saved: Sequence[Tensor]) -> Pairs:
+        assert grads[0] is not None
+        g_BTP = rows(grads[0], tag, n).flatten(1, -2)
+        if want_w:
+            x_BTD, y_BTE = (rows(x, tag, n).flatten(1, -2) for x in saved)
+            products = (x_BTD[..., :, None] * y_BTE[..., None, :]).flatten(2)
+            yield w, Outer(g_BTP, products, w.shape)
+        if want_b:
+            assert b is not None
+            yield b, Dense(g_BTP.sum(1, dtype=_sum_dtype(g_BTP)))
+
+    saved = (x1.detach(), x2.detach()) if want_w else ()
+    return recording.tap(call, out, [tag], saved, gradients)
+
+
 def _sum_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
@@ -162,9 +192,7 @@ def _contract(
         g_Bm = rows(grads[0], out_tag, n)  # [B, m, *o_rest]
         x_Bm = rows(saved[0], tag, n)  # [B, m, *x_rest]
         if factored is None:
-            formed = torch.einsum(
-                f"YZ{x_rest},YZ{o_rest}->Y{w_letters}", x_Bm.to(g_Bm.dtype), g_Bm
-            )
+            formed = torch.einsum(f"YZ{x_rest},YZ{o_rest}->Y{w_letters}", x_Bm.to(g_Bm.dtype), g_Bm)
             yield w, Dense(formed)
             return
         first_is_out, first, second = factored

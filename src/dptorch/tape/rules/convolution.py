@@ -68,8 +68,6 @@ def convolution(call: Call, recording: Recording) -> Any:
     return recording.tap(call, out, [tag], (x.detach(),) if want_w else (), gradients)
 
 
-
-
 def _resolve(
     padding: str, kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[tuple[int, ...], list[int]]:

@@ -50,8 +50,10 @@ def embedding(call: Call, recording: Recording) -> Any:
     if tag is None or not call.is_parameter(table):
         return NotImplemented
     n = call.batch_size
-    out = call.func(table.detach(), ids) if call.func is torch.embedding else call.func(
-        ids, table.detach()
+    out = (
+        call.func(table.detach(), ids)
+        if call.func is torch.embedding
+        else call.func(ids, table.detach())
     )
 
     def gradients(
@@ -66,3 +68,46 @@ def embedding(call: Call, recording: Recording) -> Any:
         yield table, Scatter(ids_BT, g_BTD, table.shape)
 
     return recording.tap(call, out, [tag], (ids,), gradients)
+
+
+@rule("embedding_bag")
+def embedding_bag(call: Call, recording: Recording) -> Any:
+    """Sums and means of bags of rows, ids [B, T]; other forms go to the generic rule.
+
+    Raises:
+        NotCoveredError: for `max_norm` and `scale_grad_by_freq`, as `embedding` does.
+    """
+    ids, table = call.arg(0, "input"), call.arg(1, "weight")
+    mode, scale = call.arg(6, "mode", "mean"), call.arg(8, "per_sample_weights")
+    padding = call.arg(10, "padding_idx")
+    if call.arg(3, "max_norm") is not None or call.arg(5, "scale_grad_by_freq", False):
+        raise NotCoveredError(
+            f"{recording.describe(table)}: max_norm rewrites the table in the forward pass, and "
+            "scale_grad_by_freq divides by counts over the whole batch. Use neither."
+        )
+    tag = call.tag_of(ids)
+    if tag is None or tag.dim != 0 or ids.dim() != 2 or mode == "max":
+        return NotImplemented
+    if [id(p) for p in call.parameters] != [id(table)]:
+        return NotImplemented
+    if scale is not None and call.tag_of(scale) != tag:
+        return NotImplemented
+    n = call.batch_size
+    out = call.run({id(table): table.detach()})
+    padding = None if padding is None else padding % table.shape[0]
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        assert grads[0] is not None
+        bags, *weights = saved
+        share = (bags != padding if padding is not None else torch.ones_like(bags)).to(grads[0].dtype)
+        if mode == "mean":
+            share = share / share.sum(1, keepdim=True).clamp(min=1)
+        if weights:
+            share = share * weights[0]
+        values = rows(grads[0][:, None] * share[..., None], tag, n)  # [B, m, T, D]
+        yield table, Scatter(rows(bags, tag, n).flatten(1), values.flatten(1, 2), table.shape)
+
+    kept = (ids,) if scale is None else (ids, scale.detach())
+    return recording.tap(call, out, [tag], kept, gradients)

@@ -8,11 +8,13 @@ over single examples gives, and equal to PyTorch's value whenever all divisors a
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dptorch.errors import PrivacyWarning
 from dptorch.tape.calls import Call
 from dptorch.tape.propagation.losses import reduction_of
 from dptorch.tape.provenance import Reduced, Tag, rows
@@ -34,26 +36,36 @@ def cross_entropy(call: Call, recording: Recording) -> Any:
     """F.cross_entropy and F.nll_loss with reduction="mean" and class indices."""
     scores, target = call.args[0], call.arg(1, "target")
     weight, ignore = call.arg(2, "weight"), call.arg(4, "ignore_index", -100)
-    if reduction_of(call) != "mean" or target.is_floating_point() or call.batch_size == 1:
+    if reduction_of(call) != "mean" or target.is_floating_point():
         return NotImplemented
     tag = call.tag_of(scores)
-    if tag is None or not tag.regular or tag.dim == 1:
+    alone = call.batch_size == 1  # then PyTorch's divisor is the example's own, but for weights
+    if tag is None or (weight is None if alone else not tag.regular or tag.dim == 1):
         return NotImplemented
-    assert tag.dim is not None
+    if tag.dim is None:
+        losses_tag = tag
+    else:
+        losses_tag = tag.at(tag.dim - (tag.dim > 1))
     target_tag = call.tag_of(target)
-    losses_tag = tag.at(tag.dim - (tag.dim > 1))
     if target_tag is not None and target_tag != losses_tag:
         return NotImplemented
     kwargs: dict[str, Any] = {"weight": weight, "ignore_index": ignore, "reduction": "none"}
     if call.name == "cross_entropy":
         kwargs["label_smoothing"] = call.arg(7, "label_smoothing", 0.0)
     losses = call.func(scores, target, **kwargs)
-    counted = target != ignore
-    weights = counted.to(losses.dtype)
+    weights = (target != ignore).to(losses.dtype)
     if weight is not None:
+        warnings.warn(
+            f"{call.name} with class weights and reduction='mean': PyTorch divides by the sum of the "
+            "weights in the batch, which no single example may change for the others. Each example "
+            "is divided by its own weights instead; with one label an example they cancel. For "
+            "weights that count as they are use reduction='sum' and loss_reduction='sum'.",
+            PrivacyWarning,
+            stacklevel=3,
+        )
         weights = weights * weight[target.clamp(0, weight.shape[0] - 1)].to(losses.dtype)
     out = _mean_of_means(losses, weights, losses_tag, call.batch_size)
-    recording.mark(out, Reduced(1.0 / call.batch_size))
+    recording.mark(out, losses_tag if alone else Reduced("mean"))
     return out
 
 

@@ -168,5 +168,3 @@ def refuse_batch_statistics(call: Call, recording: Recording) -> None:
             "with dptorch.prepare(model) (BatchNorm becomes GroupNorm), or put this module in eval "
             "mode to use its running statistics."
         )
-
-
