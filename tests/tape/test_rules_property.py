@@ -79,7 +79,7 @@ def test_matmul(b: int, n: int, t: int, d: int, p: int, kind: str) -> None:
         "right": (lambda m, x: x @ m.w, torch.randn(d, p)),
         "left": (lambda m, x: m.w @ x, torch.randn(p, t)),
         "both": (lambda m, x: x @ m.w, torch.randn(n, d, p)),
-        "bmm": (lambda m, x: torch.bmm(x[:, 0].transpose(0, 1), m.w).transpose(0, 1), torch.randn(t, d, p)),
+        "bmm": (lambda m, x: (x[:, 0].transpose(0, 1) @ m.w).transpose(0, 1), torch.randn(t, d, p)),
         "mv": (lambda m, x: x @ m.w, torch.randn(d)),
     }[kind]  # fmt: skip
     check(Lambda(function, w=w), x)
@@ -226,6 +226,9 @@ def test_broadcast_parameters(b: int, shape: list[int], data: st.DataObject) -> 
     check(Lambda(op, p=p, q=q), torch.randn(b, *shape))
 
 
+MOVES = ["permute", "fold", "flip", "roll", "index", "chunk", "repeat", "none", "select"]
+
+
 @some
 @given(st.integers(2, 4), st.permutations(range(4)), st.data())
 def test_linear_behind_data_movement(b: int, order: list[int], data: st.DataObject) -> None:
@@ -234,7 +237,7 @@ def test_linear_behind_data_movement(b: int, order: list[int], data: st.DataObje
     x = torch.randn(b, 2, 3, 4)
     steps = data.draw(
         st.lists(
-            st.sampled_from(["permute", "fold", "flip", "roll", "index", "chunk", "repeat", "none", "select"]),
+            st.sampled_from(MOVES),
             max_size=4,
         )
     )  # fmt: skip

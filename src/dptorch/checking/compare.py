@@ -146,7 +146,9 @@ def run_tape(
     if isinstance(state, Tag):
         reduction = "none"
     elif isinstance(state, Reduced):
-        reduction = state.kind
+        # Multiplied by the number of examples, a mean is a sum.
+        weight = state.factors[0] / (tape.batch_size if state.kind == "mean" else 1)
+        reduction = "sum" if math.isclose(weight, 1.0) else "mean"
     return Recorded(
         tape,
         tape.per_example_gradients(),

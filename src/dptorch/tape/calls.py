@@ -74,9 +74,7 @@ _SYNONYMS = {
 _IN_PLACE_DUNDERS = words(
     """iadd isub imul itruediv idiv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"""
 )
-_OPERATORS = words(
-    """add sub mul pow matmul neg pos abs eq ne lt le gt ge lshift rshift"""
-)
+_OPERATORS = words("""add sub mul pow matmul neg pos abs eq ne lt le gt ge lshift rshift""")
 
 
 def canonical_name(func: Callable[..., Any]) -> str:

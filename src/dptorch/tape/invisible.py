@@ -29,7 +29,7 @@ __all__ = ["visible"]
 _depth = 0
 _plain_apply: Any = Function.__dict__["apply"]
 _plain_new: Any = nn.Parameter.__new__
-_plain_generator: Any = checkpoint._checkpoint_without_reentrant_generator  # type: ignore[attr-defined]
+_plain_generator: Any = checkpoint._checkpoint_without_reentrant_generator
 
 
 def _innermost() -> Recording | None:
@@ -45,8 +45,8 @@ def visible() -> Iterator[None]:
     global _depth
     if _depth == 0:
         Function.apply = classmethod(_apply)  # type: ignore[method-assign,assignment]
-        checkpoint._checkpoint_without_reentrant_generator = _generator  # type: ignore[attr-defined]
-        nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign,assignment]
+        checkpoint._checkpoint_without_reentrant_generator = _generator
+        nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign]
     _depth += 1
     try:
         yield
@@ -55,7 +55,7 @@ def visible() -> Iterator[None]:
         if _depth == 0:
             Function.apply = _plain_apply  # type: ignore[method-assign]
             nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
-            checkpoint._checkpoint_without_reentrant_generator = _plain_generator  # type: ignore[attr-defined]
+            checkpoint._checkpoint_without_reentrant_generator = _plain_generator
 
 
 def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

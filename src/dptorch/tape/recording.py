@@ -10,6 +10,7 @@ weight gradient.
 from __future__ import annotations
 
 import sys
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -51,9 +52,7 @@ __all__ = ["Recording", "active_modes"]
 _STATE = "_dptorch_state"
 
 # Ops whose further operands lend no more than their shape or type.
-_LIKE_OTHER = words(
-    """expand_as view_as reshape_as type_as"""
-)
+_LIKE_OTHER = words("""expand_as view_as reshape_as type_as""")
 
 Gradients = Callable[
     [Sequence[Tensor | None], Sequence[Tensor]], Iterable[tuple[Tensor, PerExampleGradient]]
@@ -104,12 +103,12 @@ class Recording(TorchFunctionMode):
 
     def __enter__(self) -> Recording:
         self._depth += 1
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *args: Any) -> None:
         self._depth -= 1
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     # -- states -----------------------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class Recording(TorchFunctionMode):
         if isinstance(state, ParamOnly) or state is None or not t.is_floating_point():
             return None
         if self._depth == 0 and token.batch_size == self.batch_size and not t.requires_grad:
-            return state  # type: ignore[no-any-return]
+            return state
         if t.is_leaf and t.requires_grad and not isinstance(state, Mixed):
             return None
         raise NotCoveredError(
@@ -231,14 +230,14 @@ class Recording(TorchFunctionMode):
     def module_path(self) -> str:
         """The module whose forward is running, found by walking the stack: only errors pay for it."""
         names = {id(m): n for n, m in self.model.named_modules()}
-        frame = sys._getframe(1)
+        frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module) and id(owner) in names:
                 name = names[id(owner)]
                 kind = type(owner).__name__
                 return f"module '{name}' ({kind})" if name else f"the model ({kind})"
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return "outside the model"
 
     # -- what rules call ---------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class Together(nn.Module):
 
 
 def group_norm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm by GroupNorm, by hand: what the library's own conversion must not need."""
+    """Replace every BatchNorm by GroupNorm, by hand."""
     for name, child in list(model.named_children()):
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             channels = child.num_features

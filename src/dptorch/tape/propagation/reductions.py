@@ -34,10 +34,8 @@ def reduction(call: Call, outputs: Sequence[Any]) -> Found:
         second = call.arg(1, "x2")
         x = torch.empty(torch.broadcast_shapes(x.shape, second.shape), device="meta")
         tag = elementwise(call, [x])
-        if name == "cosine_similarity":
-            dims = named_dims(call, x, 2, 1)
-        else:
-            dims = [x.dim() - 1]
+        last = [x.dim() - 1]
+        dims = last if name == "pairwise_distance" else named_dims(call, x, 2, 1)
     else:
         tag = call.tag_of(x)
         if tag is None or len(call.tagged) > 1:

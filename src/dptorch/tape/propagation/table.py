@@ -25,9 +25,7 @@ FAMILIES: dict[str, Family] = {}
 
 # Joins and look-ups, whose operands may each be one whole example; and ops that look at more than
 # the values of their operands.
-_SEVERAL_EXAMPLES = words(
-    """stack cat column_stack hstack vstack batch_norm"""
-)
+_SEVERAL_EXAMPLES = words("""stack cat column_stack hstack vstack batch_norm""")
 
 
 def family(names: str) -> Callable[[F], F]:

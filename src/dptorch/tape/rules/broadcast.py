@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 def elementwise(call: Call, recording: Recording) -> Any:
     """Elementwise ops of an activation with a parameter of any broadcastable shape."""
     tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
-    if call.args and isinstance(call.args[0], Tensor) and call.is_parameter(call.args[0]):
-        if call.in_place:
-            return generic(call, recording)  # writes into the parameter
+    if call.in_place and call.is_parameter(call.args[0]):
+        return generic(call, recording)  # writes into the parameter
     if call.name == "masked_fill" and not call.in_place:
         x, mask, value = (
             call.args[:3] if len(call.args) > 2 else (*call.args[:2], call.kwargs["value"])

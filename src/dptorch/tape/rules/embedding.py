@@ -101,7 +101,9 @@ def embedding_bag(call: Call, recording: Recording) -> Any:
     ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
         assert grads[0] is not None
         bags, *weights = saved
-        share = (bags != padding if padding is not None else torch.ones_like(bags)).to(grads[0].dtype)
+        share = (bags != padding if padding is not None else torch.ones_like(bags)).to(
+            grads[0].dtype
+        )
         if mode == "mean":
             share = share / share.sum(1, keepdim=True).clamp(min=1)
         if weights:
