@@ -141,7 +141,8 @@ def write_table() -> None:
         "Every row: the published architecture, unmodified but for BatchNorm, which is replaced by "
         "GroupNorm; two images; every parameter trained. Errors are relative, against a loop over "
         "single examples, of the per-example norms and of the clipped sum (the worst parameter). "
-        "*Generic* names the ops whose gradients go through the rule that any op has, at the cost of one backward an example. "
+        "*Generic* names the ops whose gradients go through the rule that any op has, at the cost of "
+        "one backward an example. "
         "Seconds are those of one forward, backward, norms and clipped sum on one CPU core.",
         "",
         f"{len(done)} of {len(order)} models, {len(failed)} failed. Made by `make zoo`.",

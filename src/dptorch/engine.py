@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from dptorch.accounting import Adjacency
-from dptorch.clipping import coefficients
 from dptorch.errors import (
     BudgetExhausted,
     ConfigurationError,
@@ -25,48 +20,22 @@ from dptorch.errors import (
     PrivacyWarning,
     one_of,
 )
+from dptorch.logical_batch import LogicalBatch, StepDiagnostics
 from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum
-from dptorch.sampling import PhysicalBatch, PoissonSampler, PrivateLoader
+from dptorch.sampling import PoissonSampler, PrivateLoader
 from dptorch.statement import Statement, make_statement
 from dptorch.stepping import OptimizerBinding, check_parameters
-from dptorch.tape import Recording, Tape
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.mixing import refuse_mixing
-from dptorch.tape.tape import PER_EXAMPLE
 from dptorch.tape.watch import Watch, watch_on
 
-__all__ = ["PrivacyEngine", "Private", "StepDiagnostics", "make_private"]
+__all__ = ["PrivacyEngine"]
 
 _CLIPPING_MODES = ("auto",)
 _OWN_LOADER = "the user's own loader"
-
-
-@dataclass(frozen=True)
-class StepDiagnostics:
-    """Exact functions of private data in the last logical batch: NOT PRIVATE. Do not publish.
-
-    Attributes:
-        examples: how many examples were in it.
-        mean_norm: mean per-example gradient norm (NaN if there was none).
-        clipped_fraction: fraction whose contribution was scaled down.
-        dropped: how many were dropped because their gradient was not finite.
-    """
-
-    examples: int
-    mean_norm: float
-    clipped_fraction: float
-    dropped: int
-
-
-class _Batch(NamedTuple):
-    """A tape that gradients have reached, and the physical batch its forward pass was made on (None
-    without the engine's loader)."""
-
-    tape: Tape
-    part: PhysicalBatch | None
 
 
 class PrivacyEngine:
@@ -183,20 +152,10 @@ class PrivacyEngine:
         )
         self._steps_done = 0
         self._resumed = 0
-        self.diagnostics: StepDiagnostics | None = None
         self.sampling_run: Counter[str] = Counter()
         self._parameters = parameters
         self._key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
-        self._fired: list[_Batch] = []
-        self._sums: dict[str, Tensor] | None = (
-            None  # of the logical batch, moved here by virtual steps
-        )
-        self._pending: dict[str, Tensor] | None = None  # of backwards since the last step
-        self._norms: list[Tensor] = []
-        self._seen: set[tuple[int, int]] = set()  # physical batches in _sums
-        self._pending_places: set[tuple[int, int]] = set()  # and in _pending
-        self._part: PhysicalBatch | None = None  # where the batch handed out last belongs
-        self._loss_factors: tuple[float, ...] | None = None
+        self._batch = LogicalBatch(self._plan)
         self._loaders = 0
         self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
@@ -207,7 +166,7 @@ class PrivacyEngine:
             model,
             parameters,
             batch_dims=batch_dims,
-            on_recording=self._new_recording,
+            on_recording=self._batch.watch,
             first_inputs=(lambda a, k: refuse_mixing(model, a, k, batch_dims))
             if self_check
             else None,
@@ -231,8 +190,8 @@ class PrivacyEngine:
         self._binding = OptimizerBinding(
             optimizer,
             prepare=self._prepare_step,
-            hold=self._hold,
-            discard=self._discard,
+            hold=self._batch.hold,
+            discard=self._batch.discard,
             owner=self,
         )
         return optimizer
@@ -242,7 +201,7 @@ class PrivacyEngine:
 
         What was not stepped is dropped. The statement can still be read.
         """
-        self._drop_logical_batch()
+        self._batch.drop()
         if self._binding is not None:
             self._binding.restore()
             self._binding = None
@@ -278,9 +237,9 @@ class PrivacyEngine:
             max_physical_batch_size=max_physical_batch_size,
             **dataloader_kwargs,
         )
-        loader.on_batch(self._new_part)
-        loader.on_start(lambda step: self._drop_logical_batch())
-        loader.on_end(self._end_of_loader)
+        loader.on_batch(self._batch.begin)
+        loader.on_start(lambda step: self._batch.drop())
+        loader.on_end(self._batch.end)
         self._loaders += 1
         return loader
 
@@ -293,162 +252,16 @@ class PrivacyEngine:
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def _new_recording(self, recording: Recording) -> None:
-        self._collect()
-        part = self._part
-        recording.tape.on_first_gradient = lambda tape: self._fired.append(_Batch(tape, part))
-
-    def _new_part(self, part: PhysicalBatch) -> None:
-        if part.index == 0:
-            if self._fired or self._pending is not None or self._sums is not None:
-                raise PrivacyError(
-                    "the loader's last batch was backpropagated but never stepped. Each of its "
-                    "batches is a whole logical batch: call optimizer.step() after each, or "
-                    "optimizer.zero_grad() to drop it. For larger batches make the plan's batch "
-                    "larger and bound memory with max_physical_batch_size."
-                )
-            self._drop_logical_batch()
-        self._part = part
-
-    def _end_of_loader(self, complete: bool) -> None:
-        self._part = None
-        if not complete:
-            self._drop_logical_batch()
-
-    def _collect(self) -> None:
-        """Clip what the backwards since the last call left on the tapes and add it up."""
-        fired, self._fired = self._fired, []
-        if not fired:
-            return
-        if len(fired) > 1:
-            for batch in fired:
-                batch.tape.close()
-            raise PrivacyError(
-                f"{len(fired)} forward passes of the model went into one backward. If they are on "
-                "the same examples, make them in one forward of a wrapping module, so that an "
-                "example's gradients are clipped together; if not, call backward() after each."
-            )
-        tape, part = fired[0]
-        with _full_precision():
-            self._clip(tape, part)
-
-    def _clip(self, tape: Tape, part: PhysicalBatch | None) -> None:
-        norms = tape.norms()
-        weights = self._weights(tape, part).to(norms)
-        norms = norms * weights
-        c = coefficients(norms, self.plan.max_grad_norm, self.plan.clipping_fn)
-        c = c * (weights > 0)
-        clipped = tape.clipped_sum(c * weights)
-        self._norms.append(torch.stack([norms, c])[:, weights > 0].detach())
-        tape.close()
-        self._pending = _add(self._pending, clipped)
-
-    def _weights(self, tape: Tape, part: PhysicalBatch | None) -> Tensor:
-        """[B]: what turns a tape's gradients into those of each example's own loss; 0 for padding.
-
-        Raises:
-            PrivacyError: where the batch is not the one that the loader handed out, or the loss is
-                not reduced as the plan says.
-        """
-        b = tape.batch_size
-        scale = self._loss_scale(tape)
-        weights = torch.full((b,), scale)
-        if part is None:
-            return weights
-        rows = part.examples + part.padding
-        if b != rows:
-            raise PrivacyError(
-                f"the model was given {b} rows where the loader handed out {rows} examples. Each "
-                "row must be one example: augmented views of an example go on an axis of their "
-                "own, so that its gradients are clipped together, and examples may not be paired, "
-                "selected or mixed after the loader."
-            )
-        place = (part.logical_step, part.index)
-        if place in self._seen or place in self._pending_places:
-            raise PrivacyError(
-                "two backwards were made through the model on one batch: each example would count "
-                "twice. Add the losses and call backward() once, or call optimizer.zero_grad() between "
-                "them to drop the first."
-            )
-        self._pending_places.add(place)
-        if part.padding:
-            weights[part.examples :] = 0
-        return weights
-
-    def _loss_scale(self, tape: Tape) -> float:
-        """What makes the tape's gradients those of each example's own loss.
-
-        Raises:
-            PrivacyError: for a loss that was not followed, is reduced otherwise than the plan says,
-                or is multiplied by a factor that is not the same throughout the run.
-        """
-        b, mean = tape.batch_size, self.plan.loss_reduction == "mean"
-        if tape.loss is None:
-            raise PrivacyError(
-                "the loss could not be followed from the model's outputs to backward(), so it may "
-                "mix examples. Compute it from what the model returns (tensors in tuples, lists, "
-                "dicts or dataclasses) with torch functions, and call loss.backward()."
-            )
-        kind, factors = tape.loss.kind, tape.loss.factors
-        scale = float(b) if mean else 1.0
-        if kind == PER_EXAMPLE or b == 1:
-            return 1.0
-        if kind != self.plan.loss_reduction:
-            # A sum divided by the number of rows is a mean, and a mean times it a sum.
-            factors = tuple(f * b if mean else f / b for f in factors)
-            if not all(math.isclose(f, 1.0, rel_tol=1e-6) for f in factors):
-                raise PrivacyError(
-                    f"the loss is a {kind} over the examples, but the engine was told "
-                    f"loss_reduction={self.plan.loss_reduction!r}: gradients would be off by the "
-                    f"batch size. Use loss_reduction={kind!r}, without dividing by anything that "
-                    "depends on the batch."
-                )
-        before = self._loss_factors
-        if before is None:
-            self._loss_factors = factors
-        elif len(before) != len(factors) or not all(
-            math.isclose(f, g, rel_tol=1e-6) for f, g in zip(factors, before, strict=True)
-        ):
-            raise PrivacyError(
-                f"the terms of the loss are multiplied by {_list(factors)}, before by "
-                f"{_list(before)}. A factor that depends on the batch (a number of tokens, a sum of "
-                "weights) lets one example rescale all others. Use public constants, and the "
-                "learning rate for a schedule."
-            )
-        return scale
-
-    def _hold(self) -> None:
-        """``optimizer.virtual_step()``: keep this batch's clipped sum for a later step."""
-        self._collect()
-        self._need_gradient("virtual_step")
-        assert self._pending is not None
-        self._sums = _add(self._sums, self._pending)
-        self._pending = None
-        self._seen |= self._pending_places
-        self._pending_places = set()
-
-    def _need_gradient(self, what: str) -> None:
-        if self._pending is None:
-            raise PrivacyError(
-                f"optimizer.{what}() without a backward: no gradient has arrived since the last "
-                "step. Call loss.backward() on a loss computed from model(...) first; a forward "
-                "under torch.no_grad() does not count."
-            )
-
     def _prepare_step(self) -> bool:
         """Fill ``.grad`` with the noisy gradient of a complete logical batch."""
-        self._collect()
         if self.exhausted:
             return self._refuse()
-        self._need_gradient("step")
-        self._hold()
-        part = self._part
+        self._batch.hold("step")
+        part = self._batch.part
         if part is not None and not part.is_last:
             return False
         self._refuse_changed_parameters()
-        assert self._sums is not None
-        clipped = ClippedSum(self._sums, self.plan.max_grad_norm)
-        context = _fingerprint(self._sums)
+        clipped = self._batch.take()
         step = self._steps_done
         # Counted before it is visible: whatever happens from here on, the step has been spent.
         self._steps_done += 1
@@ -456,9 +269,8 @@ class PrivacyEngine:
         self.sampling_run["poisson" if sampled else _OWN_LOADER] += 1
         if not sampled:
             self._warn_of_own_loader()
-        self._sums = None
-        self._summarise()
         noise = GaussianNoise(self.plan.noise_multiplier)
+        context = _fingerprint(clipped)
         noisy = noise.privatize(clipped, self._key, step, context=context)
         divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
         with torch.no_grad():
@@ -490,7 +302,7 @@ class PrivacyEngine:
             )
 
     def _refuse(self) -> bool:
-        self._drop_logical_batch()
+        self._batch.drop()
         message = (
             f"all {self.plan.steps} steps of the plan are done "
             f"(epsilon={self.get_privacy_spent().epsilon:.4g}): another step would exceed the "
@@ -503,41 +315,17 @@ class PrivacyEngine:
             warnings.warn(message, PrivacyWarning, stacklevel=4)
         return False
 
-    def _discard(self) -> None:
-        """``zero_grad``: drop what was not stepped."""
-        self._pending = None
-        self._pending_places = set()
-        for batch in self._fired:
-            batch.tape.close()
-        self._fired = []
-
-    def _drop_logical_batch(self) -> None:
-        """A logical batch that was left half done is drawn again: nothing of it may remain."""
-        self._discard()
-        self._sums = None
-        self._norms = []
-        self._seen = set()
-
-    def _summarise(self) -> None:
-        norms, c = torch.cat(self._norms, 1) if self._norms else torch.zeros(2, 0)
-        finite = norms.isfinite()
-        clipped = (c * norms < norms * (1 - 1e-6)) & finite
-        n = norms.numel()
-        self.diagnostics = StepDiagnostics(
-            examples=n,
-            mean_norm=norms[finite].mean().item() if bool(finite.any()) else math.nan,
-            clipped_fraction=clipped.float().mean().item() if n else math.nan,
-            dropped=int((~finite).sum()),
-        )
-        self._norms = []
-        self._seen = set()
-
     # -- reporting and state -----------------------------------------------------------------------
 
     @property
     def plan(self) -> PrivacyPlan:
         """What the run committed to; it cannot be changed."""
         return self._plan
+
+    @property
+    def diagnostics(self) -> StepDiagnostics | None:
+        """Statistics of the last logical batch: NOT PRIVATE."""
+        return self._batch.diagnostics
 
     @property
     def steps_done(self) -> int:
@@ -578,7 +366,7 @@ class PrivacyEngine:
             "plan": self.plan.to_json(),
             "steps_done": self.steps_done,
             "resumed": self._resumed,
-            "loss_factors": self._loss_factors,
+            "loss_factors": self._batch.loss_factors,
             "sampling_run": dict(self.sampling_run),
             "key": self._key.export(),
         }
@@ -609,119 +397,19 @@ class PrivacyEngine:
         self._steps_done = steps
         self._resumed = state["resumed"] + 1
         factors = state["loss_factors"]
-        self._loss_factors = None if factors is None else tuple(factors)
+        self._batch.loss_factors = None if factors is None else tuple(factors)
         self.sampling_run = Counter(state["sampling_run"])
         self._key = key
 
 
-def _add(total: dict[str, Tensor] | None, more: dict[str, Tensor]) -> dict[str, Tensor]:
-    if total is None:
-        return more
-    for name, value in more.items():
-        total[name].add_(value)
-    return total
-
-
-def _list(factors: tuple[float, ...]) -> str:
-    return ", ".join(f"{f:.6g}" for f in factors)
-
-
-def _fingerprint(sums: dict[str, Tensor]) -> int:
+def _fingerprint(clipped: ClippedSum) -> int:
     """64 bits that differ between different sums, and not between equal ones.
 
     The noise depends on it, so that going back to a checkpoint and on with other data does not
     repeat the noise, while repeating the same step repeats the same release.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for value in sums.values():
+    for value in clipped.values.values():
         flat = value.double().flatten()
         digest.update(torch.stack([flat.sum(), flat.square().sum()]).cpu().numpy().tobytes())
     return int.from_bytes(digest.digest(), "big")
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Norms, factors and sums are computed in float32 at least, whatever autocast says."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
-class Private(NamedTuple):
-    """What `make_private` returns."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    loader: PrivateLoader
-    engine: PrivacyEngine
-
-
-def make_private(
-    model: nn.Module,
-    optimizer: Optimizer,
-    loader: DataLoader[Any],
-    *,
-    max_physical_batch_size: int | None = None,
-    **engine_kwargs: Any,
-) -> Private:
-    """Make an existing model, optimizer and DataLoader private in one call.
-
-    The loader is replaced by one that draws Poisson batches of the same dataset with the same mean
-    size, collate function and workers. Model and optimizer are the same objects.
-
-    Args:
-        model, optimizer: as for `PrivacyEngine` and its `attach`.
-        loader: a DataLoader with a batch size over a map-style dataset.
-        max_physical_batch_size: see `PrivacyEngine.loader`.
-        engine_kwargs: see `PrivacyEngine`; batch size and number of records come from the loader.
-
-    Returns:
-        (model, optimizer, loader, engine).
-
-    Raises:
-        ConfigurationError: for arguments that cannot be honoured.
-
-    Example:
-        >>> import torch, dptorch
-        >>> model = torch.nn.Linear(4, 2)
-        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
-        >>> model, optimizer, loader, engine = dptorch.make_private(
-        ...     model, torch.optim.Adam(model.parameters()),
-        ...     torch.utils.data.DataLoader(data, batch_size=8),
-        ...     epochs=2, target_epsilon=3.0, target_delta=1e-3)
-        >>> engine.plan.steps, len(loader)
-        (16, 8)
-    """
-    if loader.batch_size is None:
-        raise ConfigurationError(
-            "the loader has no batch size (batch_size=None, or a batch_sampler of its own), so the "
-            "expected batch size is not known. Pass a DataLoader with batch_size=, or use "
-            "PrivacyEngine and its loader()."
-        )
-    if type(loader.sampler) not in (RandomSampler, SequentialSampler):
-        raise ConfigurationError(
-            f"the loader draws with {type(loader.sampler).__name__}, which Poisson sampling would "
-            "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights "
-            "to the loss."
-        )
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    if size == 0:
-        raise ConfigurationError("the loader's dataset is empty; there is nothing to train on.")
-    engine_kwargs.setdefault("batch_size", min(loader.batch_size, size))
-    engine_kwargs.setdefault("sample_size", size)
-    engine = PrivacyEngine(model, **engine_kwargs)
-    try:
-        engine.attach(optimizer)
-        private = engine.loader(
-            loader.dataset,
-            max_physical_batch_size=max_physical_batch_size,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            persistent_workers=loader.persistent_workers,
-        )
-    except BaseException:
-        engine.detach()
-        raise
-    return Private(model, optimizer, private, engine)

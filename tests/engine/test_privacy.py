@@ -132,13 +132,17 @@ def test_noise_twins_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
         return plain(GaussianNoise(0.0), clipped, key, step, **context)
 
-    def divided_by_the_batch(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
+    def divided_by_the_batch(
+        self: Any, clipped: ClippedSum, key: Any, step: int, **context: int
+    ) -> Any:
         return plain(GaussianNoise(self.noise_multiplier / SIZE), clipped, key, step, **context)
 
     def same_every_step(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
         return plain(self, clipped, key, 0, context=0)
 
-    def same_every_second_step(self: Any, clipped: ClippedSum, key: Any, step: int, **context: int) -> Any:
+    def same_every_second_step(
+        self: Any, clipped: ClippedSum, key: Any, step: int, **context: int
+    ) -> Any:
         return plain(self, clipped, key, step // 2, context=0)
 
     for twin in (none, divided_by_the_batch, same_every_step, same_every_second_step):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.oracles.loop import one_example_loop, relative_error
 from tests.tape.zoo.base import Lambda
 from torch import Tensor, nn
 
@@ -146,6 +147,7 @@ CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
     "new parameter": into_parameter,
     "foreach": into_foreach,
     "index assignment": into_indices,
+    "storage": lambda x: torch.empty(0).set_(x.detach().flip(0).contiguous()),
     "list": lambda x: torch.stack(list(x.detach())).mean(0),
     "view that crosses rows": lambda x: x.reshape(D, B).t(),
     "images taken for channels": lambda x: F.pixel_shuffle(x.view(4, 3, 2), 2).reshape(-1)[:D],
@@ -376,3 +378,43 @@ def test_the_same_input_object_may_come_again() -> None:
             loss = F.mse_loss(model(x), x)
         loss.backward()
         assert tape.norms().shape == (B,)
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [
+        lambda h: setattr(h, "data", h.data.flip(0)),
+        lambda h: h.detach().copy_(h.detach().flip(0)),
+        lambda h: h.data.copy_(h.data.roll(1, 0)),
+        lambda h: h[0].copy_(h.detach()[1]),
+        lambda h: h.__setitem__(0, h[1].clone()),
+        lambda h: h[:, 0].copy_(h[:, 1].mean()),
+    ],
+)
+def test_rows_swapped_in_place_are_refused(swap: Callable[[Tensor], Any]) -> None:
+    """Autograd would send an example's gradient to the activations that another one had."""
+
+    def swapped(m: nn.Module, x: Tensor) -> Tensor:
+        h = 1 * m.a(x)
+        swap(h)
+        return m.b(h)
+
+    with pytest.raises((ExamplesMixError, NotCoveredError)):
+        run(layers(swapped))
+
+
+def test_examples_written_at_an_offset_keep_their_owners() -> None:
+    """Rows 2 to 5 of a buffer belong to examples 0 to 3, not to 2, 3, 0 and 1."""
+
+    def run_model(m: nn.Module, x: Tensor) -> Tensor:
+        z = torch.zeros(2 * x.shape[0] + 2, D)
+        z[2 : 2 + x.shape[0]] = m.a(x)
+        return m.b(z[2 : 2 + x.shape[0]])
+
+    model, x = layers(run_model), torch.randn(B, D)
+    expected = one_example_loop(model, (x,), lambda m, x: m(x).square().sum(1))
+    with dptorch.record(model) as tape:
+        loss = model(x).square().sum()
+    loss.backward()
+    for name, gradient in tape.per_example_gradients().items():
+        assert relative_error(gradient, expected[name]) <= 1e-9

@@ -1,5 +1,5 @@
 """What a torch function mode does not see by itself: custom autograd Functions,
-checkpointing, and Parameters that are made on the way.
+checkpointing, Parameters that are made on the way, and ``Tensor.set_``.
 
 They are patched while a recording is active, and only then.
 """
@@ -22,12 +22,14 @@ from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance import Mixed, ParamOnly, Reduced, Tag
 from dptorch.tape.recording import Recording, active_modes
 from dptorch.tape.rules import generic
+from dptorch.tape.special import SPECIAL
 from dptorch.tape.taps import TAPS
 
 __all__ = ["visible"]
 
 _depth = 0
 _plain_apply: Any = Function.__dict__["apply"]
+_plain_set: Any = torch._C.TensorBase.set_
 _plain_new: Any = nn.Parameter.__new__
 _plain_generator: Any = checkpoint._checkpoint_without_reentrant_generator
 
@@ -46,6 +48,7 @@ def visible() -> Iterator[None]:
     if _depth == 0:
         Function.apply = classmethod(_apply)  # type: ignore[method-assign,assignment]
         checkpoint._checkpoint_without_reentrant_generator = _generator
+        Tensor.set_ = _set  # type: ignore[assignment,method-assign]
         nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign]
     _depth += 1
     try:
@@ -54,8 +57,17 @@ def visible() -> Iterator[None]:
         _depth -= 1
         if _depth == 0:
             Function.apply = _plain_apply  # type: ignore[method-assign]
+            del Tensor.set_  # type: ignore[misc]
             nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
             checkpoint._checkpoint_without_reentrant_generator = _plain_generator
+
+
+def _set(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``Tensor.set_``, which no function mode sees."""
+    recording = _innermost()
+    if recording is None:
+        return _plain_set(self, *args, **kwargs)
+    return SPECIAL["set"](recording, _plain_set, "set", (self, *args), kwargs)
 
 
 def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -126,7 +126,13 @@ class Recording(TorchFunctionMode):
         else:
             state, clock = self._foreign(t, entry), 0
         if self._aliases.clock and clock < self._aliases.clock:
-            state = self._aliases.now(t, clock, state, self.batch_size)
+            now = self._aliases.now(t, clock, state, self.batch_size)
+            if isinstance(state, Tag) and isinstance(now, Tag) and now != state and t.requires_grad:
+                now = Mixed(
+                    f"{self.module_path()}: other examples were written into a tensor behind the "
+                    "back of autograd, or through a view."
+                )
+            state = now
             if entry is not None or state is not None:
                 setattr(t, _STATE, (self._token, state, self._aliases.clock))
         return state

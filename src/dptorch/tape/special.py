@@ -92,6 +92,11 @@ def replace_data(
                 f"{recording.module_path()}: {recording.describe(args[0])} is overwritten with "
                 "values of the batch, outside the noised step."
             )
+        if args[0].requires_grad and before is not None and isinstance(state, Tag):
+            state = Mixed(
+                f"{recording.module_path()}: other examples are put into a tensor behind the back of "
+                "autograd."
+            )
         recording.mark_written(args[0], before, state)
     return out
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Watch:
         self._on_recording = on_recording
         self._first_inputs = first_inputs
         self._paused = False
+        self._warned = False
         self._open: tuple[Recording, ExitStack] | None = None
         self._batch_dims = batch_dims
         self._handles = [
@@ -116,6 +118,16 @@ class Watch:
         recording, stack = self._open
         self._open = None
         stack.close()
+        if recording.escaped and not self._warned:
+            self._warned = True
+            reads = ", ".join(f"{op}() {n} times" for op, n in recording.escaped.items())
+            warnings.warn(
+                f"the model reads values of the batch into Python in its forward pass ({reads}). If "
+                "one that depends on several examples enters the computation again, their "
+                "gradients mix and the guarantee is void. dptorch.check names the module.",
+                PrivacyWarning,
+                stacklevel=4,
+            )
         return promote(output, recording)
 
 
@@ -130,11 +142,12 @@ def watch_on(model: nn.Module) -> Watch | None:
 
 def _calls_of(module: nn.Module) -> int:
     """How many calls of `module` are on the stack."""
-    frame, calls = sys._getframe(1), 0
+    frame: FrameType | None = sys._getframe(1)
+    calls = 0
     while frame is not None:
         if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
             calls += 1
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return calls
 
 

@@ -61,9 +61,12 @@ def deit() -> Case:
 @case
 def beit_hugging_face() -> Case:
     case = _hugging_face(
-        "BeitForImageClassification", use_relative_position_bias=True, use_absolute_position_embeddings=True,
-        layer_scale_init_value=0.5, drop_path_rate=0.0,
-    )  # fmt: skip
+        "BeitForImageClassification",
+        use_relative_position_bias=True,
+        use_absolute_position_embeddings=True,
+        layer_scale_init_value=0.5,
+        drop_path_rate=0.0,
+    )
     for name, p in case.model.named_parameters():
         if "relative_position_bias_table" in name:
             nn.init.normal_(p)

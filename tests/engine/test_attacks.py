@@ -1,0 +1,367 @@
+"""Ordinary-looking scripts whose stated epsilon would be false. Each is refused, or made true."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
+
+import dptorch
+from dptorch.errors import ConfigurationError, NotCoveredError, PrivacyError, PrivacyWarning
+from tests.engine.setup import SIZE, make_data, make_engine, make_model, parameters, train
+from tests.engine.test_privacy import recorded_sums
+
+
+def attached(model: nn.Module, **settings: Any) -> tuple[dptorch.PrivacyEngine, torch.optim.SGD]:
+    engine = make_engine(model, **settings)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    engine.attach(optimizer)
+    return engine, optimizer
+
+
+# -- norms that cancel -----------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """A layer on T positions, averaged: what the positions add up to may be tiny."""
+
+    def __init__(self, layer: nn.Module, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer, self.dims = layer, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean(self.dims)
+
+
+def contribution(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor) -> float:
+    """The length of what one record adds to the sum."""
+    _, optimizer = attached(model, max_grad_norm=1.0, loss_reduction="sum", self_check=False)
+    model(x).sum(1).sum().backward()
+    sums = recorded_sums(monkeypatch, optimizer.step)[0]
+    return math.sqrt(sum(v.double().square().sum().item() for v in sums.values()))
+
+
+def worst_of_cancelling_records(
+    monkeypatch: pytest.MonkeyPatch, width: int, scale: float, seeds: int = 10
+) -> float:
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        u = torch.randn(1, width) * scale
+        x = torch.cat([u, -u + torch.randn(1, width)])[None]
+        model = Pooled(nn.Linear(width, width), (1,))
+        found.append(contribution(monkeypatch, model, x))
+    return max(found)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e5])
+@pytest.mark.parametrize("width", [4, 64, 256])
+def test_a_linear_record_whose_positions_cancel_is_clipped(
+    monkeypatch: pytest.MonkeyPatch, scale: float, width: int
+) -> None:
+    assert worst_of_cancelling_records(monkeypatch, width, scale) <= 1.01
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_convolved_record_whose_positions_cancel_is_clipped(
+    monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    torch.manual_seed(0)
+    u = torch.randn(64, 2, 4) * scale
+    x = torch.cat([u, -u + torch.randn(64, 2, 4)], 1)[None]
+    assert contribution(monkeypatch, Pooled(nn.Conv2d(64, 64, 1), (2, 3)), x) <= 1.01
+
+
+def test_a_tied_record_whose_uses_cancel_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            u, v = x[:, 0], x[:, 1]
+            return F.linear(u, self.weight) + torch.einsum("bd,pd->bp", v, self.weight)
+
+    torch.manual_seed(0)
+    u = torch.randn(1, 16) * 1e5
+    x = torch.stack([u, -u + torch.randn(1, 16)], 1)
+    assert contribution(monkeypatch, Twice(), x) <= 1.01
+
+
+def test_the_cancelling_records_do_catch_a_plain_gram_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control."""
+    from dptorch.tape.gradients import outer
+
+    monkeypatch.setattr(outer, "without_cancellation", lambda squared, *rest, **more: squared)
+    assert worst_of_cancelling_records(monkeypatch, 64, 1e5) > 2
+
+
+# -- parameters the engine does not follow ---------------------------------------------------------
+
+
+def test_unfreezing_later_is_refused() -> None:
+    model = make_model()
+    model[0].requires_grad_(False)
+    engine, _ = attached(model)
+    model[0].requires_grad_(True)
+    with pytest.raises(NotCoveredError, match="not followed"):
+        model(torch.randn(4, 5))
+    assert engine.steps_done == 0
+
+
+def test_freezing_later_is_refused_before_the_step_is_counted() -> None:
+    model = make_model()
+    engine, optimizer = attached(model)
+    x, y = make_data().tensors
+    model[0].requires_grad_(False)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(PrivacyError, match="have changed since"):
+        optimizer.step()
+    assert engine.steps_done == 0
+
+
+def test_a_replaced_layer_is_refused() -> None:
+    model = make_model()
+    attached(model)
+    model[2] = nn.Linear(7, 3)
+    with pytest.raises(NotCoveredError, match="not followed"):
+        model(torch.randn(4, 5))
+
+
+def test_a_new_parameter_group_is_refused() -> None:
+    model = make_model()
+    _, optimizer = attached(model)
+    optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    x, y = make_data().tensors
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ConfigurationError, match="group 1"):
+        optimizer.step()
+
+
+def test_a_loss_with_parameters_of_its_own_is_refused() -> None:
+    model, centers = make_model(), nn.Parameter(torch.randn(3, 3))
+    attached(model)
+    x, y = make_data().tensors
+    with pytest.raises(NotCoveredError, match="not followed|was not computed"):
+        (model(x) - centers[y]).square().sum(1)
+
+
+# -- losses ----------------------------------------------------------------------------------------
+
+
+def steps_on(loss: Callable[[Tensor, Tensor], Tensor], **settings: Any) -> None:
+    """Two ordinary steps on batches of different sizes."""
+    model = make_model()
+    _, optimizer = attached(model, **settings)
+    x, y = make_data().tensors
+    for part in (slice(0, 10), slice(10, SIZE)):
+        loss(model(x[part]), y[part]).backward()
+        optimizer.step()
+
+
+def _masked(z: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 0).float()
+    return (F.cross_entropy(z, y, reduction="none") * mask).sum() / mask.sum().item()
+
+
+def _masked_by_tensor(z: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 0).float()
+    return (F.cross_entropy(z, y, reduction="none") * mask).sum() / mask.sum()
+
+
+def _by_own_value(z: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(z, y)
+    return loss / loss.item()
+
+
+@pytest.mark.parametrize("loss", [_masked, _masked_by_tensor, _by_own_value])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_factor_that_depends_on_the_batch_is_refused(loss: Any, reduction: str) -> None:
+    with pytest.raises(PrivacyError, match="multiplied by|loss_reduction="):
+        steps_on(loss, loss_reduction=reduction)
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: F.cross_entropy(z, y) + 0.5 * z.square().mean(),
+        lambda z, y: 0.7 * F.cross_entropy(z, y) + 0.3 * z.abs().mean() * torch.tensor(2.0),
+        lambda z, y: F.cross_entropy(z, y, reduction="sum") / len(y),
+        lambda z, y: sum([F.cross_entropy(z, y), z.square().mean() / 4]),
+    ],
+)
+def test_weighted_sums_of_losses_are_welcome(loss: Any) -> None:
+    steps_on(loss)
+
+
+@dataclass
+class Output:
+    feature: Tensor
+    logits: Tensor
+
+
+class Featured(nn.Module):
+    """Hands out its features in a dataclass, and keeps them as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Output:
+        self.kept = self.body(x)
+        return Output(self.kept, self.head(self.kept))
+
+
+@pytest.mark.parametrize("where", ["dataclass", "attribute"])
+def test_a_contrastive_loss_is_refused_wherever_the_features_come_from(where: str) -> None:
+    model = Featured()
+    _, optimizer = attached(model)
+    out = model(torch.randn(8, 5))
+    feature = out.feature if where == "dataclass" else model.kept
+    with pytest.raises(PrivacyError):
+        F.cross_entropy(feature @ feature.T, torch.arange(8)).backward()
+        optimizer.step()
+
+
+def test_a_dataclass_output_trains() -> None:
+    model = Featured()
+    engine, optimizer = attached(model)
+    x, y = make_data().tensors
+    with pytest.warns(PrivacyWarning, match="did not come from"):
+        F.cross_entropy(model(x).logits, y).backward()
+        optimizer.step()
+    assert engine.steps_done == 1
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def test_pairing_or_selecting_rows_of_a_batch_is_refused() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    for x, y in engine.loader(make_data()):
+        F.cross_entropy(model(x[::2]), y[::2]).backward()
+        with pytest.raises(PrivacyError, match="rows"):
+            optimizer.step()
+
+
+def test_a_batch_that_is_never_stepped_is_noticed() -> None:
+    model = make_model()
+    engine = make_engine(model, sample_rate=0.5, steps=4)
+    engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(PrivacyError, match="never stepped"):
+        for x, y in engine.loader(make_data()):
+            F.cross_entropy(model(x), y).backward()
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_epsilon_of_a_loader_of_ones_own_is_not_amplified_anywhere() -> None:
+    model = make_model()
+    engine = make_engine(model, sample_rate=0.5, noise_multiplier=1.5, max_grad_norm=1.0, steps=2)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    train(model, optimizer, DataLoader(make_data(), batch_size=12))
+    assert engine.get_privacy_spent().epsilon == engine.plan.epsilon(2, amplified=False)
+
+
+def test_a_sampler_that_poisson_sampling_would_replace_is_refused() -> None:
+    model, data = make_model(), make_data()
+    settings = {"epochs": 1, "noise_multiplier": 1.0, "target_delta": 1e-3}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loader = DataLoader(data, batch_size=4, sampler=SubsetRandomSampler(range(12)))
+    with pytest.raises(ConfigurationError, match="SubsetRandomSampler"):
+        dptorch.make_private(model, optimizer, loader, **settings)
+    loader = DataLoader(Subset(data, range(12)), batch_size=4, shuffle=True)
+    assert dptorch.make_private(model, optimizer, loader, **settings).engine.plan.sample_size == 12
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_used_twice_does_not_repeat_its_noise() -> None:
+    """With other data the noise is other noise; with the same data the release is the same."""
+    start = make_engine(make_model(), noise_multiplier=1.0, max_grad_norm=1.0)
+    state = start.state_dict()
+    first, second = make_data(), TensorDataset(*(t.flip(0) for t in make_data().tensors))
+    found = []
+    for data in (first, first, second):
+        model = make_model()
+        engine = make_engine(model, noise_multiplier=1.0, max_grad_norm=1.0)
+        engine.load_state_dict(copy.deepcopy(state))
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        before = parameters(model)
+        train(model, optimizer, engine.loader(data))
+        found.append(parameters(model) - before)
+        assert engine.statement().resumed == 1
+    assert torch.equal(found[0], found[1])
+    noise = 0.1 / SIZE
+    assert (found[0] - found[2]).std() > 1.2 * noise  # two independent draws, not one
+
+
+def test_plan_and_counter_cannot_be_set() -> None:
+    engine = make_engine(make_model())
+    for name in ("plan", "steps_done"):
+        with pytest.raises(AttributeError):
+            setattr(engine, name, getattr(engine, name))
+
+
+def test_training_a_copy_warns() -> None:
+    model = make_model()
+    make_engine(model)
+    other = copy.deepcopy(model)
+    with pytest.warns(PrivacyWarning, match="copy"):
+        other(torch.randn(2, 5))
+
+
+def test_an_interrupted_forward_leaves_a_usable_engine() -> None:
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.interrupt = nn.Linear(5, 3), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return x
+
+    model = Interrupted()
+    _, optimizer = attached(model, self_check=False)
+    x, y = make_data().tensors
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model.interrupt = False
+    with pytest.warns(PrivacyWarning, match="did not come from"):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def test_a_statistic_read_into_python_warns() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x / x.abs().mean().item())
+
+    model = Scaled()
+    attached(model, self_check=False)
+    with pytest.warns(PrivacyWarning, match=r"item\(\)"):
+        model(torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("function", ["normalised", "automatic"])
+def test_a_vanishing_gradient_is_not_blown_up(function: str) -> None:
+    from dptorch.clipping import coefficients
+
+    norms = torch.tensor([0.0, 1e-22, 1e-20, 1e-3])
+    c = coefficients(norms, 1.0, function)
+    assert (c[:3] == 0).all() if function == "normalised" else (c <= 100).all()
