@@ -15,6 +15,7 @@ import platform
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", dptorch.errors.PrivacyWarning)  # fixed batches, on purpose
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}\n")
     print(
         "| workload | what | median ratio | p10 - p90 | ratio of fastest |\n|---|---|---|---|---|"

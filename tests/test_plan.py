@@ -11,7 +11,7 @@ import dptorch
 from dptorch import accounting
 from dptorch.errors import ConfigurationError
 from dptorch.plan import PrivacyPlan, make_plan
-from dptorch.statement import NOT_COVERED, make_statement
+from dptorch.statement import ASSUMED, NOT_COVERED, make_statement
 
 PLAN = make_plan(batch_size=64, sample_size=1024, epochs=2, noise_multiplier=1.1, target_delta=1e-5)
 
@@ -92,10 +92,18 @@ def test_the_statement_says_everything_that_matters() -> None:
     made = statement({"poisson": 10})
     text = str(made)
     for phrase in (
-        "replacing one example by one that contributes nothing", "zero-out", "1e-05", "Poisson", "10 steps: poisson",
-        "in a place that no other record moves", "Gaussian noise, multiplier 1.1", "operating system", *NOT_COVERED,
+        "replacing one example by one that contributes nothing",
+        "zero-out",
+        "1e-05",
+        "Poisson",
+        "10 steps: poisson",
+        "in a place that no other record moves",
+        "Gaussian noise, multiplier 1.1",
+        "operating system",
+        *NOT_COVERED,
+        *(item.format(unit="example") for item in ASSUMED),
         dptorch.__version__,
-    ):  # fmt: skip
+    ):
         assert phrase in text, phrase
     values = made.to_dict()
     assert values["epsilon"] == PLAN.epsilon(10)

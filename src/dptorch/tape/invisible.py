@@ -57,7 +57,7 @@ def visible() -> Iterator[None]:
         _depth -= 1
         if _depth == 0:
             Function.apply = _plain_apply  # type: ignore[method-assign]
-            del Tensor.set_  # type: ignore[misc]
+            del Tensor.set_
             nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
             checkpoint._checkpoint_without_reentrant_generator = _plain_generator
 

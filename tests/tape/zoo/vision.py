@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 import torch.nn.functional as F
@@ -223,8 +224,7 @@ def _resolve(path: str) -> Any:
 
 def _timm(family: str) -> Callable[[], Case]:
     def build() -> Case:
-        import timm
-
+        timm = pytest.importorskip("timm")
         torch.manual_seed(0)
         name, size, settings = _FAMILIES[family]
         if name.startswith("timm."):
@@ -244,10 +244,10 @@ for _family in _FAMILIES:
 
 
 def _torchvision(name: str, size: int, **settings: object) -> Case:
-    import torchvision.models
-
     torch.manual_seed(0)
-    return _image_case(getattr(torchvision.models, name)(num_classes=3, **settings), size)
+    return _image_case(
+        getattr(pytest.importorskip("torchvision.models"), name)(num_classes=3, **settings), size
+    )
 
 
 @case
@@ -269,6 +269,7 @@ def torchvision_densenet_checkpointed() -> Case:
 
 @case
 def torchvision_efficientnet() -> Case:
+    pytest.importorskip("torchvision")
     from torchvision.models.efficientnet import MBConvConfig
 
     setting = [MBConvConfig(1, 3, 1, 8, 8, 1), MBConvConfig(4, 5, 2, 8, 12, 2)]
@@ -277,6 +278,7 @@ def torchvision_efficientnet() -> Case:
 
 @case
 def torchvision_vgg() -> Case:
+    pytest.importorskip("torchvision")
     from torchvision.models.vgg import make_layers
 
     features = make_layers([8, "M", 16, "M", 16])
@@ -286,6 +288,7 @@ def torchvision_vgg() -> Case:
 
 @case
 def torchvision_swin_v2() -> Case:
+    pytest.importorskip("torchvision")
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
     return _torchvision(
@@ -296,6 +299,7 @@ def torchvision_swin_v2() -> Case:
 
 @case
 def torchvision_convnext() -> Case:
+    pytest.importorskip("torchvision")
     from torchvision.models.convnext import CNBlockConfig
 
     return _torchvision(
