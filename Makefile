@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format zoo clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
@@ -32,6 +32,9 @@ format: $(VENV)/.test  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+zoo: $(VENV)/.test  ## every image model of the zoo against a loop; writes docs/zoo.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo_all
+
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
 
@@ -47,5 +50,5 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing dptorch and its test tools into $(VENV) (a few minutes the first time)"
-	$(PIP) -e '.[report,transformers,dev]'
+	$(PIP) -e '.[report,transformers,vision,prv,dev]'
 	@touch $@ $(VENV)/.demo

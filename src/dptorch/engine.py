@@ -23,7 +23,7 @@ from dptorch.errors import (
 from dptorch.logical_batch import LogicalBatch, StepDiagnostics
 from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan
-from dptorch.randomness import RootKey
+from dptorch.randomness import FROM_OS, RootKey
 from dptorch.release import ClippedSum
 from dptorch.sampling import PoissonSampler, PrivateLoader
 from dptorch.statement import Statement, make_statement
@@ -270,7 +270,8 @@ class PrivacyEngine:
         if not sampled:
             self._warn_of_own_loader()
         noise = GaussianNoise(self.plan.noise_multiplier)
-        context = _fingerprint(clipped)
+        # A seed is for repeating a run, in other physical batches too, which differ by rounding.
+        context = _fingerprint(clipped) if self._key.provenance == FROM_OS else 0
         noisy = noise.privatize(clipped, self._key, step, context=context)
         divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
         with torch.no_grad():
