@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tests.oracles.loop import one_example_loop, relative_error
+from tests.oracles.loop import Loss, one_example_loop, relative_error
 from tests.tape.zoo.base import Lambda
 from torch import Tensor, nn
 
 import dptorch
+from dptorch.tape.provenance import Reduced
 
 some = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -36,20 +37,25 @@ def weighed(model: nn.Module, *batch: Tensor) -> Tensor:
     return (out * torch.linspace(0.5, 1.5, out.shape[1])).sum(1) + 0.1 * out.square().sum(1)
 
 
-def check(model: nn.Module, *batch: Tensor, allow_generic: bool = True) -> None:
-    expected = one_example_loop(model, batch, weighed)
-    with dptorch.record(model) as tape:
-        loss = weighed(model, *batch).sum()
-    loss.backward()
-    formed = tape.per_example_gradients()
-    for name, gradient in expected.items():
-        assert relative_error(formed[name], gradient) <= 1e-9, name
+def check(model: nn.Module, *batch: Tensor, loss: Loss = weighed) -> None:
+    """The tape equals the loop, whether the loss is summed or averaged over the examples."""
+    expected = one_example_loop(model, batch, loss)
     squared = sum(g.reshape(len(g), -1).square().sum(1) for g in expected.values())
-    assert relative_error(tape.norms(), squared.sqrt()) <= 1e-9
-    c = torch.rand(batch[0].shape[0])
-    clipped = tape.clipped_sum(c)
-    for name, gradient in expected.items():
-        assert relative_error(clipped[name], torch.tensordot(c, gradient, 1)) <= 1e-9, name
+    b = batch[0].shape[0]
+    for reduction in ("sum", "mean"):
+        with dptorch.record(model) as tape:
+            getattr(loss(model, *batch), reduction)().backward()
+        assert tape.loss == Reduced(reduction)
+        scale = b if reduction == "mean" else 1
+        formed = tape.per_example_gradients()
+        for name, gradient in expected.items():
+            assert relative_error(scale * formed[name], gradient) <= 1e-9, (reduction, name)
+        assert relative_error(scale * tape.norms(), squared.sqrt()) <= 1e-9, reduction
+        c = torch.rand(b)
+        clipped = tape.clipped_sum(scale * c)
+        for name, gradient in expected.items():
+            truth = torch.tensordot(c, gradient, 1)
+            assert relative_error(clipped[name], truth) <= 1e-9, (reduction, name)
 
 
 def shapes(lead: int, *, least: int = 0) -> st.SearchStrategy[list[int]]:
@@ -110,12 +116,10 @@ def test_einsum(b: int, equation: str, i: int, j: int, k: int) -> None:
     check(Lambda(run, w=w), x.movedim(dim, 0))
 
 
-@some
-@given(batches, st.integers(1, 3), st.booleans(), st.booleans(), st.booleans(), st.data())
-def test_convolutions(
-    b: int, rank: int, transposed: bool, fold: bool, bias: bool, data: st.DataObject
-) -> None:
-    torch.manual_seed(b + rank)
+def convolution(
+    rank: int, transposed: bool, bias: bool, data: st.DataObject
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """A convolution and the shape of one of its inputs."""
     groups = data.draw(st.integers(1, 3))
     inputs, outputs = groups * data.draw(st.integers(1, 2)), groups * data.draw(st.integers(1, 2))
     per_dim = lambda low, high: tuple(data.draw(st.integers(low, high)) for _ in range(rank))
@@ -142,13 +146,22 @@ def test_convolutions(
         mode = data.draw(st.sampled_from(["zeros", "replicate"]))
         settings |= {"stride": stride, "padding": per_dim(0, 2), "padding_mode": mode}
     kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{rank}d")
+    return kind(inputs, outputs, kernel, **settings), (inputs, *size)
+
+
+@some
+@given(batches, st.integers(1, 3), st.booleans(), st.booleans(), st.booleans(), st.data())
+def test_convolutions(
+    b: int, rank: int, transposed: bool, fold: bool, bias: bool, data: st.DataObject
+) -> None:
+    torch.manual_seed(b + rank)
+    layer, shape = convolution(rank, transposed, bias, data)
 
     def run(m: nn.Module, x: Tensor) -> Tensor:
         out = m.c(x.flatten(0, 1) if fold else x[:, 0])
         return out.unflatten(0, (x.shape[0], -1))
 
-    x = torch.randn(b, 2 if fold else 1, inputs, *size)
-    check(Lambda(run, c=kind(inputs, outputs, kernel, **settings)), x)
+    check(Lambda(run, c=layer), torch.randn(b, 2 if fold else 1, *shape))
 
 
 @some

@@ -12,9 +12,9 @@ from dptorch.training.data import (
     Examples,
     ReadOptions,
     encode_labels,
-    load_data,
     split_by_content,
 )
+from dptorch.training.readers import load_data
 
 
 def rows(n: int) -> Examples:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dptorch.errors import DataError
-from dptorch.training.data import ReadOptions, TrainTest, load_data
+from dptorch.training.data import ReadOptions, TrainTest
+from dptorch.training.readers import load_data
 
 
 def everything(data: TrainTest) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ __all__ = [
     "TrainTest",
     "encode_labels",
     "is_held_out",
-    "load_data",
     "split_by_content",
 ]
 
@@ -239,41 +237,3 @@ def encode_labels(labels: Iterable[object], source: str) -> tuple[Tensor, tuple[
         raise DataError(f"{source}: {len(distinct)} classes among the labels; expected at least 2")
     code = {k: i for i, k in enumerate(distinct)}
     return torch.tensor([code[k] for k in keys]), tuple(str(k) for k in distinct)
-
-
-def load_data(path: str | Path, options: ReadOptions | None = None) -> TrainTest:
-    """Read a data set, choosing the reader by what `path` is.
-
-    ========================  ====================================================================
-    directory                 `<class>/*.png`, or `train/<class>/*` with `test/<class>/*`
-    `.npz`                    arrays `x`, `y`; optionally `x_test`, `y_test` (`x_train`,
-                              `y_train` are understood too)
-    `.csv`, `.csv.gz`         a header line, one label column, all other columns numbers
-    `.parquet`, `.pq`         the same, as columns
-    ========================  ====================================================================
-
-    Raises:
-        DataError: naming the file, and the row where one is at fault.
-    """
-    from dptorch.training import readers
-
-    source = Path(path)
-    options = options or ReadOptions()
-    if not source.exists():
-        raise DataError(f"{source} does not exist (looked from {Path.cwd()})")
-    if source.is_dir():
-        return readers.read_image_folder(source, options)
-    by_suffix: dict[str, Callable[[Path, ReadOptions], TrainTest]] = {
-        ".npz": readers.read_npz,
-        ".csv": readers.read_csv,
-        ".csv.gz": readers.read_csv,
-        ".parquet": readers.read_parquet,
-        ".pq": readers.read_parquet,
-    }
-    for suffix, reader in by_suffix.items():
-        if source.name.lower().endswith(suffix):
-            return reader(source, options)
-    raise DataError(
-        f"{source}: cannot tell the format. Expected a folder of images or one of "
-        f"{', '.join(by_suffix)}"
-    )

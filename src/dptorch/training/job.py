@@ -12,8 +12,9 @@ from torch import nn
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.training import recipes
-from dptorch.training.data import ReadOptions, TrainTest, load_data
+from dptorch.training.data import ReadOptions, TrainTest
 from dptorch.training.models import build_model
+from dptorch.training.readers import load_data
 
 __all__ = ["Job", "Setup", "prepare"]
 

@@ -11,7 +11,7 @@ import csv
 import gzip
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,9 +35,45 @@ from dptorch.training.data import (
 )
 from dptorch.training.images import standardise
 
-__all__ = ["ImageFiles", "read_csv", "read_image_folder", "read_npz", "read_parquet"]
+__all__ = ["ImageFiles", "load_data", "read_csv", "read_image_folder", "read_npz", "read_parquet"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+
+
+def load_data(path: str | Path, options: ReadOptions | None = None) -> TrainTest:
+    """Read a data set, choosing the reader by what `path` is.
+
+    ========================  ====================================================================
+    directory                 `<class>/*.png`, or `train/<class>/*` with `test/<class>/*`
+    `.npz`                    arrays `x`, `y`; optionally `x_test`, `y_test` (`x_train`,
+                              `y_train` are understood too)
+    `.csv`, `.csv.gz`         a header line, one label column, all other columns numbers
+    `.parquet`, `.pq`         the same, as columns
+    ========================  ====================================================================
+
+    Raises:
+        DataError: naming the file, and the row where one is at fault.
+    """
+    source = Path(path)
+    options = options or ReadOptions()
+    if not source.exists():
+        raise DataError(f"{source} does not exist (looked from {Path.cwd()})")
+    if source.is_dir():
+        return read_image_folder(source, options)
+    by_suffix: dict[str, Callable[[Path, ReadOptions], TrainTest]] = {
+        ".npz": read_npz,
+        ".csv": read_csv,
+        ".csv.gz": read_csv,
+        ".parquet": read_parquet,
+        ".pq": read_parquet,
+    }
+    for suffix, reader in by_suffix.items():
+        if source.name.lower().endswith(suffix):
+            return reader(source, options)
+    raise DataError(
+        f"{source}: cannot tell the format. Expected a folder of images or one of "
+        f"{', '.join(by_suffix)}"
+    )
 
 
 # --------------------------------------------------------------------------------- image folder
