@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager
@@ -116,7 +117,10 @@ class PrivacyEngine:
         batch_dims: BatchDims = 0,
         self_check: bool = True,
         seed: int | None = None,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            one_of("argument", name, _arguments())
         one_of("clipping_mode", clipping_mode, _CLIPPING_MODES)
         self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
         if watch_on(model) is not None:
@@ -238,10 +242,19 @@ class PrivacyEngine:
             **dataloader_kwargs,
         )
         loader.on_batch(self._batch.begin)
-        loader.on_start(lambda step: self._batch.drop())
+        loader.on_start(self._begin_epoch)
         loader.on_end(self._batch.end)
         self._loaders += 1
         return loader
+
+    def _begin_epoch(self, step: int) -> None:
+        self._batch.drop()
+        if self.exhausted:
+            warnings.warn(
+                f"all {self.plan.steps} steps of the plan are done; the loader has no more batches.",
+                PrivacyWarning,
+                stacklevel=4,
+            )
 
     def public(self) -> AbstractContextManager[None]:
         """Forward passes inside this context are ordinary and unprotected: for public data only.
@@ -401,6 +414,12 @@ class PrivacyEngine:
         self._batch.loss_factors = None if factors is None else tuple(factors)
         self.sampling_run = Counter(state["sampling_run"])
         self._key = key
+
+
+def _arguments() -> list[str]:
+    """What PrivacyEngine takes."""
+    parameters = inspect.signature(PrivacyEngine).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _fingerprint(clipped: ClippedSum) -> int:

@@ -98,7 +98,8 @@ class LogicalBatch:
                     "the loader's last batch was backpropagated but never stepped. Each of its "
                     "batches is a whole logical batch: call optimizer.step() after each, or "
                     "optimizer.zero_grad() to drop it. For larger batches make the plan's batch "
-                    "larger and bound memory with max_physical_batch_size."
+                    "larger and bound memory with max_physical_batch_size. If you did call step(): "
+                    "was it on the optimizer given to engine.attach()?"
                 )
             self.drop()
         self.part = part

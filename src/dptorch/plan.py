@@ -213,10 +213,11 @@ def make_plan(
                 "number well below one over the number of records, for example 1e-5."
             )
         delta = min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
-    elif sample_size is not None and delta >= 1 / sample_size:
+    elif sample_size is not None and 1 / sample_size <= delta < 1:
         warnings.warn(
             f"target_delta={delta:g} is not below 1/{sample_size}: a mechanism that publishes one "
-            f"record in full would satisfy it. Use at most {0.1 / sample_size:.1g}.",
+            f"record in full would satisfy it. Use at most "
+            f"{10.0 ** math.floor(math.log10(0.1 / sample_size)):g}.",
             PrivacyWarning,
             stacklevel=2,
         )

@@ -110,10 +110,12 @@ class Statement:
             + (f"; resumed {self.resumed} times" if self.resumed else ""),
             f"Sampling assumed     Poisson, rate {plan.sample_rate:.6g}",
             f"Sampling run         {run}",
-            f"epsilon              {_number(self.epsilon)} if every batch is a Poisson sample",
-            f"                     {_number(self.epsilon_unamplified)} if batches are chosen "
-            "otherwise, without looking at the data, a record at",
-            "                     most once a step and in a place that no other record moves",
+            f"epsilon              {_number(self.epsilon)} if every batch is a Poisson sample"
+            + (", as here" if self.sampling_holds else ""),
+            f"                     {_number(self.epsilon_unamplified)} "
+            + ("for comparison: " if self.sampling_holds else "")
+            + "if batches are chosen otherwise, without looking at the data, a record",
+            "                     at most once a step and in a place that no other record moves",
             f"Accountant           {plan.accountant}",
             f"Randomness           key from the {self.key_provenance}",
             "",

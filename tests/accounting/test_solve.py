@@ -121,3 +121,11 @@ def test_no_noise_is_infinite_and_no_steps_are_free():
     run = {"sample_rate": 0.01, "delta": 1e-5}
     assert accounting.epsilon(noise_multiplier=0.0, steps=10, **run) == math.inf
     assert accounting.epsilon(noise_multiplier=0.0, steps=0, **run) == 0.0
+
+
+@pytest.mark.parametrize("adjacency", ["zero-out", "replace-one"])
+@pytest.mark.parametrize("target", [1e-9, 9e-4])
+def test_a_tiny_target_is_met_at_once(target: float, adjacency: str) -> None:
+    question = {"sample_rate": 0.256, "steps": 80, "delta": 1e-6, "adjacency": adjacency}
+    sigma = accounting.noise_multiplier(target_epsilon=target, **question)
+    assert accounting.epsilon(noise_multiplier=sigma, **question) <= target

@@ -1,6 +1,5 @@
 """Every mistake the engine can see is an error that states the value and the way out."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -91,16 +90,16 @@ def test_delta_that_is_too_large_warns() -> None:
 )
 def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
     model = make_model()
-    with (
-        pytest.warns(PrivacyWarning) if settings.get("target_delta") == 1.0 else nullcontext(),
-        pytest.raises(ConfigurationError, match=message),
-    ):
+    with pytest.raises(ConfigurationError, match=message):
         make_engine(model, **settings)
     make_engine(model)  # nothing half done: the model is free
 
 
 def test_an_unknown_argument() -> None:
-    with pytest.raises(TypeError, match="max_grad_nrm"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"'max_grad_nrm' is not known.*'plan'.*Did you mean 'max_grad_norm'",
+    ):
         make_engine(make_model(), max_grad_nrm=1.0)
 
 

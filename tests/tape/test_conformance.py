@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dptorch
+from dptorch.errors import ExamplesMixError, NotCoveredError
 from dptorch.tape import Tape
 
 Draw = Callable[[st.SearchStrategy], object]
@@ -30,6 +31,7 @@ ELSEWHERE = {
     "ParameterList": "holds parameters; the zoo uses raw ones",
     "Sequential": "holds layers",
     "Unflatten": "has no parameters",
+    "AdaptiveLogSoftmaxWithLoss": "has a test of its own below",
     "RNNBase": "abstract",
     "RNNCellBase": "abstract",
     "SyncBatchNorm": "needs several processes; refused as every BatchNorm in training is",
@@ -51,7 +53,7 @@ def layer(
     """Enter the function as the one that draws the layers of these names, with a batch each."""
 
     def enter(draw: Callable[[str, st.DataObject], Drawn]) -> Callable[..., Drawn]:
-        LAYERS.update(dict.fromkeys(names, draw))
+        LAYERS.update({name: draw for name in names if hasattr(nn, name)})
         return draw
 
     return enter
@@ -104,10 +106,21 @@ def embedding_bag(name: str, data: st.DataObject) -> Drawn:
     if mode == "sum" and data.draw(flag):
         run = lambda m, i, w: m.e(i, per_sample_weights=w)
         return Lambda(run, e=module), (ids, torch.randn(ids.shape))
-    if data.draw(flag):  # all bags in one long tensor
+    if mode != "max" and data.draw(flag):  # all bags in one long tensor
         run = lambda m, i: m.e(i.flatten(), torch.arange(0, i.numel(), i.shape[1]))
         return Lambda(run, e=module), (ids,)
     return module, (ids,)
+
+
+@layer("LinearCrossEntropyLoss")
+def linear_cross_entropy(name: str, data: st.DataObject) -> Drawn:
+    """A head and its loss in one, in newer releases of torch."""
+    b, d, p = data.draw(few), data.draw(few), data.draw(st.integers(2, 4))
+    module = nn.LinearCrossEntropyLoss(
+        d, p, bias=data.draw(flag), reduction="none",
+        label_smoothing=data.draw(st.sampled_from([0.0, 0.1])),
+    )  # fmt: skip
+    return module, (torch.randn(b, d), torch.randint(0, p, (b,)))
 
 
 # -- normalisation and activations -----------------------------------------------------------------
@@ -268,7 +281,7 @@ def transformer(name: str, data: st.DataObject) -> Drawn:
 # -- the test, and its controls --------------------------------------------------------------------
 
 some = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -307,6 +320,26 @@ def test_a_parametrized_layer_equals_the_loop(name: str, kind: str, training: bo
     check(module, torch.randn(3, *shape), loss=loss)
     moved = any(not torch.equal(b, start[n]) for n, b in module.named_buffers())
     assert moved == (training and kind == "spectral_norm")
+
+
+@pytest.mark.parametrize(("mode", "offsets"), [("sum", [0, 1]), ("max", [0, 2])])
+def test_other_bags_in_one_tensor_are_refused(mode: str, offsets: list[int]) -> None:
+    model = Lambda(
+        lambda m, i: m.e(i.flatten(), torch.tensor(offsets)), e=nn.EmbeddingBag(4, 3, mode=mode)
+    )
+    with dptorch.record(model), pytest.raises(NotCoveredError, match="embedding_bag"):
+        model(torch.tensor([[1, 1], [2, 3]]))
+
+
+def test_adaptive_softmax_is_exact_or_refused() -> None:
+    """Its ``log_prob`` is exact. Its ``forward`` sorts the examples into clusters by their labels in
+    a way that is not followed: it is refused, never wrong."""
+    torch.manual_seed(0)
+    head = nn.AdaptiveLogSoftmaxWithLoss(16, 10, [2, 6], div_value=2)
+    x, y = torch.randn(4, 16), torch.tensor([0, 5, 9, 3])
+    check(Lambda(lambda m, x: m.h.log_prob(x), h=head), x)
+    with dptorch.record(head), pytest.raises(ExamplesMixError, match="squeeze"):
+        head(x, y)
 
 
 def test_every_layer_with_parameters_has_a_row() -> None:

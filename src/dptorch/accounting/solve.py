@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 from dptorch.accounting import contour
 from dptorch.accounting.accountants import registry
@@ -22,6 +23,8 @@ from dptorch.errors import ConfigurationError, PrivacyError
 __all__ = ["delta", "epsilon", "noise_multiplier", "sample_rate", "steps"]
 
 _LEAST_NOISE, _MOST_NOISE = 1e-2, 1e7
+# Below this ε nothing is composed: the noise is set so that ε is 0.
+_TINY_EPSILON = 1e-3
 _LEAST_RATE = 1e-12
 _MOST_STEPS = 10**12
 _CLOSE = 1e-5  # in log δ: about as far in ε, relative to ε
@@ -89,7 +92,8 @@ def noise_multiplier(
     """The smallest noise multiplier that keeps `steps` DP-SGD steps within `target_epsilon`.
 
     Returns:
-        0.0 for steps=0: nothing is released.
+        0.0 for steps=0: nothing is released. For targets below 1e-3, where composing exactly takes
+        minutes, the noise that makes ε = 0: more than is needed, and safe.
 
     Raises:
         ConfigurationError: a value out of range, or a target below what the accountant can show for
@@ -103,6 +107,8 @@ def noise_multiplier(
     question = _Question.of(target_epsilon, delta, accountant, adjacency)
     if SampledGaussian(1.0, sample_rate, steps).steps == 0:
         return 0.0
+    if 0 < target_epsilon < _TINY_EPSILON and accountant in ("exact", "pld"):
+        return _noise_for_no_epsilon(delta, sample_rate, steps, Adjacency.of(adjacency))
     return question.solve(
         lambda sigma: SampledGaussian(sigma, sample_rate, steps),
         start=1.0,
@@ -111,6 +117,17 @@ def noise_multiplier(
         unreachable="for any noise multiplier. Take fewer steps, a lower sample_rate, or a larger "
         "delta or target_epsilon",
     )
+
+
+def _noise_for_no_epsilon(
+    delta: float, sample_rate: float, steps: int, adjacency: Adjacency
+) -> float:
+    """Noise at which the total variations of all steps add up to at most delta: (0, delta)-DP.
+
+    One step's is ``q (2 Phi(s / (2 sigma)) - 1)`` for a sensitivity s, and they add up.
+    """
+    share = min(delta * (1 - 1e-9) / (sample_rate * steps), 1 - 1e-12)
+    return adjacency.sensitivity_factor / (2 * NormalDist().inv_cdf((1 + share) / 2))
 
 
 def sample_rate(

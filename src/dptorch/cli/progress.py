@@ -32,6 +32,13 @@ def introduce(setup: Setup, console: Console) -> None:
         f"clipping norm {plan.max_grad_norm:g}, {plan.steps:,} steps of about "
         f"{plan.expected_batch_size:,.0f} examples"
     )
+    reading = setup.job.reading
+    tabular = setup.job.data is not None and len(data.input_shape) == 1
+    if tabular and reading.bounds is None and not reading.column_bounds:
+        console.print(
+            "[bold]Hint[/]     Columns are used as they are. Training is usually much better with "
+            "--bounds LOW,HIGH or a JSON file of public ranges."
+        )
     if setup.job.seed is not None:
         console.print("[bold yellow]Not private[/]: the noise comes from a seed. For tests only.")
     console.print()

@@ -270,6 +270,8 @@ def train(
         setup = _prepare(prepare, job, console)
         outcome = _watched(run_job, setup, folder, console, resume=True)
     else:
+        if data is None:
+            _refuse_reading_options(ctx)
         job = Job(
             recipe=recipe,
             data=None if data is None else str(data),
@@ -317,6 +319,16 @@ def _refuse_settings(ctx: typer.Context, overwrite: bool) -> None:
             )
 
 
+def _refuse_reading_options(ctx: typer.Context) -> None:
+    for parameter in ("label", "bounds", "image_size", "channels", "test_fraction"):
+        source = ctx.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ConfigurationError(
+                f"--{parameter.replace('_', '-')} says how to read --data; a recipe brings its own "
+                "data and preprocessing. Leave it out, or give --data."
+            )
+
+
 Range = tuple[float, float]
 
 
@@ -340,6 +352,8 @@ def _bounds(text: str | None) -> tuple[Range | None, dict[str, Range]]:
 def _prepare(prepare: Any, job: Job, console: Console) -> Setup:
     from dptorch.cli.progress import introduce
 
+    if not console.is_terminal:
+        console.print("Reading data, calibrating noise")
     with console.status("Reading data, calibrating noise"):
         setup: Setup = prepare(job)
     introduce(setup, console)

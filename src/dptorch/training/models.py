@@ -220,8 +220,16 @@ def _imported_model(module: str, attribute: str, input_shape: Shape, num_classes
             f"an nn.Module class."
         )
     offered = {"input_shape": input_shape, "num_classes": num_classes}
-    known = inspect.signature(factory).parameters
-    model = factory(**{k: v for k, v in offered.items() if k in known})
+    try:
+        signature = inspect.signature(factory)
+        given = {k: v for k, v in offered.items() if k in signature.parameters}
+        signature.bind(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"--model {module}:{attribute} cannot be called ({error}). It is given input_shape and "
+            f"num_classes, if it takes them, and nothing else."
+        ) from error
+    model = factory(**given)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
             f"--model {module}:{attribute} returned a {type(model).__name__}; expected an "

@@ -14,7 +14,7 @@ from torch import Tensor
 from dptorch.errors import NotCoveredError
 from dptorch.tape.calls import Call
 from dptorch.tape.gradients import PerExampleGradient, Scatter
-from dptorch.tape.provenance import rows
+from dptorch.tape.provenance import Tag, rows
 from dptorch.tape.rules.registry import rule
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def embedding(call: Call, recording: Recording) -> Any:
 
 @rule("embedding_bag")
 def embedding_bag(call: Call, recording: Recording) -> Any:
-    """Sums and means of bags of rows, ids [B, T]; other forms go to the generic rule.
+    """Sums and means of bags of rows, ids [B, T] or bags of one size in a row, [B * T] with offsets;
+    other forms go to the generic rule.
 
     Raises:
         NotCoveredError: for `max_norm` and `scale_grad_by_freq`, as `embedding` does.
@@ -86,8 +87,15 @@ def embedding_bag(call: Call, recording: Recording) -> Any:
             "scale_grad_by_freq divides by counts over the whole batch. Use neither."
         )
     tag = call.tag_of(ids)
-    if tag is None or tag.dim != 0 or ids.dim() != 2 or mode == "max":
+    if tag is None or tag.dim != 0 or mode == "max":
         return NotImplemented
+    if ids.dim() == 1:
+        each = _size_of_bags(ids, call.arg(2, "offsets"))
+        if not each or not tag.regular or tag.step % each:
+            return NotImplemented
+        bag_tag, shape = Tag(0, tag.step // each), (-1, each)
+    else:
+        bag_tag, shape = tag, tuple(ids.shape)
     if [id(p) for p in call.parameters] != [id(table)]:
         return NotImplemented
     if scale is not None and call.tag_of(scale) != tag:
@@ -100,7 +108,7 @@ def embedding_bag(call: Call, recording: Recording) -> Any:
         grads: Sequence[Tensor | None], saved: Sequence[Tensor]
     ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
         assert grads[0] is not None
-        bags, *weights = saved
+        bags, *weights = (t.reshape(shape) for t in saved)
         share = (bags != padding if padding is not None else torch.ones_like(bags)).to(
             grads[0].dtype
         )
@@ -108,8 +116,17 @@ def embedding_bag(call: Call, recording: Recording) -> Any:
             share = share / share.sum(1, keepdim=True).clamp(min=1)
         if weights:
             share = share * weights[0]
-        values = rows(grads[0][:, None] * share[..., None], tag, n)  # [B, m, T, D]
-        yield table, Scatter(rows(bags, tag, n).flatten(1), values.flatten(1, 2), table.shape)
+        values = rows(grads[0][:, None] * share[..., None], bag_tag, n)  # [B, m, T, D]
+        yield table, Scatter(rows(bags, bag_tag, n).flatten(1), values.flatten(1, 2), table.shape)
 
     kept = (ids,) if scale is None else (ids, scale.detach())
-    return recording.tap(call, out, [tag], kept, gradients)
+    return recording.tap(call, out, [bag_tag], kept, gradients)
+
+
+def _size_of_bags(ids: Tensor, offsets: Tensor | None) -> int:
+    """How many ids every bag holds if that is the same number for each, else 0."""
+    if offsets is None or offsets.numel() == 0 or ids.numel() % offsets.numel():
+        return 0
+    each = ids.numel() // offsets.numel()
+    even = torch.arange(0, ids.numel(), each, device=offsets.device) if each else offsets + 1
+    return each if torch.equal(offsets.to(even.dtype), even) else 0
