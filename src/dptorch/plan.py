@@ -112,10 +112,6 @@ class PrivacyPlan:
             [event], self.target_delta, adjacency=self.adjacency
         )
 
-    def spent(self, steps: int) -> PrivacySpent:
-        """(ε, δ) after some steps."""
-        return PrivacySpent(self.epsilon(steps), self.target_delta)
-
     def to_json(self) -> str:
         """The plan as JSON; `from_json` restores it exactly."""
         values = asdict(self) | {"adjacency": self.adjacency.value}

@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dptorch.tape.recording import Recording
-
-__all__ = ["BatchDims", "input_tagger", "map_batched"]
+__all__ = ["BatchDims", "map_batched"]
 
 # One dimension for all inputs, or one for each named argument of forward; None: not batched.
 BatchDims = int | Mapping[str, int | None]
@@ -55,27 +53,6 @@ def map_batched(
 
     new_args = tuple(apply(n, a) for n, a in zip(names, args, strict=True))
     return new_args, {n: apply(n, a) for n, a in kwargs.items()}
-
-
-def input_tagger(
-    recording_of: Callable[[], Recording | None], batch_dims: BatchDims = 0
-) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    """A forward pre-hook (with_kwargs=True) that tags the batched inputs of a call.
-
-    Args:
-        recording_of: returns the recording to tag for, or None to leave the call alone.
-        batch_dims: see `map_batched`.
-    """
-
-    def tag(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        recording = recording_of()
-        if recording is None:
-            return None
-        return map_batched(recording.tag_batch, module, args, kwargs, batch_dims)
-
-    return tag
 
 
 def _argument_names(module: nn.Module, count: int) -> list[str]:

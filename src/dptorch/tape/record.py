@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from dptorch.tape.batch import BatchDims, input_tagger
+from dptorch.tape.batch import BatchDims, map_batched
 from dptorch.tape.guard import ParameterGuard
 from dptorch.tape.invisible import visible
 from dptorch.tape.recording import Recording
@@ -59,7 +59,10 @@ def record(
     tape = recording.tape
     tape.guard = ParameterGuard(tape.parameters, strict=False)
     hook = model.register_forward_pre_hook(
-        input_tagger(lambda: recording, batch_dims), with_kwargs=True
+        lambda module, args, kwargs: map_batched(
+            recording.tag_batch, module, args, kwargs, batch_dims
+        ),
+        with_kwargs=True,
     )
     try:
         with visible(), recording:
