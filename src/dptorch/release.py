@@ -21,10 +21,21 @@ class ClippedSum:
     Attributes:
         values: parameter name -> float32 or float64 tensor of the parameter's shape.
         max_norm: bound on the joint L2 norm, over all tensors, of one example's contribution.
+        scales: parameter name -> the scale of its noise, where parameters differ in it (groups with
+            bounds of their own): an example's contribution g must satisfy
+            ``sum_n |g_n|**2 / scales[n]**2 <= 1``. Noise of standard deviation
+            ``noise_multiplier * scales[n]`` then costs what the Gaussian mechanism of that noise
+            multiplier costs: dividing by the scales turns it into noise of one standard deviation
+            on a sum of sensitivity 1. None: `max_norm` for every parameter.
     """
 
     values: Mapping[str, Tensor]
     max_norm: float
+    scales: Mapping[str, float] | None = None
+
+    def scale(self, name: str) -> float:
+        """Standard deviation of the noise of parameter `name` per unit of noise multiplier."""
+        return float(self.max_norm if self.scales is None else self.scales[name])
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,10 @@ class NoisyGradient:
 
     Attributes:
         values: parameter name -> tensor of the parameter's shape.
-        stddev: standard deviation of the noise in each coordinate.
+        stddev: parameter name -> standard deviation of the noise in each of its coordinates.
         max_norm: the clipping bound of the sum under the noise.
     """
 
     values: Mapping[str, Tensor]
-    stddev: float
+    stddev: Mapping[str, float]
     max_norm: float

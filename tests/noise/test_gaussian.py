@@ -38,7 +38,7 @@ def test_adds_noise_to_the_sum() -> None:
     values = {name: torch.full(shape, 7.0) for name, shape in SHAPES.items()}
     noisy = GaussianNoise(1.5).privatize(ClippedSum(values, 1.0), KEY, 3)
     assert isinstance(noisy, NoisyGradient)
-    assert (noisy.stddev, noisy.max_norm) == (1.5, 1.0)
+    assert (set(noisy.stddev.values()), noisy.max_norm) == ({1.5}, 1.0)
     assert list(noisy.values) == list(SHAPES)
     for name, shape in SHAPES.items():
         assert noisy.values[name].shape == shape
@@ -49,9 +49,50 @@ def test_adds_noise_to_the_sum() -> None:
 def test_scale_is_multiplier_times_clipping_norm() -> None:
     reference = noise_of(zeros(), scale=1.0)
     noisy = GaussianNoise(0.5).privatize(ClippedSum(zeros(), 8.0), KEY, 3)
-    assert noisy.stddev == 4.0
+    assert noisy.stddev == dict.fromkeys(SHAPES, 4.0)
     flat = torch.cat([t.reshape(-1) for t in noisy.values.values()])
     assert torch.allclose(flat, 4.0 * reference, rtol=1e-6)
+
+
+def test_each_parameter_can_have_its_own_scale() -> None:
+    """One sequence of normals, each parameter's part times its own scale."""
+    scales = {name: 0.25 * 2**i for i, name in enumerate(SHAPES)}
+    noisy = GaussianNoise(1.5).privatize(ClippedSum(zeros(), 40.0, scales), KEY, 3)
+    unit = GaussianNoise(1.0).privatize(ClippedSum(zeros(), 1.0), KEY, 3)
+    assert noisy.stddev == {name: 1.5 * scale for name, scale in scales.items()}
+    assert noisy.max_norm == 40.0
+    for name, scale in scales.items():
+        assert torch.allclose(noisy.values[name], 1.5 * scale * unit.values[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scales", [{"w": 0.0}, {"w": math.nan}, {"w": -1.0}, {}, {"w": 1.0, "v": 1.0}, {"v": 1.0}]
+)
+def test_refuses_scales_that_leave_a_parameter_unprotected(scales: dict[str, float]) -> None:
+    values = {"w": torch.zeros(3)}
+    with pytest.raises(PrivacyError, match="scales"):
+        GaussianNoise(1.0).privatize(ClippedSum(values, 1.0, scales), KEY, 0)
+    assert torch.equal(values["w"], torch.zeros(3))
+
+
+def longest_in_units_of_noise(scales: dict[str, float], noise_scales: dict[str, float]) -> float:
+    """The longest of many contributions of norm 1 in units of `scales`, under noise of others."""
+    zero = {"a": torch.zeros(3), "b": torch.zeros(4)}
+    noisy = GaussianNoise(1.7).privatize(ClippedSum(zero, 2.0, noise_scales), KEY, 0)
+    generator = torch.Generator().manual_seed(0)
+    longest = 0.0
+    for _ in range(100):
+        g = {n: torch.randn(v.shape, generator=generator) for n, v in zero.items()}
+        norm = math.sqrt(sum((g[n] / scales[n]).square().sum().item() for n in g))
+        in_noise = sum((g[n] / norm / noisy.stddev[n]).square().sum().item() for n in g)
+        longest = max(longest, math.sqrt(in_noise))
+    return longest
+
+
+def test_scaled_noise_hides_a_scaled_contribution_as_the_multiplier_says() -> None:
+    scales, swapped = {"a": 0.1, "b": 2.0}, {"a": 2.0, "b": 0.1}
+    assert longest_in_units_of_noise(scales, scales) == pytest.approx(1 / 1.7, rel=1e-5)
+    assert longest_in_units_of_noise(scales, swapped) > 1 / 1.7, "the broken twin must be caught"
 
 
 def test_every_coordinate_gets_noise() -> None:
@@ -111,7 +152,7 @@ def test_accepts_gradients_that_autograd_knows() -> None:
 def test_multiplier_zero_adds_nothing() -> None:
     values = {"a": torch.ones(5)}
     noisy = GaussianNoise(0.0).privatize(ClippedSum(values, 2.0), KEY, 0)
-    assert noisy.stddev == 0.0
+    assert noisy.stddev == {"a": 0.0}
     assert torch.equal(noisy.values["a"], torch.ones(5))
 
 
@@ -123,9 +164,10 @@ def test_other_devices_use_seeded_blocks() -> None:
     def run(cuts: list[int], step: int) -> torch.Tensor:
         flat = torch.zeros(size)
         spans = [
-            _Span(a, flat[a:b], flat[a:b]) for a, b in zip([0, *cuts], [*cuts, size], strict=True)
+            _Span(a, flat[a:b], flat[a:b], 2.0)
+            for a, b in zip([0, *cuts], [*cuts, size], strict=True)
         ]
-        _add_on_device(spans, KEY, (step, 0), 2.0, device, torch.float32)
+        _add_on_device(spans, KEY, (step, 0), device, torch.float32)
         return flat
 
     whole = run([], 1)

@@ -24,20 +24,20 @@ EXTREMES_32 = np.array([0, 1, -1, 2**30, -(2**30), 2**30 - 1, 2**31 - 1, -(2**31
 
 
 def transform(dtype: np.dtype[Any], radius: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """The normals of chosen bits, as a [2, len(radius)] array, at stddev 1."""
+    """The normals of chosen bits, as a [2, len(radius)] array."""
     normals = KeystreamNormals(bytes(32), dtype)
     radius_bits = np.ones(PAIRS, np.int64)
     angle_bits = np.ones(PAIRS, np.int32)
     radius_bits[: len(radius)], angle_bits[: len(angle)] = radius, angle
-    normals._transform(radius_bits, angle_bits, 1.0)
+    normals._transform(radius_bits, angle_bits)
     return normals._normals[:, : len(radius)].copy()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FLOAT32, 3e-6), (FLOAT64, 1e-12)])
 def test_block_is_box_muller_of_the_keystream(dtype: np.dtype[Any], tolerance: float) -> None:
     """Oracle: the bits decrypted independently, the formula in Python floats."""
-    key, index, stddev = bytes(range(32)), 5, 2.5
-    block = KeystreamNormals(key, dtype).block(index, stddev).copy()
+    key, index = bytes(range(32)), 5
+    block = KeystreamNormals(key, dtype).block(index).copy()
     counter = (index * PAIRS * 12 // 16).to_bytes(16, "big")
     bits = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(bytes(12 * PAIRS))
     for i in [0, 1, 77, PAIRS - 1]:
@@ -45,7 +45,7 @@ def test_block_is_box_muller_of_the_keystream(dtype: np.dtype[Any], tolerance: f
         at = 8 * PAIRS + 4 * i
         turn = (int.from_bytes(bits[at : at + 4], "little", signed=True) + 0.5) / 2**32
         log_u = math.log(x / 2**64) if x > 0 else math.log1p(x / 2**64)
-        radius = stddev * math.sqrt(-2.0 * log_u)
+        radius = math.sqrt(-2.0 * log_u)
         assert block[i] == pytest.approx(radius * math.cos(2 * math.pi * turn), abs=tolerance)
         assert block[PAIRS + i] == pytest.approx(
             radius * math.sin(2 * math.pi * turn), abs=tolerance
@@ -98,25 +98,25 @@ def test_small_radii_are_fine_grained() -> None:
 
 
 def test_precisions_agree() -> None:
-    a = KeystreamNormals(bytes(32), FLOAT32).block(2, 1.0).astype(np.float64)
-    b = KeystreamNormals(bytes(32), FLOAT64).block(2, 1.0)
+    a = KeystreamNormals(bytes(32), FLOAT32).block(2).astype(np.float64)
+    b = KeystreamNormals(bytes(32), FLOAT64).block(2)
     assert np.abs(a - b).max() < 5e-6
 
 
 def test_blocks_do_not_depend_on_what_was_read_before() -> None:
     one, other = KeystreamNormals(bytes(32), FLOAT32), KeystreamNormals(bytes(32), FLOAT32)
-    expected = [one.block(i, 1.0).copy() for i in range(4)]
+    expected = [one.block(i).copy() for i in range(4)]
     for i in (3, 0, 2, 2, 1):
-        assert (other.block(i, 1.0) == expected[i]).all()
+        assert (other.block(i) == expected[i]).all()
 
 
 def test_device_blocks_are_functions_of_their_seed() -> None:
     """On the CPU, whose generator is another one; the addressing is what is tested."""
     seeds = {0: 2**64 - 1, 1: 2**63, 2: 5}
     normals = DeviceNormals(seeds.__getitem__, torch.device("cpu"), torch.float32)
-    blocks = {i: normals.block(i, 3.0).clone() for i in (2, 0, 1)}
+    blocks = {i: normals.block(i).clone() for i in (2, 0, 1)}
     assert blocks[0].shape == (DEVICE_BLOCK,)
-    assert torch.equal(normals.block(0, 3.0), blocks[0])
+    assert torch.equal(normals.block(0), blocks[0])
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         assert (blocks[a] == blocks[b]).double().mean() < 1e-3
-    assert abs(blocks[0].double().std().item() - 3.0) < 3.0 * 5 / math.sqrt(2 * DEVICE_BLOCK)
+    assert abs(blocks[0].double().std().item() - 1.0) < 5 / math.sqrt(2 * DEVICE_BLOCK)

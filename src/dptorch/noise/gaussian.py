@@ -39,7 +39,9 @@ _BLOCKS_PER_THREAD: Final = 4
 
 
 class GaussianNoise:
-    """Adds to each coordinate of a clipped sum independent N(0, (noise_multiplier * max_norm)**2).
+    """Adds to each coordinate of a clipped sum independent N(0, (noise_multiplier * scale)**2).
+
+    The scale is the sum's `max_norm`, or that of the parameter where the sum gives `scales`.
 
     Number i of the noise of a step is a function of (key, step, i), where i counts the coordinates
     of all parameters in the order of `clipped.values`. On the CPU the numbers come from an AES-256
@@ -48,14 +50,14 @@ class GaussianNoise:
     copies.
 
     Args:
-        noise_multiplier: standard deviation per unit of `max_norm`, >= 0. With 0 nothing is added
+        noise_multiplier: standard deviation per unit of scale, >= 0. With 0 nothing is added
             and nothing is private.
         secure_rng: cryptographic noise on every device.
 
     Guarantees:
         - Every coordinate of every parameter gets noise, those that are zero included.
-        - The noise depends on nothing but (key, step, position, noise_multiplier * max_norm): not
-          on the values, the number of threads, or how the parameters are laid out in memory.
+        - The noise depends on nothing but (key, step, position, noise_multiplier * scale): not on
+          the values, the number of threads, or how the parameters are laid out in memory.
         - Noise of different steps, and of different positions, is independent.
 
     What it does not protect from: an observer who sees all bits of float32 outputs can exclude some
@@ -68,7 +70,7 @@ class GaussianNoise:
         >>> sums = ClippedSum({"weight": torch.zeros(1000)}, max_norm=0.5)
         >>> noisy = GaussianNoise(2.0).privatize(sums, RootKey.from_seed(0), step=0)
         >>> noisy.stddev, bool(abs(noisy.values["weight"].std() - 1.0) < 0.1)
-        (1.0, True)
+        ({'weight': 1.0}, True)
     """
 
     def __init__(self, noise_multiplier: float, *, secure_rng: bool = False) -> None:
@@ -103,12 +105,13 @@ class GaussianNoise:
                 data, after going back to a checkpoint, does not repeat its noise.
 
         Returns:
-            the noisy sum, with `stddev = noise_multiplier * clipped.max_norm`.
+            the noisy sum, with `stddev[n] = noise_multiplier * clipped.scale(n)`.
 
         Raises:
             TypeError: `clipped` is not a `ClippedSum`.
-            PrivacyError: the sum has no finite positive `max_norm`, or a tensor is of low
-                precision, sparse or shares memory. No tensor has been changed then.
+            PrivacyError: the sum has no finite positive `max_norm`, its `scales` are not one finite
+                positive number for each parameter, or a tensor is of low precision, sparse or
+                shares memory. No tensor has been changed then.
         """
         if not isinstance(clipped, ClippedSum):
             raise TypeError(
@@ -120,44 +123,58 @@ class GaussianNoise:
             raise TypeError(
                 f"key must be a RootKey, not {type(key).__name__}; use RootKey.from_os()"
             )
-        max_norm = float(clipped.max_norm)
-        if not math.isfinite(max_norm) or max_norm <= 0.0:
-            raise PrivacyError(
-                f"max_norm={clipped.max_norm!r} of the clipped sum must be finite and positive: it "
-                "is the scale of the noise"
-            )
+        stddevs = self._stddevs(clipped)
         _check_tensors(clipped.values)
-        stddev = self.noise_multiplier * max_norm
-        if stddev and not _STDDEV_RANGE[0] <= stddev <= _STDDEV_RANGE[1]:
-            raise PrivacyError(
-                f"the standard deviation {stddev} of the noise is out of float32's reach; choose "
-                f"max_norm so that it lies in [{_STDDEV_RANGE[0]}, {_STDDEV_RANGE[1]}]"
-            )
-        if stddev > 0.0:
+        if self.noise_multiplier > 0.0:
             with torch.no_grad():
-                self._add(clipped.values, key, (step, context), stddev)
-        return NoisyGradient(dict(clipped.values), stddev=stddev, max_norm=max_norm)
+                self._add(clipped.values, key, (step, context), stddevs)
+        return NoisyGradient(dict(clipped.values), stddevs, float(clipped.max_norm))
+
+    def _stddevs(self, clipped: ClippedSum) -> dict[str, float]:
+        _refuse_no_scale("max_norm", clipped.max_norm)
+        scales = clipped.scales
+        if scales is not None and set(scales) != set(clipped.values):
+            odd = sorted(set(scales) ^ set(clipped.values))
+            raise PrivacyError(
+                f"scales and values of the clipped sum differ in {odd[0]!r}: each parameter needs "
+                "one scale, or its noise would be arbitrary"
+            )
+        for name in scales or ():
+            _refuse_no_scale(f"scales[{name!r}]", clipped.scale(name))
+        stddevs = {name: self.noise_multiplier * clipped.scale(name) for name in clipped.values}
+        low, high = _STDDEV_RANGE
+        for name, stddev in stddevs.items():
+            if stddev and not low <= stddev <= high:
+                raise PrivacyError(
+                    f"the standard deviation {stddev} of the noise of {name!r} is out of float32's "
+                    f"reach; choose max_norm so that it lies in [{low}, {high}]"
+                )
+        return stddevs
 
     def _add(
-        self, values: Mapping[str, Tensor], key: RootKey, place: tuple[int, int], stddev: float
+        self,
+        values: Mapping[str, Tensor],
+        key: RootKey,
+        place: tuple[int, int],
+        stddevs: Mapping[str, float],
     ) -> None:
         starts = list(itertools.accumulate((t.numel() for t in values.values()), initial=0))
         groups: dict[tuple[torch.device, torch.dtype], list[_Span]] = {}
-        for start, tensor in zip(starts, values.values(), strict=False):
+        for start, (name, tensor) in zip(starts, values.items(), strict=False):
             if tensor.numel():
                 flat = tensor.detach().contiguous().view(-1)
-                span = _Span(start, flat, tensor)
+                span = _Span(start, flat, tensor, stddevs[name])
                 groups.setdefault((tensor.device, tensor.dtype), []).append(span)
         for (device, dtype), spans in groups.items():
             if device.type == "cpu":
-                _add_on_cpu(spans, key.derive(PURPOSE, *place), stddev, _NUMPY_DTYPE[dtype])
+                _add_on_cpu(spans, key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
             elif self.secure_rng:
                 normals = KeystreamNormals(key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
                 for index, pieces in _by_block(spans, KEYSTREAM_BLOCK):
-                    block = torch.from_numpy(normals.block(index, stddev)).to(device)
+                    block = torch.from_numpy(normals.block(index)).to(device)
                     _add_pieces(pieces, block)
             else:
-                _add_on_device(spans, key, place, stddev, device, dtype)
+                _add_on_device(spans, key, place, device, dtype)
             for span in spans:
                 span.write_back()
 
@@ -174,6 +191,7 @@ class _Span:
     start: int
     flat: Tensor
     owner: Tensor
+    stddev: float
 
     @property
     def stop(self) -> int:
@@ -211,17 +229,19 @@ def _by_block(spans: list[_Span], block: int) -> Iterator[tuple[int, list[_Piece
         yield index, pieces
 
 
-def _add_on_cpu(spans: list[_Span], key: bytes, stddev: float, dtype: np.dtype[Any]) -> None:
+def _add_on_cpu(spans: list[_Span], key: bytes, dtype: np.dtype[Any]) -> None:
     blocks = list(_by_block(spans, KEYSTREAM_BLOCK))
     flats: dict[int, NDArray[Any]] = {span.start: span.flat.numpy() for span in spans}
 
     def work(mine: list[tuple[int, list[_Piece]]]) -> None:
         normals = KeystreamNormals(key, dtype)
         for index, pieces in mine:
-            block = normals.block(index, stddev)
+            block = normals.block(index)
             for piece in pieces:
                 part = flats[piece.span.start][piece.in_span : piece.in_span + piece.size]
-                np.add(part, block[piece.in_block : piece.in_block + piece.size], out=part)
+                noise = block[piece.in_block : piece.in_block + piece.size]
+                np.multiply(noise, piece.span.stddev, out=noise)
+                np.add(part, noise, out=part)
 
     threads = max(1, min(torch.get_num_threads(), len(blocks) // _BLOCKS_PER_THREAD))
     if threads == 1:
@@ -237,7 +257,6 @@ def _add_on_device(
     spans: list[_Span],
     key: RootKey,
     place: tuple[int, int],
-    stddev: float,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -246,13 +265,22 @@ def _add_on_device(
 
     normals = DeviceNormals(seed_of, device, dtype)
     for index, pieces in _by_block(spans, DEVICE_BLOCK):
-        _add_pieces(pieces, normals.block(index, stddev))
+        _add_pieces(pieces, normals.block(index))
 
 
 def _add_pieces(pieces: list[_Piece], block: Tensor) -> None:
     for piece in pieces:
         part = piece.span.flat[piece.in_span : piece.in_span + piece.size]
-        part.add_(block[piece.in_block : piece.in_block + piece.size])
+        noise = block[piece.in_block : piece.in_block + piece.size]
+        part.add_(noise, alpha=piece.span.stddev)
+
+
+def _refuse_no_scale(name: str, value: float) -> None:
+    if not math.isfinite(value) or value <= 0.0:
+        raise PrivacyError(
+            f"{name}={value!r} of the clipped sum must be finite and positive: it is the scale of "
+            "the noise"
+        )
 
 
 def _check_tensors(values: Mapping[str, Tensor]) -> None:

@@ -56,8 +56,8 @@ class KeystreamNormals:
     about the value that noise was added to (Mironov 2012). A keystream does not change that.
 
     Example:
-        >>> block = KeystreamNormals(bytes(32), np.dtype(np.float32)).block(3, 2.0)
-        >>> block.shape, block.dtype.name, bool(abs(block.std() - 2.0) < 0.05)
+        >>> block = KeystreamNormals(bytes(32), np.dtype(np.float32)).block(3)
+        >>> block.shape, block.dtype.name, bool(abs(block.std() - 1.0) < 0.02)
         ((65536,), 'float32', True)
     """
 
@@ -67,21 +67,19 @@ class KeystreamNormals:
         self._scratch = np.empty((3, _PAIRS), dtype)
         self._normals = np.empty((2, _PAIRS), dtype)
 
-    def block(self, index: int, stddev: float) -> NDArray[Any]:
-        """Numbers [index, index + 1) * KEYSTREAM_BLOCK of the sequence, times `stddev`.
+    def block(self, index: int) -> NDArray[Any]:
+        """Numbers [index, index + 1) * KEYSTREAM_BLOCK of the sequence.
 
         Returns:
-            an array that the next call overwrites.
+            an array that the caller may change and the next call overwrites.
         """
         self._stream.read(index * _BLOCK_BYTES, self._raw)
         self._transform(
-            self._raw[:_RADIUS_BYTES].view("<i8"), self._raw[_RADIUS_BYTES:].view("<i4"), stddev
+            self._raw[:_RADIUS_BYTES].view("<i8"), self._raw[_RADIUS_BYTES:].view("<i4")
         )
         return self._normals.reshape(-1)
 
-    def _transform(
-        self, radius_bits: NDArray[np.int64], angle_bits: NDArray[np.int32], stddev: float
-    ) -> None:
+    def _transform(self, radius_bits: NDArray[np.int64], angle_bits: NDArray[np.int32]) -> None:
         normals = self._normals
         number = normals.dtype.type
         signed, rest, radius = self._scratch
@@ -102,7 +100,7 @@ class KeystreamNormals:
         np.multiply(radius, rest, out=radius)
         np.divide(radius, signed, out=radius)
         np.sqrt(radius, out=radius)
-        np.multiply(radius, number(math.sqrt(2.0) * stddev), out=radius)
+        np.multiply(radius, number(math.sqrt(2.0)), out=radius)
         angle = signed
         np.copyto(angle, angle_bits, casting="unsafe")
         np.add(angle, number(0.5), out=angle)  # off the zero of the sine
@@ -132,8 +130,8 @@ class DeviceNormals:
         self._generator = torch.Generator(device)
         self._normals = torch.empty(DEVICE_BLOCK, device=device, dtype=dtype)
 
-    def block(self, index: int, stddev: float) -> Tensor:
-        """Numbers [index, index + 1) * DEVICE_BLOCK of the sequence, times `stddev`.
+    def block(self, index: int) -> Tensor:
+        """Numbers [index, index + 1) * DEVICE_BLOCK of the sequence.
 
         Returns:
             a tensor that the next call overwrites.
@@ -141,4 +139,4 @@ class DeviceNormals:
         seed = self._seed_of(index)
         # torch takes seeds as signed 64-bit integers on some devices.
         self._generator.manual_seed(seed - 2**64 if seed >= 2**63 else seed)
-        return self._normals.normal_(0.0, stddev, generator=self._generator)
+        return self._normals.normal_(generator=self._generator)
