@@ -114,6 +114,39 @@ def test_noise_does_not_depend_on_how_parameters_are_cut() -> None:
     assert torch.equal(whole, noise_of(pieces))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_shards_get_the_slices_of_the_noise_of_the_whole(ranks: int) -> None:
+    """As on a mesh: each rank holds a part of each parameter and knows where the part begins."""
+    whole = zeros()
+    starts, at = {}, 0
+    for name, value in whole.items():
+        starts[name] = at
+        at += value.numel()
+    found = {name: torch.zeros(value.numel()) for name, value in whole.items()}
+    for rank in range(ranks):
+        cuts = {
+            n: (v.numel() * rank // ranks, v.numel() * (rank + 1) // ranks)
+            for n, v in whole.items()
+        }
+        shard = {n: torch.zeros(b - a) for n, (a, b) in cuts.items()}
+        offsets = {n: starts[n] + a for n, (a, _) in cuts.items()}
+        shard = dict(reversed(shard.items()))  # the order of names does not matter
+        noisy = GaussianNoise(1.5).privatize(ClippedSum(shard, 1.0), KEY, 3, offsets=offsets)
+        for n, (a, b) in cuts.items():
+            found[n][a:b] = noisy.values[n]
+    assert torch.equal(torch.cat(list(found.values())), noise_of(whole))
+
+
+def test_offsets_that_would_repeat_noise_are_refused() -> None:
+    values = {"a": torch.zeros(10), "b": torch.zeros(10)}
+    with pytest.raises(PrivacyError, match="'b' and 'a' overlap"):
+        GaussianNoise(1.0).privatize(ClippedSum(values, 1.0), KEY, 0, offsets={"a": 0, "b": 9})
+    for bad in ({"a": 0}, {"a": 0, "b": -1}, {"a": 0, "b": 10, "c": 20}, {"a": 0, "b": True}):
+        with pytest.raises(ConfigurationError, match="offsets"):
+            GaussianNoise(1.0).privatize(ClippedSum(values, 1.0), KEY, 0, offsets=bad)
+    assert not any(v.any() for v in values.values()), "refused, so nothing may have changed"
+
+
 @pytest.mark.usefixtures("threads")
 def test_noise_does_not_depend_on_threads() -> None:
     size = 1_000_003

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, PrivacyError
+from dptorch.noise.compiled import compiled_transform
 from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, KeystreamNormals
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum, NoisyGradient
@@ -36,6 +37,8 @@ _NUMPY_DTYPE: Final[Mapping[torch.dtype, np.dtype[Any]]] = {
 _STDDEV_RANGE: Final = (1e-30, 1e30)
 # Below this many blocks a thread costs more than it saves.
 _BLOCKS_PER_THREAD: Final = 4
+# From here on a step gains more than a millisecond from compiling, which takes 0.2 s once.
+_COMPILE_BLOCKS: Final = 4
 
 
 class GaussianNoise:
@@ -88,7 +91,13 @@ class GaussianNoise:
         self.secure_rng = bool(secure_rng)
 
     def privatize(
-        self, clipped: ClippedSum, key: RootKey, step: int, *, context: int = 0
+        self,
+        clipped: ClippedSum,
+        key: RootKey,
+        step: int,
+        *,
+        context: int = 0,
+        offsets: Mapping[str, int] | None = None,
     ) -> NoisyGradient:
         """Add the noise of `step` to the sum.
 
@@ -103,13 +112,18 @@ class GaussianNoise:
             context: a fingerprint of what the noise is for, in [0, 2**64). The same key and step
                 give other noise in another context, so that a step that is taken again on other
                 data, after going back to a checkpoint, does not repeat its noise.
+            offsets: parameter name -> the place of its first coordinate among those of the whole
+                gradient, for a process that holds a part of it: the parts then get the noise that
+                the whole would. By default `clipped` is the whole.
 
         Returns:
             the noisy sum, with `stddev[n] = noise_multiplier * clipped.scale(n)`.
 
         Raises:
             TypeError: `clipped` is not a `ClippedSum`.
-            PrivacyError: the sum has no finite positive `max_norm`, its `scales` are not one finite
+            ConfigurationError: `offsets` are not one place >= 0 for each parameter.
+            PrivacyError: two parameters would get the same noise, by `offsets` that overlap;
+                the sum has no finite positive `max_norm`, its `scales` are not one finite
                 positive number for each parameter, or a tensor is of low precision, sparse or
                 shares memory. No tensor has been changed then.
         """
@@ -125,9 +139,10 @@ class GaussianNoise:
             )
         stddevs = self._stddevs(clipped)
         _check_tensors(clipped.values)
+        starts = _starts(clipped.values, offsets)
         if self.noise_multiplier > 0.0:
             with torch.no_grad():
-                self._add(clipped.values, key, (step, context), stddevs)
+                self._add(clipped.values, key, (step, context), stddevs, starts)
         return NoisyGradient(dict(clipped.values), stddevs, float(clipped.max_norm))
 
     def _stddevs(self, clipped: ClippedSum) -> dict[str, float]:
@@ -157,19 +172,21 @@ class GaussianNoise:
         key: RootKey,
         place: tuple[int, int],
         stddevs: Mapping[str, float],
+        starts: Mapping[str, int],
     ) -> None:
-        starts = list(itertools.accumulate((t.numel() for t in values.values()), initial=0))
         groups: dict[tuple[torch.device, torch.dtype], list[_Span]] = {}
-        for start, (name, tensor) in zip(starts, values.items(), strict=False):
+        for name in sorted(values, key=starts.__getitem__):
+            tensor = values[name]
             if tensor.numel():
                 flat = tensor.detach().contiguous().view(-1)
-                span = _Span(start, flat, tensor, stddevs[name])
+                span = _Span(starts[name], flat, tensor, stddevs[name])
                 groups.setdefault((tensor.device, tensor.dtype), []).append(span)
         for (device, dtype), spans in groups.items():
             if device.type == "cpu":
                 _add_on_cpu(spans, key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
             elif self.secure_rng:
-                normals = KeystreamNormals(key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
+                stream, number = key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype]
+                normals = KeystreamNormals(stream, number, compiled_transform())
                 for index, pieces in _by_block(spans, KEYSTREAM_BLOCK):
                     block = torch.from_numpy(normals.block(index)).to(device)
                     _add_pieces(pieces, block)
@@ -231,10 +248,11 @@ def _by_block(spans: list[_Span], block: int) -> Iterator[tuple[int, list[_Piece
 
 def _add_on_cpu(spans: list[_Span], key: bytes, dtype: np.dtype[Any]) -> None:
     blocks = list(_by_block(spans, KEYSTREAM_BLOCK))
+    transform = compiled_transform() if len(blocks) >= _COMPILE_BLOCKS else None
     flats: dict[int, NDArray[Any]] = {span.start: span.flat.numpy() for span in spans}
 
     def work(mine: list[tuple[int, list[_Piece]]]) -> None:
-        normals = KeystreamNormals(key, dtype)
+        normals = KeystreamNormals(key, dtype, transform)
         for index, pieces in mine:
             block = normals.block(index)
             for piece in pieces:
@@ -281,6 +299,29 @@ def _refuse_no_scale(name: str, value: float) -> None:
             f"{name}={value!r} of the clipped sum must be finite and positive: it is the scale of "
             "the noise"
         )
+
+
+def _starts(values: Mapping[str, Tensor], offsets: Mapping[str, int] | None) -> dict[str, int]:
+    """Where the coordinates of each parameter begin in the whole gradient."""
+    if offsets is None:
+        sizes = itertools.accumulate((t.numel() for t in values.values()), initial=0)
+        return dict(zip(values, sizes, strict=False))
+    starts = dict(offsets)
+    if set(starts) != set(values) or not all(
+        isinstance(at, int) and not isinstance(at, bool) and at >= 0 for at in starts.values()
+    ):
+        raise ConfigurationError(
+            f"offsets={starts} must give one place >= 0 for each of {', '.join(values)}"
+        )
+    end, before = 0, ""
+    for name in sorted((n for n in values if values[n].numel()), key=starts.__getitem__):
+        if starts[name] < end:
+            raise PrivacyError(
+                f"by their offsets, {name!r} and {before!r} overlap in the whole gradient: they "
+                "would get the same noise, which a difference takes off again"
+            )
+        end, before = starts[name] + values[name].numel(), name
+    return starts
 
 
 def _check_tensors(values: Mapping[str, Tensor]) -> None:

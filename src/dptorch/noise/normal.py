@@ -17,7 +17,14 @@ from torch import Tensor
 
 from dptorch.noise.keystream import Keystream
 
-__all__ = ["DEVICE_BLOCK", "KEYSTREAM_BLOCK", "DeviceNormals", "KeystreamNormals"]
+__all__ = [
+    "DEVICE_BLOCK",
+    "KEYSTREAM_BLOCK",
+    "DeviceNormals",
+    "KeystreamNormals",
+    "Transform",
+    "to_float32",
+]
 
 KEYSTREAM_BLOCK: Final = 2**16
 """Normals of one keystream block; its buffers stay in the processor's second-level cache."""
@@ -26,31 +33,51 @@ DEVICE_BLOCK: Final = 2**22
 """Normals of one device block: one kernel launch, 16 MiB in float32."""
 
 _PAIRS: Final = KEYSTREAM_BLOCK // 2
-_RADIUS_BYTES: Final = 8 * _PAIRS
 _BLOCK_BYTES: Final = 12 * _PAIRS
 
-# Small enough to change no number that is not already at the edge of float32's precision.
-_OFF_ZERO: Final = 2.0**-66
+Transform = Callable[[NDArray[np.int32], NDArray[np.float32]], None]
+"""Makes of the 96 random bits of each pair (int32 [3, pairs]) its two normals (float32 [2, pairs])."""
+
+# sin(pi y / 2) / y in powers of y**2 on [0, 1]: minimax, relative error 5e-9.
+SINE: Final = tuple(
+    np.float32(c)
+    for c in (
+        1.5707963184477058,
+        -0.6459637105999346,
+        0.07968967894781238,
+        -0.004673766612047606,
+        0.00015148513045077584,
+    )
+)
+# 2 log(1 + f) = q (4 + c1 q**2 + c2 q**4 + c3 q**6), q = f / (2 + f), for 1 + f in [sqrt(1/2),
+# sqrt(2)]: minimax, relative error 8e-10.
+LOG: Final = tuple(
+    np.float32(c) for c in (1.3333355343425022, 0.799549911424176, 0.5974614694474802)
+)
+MINUS_TWICE_LOG_2: Final = np.float32(-2.0 * math.log(2.0))
+ROOT_HALF_BITS: Final = 0x3F3504F3  # of sqrt(1/2) in float32
 
 
 class KeystreamNormals:
     """Normals by the Box-Muller transform of a cryptographic keystream, on the CPU.
 
-    A pair of normals takes 12 bytes: 64 bits for the radius sqrt(-2 log u), 32 bits for the angle.
-    The uniform u is the fractional part of the 64-bit signed integer over 2**64. Both u near 0,
-    which makes the tail, and 1 - u near 0, which makes the small radii, are known to the relative
-    precision of `dtype`: a float32 u alone would round one radius in 2**25 to zero.
-
-    numpy does the arithmetic, because its loops release the interpreter lock and start no threads
-    of their own, so that blocks can be made in several threads at once.
+    A pair of normals takes 96 bits, as three numbers of 32: x (high and low half) for the radius
+    ``sqrt(-2 log u)`` with ``u = x / 2**64``, and the turn. x is taken as a signed number, negative
+    ones standing for u near 1, so that both u near 0, which makes the tail, and 1 - u near 0, which
+    makes the small radii, are known to the relative precision of the type: a float32 u alone would
+    round one radius in 2**25 to zero. (Of x the lowest bit is not used.) The turn gives the two
+    signs and an angle in (0, pi / 2).
 
     Args:
         key: 32 bytes, used for this sequence only.
         dtype: float32 or float64; both give the same numbers up to rounding.
+        transform: for float32, another executor of the same arithmetic than `to_float32`.
 
     Guarantees:
         - Tails: values reach 9.4 standard deviations, and up to there the tail is the normal one.
-        - No radius and no sine or cosine is exactly 0, so that every number carries noise.
+        - No number is exactly 0, so that every coordinate carries noise.
+        - float32 numbers are the same bits on every machine and in every version of numpy: the
+          transform consists of operations that IEEE 754 rounds correctly, and of nothing else.
 
     Not claimed: floating-point outputs are a discrete set, whose low-order bits tell something
     about the value that noise was added to (Mironov 2012). A keystream does not change that.
@@ -61,11 +88,14 @@ class KeystreamNormals:
         ((65536,), 'float32', True)
     """
 
-    def __init__(self, key: bytes, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, key: bytes, dtype: np.dtype[Any], transform: Transform | None = None
+    ) -> None:
         self._stream = Keystream(key)
         self._raw = np.empty(_BLOCK_BYTES, np.uint8)
-        self._scratch = np.empty((3, _PAIRS), dtype)
+        self._bits = self._raw.view("<i4").reshape(3, _PAIRS)
         self._normals = np.empty((2, _PAIRS), dtype)
+        self._transform = (transform or to_float32) if dtype == np.float32 else to_float64
 
     def block(self, index: int) -> NDArray[Any]:
         """Numbers [index, index + 1) * KEYSTREAM_BLOCK of the sequence.
@@ -74,40 +104,87 @@ class KeystreamNormals:
             an array that the caller may change and the next call overwrites.
         """
         self._stream.read(index * _BLOCK_BYTES, self._raw)
-        self._transform(
-            self._raw[:_RADIUS_BYTES].view("<i8"), self._raw[_RADIUS_BYTES:].view("<i4")
-        )
+        self._transform(self._bits, self._normals)
         return self._normals.reshape(-1)
 
-    def _transform(self, radius_bits: NDArray[np.int64], angle_bits: NDArray[np.int32]) -> None:
-        normals = self._normals
-        number = normals.dtype.type
-        signed, rest, radius = self._scratch
-        np.copyto(signed, radius_bits, casting="unsafe")
-        np.multiply(signed, number(2.0**-64), out=signed)
-        np.add(signed, number(_OFF_ZERO), out=signed)
-        np.floor(signed, out=rest)
-        np.subtract(signed, rest, out=radius)  # u
-        np.add(rest, number(1.0), out=rest)
-        np.subtract(rest, signed, out=rest)  # 1 - u, exact where u was rounded
-        # -log(u) as -log(u) / (1 - u) * rest, in which the rounding of u cancels (Kahan's log1p; D.
-        # Goldberg 1991, What Every Computer Scientist Should Know About Floating-Point Arithmetic,
-        # theorem 4). If u was rounded to 1, the two small terms make the quotient 1.
-        np.subtract(number(1.0), radius, out=signed)
-        np.add(signed, number(_OFF_ZERO), out=signed)
-        np.log(radius, out=radius)
-        np.subtract(number(_OFF_ZERO), radius, out=radius)
-        np.multiply(radius, rest, out=radius)
-        np.divide(radius, signed, out=radius)
-        np.sqrt(radius, out=radius)
-        np.multiply(radius, number(math.sqrt(2.0)), out=radius)
-        angle = signed
-        np.copyto(angle, angle_bits, casting="unsafe")
-        np.add(angle, number(0.5), out=angle)  # off the zero of the sine
-        np.multiply(angle, number(2.0 * math.pi / 2.0**32), out=angle)
-        np.cos(angle, out=normals[0])
-        np.sin(angle, out=normals[1])
-        np.multiply(normals, radius, out=normals)
+
+def to_float32(bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
+    """The transform in numpy. `normal.c` does the same operations in the same order.
+
+    numpy, because its loops release the interpreter lock and start no threads of their own, so that
+    blocks can be made in several threads at once.
+
+    Args:
+        bits: int32 [3, pairs]: high and low half of x, turn.
+        normals: float32 [2, pairs]; filled.
+    """
+    high, low, turn = bits
+    one, minus_zero = np.float32(1.0), np.int32(-(2**31))
+    sign = high >> 31
+    v = (high ^ sign).astype(np.float32)  # -1 - x for negative x: 1 - u in place of u
+    v *= np.float32(2.0**-32)
+    fine = ((low ^ sign).view(np.uint32) >> 1).view(np.int32).astype(np.float32)
+    fine *= np.float32(2.0**-63)
+    fine += np.float32(2.0**-64)  # off zero
+    v += fine
+    # Choices by masks of bits: numpy's own `where` takes as long as a dozen of these.
+    signed = np.bitwise_xor(v.view(np.int32), sign & minus_zero, out=fine.view(np.int32))
+    u = signed.view(np.float32)
+    u -= sign.astype(np.float32)
+    exponent = u.view(np.int32)  # u = (1 + f) 2**exponent
+    exponent -= ROOT_HALF_BITS
+    mantissa = exponent & 0x7FFFFF
+    mantissa += ROOT_HALF_BITS
+    exponent >>= 23
+    f = mantissa.view(np.float32)
+    f -= one
+    # Where the exponent is 0, f = u - 1 = -v, which is exact though u was rounded.
+    minus_v = v.view(np.int32)
+    minus_v |= minus_zero
+    rounded = np.right_shift(exponent, 31, out=sign)
+    mantissa &= rounded
+    minus_v &= np.invert(rounded, out=rounded)
+    mantissa |= minus_v
+    q = np.add(f, np.float32(2.0), out=v)
+    np.divide(f, q, out=q)
+    z = np.multiply(q, q, out=f)
+    series = z * LOG[2]
+    for c in (LOG[1], LOG[0], np.float32(4.0)):
+        series += c
+        series *= z if c != 4.0 else q
+    radius = exponent.astype(np.float32)
+    radius *= MINUS_TWICE_LOG_2
+    radius -= series
+    np.sqrt(radius, out=radius)
+    x = np.bitwise_and(turn, 0x3FFFFFFF, out=mantissa)
+    signs = turn
+    for normal in normals:
+        y = x.astype(np.float32)
+        y += np.float32(0.5)  # off the zero of the sine
+        y *= np.float32(2.0**-30)
+        square = np.multiply(y, y, out=series)
+        np.multiply(square, SINE[4], out=normal)
+        for c in SINE[3:0:-1]:
+            normal += c
+            normal *= square
+        normal += SINE[0]
+        normal *= y
+        normal *= radius
+        as_bits = normal.view(np.int32)
+        as_bits ^= signs & np.int32(-(2**31))
+        np.subtract(0x3FFFFFFF, x, out=x)
+        signs = signs << 1
+
+
+def to_float64(bits: NDArray[np.int32], normals: NDArray[np.float64]) -> None:
+    """The same transform with the functions of the C library; see `to_float32`."""
+    high, low, turn = bits
+    x = (high.astype(np.int64) << 32) | low.view(np.uint32)
+    v = ((np.where(x < 0, ~x, x) >> 1) + 0.5) * 2.0**-63
+    radius = np.sqrt(-2.0 * np.where(x < 0, np.log1p(-v), np.log(v)))
+    angle = ((turn & 0x3FFFFFFF) + 0.5) * (math.pi / 2.0**31)
+    np.multiply(radius, np.copysign(np.sin(angle), turn), out=normals[0])
+    np.multiply(radius, np.copysign(np.cos(angle), turn << 1), out=normals[1])
 
 
 class DeviceNormals:
