@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dptorch import accounting
-from dptorch.accounting import SampledGaussian
+from dptorch.accounting import Event, SampledGaussian
 from dptorch.errors import ConfigurationError, PrivacyError
 
 GOOD = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 10, "delta": 1e-5}
@@ -64,18 +64,21 @@ def test_numpy_numbers_are_welcome():
 
 
 @dataclass(frozen=True)
-class RandomAllocation:
-    """An event to come: each example once an epoch, in a random step."""
+class Invented(Event):
+    """A mechanism for which nobody has a theorem."""
 
     steps: int
-    kind: str = "random allocation"
+
+    @property
+    def kind(self) -> str:
+        return "invented mechanism"
 
 
 @pytest.mark.parametrize("name", accounting.names())
 def test_an_event_nobody_covers_is_refused_by_name(name):
     accountant = accounting.get(name)
-    history = [SampledGaussian(1.0, 0.1, 3), RandomAllocation(5)]
-    with pytest.raises(PrivacyError, match=r"random allocation.*without amplification"):
+    history = [SampledGaussian(1.0, 0.1, 3), Invented(5)]
+    with pytest.raises(PrivacyError, match=r"invented mechanism.*without amplification"):
         accountant.epsilon(history, 1e-5)
     with pytest.raises(PrivacyError, match=accountant.name):
         accountant.delta(history, 1.0)
@@ -86,7 +89,7 @@ def test_the_refusal_names_who_does_cover_it(monkeypatch):
 
     monkeypatch.setattr(ExactAccountant, "covers", lambda self, event: True)
     with pytest.raises(PrivacyError, match="These do: exact"):
-        accounting.get("pld").epsilon([RandomAllocation(5)], 1e-5)
+        accounting.get("pld").epsilon([Invented(5)], 1e-5)
 
 
 def test_what_is_no_event_is_refused():

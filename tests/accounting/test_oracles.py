@@ -10,6 +10,8 @@ from scipy.stats import norm
 
 from dptorch.accounting import Adjacency, SampledGaussian, contour, dominating, tilted
 from dptorch.accounting.composition import composed_delta, composed_epsilon
+from dptorch.accounting.dominating import SampledPair
+from dptorch.accounting.reduction import directions
 
 DIRECTIONS = ["remove", "add", "replace"]
 
@@ -93,10 +95,10 @@ def two_steps(sigma, rate, direction, epsilon):
 def test_two_steps_by_integration(direction, sigma, rate, epsilon):
     epsilon = 0.01 if (direction, rate) == ("add", 0.01) else epsilon
     truth = two_steps(sigma, rate, direction, epsilon)
-    found = composed_delta([SampledGaussian(sigma, rate, 2)], direction, epsilon)
+    found = composed_delta([SampledPair(direction, sigma, rate, 2)], epsilon)
     assert found == pytest.approx(truth, rel=1e-6)
     for other in set(DIRECTIONS) - {direction}:
-        wrong = composed_delta([SampledGaussian(sigma, rate, 2)], other, epsilon)
+        wrong = composed_delta([SampledPair(other, sigma, rate, 2)], epsilon)
         assert wrong != pytest.approx(truth, rel=1e-2), "negative control: a wrong direction"
 
 
@@ -110,7 +112,7 @@ def test_log_mgf_by_multi_precision_integration(direction, order, sigma, rate):
         inner = lambda x: p(x) ** mp.mpf(order) * q(x) ** (1 - mp.mpf(order))
         reach = 2 * order + 9 * sigma
         truth = float(mp.log(mp.quad(inner, mp.linspace(-reach, reach, 30), maxdegree=4)))
-    found = contour.log_mgf([SampledGaussian(sigma, rate, 1)], direction, order - 1)
+    found = contour.log_mgf([SampledPair(direction, sigma, rate, 1)], order - 1)
     assert found == pytest.approx(truth, rel=1e-8, abs=1e-13)
 
 
@@ -128,7 +130,7 @@ def test_log_mgf_by_the_binomial_sum(order, sigma, rate):
             for k in range(order + 1)
         )
         truth = float(mp.log(mp.fsum(terms)))
-    found = contour.log_mgf([SampledGaussian(sigma, rate, 1)], "remove", order - 1.0)
+    found = contour.log_mgf([SampledPair("remove", sigma, rate, 1)], order - 1.0)
     assert found == pytest.approx(truth, rel=1e-10)
 
 
@@ -137,25 +139,20 @@ def test_log_mgf_by_the_binomial_sum(order, sigma, rate):
 def test_one_step_closed_form_against_the_definition(direction, epsilon):
     for sigma, rate in [(1.0, 0.3), (0.5, 0.9), (3.0, 0.05)]:
         truth = float(Pair(sigma, rate, direction).one_step(epsilon))
-        event = SampledGaussian(sigma, rate, 1)
-        found = dominating.one_step_delta(event, epsilon, direction)
+        found = SampledPair(direction, sigma, rate, 1).one_step_delta(epsilon)
         assert found == pytest.approx(truth, rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_contour_meets_the_closed_forms(direction):
     """The contour code has no special case of its own for one step or for sample_rate 1."""
-    step = SampledGaussian(1.0, 0.2, 1)
-    assert contour.contour_delta([step], direction, 0.1) == pytest.approx(
-        dominating.one_step_delta(step, 0.1, direction), rel=1e-6
-    )
-    gaussians = [SampledGaussian(10.0, 1.0, 60), SampledGaussian(5.0, 1.0, 10)]
-    mu = dominating.gaussian_mu(gaussians, direction)
+    step = SampledPair(direction, 1.0, 0.2, 1)
+    assert contour.contour_delta([step], 0.1) == pytest.approx(step.one_step_delta(0.1), rel=1e-6)
+    gaussians = [SampledPair(direction, 10.0, 1.0, 60), SampledPair(direction, 5.0, 1.0, 10)]
+    mu = dominating.gaussian_mu(gaussians)
     for delta in (1e-2, 1e-8, 1e-30):
         truth = dominating.gaussian_epsilon(delta, mu)
-        assert contour.contour_epsilon(gaussians, direction, delta) == pytest.approx(
-            truth, rel=1e-9
-        )
+        assert contour.contour_epsilon(gaussians, delta) == pytest.approx(truth, rel=1e-9)
 
 
 @pytest.mark.parametrize("mu", [0.1, 1.0, 7.0])
@@ -197,7 +194,7 @@ def test_one_step_masses_are_googles(direction):
         sampling_prob=0.1,
         neighboring_relation=relation,
     )
-    ours = tilted.connect_the_dots(SampledGaussian(1.0, 0.1, 1), direction, 1e-2)
+    ours = tilted.connect_the_dots(SampledPair(direction, 1.0, 0.1, 1), 1e-2)
     loss = tilted.compose([ours], 1e-2, 1.0)
     for epsilon in (0.0, 0.055, 0.07, 0.5, 3.0):
         pmf = google._pmf_add if direction == "add" else google._pmf_remove
@@ -223,31 +220,28 @@ def test_composed_bound_is_googles_where_a_plain_fft_is_accurate(adjacency):
         sampling_prob=0.01,
         neighboring_relation=relation,
     ).self_compose(1000)
-    event = SampledGaussian(1.0, 0.01, 1000)
     found = 0.0
-    for direction in dominating.directions(adjacency):
-        part = tilted.connect_the_dots(event, direction, interval)
+    for direction in directions(adjacency):
+        part = tilted.connect_the_dots(SampledPair(direction, 1.0, 0.01, 1000), interval)
         found = max(found, tilted.compose([part], interval, 6.0).epsilon(delta))
     assert found == pytest.approx(google.get_epsilon_for_delta(delta), abs=1e-6)
 
 
 def test_the_tilt_matters_only_for_tightness():
     """Any tilt gives an upper bound; and a bound without its slack would be caught below it."""
-    event = SampledGaussian(1.0, 0.01, 1000)
-    exact = composed_epsilon([event], "remove", 1e-5)
-    part = tilted.connect_the_dots(event, "remove", 1e-3)
+    pair = SampledPair("remove", 1.0, 0.01, 1000)
+    exact = composed_epsilon([pair], 1e-5)
+    part = tilted.connect_the_dots(pair, 1e-3)
     for tilt in (2.0, 5.0, 8.0):
         assert tilted.compose([part], 1e-3, tilt).epsilon(1e-5) >= exact
 
 
 def test_optimistic_rounding_would_be_caught():
     """Negative control: rounding losses down instead of connecting the dots breaks the bound."""
-    event = SampledGaussian(1.0, 0.01, 1000)
-    part = tilted.connect_the_dots(event, "remove", 1e-3)
+    pair = SampledPair("remove", 1.0, 0.01, 1000)
+    part = tilted.connect_the_dots(pair, 1e-3)
     down = tilted.Discretised(part.masses, part.lowest - 1, part.infinite, part.steps)
-    assert tilted.compose([down], 1e-3, 6.0).epsilon(1e-5) < composed_epsilon(
-        [event], "remove", 1e-5
-    )
+    assert tilted.compose([down], 1e-3, 6.0).epsilon(1e-5) < composed_epsilon([pair], 1e-5)
 
 
 @pytest.mark.parametrize(

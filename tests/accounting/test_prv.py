@@ -5,7 +5,9 @@ import sys
 import pytest
 
 from dptorch import accounting
-from dptorch.accounting import SampledGaussian
+from dptorch.accounting import Adjacency, SampledGaussian
+from dptorch.accounting.dominating import SampledPair
+from dptorch.accounting.reduction import reduced
 from dptorch.errors import ConfigurationError
 
 RUN = [SampledGaussian(1.0, 0.01, 200)]
@@ -16,8 +18,8 @@ def test_the_interval_holds_exact(adjacency):
     pytest.importorskip("prv_accountant")
     accountant = accounting.get("prv")
     exact = accounting.get("exact").epsilon(RUN, 1e-5, adjacency=adjacency)
-    direction = "replace" if adjacency == "replace-one" else "remove"
-    lower, estimate, upper = accountant.interval(tuple(RUN), 1e-5, direction)
+    pairs = reduced(RUN, Adjacency(adjacency)).compositions[0]
+    lower, estimate, upper = accountant.interval(pairs, 1e-5)
     assert lower <= exact <= upper == accountant.epsilon(RUN, 1e-5, adjacency=adjacency)
     assert estimate == pytest.approx(exact, abs=1e-3)
     assert 0.9e-5 < accountant.delta(RUN, exact, adjacency=adjacency) < 1.3e-5
@@ -31,7 +33,7 @@ def test_the_packages_own_mechanism_agrees():
         eps_error=0.01,
         delta_error=1e-8,
     )
-    found = accounting.get("glw").interval(tuple(RUN), 1e-5, "remove")
+    found = accounting.get("glw").interval((SampledPair("remove", 1.0, 0.01, 200),), 1e-5)
     assert found == pytest.approx(package.compute_epsilon(1e-5, [200]), abs=1e-6)
 
 

@@ -10,17 +10,32 @@ Example:
 from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.accounting.accountants.registry import get, names
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.events import Event, History, SampledGaussian, merge
+from dptorch.accounting.events import (
+    CorrelatedGaussian,
+    EpochwiseGaussian,
+    Event,
+    FixedSizeGaussian,
+    History,
+    RandomAllocationGaussian,
+    SampledGaussian,
+    TruncatedPoissonGaussian,
+    merge,
+)
 from dptorch.accounting.solve import delta, epsilon, noise_multiplier, sample_rate, steps
 from dptorch.accounting.tradeoff import GaussianFit, gaussian_fit, trade_off_curve
 
 __all__ = [
     "Accountant",
     "Adjacency",
+    "CorrelatedGaussian",
+    "EpochwiseGaussian",
     "Event",
+    "FixedSizeGaussian",
     "GaussianFit",
     "History",
+    "RandomAllocationGaussian",
     "SampledGaussian",
+    "TruncatedPoissonGaussian",
     "delta",
     "epsilon",
     "gaussian_fit",

@@ -14,15 +14,12 @@ from collections.abc import Sequence
 
 from dptorch.accounting import contour, tilted
 from dptorch.accounting.dominating import (
-    Direction,
+    Pair,
     falling_root,
     gaussian_delta,
     gaussian_epsilon,
     gaussian_mu,
-    largest_loss,
-    one_step_delta,
 )
-from dptorch.accounting.events import SampledGaussian
 
 __all__ = ["composed_delta", "composed_epsilon"]
 
@@ -31,106 +28,101 @@ __all__ = ["composed_delta", "composed_epsilon"]
 _GRIDS = ((2**15, 1e-4), (2**18, 1e-3))
 
 
-def composed_delta(
-    events: Sequence[SampledGaussian], direction: Direction, epsilon: float, floor: float = 0.0
-) -> float:
-    """δ(ε) of `events` (grouped, with noise), or `floor` where that is larger.
+def composed_delta(pairs: Sequence[Pair], epsilon: float, floor: float = 0.0) -> float:
+    """δ(ε) of `pairs`, or `floor` where that is larger.
 
     Example:
-        >>> event = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
-        >>> f"{composed_delta([event], 'remove', 1.8282367):.4e}"
+        >>> from dptorch.accounting.dominating import SampledPair
+        >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
+        >>> f"{composed_delta([pair], 1.8282367):.4e}"
         '1.0000e-05'
     """
-    if all(event.sample_rate == 1 for event in events):
-        return max(floor, gaussian_delta(epsilon, gaussian_mu(events, direction)))
-    if sum(event.steps for event in events) == 1:
-        return max(floor, one_step_delta(events[0], epsilon, direction))
+    mu = gaussian_mu(pairs)
+    if mu is not None:
+        return max(floor, gaussian_delta(epsilon, mu))
+    if sum(pair.steps for pair in pairs) == 1:
+        return max(floor, pairs[0].one_step_delta(epsilon))
     try:
-        return contour.contour_delta(events, direction, epsilon, floor)
+        return contour.contour_delta(pairs, epsilon, floor)
     except contour.Unsettled:
-        return max(floor, _extrapolated_delta(events, direction, epsilon))
+        return max(floor, _extrapolated_delta(pairs, epsilon))
 
 
-def composed_epsilon(
-    events: Sequence[SampledGaussian], direction: Direction, delta: float, floor: float = 0.0
-) -> float:
+def composed_epsilon(pairs: Sequence[Pair], delta: float, floor: float = 0.0) -> float:
     """The ε at which δ(ε) is `delta`, or `floor` where that is larger.
 
     Example:
-        >>> event = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
-        >>> round(composed_epsilon([event], "remove", 1e-5), 7)
+        >>> from dptorch.accounting.dominating import SampledPair
+        >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
+        >>> round(composed_epsilon([pair], 1e-5), 7)
         1.8282367
     """
-    if all(event.sample_rate == 1 for event in events):
-        return max(floor, gaussian_epsilon(delta, gaussian_mu(events, direction)))
-    if sum(event.steps for event in events) == 1:
-        if one_step_delta(events[0], floor, direction) <= delta:
+    mu = gaussian_mu(pairs)
+    if mu is not None:
+        return max(floor, gaussian_epsilon(delta, mu))
+    if sum(pair.steps for pair in pairs) == 1:
+        if pairs[0].one_step_delta(floor) <= delta:
             return floor
-        return falling_root(lambda e: one_step_delta(events[0], e, direction), delta, floor + 1.0)
+        return falling_root(lambda e: pairs[0].one_step_delta(e), delta, floor + 1.0)
     # Total variation adds up: δ(0) is at most the sum of the steps'.
-    if sum(e.steps * one_step_delta(e, 0.0, direction) for e in events) <= delta:
+    if sum(pair.steps * pair.one_step_delta(0.0) for pair in pairs) <= delta:
         return floor
     try:
-        return contour.contour_epsilon(events, direction, delta, floor)
+        return contour.contour_epsilon(pairs, delta, floor)
     except contour.Unsettled:
-        return max(floor, _extrapolated_epsilon(events, direction, delta))
+        return max(floor, _extrapolated_epsilon(pairs, delta))
 
 
-def _extrapolated_delta(
-    events: Sequence[SampledGaussian], direction: Direction, epsilon: float
-) -> float:
-    if epsilon >= largest_loss(events, direction):
+def _extrapolated_delta(pairs: Sequence[Pair], epsilon: float) -> float:
+    if epsilon >= sum(pair.steps * pair.largest_loss for pair in pairs):
         return 0.0
-    tail = contour.negligible_tail(events, -80.0)
-    tilt, _ = contour.saddle(events, direction, epsilon, tail)
+    tail = contour.negligible_tail(pairs, -80.0)
+    tilt, _ = contour.saddle(pairs, epsilon, tail)
     for points, enough in _GRIDS:
-        grids = _two_grids(events, direction, tilt, tail, points)
+        grids = _two_grids(pairs, tilt, tail, points)
         coarse, fine = (loss.delta(epsilon) for loss in grids)
         if fine <= 0:
             return 0.0
         if abs(math.log(coarse / fine)) < enough:
             return fine * (fine / coarse) ** (1 / 3)
-    raise _unresolved(events)
+    raise _unresolved(pairs)
 
 
-def _extrapolated_epsilon(
-    events: Sequence[SampledGaussian], direction: Direction, delta: float
-) -> float:
+def _extrapolated_epsilon(pairs: Sequence[Pair], delta: float) -> float:
     target = math.log(delta)
-    tail = contour.negligible_tail(events, target)
-    tilt, epsilon = contour.moments_bound(events, direction, target, tail)
+    tail = contour.negligible_tail(pairs, target)
+    tilt, epsilon = contour.moments_bound(pairs, target, tail)
     for points, enough in _GRIDS:
         for _ in range(6):
-            grids = _two_grids(events, direction, tilt, tail, points)
+            grids = _two_grids(pairs, tilt, tail, points)
             coarse, fine = (loss.epsilon(delta) for loss in grids)
             previous, epsilon = epsilon, max(fine - (coarse - fine) / 3, 0.0)
             # A tilt for a nearby ε is as good: the slack of `tilted` is then far below δ.
             if abs(epsilon - previous) <= 0.05 * epsilon:
                 break
-            tilt, _ = contour.saddle(events, direction, epsilon, tail)
+            tilt, _ = contour.saddle(pairs, epsilon, tail)
         if tilt * (coarse - fine) < enough:
             return epsilon
-    raise _unresolved(events)
+    raise _unresolved(pairs)
 
 
-def _unresolved(events: Sequence[SampledGaussian]) -> contour.Unsettled:
+def _unresolved(pairs: Sequence[Pair]) -> contour.Unsettled:
     return contour.Unsettled(
-        f"no method resolves {list(events)} at this epsilon and delta. Use accountant='rdp'."
+        f"no method resolves {list(pairs)} at this epsilon and delta. Use accountant='rdp'."
     )
 
 
 def _two_grids(
-    events: Sequence[SampledGaussian],
-    direction: Direction,
+    pairs: Sequence[Pair],
     tilt: float,
     tail: float,
     points: int,
 ) -> list[tilted.LossTail]:
     """The composed loss at an interval and at half of it."""
-    width = max(tilted.loss_range(event, direction, tail) for event in events)
+    width = max(high - low for low, high in (pair.loss_ends(tail) for pair in pairs))
     return [
         tilted.compose(
-            [tilted.connect_the_dots(event, direction, interval, tail) for event in events],
+            [tilted.connect_the_dots(pair, interval, tail) for pair in pairs],
             interval,
             tilt,
         )

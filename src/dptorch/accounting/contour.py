@@ -26,8 +26,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dptorch.accounting.dominating import Array, Direction, largest_loss, log_ratios
-from dptorch.accounting.events import SampledGaussian
+from dptorch.accounting.dominating import Array, Pair
 from dptorch.errors import PrivacyError
 
 __all__ = [
@@ -43,7 +42,6 @@ __all__ = [
 _TOLERANCE = 1e-8  # relative, in δ, between a rule and its coarser check
 _WORST_TOLERANCE = 1e-6  # where rounding leaves no better
 _LOG_SMALLEST = -740.0  # below e^-740 a float64 δ is 0
-_NEGLIGIBLE = 44.0  # e^-44 is below one rounding of the largest term
 _WORK_LIMIT = 2e8  # points in x times points in y: about a second
 
 
@@ -92,13 +90,11 @@ class _Line:
         return (self.error + 1e-16) * size * scale
 
 
-def contour_delta(
-    events: Sequence[SampledGaussian], direction: Direction, epsilon: float, floor: float = 0.0
-) -> float:
-    """δ(ε) of `events` composed in one direction, or `floor` if that is larger.
+def contour_delta(pairs: Sequence[Pair], epsilon: float, floor: float = 0.0) -> float:
+    """δ(ε) of `pairs` composed in one direction, or `floor` if that is larger.
 
     Args:
-        events: grouped, noise_multiplier > 0.
+        pairs: the dominating pairs of one direction.
         epsilon: at least 0.
         floor: return this as soon as it is known that δ is not above it.
 
@@ -109,23 +105,24 @@ def contour_delta(
         Unsettled: the checks do not pass within the work limit.
 
     Example:
-        >>> event = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
-        >>> f"{contour_delta([event], 'remove', 1.8282367):.4e}"
+        >>> from dptorch.accounting.dominating import SampledPair
+        >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
+        >>> f"{contour_delta([pair], 1.8282367):.4e}"
         '1.0000e-05'
     """
-    if epsilon >= largest_loss(events, direction):
+    if epsilon >= sum(pair.steps * pair.largest_loss for pair in pairs):
         return floor
     # 1 - δ = E_P[min(1, e^{ε-L})] <= E_P[e^{(ε-L)/2}]
-    if epsilon / 2 + log_mgf(events, direction, -0.5, negligible_tail(events, -37.0)) < -28.0:
+    if epsilon / 2 + log_mgf(pairs, -0.5, negligible_tail(pairs, -37.0)) < -28.0:
         return 1.0
     log_floor = math.log(floor) if floor > 0 else -math.inf
     smallest = max(-37.0, log_floor)
     while True:
-        tail = negligible_tail(events, smallest)
-        t, bound = saddle(events, direction, epsilon, tail)
+        tail = negligible_tail(pairs, smallest)
+        t, bound = saddle(pairs, epsilon, tail)
         value = -math.inf
         if bound > max(_LOG_SMALLEST, log_floor):
-            value = _converged_line(events, direction, t, epsilon, tail).log_delta(epsilon)[0]
+            value = _converged_line(pairs, t, epsilon, tail).log_delta(epsilon)[0]
         if value >= smallest:
             return min(1.0, math.exp(value))
         if smallest <= max(_LOG_SMALLEST, log_floor):
@@ -134,20 +131,19 @@ def contour_delta(
         smallest = max(2 * smallest, _LOG_SMALLEST)
 
 
-def negligible_tail(events: Sequence[SampledGaussian], log_delta: float) -> float:
+def negligible_tail(pairs: Sequence[Pair], log_delta: float) -> float:
     """The log of a mass that every step may lose without changing a δ of e^log_delta.
 
     Example:
-        >>> negligible_tail([SampledGaussian(1.0, 0.01, 1000)], math.log(1e-5))
+        >>> from dptorch.accounting.dominating import SampledPair
+        >>> negligible_tail([SampledPair("remove", 1.0, 0.01, 1000)], math.log(1e-5))
         -47
     """
-    return math.floor(log_delta - math.log(sum(event.steps for event in events)) - 28)
+    return math.floor(log_delta - math.log(sum(pair.steps for pair in pairs)) - 28)
 
 
-def contour_epsilon(
-    events: Sequence[SampledGaussian], direction: Direction, delta: float, floor: float = 0.0
-) -> float:
-    """The ε at which `events` composed in one direction have δ(ε) = `delta`, or `floor`.
+def contour_epsilon(pairs: Sequence[Pair], delta: float, floor: float = 0.0) -> float:
+    """The ε at which `pairs` composed in one direction have δ(ε) = `delta`, or `floor`.
 
     Args:
         floor: return this as soon as it is known that ε is not above it.
@@ -156,26 +152,27 @@ def contour_epsilon(
         As `contour_delta`: about 1e-9 / t in ε, t being the saddle.
 
     Example:
-        >>> event = SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
-        >>> round(contour_epsilon([event], "remove", 1e-5), 7)
+        >>> from dptorch.accounting.dominating import SampledPair
+        >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
+        >>> round(contour_epsilon([pair], 1e-5), 7)
         1.8282367
     """
     target = math.log(delta)
-    tail = negligible_tail(events, target)
-    t, epsilon = moments_bound(events, direction, target, tail)
+    tail = negligible_tail(pairs, target)
+    t, epsilon = moments_bound(pairs, target, tail)
     if epsilon <= floor:
         return floor
     for _ in range(30):
-        line = _converged_line(events, direction, t, epsilon, tail)
+        line = _converged_line(pairs, t, epsilon, tail)
         previous, epsilon = epsilon, _newton(line, epsilon, target)
         if epsilon <= floor:
             # The line was placed for another ε: decide at the floor itself.
-            if contour_delta(events, direction, floor) <= delta:
+            if contour_delta(pairs, floor) <= delta:
                 return floor
-            return _bisect(events, direction, target, floor, previous)
+            return _bisect(pairs, target, floor, previous)
         if abs(epsilon - previous) < max(1e-3 / line.t, 1e-12):
             return epsilon
-        t, _ = saddle(events, direction, epsilon, tail, start=line.t)
+        t, _ = saddle(pairs, epsilon, tail, start=line.t)
     raise Unsettled(f"the contour integral for delta={delta} did not settle in 30 rounds")
 
 
@@ -194,20 +191,16 @@ def _newton(line: _Line, epsilon: float, target: float) -> float:
     return epsilon
 
 
-def _bisect(
-    events: Sequence[SampledGaussian], direction: Direction, target: float, low: float, high: float
-) -> float:
+def _bisect(pairs: Sequence[Pair], target: float, low: float, high: float) -> float:
     from scipy.optimize import brentq
 
     def gap(epsilon: float) -> float:
-        return math.log(max(contour_delta(events, direction, epsilon), 1e-320)) - target
+        return math.log(max(contour_delta(pairs, epsilon), 1e-320)) - target
 
     return float(brentq(gap, low, max(high, low + 1e-6), xtol=1e-12))
 
 
-def moments_bound(
-    events: Sequence[SampledGaussian], direction: Direction, target: float, tail: float
-) -> tuple[float, float]:
+def moments_bound(pairs: Sequence[Pair], target: float, tail: float) -> tuple[float, float]:
     """A t near the saddle for δ = e^target, and the moments bound's ε there.
 
     The bound holds for P without its `tail`, so for a δ larger by a factor 1 + e^-28.
@@ -217,7 +210,7 @@ def moments_bound(
 
     def bound(log_t: float) -> float:
         t = math.exp(log_t)
-        k = log_mgf(events, direction, t, tail)
+        k = log_mgf(pairs, t, tail)
         return (k + t * log_t - (1 + t) * math.log1p(t) - target) / t
 
     log_t = _valley(bound, 1.0)
@@ -225,8 +218,7 @@ def moments_bound(
 
 
 def saddle(
-    events: Sequence[SampledGaussian],
-    direction: Direction,
+    pairs: Sequence[Pair],
     epsilon: float,
     tail: float,
     start: float = 3.0,
@@ -235,7 +227,7 @@ def saddle(
 
     def modulus(log_t: float) -> float:
         t = math.exp(log_t)
-        return log_mgf(events, direction, t, tail) - t * epsilon - log_t - math.log1p(t)
+        return log_mgf(pairs, t, tail) - t * epsilon - log_t - math.log1p(t)
 
     log_t = _valley(modulus, math.log(start))
     t = math.exp(log_t)
@@ -262,15 +254,14 @@ def _valley(function: Callable[[float], float], start: float) -> float:
 
 
 def _converged_line(
-    events: Sequence[SampledGaussian],
-    direction: Direction,
+    pairs: Sequence[Pair],
     t: float,
     epsilon: float,
     tail: float,
 ) -> _Line:
     """A line on which δ(ε) passes both checks."""
     bend = 0.05 * t
-    k_low, k_mid, k_high = (log_mgf(events, direction, s, tail) for s in (t - bend, t, t + bend))
+    k_low, k_mid, k_high = (log_mgf(pairs, s, tail) for s in (t - bend, t, t + bend))
     spread = math.sqrt(max(k_low + k_high - 2 * k_mid, 1e-30)) / bend
     depth = max(0.0, -(k_mid - t * epsilon - math.log(t) - math.log1p(t)))
     # The rule with step s sees copies of δ at distance 2π/s; they must be negligible at both sides.
@@ -278,7 +269,7 @@ def _converged_line(
     height = 18.0 * max(1.0 / spread, 0.05 * t)
     while True:
         count = 2 * math.ceil(height * distance / (4 * math.pi)) + 1
-        line = _line(events, direction, t, 2 * math.pi / distance, max(count, 33), tail)
+        line = _line(pairs, t, 2 * math.pi / distance, max(count, 33), tail)
         fine = line.log_delta(epsilon)[0]
         rounding = line.rounding(epsilon)
         if 10 * _WORST_TOLERANCE < rounding < 1.0 and count > 1000:
@@ -294,8 +285,7 @@ def _converged_line(
 
 
 def _line(
-    events: Sequence[SampledGaussian],
-    direction: Direction,
+    pairs: Sequence[Pair],
     t: float,
     step: float,
     count: int,
@@ -305,17 +295,15 @@ def _line(
     z = t + 1j * y
     k = np.zeros(count, complex)
     rounding = 0.0
-    for event in events:
-        values, error = _event_log_mgf(event, direction, t, step, count, tail)
+    for pair in pairs:
+        values, error = _pair_log_mgf(pair, t, step, count, tail)
         k += values
         rounding += error
     k0 = float(k[0].real)
     return _Line(t, y, k0, np.exp(k - k0) / (z * (1 + z)), rounding)
 
 
-def log_mgf(
-    events: Sequence[SampledGaussian], direction: Direction, t: float, tail: float | None = None
-) -> float:
+def log_mgf(pairs: Sequence[Pair], t: float, tail: float | None = None) -> float:
     """K(t) = Σ steps · log E_P[e^{tL}]; K(λ-1) / (λ-1) is the Rényi divergence of order λ.
 
     Args:
@@ -325,23 +313,21 @@ def log_mgf(
         Absolute error about 1e-15 per step.
 
     Example:
-        >>> gaussian = SampledGaussian(noise_multiplier=2.0, sample_rate=1.0, steps=1)
-        >>> log_mgf([gaussian], "remove", 3.0)  # t (1 + t) / (2 σ²)
+        >>> from dptorch.accounting.dominating import SampledPair
+        >>> gaussian = SampledPair("remove", noise_multiplier=2.0, sample_rate=1.0, steps=1)
+        >>> log_mgf([gaussian], 3.0)  # t (1 + t) / (2 σ²)
         1.5
     """
-    return math.fsum(_real_log_mgf(event, direction, t, tail) for event in events)
+    return math.fsum(_real_log_mgf(pair, t, tail) for pair in pairs)
 
 
 @lru_cache(maxsize=4096)
-def _real_log_mgf(
-    event: SampledGaussian, direction: Direction, t: float, tail: float | None
-) -> float:
-    return float(_event_log_mgf(event, direction, t, 1.0, 1, tail)[0][0].real)
+def _real_log_mgf(pair: Pair, t: float, tail: float | None) -> float:
+    return float(_pair_log_mgf(pair, t, 1.0, 1, tail)[0][0].real)
 
 
-def _event_log_mgf(
-    event: SampledGaussian,
-    direction: Direction,
+def _pair_log_mgf(
+    pair: Pair,
     t: float,
     step: float,
     count: int,
@@ -349,18 +335,17 @@ def _event_log_mgf(
 ) -> tuple[Array, float]:
     """steps · log E_P[e^{zL}] at z = t + i·step·(0..count-1), [count] complex, and its rounding."""
     z = t + 1j * step * np.arange(count)
-    if event.sample_rate == 1:
-        precision = (2.0 if direction == "replace" else 1.0) ** 2 / event.noise_multiplier**2
-        return event.steps * z * (z + 1) / 2 * precision, 0.0
+    if pair.mu is not None:
+        return pair.steps * z * (z + 1) / 2 * pair.mu**2, 0.0
 
-    log_masses, losses = _grid(event, direction, t, abs(z[-1].imag), tail)
+    log_masses, losses = pair.nodes(t, abs(z[-1].imag), tail)
     if losses.size * count > _WORK_LIMIT:
-        raise Unsettled(f"the contour integral does not settle for {event}")
+        raise Unsettled(f"the contour integral does not settle for {pair}")
     exponents = log_masses + t * losses
     largest = float(exponents.max())
     if largest > 40.0:
         sums = _powers(np.exp(exponents - largest), losses, step, count)
-        return event.steps * (np.log(sums) + largest), 1e-15 * event.steps
+        return pair.steps * (np.log(sums) + largest), 1e-15 * pair.steps
     # E[e^{zL}] - 1 = E[e^{zL} - 1]: by its series where |zL| is small (at low rates nearly
     # everywhere), so that no 1 is added to be taken off again.
     small = np.abs(losses) * abs(z[-1]) < 0.5
@@ -370,58 +355,11 @@ def _event_log_mgf(
         rest += float((tilted - p).sum())
     else:
         rest += _powers(tilted, losses[~small], step, count) - float(p.sum())
-    rounding = 2e-16 * event.steps * float(tilted.sum() + p.sum() + abs(rest[0]))
+    rounding = 2e-16 * pair.steps * float(tilted.sum() + p.sum() + abs(rest[0]))
     # log(1 + rest) from |1 + rest|², so that a small `rest` keeps its relative accuracy.
     squared = np.maximum(2 * rest.real + rest.real**2 + rest.imag**2, -1 + 1e-16)
     values = 0.5 * np.log1p(squared) + 1j * np.arctan2(rest.imag, 1 + rest.real)
-    return event.steps * values, rounding
-
-
-def _grid(
-    event: SampledGaussian, direction: Direction, t: float, height: float, tail: float | None
-) -> tuple[Array, Array]:
-    """Trapezoid nodes in x for E_P[e^{(t+iy)L}], |y| <= height: log P's masses, the losses."""
-    sigma = event.noise_multiplier
-    left, right = _ends(event, direction, t, tail)
-    slope = (2.0 if direction == "replace" else 1.0) / sigma**2
-    # N's spectrum ends at 9/σ; e^{iyL} shifts it by y·slope; L is analytic within |Im x| < πσ².
-    gap = min(sigma / 6, 0.5 * sigma**2, 2 * math.pi / (2 * height * slope + 9.5 / sigma))
-    x = gap * np.arange(math.floor(left / gap), math.ceil(right / gap) + 1)
-    log_p, log_q = log_ratios(x, event, direction)
-    losses = log_p - log_q
-    log_masses = log_p - 0.5 * (x / sigma) ** 2 + math.log(gap / (sigma * math.sqrt(2 * math.pi)))
-    if tail is not None:
-        log_masses += _taper(x, sigma, left, right, direction)
-    weights = log_masses + np.maximum(t * losses, 0.0)
-    keep = weights > max(float(weights.max()), 0.0) - _NEGLIGIBLE
-    return log_masses[keep], losses[keep]
-
-
-def _ends(
-    event: SampledGaussian, direction: Direction, t: float, tail: float | None
-) -> tuple[float, float]:
-    sigma = event.noise_multiplier
-    if tail is not None:
-        side = sigma * max(9.5, math.sqrt(-2 * tail) + 5.0)
-        return -side, side if direction == "add" else 1.0 + side
-    # How far dividing by (1-q) + q e^{..} pulls the mass: at most t, and only while q e^{..} counts.
-    odds = event.sample_rate / (1 - event.sample_rate)
-    pull = min(t, sigma**2 * (1 + math.log1p(t * odds / sigma**2)))
-    left = -pull if direction == "add" else 0.0
-    right = {"remove": t + 1.0, "add": 0.0, "replace": t + 1.0 + pull}[direction]
-    return left - 9.5 * sigma, right + 9.5 * sigma
-
-
-def _taper(x: Array, sigma: float, left: float, right: float, direction: Direction) -> Array:
-    """log of a smooth step from 1 to 0 over the last 5σ before the end where the loss is large.
-
-    A sharp end would cost the trapezoid rule its exponential accuracy.
-    """
-    from scipy.special import log_ndtr
-
-    distance = (x - left) if direction == "add" else (right - x)
-    taper: Array = log_ndtr(math.sqrt(8.0) * (distance / sigma - 3.0))
-    return taper
+    return pair.steps * values, rounding
 
 
 def _exponential_series(masses: Array, losses: Array, z: Array) -> Array:

@@ -21,57 +21,239 @@ Gaussian mechanism with sensitivity 2C.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.events import SampledGaussian
-
 __all__ = [
+    "NEGLIGIBLE",
     "Direction",
-    "directions",
+    "Pair",
+    "SampledPair",
+    "amplified_delta",
     "falling_root",
     "gaussian_delta",
     "gaussian_epsilon",
     "gaussian_mu",
-    "largest_loss",
-    "log_ratios",
-    "one_step_delta",
-    "thresholds",
+    "log_one_plus_ratio",
+    "normal_masses",
 ]
 
 Direction = Literal["remove", "add", "replace"]
 Array = NDArray[Any]
+NEGLIGIBLE = 44.0  # e^-44 is below one rounding of the largest term
 
 
-def directions(adjacency: Adjacency) -> tuple[Direction, ...]:
-    """The pairs to compose, each alone; the cost is the largest over them.
+class Pair(Hashable, Protocol):
+    """`steps` equal dominating pairs, by their privacy loss L = log dP/dQ under P.
 
-    Example:
-        >>> directions(Adjacency.ADD_REMOVE), directions(Adjacency.REPLACE_ONE)
-        (('remove', 'add'), ('replace',))
+    Attributes:
+        steps: how often the pair is composed with itself.
+        mu: where P, Q are N(mu, 1), N(0, 1) themselves: mu; otherwise None.
+        largest_loss: supremum of L of one pair.
     """
-    return ("replace",) if adjacency is Adjacency.REPLACE_ONE else ("remove", "add")
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def mu(self) -> float | None: ...
+
+    @property
+    def largest_loss(self) -> float: ...
+
+    def one_step_delta(self, epsilon: float) -> float:
+        """H_{e^ε}(P, Q) of one pair, for ε >= 0; 1.0 where there is no closed form."""
+
+    def loss_ends(self, tail: float) -> tuple[float, float]:
+        """Where one pair's loss lies, but for e^`tail` of its mass at either end."""
+
+    def nodes(self, t: float, height: float, tail: float | None) -> tuple[Array, Array]:
+        """A quadrature for E_P[e^{(t+iy)L}], |y| <= `height`: [n] log masses and [n] losses.
+
+        P may lose e^`tail` of its mass where L is large; None loses nothing.
+        """
+
+    def cells(self, interval: float, tail: float) -> tuple[int, Array, Array]:
+        """Masses of the loss between grid points `interval` · (first + 0..n-1).
+
+        Returns:
+            first: index of the first grid point.
+            p: [n] P's masses between a point and the next; the first also holds what lies below the
+                grid, the last all that lies above.
+            q: [n] Q's masses, likewise; 0 where P's mass counts as of infinite loss.
+        """
 
 
-def log_ratios(x: Array, event: SampledGaussian, direction: Direction) -> tuple[Array, Array]:
-    """Return log P(x)/N(0)(x) and log Q(x)/N(0)(x), float64 of x's shape.
+@dataclass(frozen=True)
+class SampledPair:
+    """The pairs of the Gaussian-noised sum over a Poisson sample; formulas at the top of this file.
 
-    Example:
-        >>> log_p, log_q = log_ratios(np.array([0.5]), SampledGaussian(1.0, 0.01, 1), "remove")
-        >>> float(log_p[0]), float(log_q[0])
-        (0.0, 0.0)
+    Attributes:
+        direction: which of the three pairs.
+        noise_multiplier: σ > 0.
+        sample_rate: q in (0, 1].
+        steps: how often it is composed with itself.
     """
-    zero = np.zeros_like(x)
-    up = _log_mixture((x - 0.5) / event.noise_multiplier**2, event.sample_rate)
-    if direction == "remove":
-        return up, zero
-    if direction == "add":
-        return zero, up
-    return up, _log_mixture((-x - 0.5) / event.noise_multiplier**2, event.sample_rate)
+
+    direction: Direction
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    @property
+    def mu(self) -> float | None:
+        """Sensitivity over noise where nothing is sampled."""
+        return self._distance / self.noise_multiplier if self.sample_rate == 1 else None
+
+    @property
+    def _distance(self) -> float:
+        return 2.0 if self.direction == "replace" else 1.0
+
+    @property
+    def largest_loss(self) -> float:
+        """Finite only where someone may be added."""
+        if self.direction != "add" or self.sample_rate == 1:
+            return math.inf
+        return -math.log1p(-self.sample_rate)
+
+    def log_ratios(self, x: Array) -> tuple[Array, Array]:
+        """Return log P(x)/N(0)(x) and log Q(x)/N(0)(x), float64 of x's shape.
+
+        Example:
+            >>> log_p, log_q = SampledPair("remove", 1.0, 0.01, 1).log_ratios(np.array([0.5]))
+            >>> float(log_p[0]), float(log_q[0])
+            (0.0, 0.0)
+        """
+        zero = np.zeros_like(x)
+        up = _log_mixture((x - 0.5) / self.noise_multiplier**2, self.sample_rate)
+        if self.direction == "remove":
+            return up, zero
+        if self.direction == "add":
+            return zero, up
+        return up, _log_mixture((-x - 0.5) / self.noise_multiplier**2, self.sample_rate)
+
+    def thresholds(self, losses: Array) -> Array:
+        """The x at which the privacy loss is `losses`; [n] to [n].
+
+        The loss rises with x for `remove` and `replace` and falls for `add`. A loss below the
+        smallest (above the largest, for `add`) gives -inf.
+
+        Example:
+            >>> x = np.array([-1.0, 0.5, 3.0])
+            >>> for direction in ("remove", "add", "replace"):
+            ...     pair = SampledPair(direction, noise_multiplier=2.0, sample_rate=0.25, steps=1)
+            ...     log_p, log_q = pair.log_ratios(x)
+            ...     assert np.allclose(pair.thresholds(log_p - log_q), x)
+        """
+        q, variance = self.sample_rate, self.noise_multiplier**2
+        if self.direction == "replace":
+            return np.sign(losses) * _replace_thresholds(np.abs(losses), q, variance)
+        log_mixture = -losses if self.direction == "add" else losses
+        with np.errstate(divide="ignore", invalid="ignore"):
+            near = np.log((np.expm1(np.minimum(log_mixture, 30.0)) + q) / q)
+        # What divides by zero or less here is of the other branch.
+        far = log_mixture + np.log1p(-(1 - q) * np.exp(-np.maximum(log_mixture, 1.0)))
+        near = np.nan_to_num(near, nan=-np.inf, neginf=-np.inf)
+        return variance * np.where(log_mixture < 30.0, near, far - math.log(q)) + 0.5
+
+    def one_step_delta(self, epsilon: float) -> float:
+        """H_{e^ε}(P, Q) of one step, in closed form.
+
+        `remove` and `add` by amplification (`amplified_delta`); `replace` is a half-line's masses.
+
+        Example:
+            >>> round(SampledPair("remove", 1.0, 0.01, 1).one_step_delta(0.1994504), 9)
+            1e-05
+        """
+        from scipy.special import ndtr
+
+        q, sigma = self.sample_rate, self.noise_multiplier
+        if self.direction == "remove":
+            return amplified_delta(epsilon, q, 1 / sigma)
+        if self.direction == "add":
+            if epsilon >= self.largest_loss:
+                return 0.0
+            weight = -math.expm1(epsilon + math.log1p(-q)) if q < 1 else 1.0
+            inner = epsilon + math.log(q) - math.log(weight)
+            return weight * gaussian_delta(max(inner, 0.0), 1 / sigma)
+        start = float(self.thresholds(np.array([epsilon]))[0])
+        outside = (1 - q) * ndtr(-start / sigma)
+        p_mass = outside + q * ndtr((1 - start) / sigma)
+        q_mass = outside + q * ndtr((-1 - start) / sigma)
+        return max(0.0, float(p_mass - math.exp(min(epsilon, 700.0)) * q_mass))
+
+    def loss_ends(self, tail: float) -> tuple[float, float]:
+        """See `Pair.loss_ends`."""
+        side = math.sqrt(-2 * tail) * self.noise_multiplier
+        left = -1 - side if self.direction == "replace" else -side
+        right = side if self.direction == "add" else 1 + side
+        log_p, log_q = self.log_ratios(np.array([left, right]))
+        low, high = sorted((log_p - log_q).tolist())
+        return low, high
+
+    def cells(self, interval: float, tail: float) -> tuple[int, Array, Array]:
+        """See `Pair.cells`."""
+        sigma, rate = self.noise_multiplier, self.sample_rate
+        low, high = self.loss_ends(tail)
+        first, last = math.floor(low / interval), math.ceil(high / interval)
+        x = self.thresholds(interval * np.arange(first, last + 1))
+        if self.direction == "add":
+            x[0], edges = np.inf, np.concatenate([x, [-np.inf]])[::-1]
+        else:
+            x[0], edges = -np.inf, np.concatenate([x, [np.inf]])
+        outside = normal_masses(edges / sigma)
+        hit = (1 - rate) * outside + rate * normal_masses((edges - 1) / sigma)
+        if self.direction == "replace":
+            return first, hit, (1 - rate) * outside + rate * normal_masses((edges + 1) / sigma)
+        if self.direction == "remove":
+            return first, hit, outside
+        return first, outside[::-1], hit[::-1]
+
+    def nodes(self, t: float, height: float, tail: float | None) -> tuple[Array, Array]:
+        """The trapezoid rule in x; see `Pair.nodes`."""
+        sigma = self.noise_multiplier
+        left, right = self._ends(t, tail)
+        slope = self._distance / sigma**2
+        # N's spectrum ends at 9/σ; e^{iyL} shifts it by y·slope; L is analytic within |Im x| < πσ².
+        gap = min(sigma / 6, 0.5 * sigma**2, 2 * math.pi / (2 * height * slope + 9.5 / sigma))
+        x = gap * np.arange(math.floor(left / gap), math.ceil(right / gap) + 1)
+        log_p, log_q = self.log_ratios(x)
+        losses = log_p - log_q
+        scale = math.log(gap / (sigma * math.sqrt(2 * math.pi)))
+        log_masses = log_p - 0.5 * (x / sigma) ** 2 + scale
+        if tail is not None:
+            log_masses += self._taper(x, left, right)
+        weights = log_masses + np.maximum(t * losses, 0.0)
+        keep = weights > max(float(weights.max()), 0.0) - NEGLIGIBLE
+        return log_masses[keep], losses[keep]
+
+    def _ends(self, t: float, tail: float | None) -> tuple[float, float]:
+        sigma = self.noise_multiplier
+        if tail is not None:
+            side = sigma * max(9.5, math.sqrt(-2 * tail) + 5.0)
+            return -side, side if self.direction == "add" else 1.0 + side
+        # How far dividing by (1-q) + q e^{..} pulls the mass: at most t, and only while q e^{..}
+        # counts.
+        odds = self.sample_rate / (1 - self.sample_rate)
+        pull = min(t, sigma**2 * (1 + math.log1p(t * odds / sigma**2)))
+        left = -pull if self.direction == "add" else 0.0
+        right = {"remove": t + 1.0, "add": 0.0, "replace": t + 1.0 + pull}[self.direction]
+        return left - 9.5 * sigma, right + 9.5 * sigma
+
+    def _taper(self, x: Array, left: float, right: float) -> Array:
+        """log of a smooth step from 1 to 0 over the last 5σ before the end where the loss is large.
+
+        A sharp end would cost the trapezoid rule its exponential accuracy.
+        """
+        from scipy.special import log_ndtr
+
+        distance = (x - left) if self.direction == "add" else (right - x)
+        taper: Array = log_ndtr(math.sqrt(8.0) * (distance / self.noise_multiplier - 3.0))
+        return taper
 
 
 def _log_mixture(exponent: Array, rate: float) -> Array:
@@ -83,22 +265,19 @@ def _log_mixture(exponent: Array, rate: float) -> Array:
     return np.where(exponent < 30.0, near, far)
 
 
-def largest_loss(events: Sequence[SampledGaussian], direction: Direction) -> float:
-    """The supremum of the composed privacy loss: finite only where someone may be added."""
-    if direction != "add" or any(event.sample_rate == 1 for event in events):
-        return math.inf
-    return -sum(event.steps * math.log1p(-event.sample_rate) for event in events)
-
-
-def gaussian_mu(events: Sequence[SampledGaussian], direction: Direction) -> float:
-    """μ of the Gaussian mechanism that `events` (all with sample_rate 1) compose to, exactly.
+def gaussian_mu(pairs: Sequence[Pair]) -> float | None:
+    """μ of the Gaussian mechanism that `pairs` compose to, exactly; None where one is no Gaussian.
 
     Example:
-        >>> gaussian_mu([SampledGaussian(10.0, 1.0, 100)], "remove")
+        >>> gaussian_mu([SampledPair("remove", 10.0, sample_rate=1.0, steps=100)])
         1.0
     """
-    precision = math.fsum(event.steps / event.noise_multiplier**2 for event in events)
-    return (2.0 if direction == "replace" else 1.0) * math.sqrt(precision)
+    squares = []
+    for pair in pairs:
+        if pair.mu is None:
+            return None
+        squares.append(pair.steps * pair.mu**2)
+    return math.sqrt(math.fsum(squares))
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
@@ -135,63 +314,29 @@ def gaussian_epsilon(delta: float, mu: float) -> float:
     return falling_root(lambda epsilon: gaussian_delta(epsilon, mu), delta, high)
 
 
-def one_step_delta(event: SampledGaussian, epsilon: float, direction: Direction) -> float:
-    """δ(ε) of one step of `event`, in closed form, for ε >= 0.
+def amplified_delta(epsilon: float, q: float, mu: float) -> float:
+    """H_{e^ε}((1-q) N(0, 1) + q N(mu, 1), N(0, 1)) for ε >= 0, in closed form.
 
-    Amplification by sampling (Balle, Barthe, Gaboardi 2018, arXiv:1807.01647, Theorem 2) turns
-    `remove` and `add` into the Gaussian's δ at another ε; `replace` is a half-line's two masses.
-
-    Example:
-        >>> round(one_step_delta(SampledGaussian(1.0, 0.01, 1), 0.1994504, "remove"), 9)
-        1e-05
+    Amplification by sampling (Balle, Barthe, Gaboardi 2018, arXiv:1807.01647, Theorem 2): the
+    Gaussian's δ at another ε.
     """
+    return q * gaussian_delta(log_one_plus_ratio(epsilon, q), mu)
+
+
+def normal_masses(edges: Array) -> Array:
+    """N(0, 1)'s masses between rising edges; [n+1] to [n]. Each is taken from the nearer tail."""
     from scipy.special import ndtr
 
-    q, sigma = event.sample_rate, event.noise_multiplier
-    if direction == "remove":
-        return q * gaussian_delta(_log_one_plus_ratio(epsilon, q), 1 / sigma)
-    if direction == "add":
-        if epsilon >= largest_loss([SampledGaussian(sigma, q, 1)], "add"):
-            return 0.0
-        weight = -math.expm1(epsilon + math.log1p(-q)) if q < 1 else 1.0
-        inner = epsilon + math.log(q) - math.log(weight)
-        return weight * gaussian_delta(max(inner, 0.0), 1 / sigma)
-    start = float(thresholds(np.array([epsilon]), event, "replace")[0])
-    outside = (1 - q) * ndtr(-start / sigma)
-    p_mass = outside + q * ndtr((1 - start) / sigma)
-    q_mass = outside + q * ndtr((-1 - start) / sigma)
-    return max(0.0, float(p_mass - math.exp(min(epsilon, 700.0)) * q_mass))
+    low, high = edges[:-1], edges[1:]
+    mirrored = low > 0
+    return np.abs(ndtr(np.where(mirrored, -low, high)) - ndtr(np.where(mirrored, -high, low)))
 
 
-def _log_one_plus_ratio(epsilon: float, q: float) -> float:
+def log_one_plus_ratio(epsilon: float, q: float) -> float:
     """log(1 + (e^ε - 1) / q) without overflow."""
     if epsilon < 30:
         return math.log1p(math.expm1(epsilon) / q)
     return epsilon - math.log(q) + math.log1p(-(1 - q) * math.exp(-epsilon))
-
-
-def thresholds(losses: Array, event: SampledGaussian, direction: Direction) -> Array:
-    """The x at which the pair's privacy loss is `losses`; [n] to [n].
-
-    The loss rises with x for `remove` and `replace` and falls for `add`. A loss below the smallest
-    (above the largest, for `add`) gives -inf.
-
-    Example:
-        >>> step = SampledGaussian(noise_multiplier=2.0, sample_rate=0.25, steps=1)
-        >>> x = np.array([-1.0, 0.5, 3.0])
-        >>> for direction in ("remove", "add", "replace"):
-        ...     log_p, log_q = log_ratios(x, step, direction)
-        ...     assert np.allclose(thresholds(log_p - log_q, step, direction), x)
-    """
-    q, variance = event.sample_rate, event.noise_multiplier**2
-    if direction == "replace":
-        return np.sign(losses) * _replace_thresholds(np.abs(losses), q, variance)
-    log_mixture = -losses if direction == "add" else losses
-    with np.errstate(divide="ignore", invalid="ignore"):
-        near = np.log((np.expm1(np.minimum(log_mixture, 30.0)) + q) / q)
-    far = log_mixture + np.log1p(-(1 - q) * np.exp(-np.maximum(log_mixture, 1.0))) - math.log(q)
-    exponent = np.where(log_mixture < 30.0, np.nan_to_num(near, nan=-np.inf, neginf=-np.inf), far)
-    return variance * exponent + 0.5
 
 
 def _replace_thresholds(losses: Array, q: float, variance: float) -> Array:

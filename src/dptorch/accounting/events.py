@@ -3,42 +3,96 @@
 A *history* is a sequence of events; it may mix events freely (schedules of noise, of rate, of
 mechanism), and its order does not change what it costs.
 
-New mechanisms (truncated Poisson, random allocation, correlated noise) become new frozen
-dataclasses that satisfy `Event`; an accountant that does not know a class refuses it by name
-(`dptorch.accounting.accountants.protocol.covered`), so adding one cannot silently change a number.
+Every event is a frozen dataclass. What it costs is not its business: `reduction` says which
+dominating pairs stand for it, and an accountant that does not know those refuses it by name, so
+adding an event cannot silently change a number. In all of them `noise_multiplier` is the noise's
+standard deviation over C = max_grad_norm, the bound on one record's contribution to one sum.
+
+    SampledGaussian           Poisson sampling; sample_rate 1 is the plain Gaussian mechanism
+    TruncatedPoissonGaussian  the same, but batches above a capacity lose records
+    RandomAllocationGaussian  each record in a random step of each epoch
+    FixedSizeGaussian         batches of one size, drawn afresh at each step
+    EpochwiseGaussian         each record once an epoch, in any order: shuffled, sequential
+    CorrelatedGaussian        a whole run with noise correlated over steps (DP-FTRL, banded matrices)
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
 
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["Event", "History", "SampledGaussian", "group", "merge", "positive_int"]
+__all__ = [
+    "CorrelatedGaussian",
+    "EpochwiseGaussian",
+    "Event",
+    "FixedSizeGaussian",
+    "History",
+    "RandomAllocationGaussian",
+    "SampledGaussian",
+    "TruncatedPoissonGaussian",
+    "merge",
+    "positive_int",
+]
 
 
-@runtime_checkable
-class Event(Hashable, Protocol):
-    """`steps` equal releases of one mechanism. Hashable: accountants cache by event."""
+class Event(ABC):
+    """`steps` releases of one mechanism.
+
+    A subclass is a frozen dataclass (accountants cache by it) with `steps` among its fields, names
+    itself in `kind`, and gets a case in `dptorch.accounting.reduction`.
+
+    Attributes:
+        steps: how many times the mechanism ran.
+    """
+
+    steps: int
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def steps(self) -> int:
-        """How many times the mechanism ran."""
-
-    @property
+    @abstractmethod
     def kind(self) -> str:
         """What a person would call the mechanism; used in messages."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` restores the event exactly.
+
+        Example:
+            >>> event = SampledGaussian(1.0, 0.01, 1000)
+            >>> Event.from_dict(event.to_dict()) == event
+            True
+        """
+        return {"event": type(self).__name__, **asdict(self)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Event:
+        """Restore what `to_dict` gave.
+
+        Raises:
+            ConfigurationError: no event has that name, or its fields are others.
+        """
+        kinds = {kind.__name__: kind for kind in Event.__subclasses__()}
+        kind = kinds[one_of("event", values.get("event"), kinds)]
+        given = {name: value for name, value in values.items() if name != "event"}
+        wanted = [field.name for field in fields(kind)]
+        if sorted(given) != sorted(wanted):
+            raise ConfigurationError(
+                f"a {kind.__name__} with the fields {sorted(given)} was written by another version "
+                f"of dptorch: this one expects {wanted}."
+            )
+        return kind(**given)
 
 
 History = Sequence[Event]
 
 
 @dataclass(frozen=True)
-class SampledGaussian:
+class SampledGaussian(Event):
     """`steps` releases of a Gaussian-noised sum over a Poisson sample (a step of DP-SGD).
 
     Each step draws every record independently with probability `sample_rate`, sums their
@@ -67,25 +121,256 @@ record has no steps: pass steps=0, or the rate that the sampler really uses.
     steps: int
 
     def __post_init__(self) -> None:
-        sigma = _number("noise_multiplier", self.noise_multiplier)
-        rate = _number("sample_rate", self.sample_rate)
-        if not (sigma >= 0 and math.isfinite(sigma)):
-            raise ConfigurationError(
-                f"noise_multiplier={self.noise_multiplier!r} must be finite and at least 0. "
-                "It is the noise's standard deviation divided by max_grad_norm."
-            )
-        if not 0 < rate <= 1:
-            raise ConfigurationError(
-                f"sample_rate={self.sample_rate!r} must be in (0, 1]. A run that draws no record "
-                "has no steps: pass steps=0, or the rate that the sampler really uses."
-            )
-        object.__setattr__(self, "noise_multiplier", sigma)
-        object.__setattr__(self, "sample_rate", rate)
+        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", _rate(self.sample_rate))
         object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
 
     @property
     def kind(self) -> str:
         return "Poisson-sampled Gaussian"
+
+
+@dataclass(frozen=True)
+class TruncatedPoissonGaussian(Event):
+    """Poisson sampling whose batches are cut to `capacity` records, for fixed physical shapes.
+
+    Cutting costs nothing in ε and a little in δ: with probability at least 1 - `overflow` the run
+    is one of plain Poisson sampling, so that
+
+        δ(ε) <= δ_Poisson(ε) + (1 + e^ε) · overflow
+
+    (Chua et al. 2024, arXiv:2411.04205, Theorem 3.3; by total variation, so whichever records are
+    cut). Accountants that cover `SampledGaussian` cover this, δ and ε jointly.
+
+    Attributes:
+        noise_multiplier, sample_rate, steps: as of `SampledGaussian`.
+        sample_size: number of records, or any public upper bound on it for both neighbours.
+        capacity: largest batch that is not cut; `safe_capacity` finds one that costs next to nothing.
+
+    Raises:
+        ConfigurationError: a value out of range.
+
+    Example:
+        >>> event = TruncatedPoissonGaussian(1.0, 0.01, 1000, sample_size=60_000, capacity=800)
+        >>> f"{event.overflow:.1e}"
+        '2.4e-12'
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    sample_size: int
+    capacity: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", _rate(self.sample_rate))
+        for name, least in (("steps", 0), ("sample_size", 1), ("capacity", 1)):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
+
+    @property
+    def kind(self) -> str:
+        return "truncated Poisson-sampled Gaussian"
+
+    @property
+    def overflow(self) -> float:
+        """A bound on the probability that any step's sample exceeds the capacity."""
+        return min(1.0, self.steps * _binomial_tail(self))
+
+    @staticmethod
+    def safe_capacity(
+        sample_rate: float, sample_size: int, steps: int, *, overflow: float = 1e-12
+    ) -> int:
+        """The smallest capacity >= B + 8 sqrt(B), B the expected batch, with so little `overflow`.
+
+        Example:
+            >>> TruncatedPoissonGaussian.safe_capacity(0.01, 60_000, 1000)
+            803
+            >>> TruncatedPoissonGaussian.safe_capacity(1e-4, 100_000, 10_000, overflow=1e-15)
+            50
+        """
+        expected = sample_rate * sample_size
+        low = math.ceil(expected + 8 * math.sqrt(expected)) - 1
+
+        def overflows(capacity: int) -> bool:
+            event = TruncatedPoissonGaussian(1.0, sample_rate, steps, sample_size, capacity)
+            return event.overflow > overflow
+
+        if not overflows(low + 1):
+            return min(low + 1, sample_size)
+        high = sample_size
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if overflows(middle) else (low, middle)
+        return high
+
+
+@dataclass(frozen=True)
+class RandomAllocationGaussian(Event):
+    """Each record takes part in `selections` random steps of each epoch ("balls in bins").
+
+    The steps are drawn uniformly and without replacement, for each record by itself, afresh every
+    epoch (Chua et al. 2024, arXiv:2412.16802; Feldman and Shenfeld 2025, arXiv:2502.08202). Covered
+    under add/remove and zero-out.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over C.
+        steps_per_epoch: steps that a record is allocated to.
+        steps: steps taken; a part of an epoch costs what the whole one does.
+        selections: steps of each epoch in which a record takes part, at most steps_per_epoch.
+
+    Example:
+        >>> RandomAllocationGaussian(1.0, steps_per_epoch=100, steps=950).epochs
+        10
+    """
+
+    noise_multiplier: float
+    steps_per_epoch: int
+    steps: int
+    selections: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        for name, least in (("steps_per_epoch", 1), ("steps", 0), ("selections", 1)):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
+        if self.selections > self.steps_per_epoch:
+            raise ConfigurationError(
+                f"selections={self.selections} exceeds steps_per_epoch={self.steps_per_epoch}: a "
+                "record can take part in each step at most once."
+            )
+
+    @property
+    def kind(self) -> str:
+        return "randomly allocated Gaussian"
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun."""
+        return -(-self.steps // self.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class FixedSizeGaussian(Event):
+    """Batches of exactly `batch_size` out of `sample_size` records, drawn afresh at each step.
+
+    Covered under replace-one, and under zero-out at the same cost (a record that contributes
+    nothing is a record). Under add/remove it is refused: the rate would tell the number of records.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over C. A replaced record moves a sum by 2C.
+        batch_size: records a step draws.
+        sample_size: number of records, public.
+        steps: number of releases.
+        replacement: whether a step may draw a record more than once; each time counts (C each).
+
+    Example:
+        >>> FixedSizeGaussian(1.0, batch_size=100, sample_size=10, steps=5)
+        Traceback (most recent call last):
+        ...
+        dptorch.errors.ConfigurationError: batch_size=100 exceeds sample_size=10, which only \
+sampling with replacement can do.
+    """
+
+    noise_multiplier: float
+    batch_size: int
+    sample_size: int
+    steps: int
+    replacement: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        for name, least in (("batch_size", 1), ("sample_size", 1), ("steps", 0)):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
+        if self.batch_size > self.sample_size and not self.replacement:
+            raise ConfigurationError(
+                f"batch_size={self.batch_size} exceeds sample_size={self.sample_size}, which only "
+                "sampling with replacement can do."
+            )
+
+    @property
+    def kind(self) -> str:
+        return f"fixed-size Gaussian {'with' if self.replacement else 'without'} replacement"
+
+
+@dataclass(frozen=True)
+class EpochwiseGaussian(Event):
+    """Each record at most once an epoch, in a step that no other record's value moves.
+
+    Shuffled and sequential loaders, and any other order that does not look at the data. An epoch
+    releases each record once, so it is one Gaussian mechanism: no amplification is claimed, for
+    shuffling none of this size is known.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over C.
+        steps_per_epoch: steps of one pass over the data.
+        steps: steps taken; a part of an epoch costs what the whole one does.
+
+    Example:
+        >>> EpochwiseGaussian(1.0, steps_per_epoch=100, steps=201).epochs
+        3
+    """
+
+    noise_multiplier: float
+    steps_per_epoch: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        for name, least in (("steps_per_epoch", 1), ("steps", 0)):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
+
+    @property
+    def kind(self) -> str:
+        return "Gaussian once an epoch"
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun."""
+        return -(-self.steps // self.steps_per_epoch)
+
+    def if_poisson(self) -> SampledGaussian:
+        """The event that is often claimed for such a loader; for comparison, not for a statement.
+
+        Example:
+            >>> EpochwiseGaussian(1.0, steps_per_epoch=100, steps=250).if_poisson()
+            SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=250)
+        """
+        return SampledGaussian(self.noise_multiplier, 1 / self.steps_per_epoch, self.steps)
+
+
+@dataclass(frozen=True)
+class CorrelatedGaussian(Event):
+    """Whole runs of a matrix mechanism: noise C⁻¹z, correlated over a run's steps, z white.
+
+    With strategy matrix C, all of a run's releases are a function of Cx + z, a Gaussian mechanism
+    whose sensitivity is C's over all ways a record may take part (Denisov et al. 2022,
+    arXiv:2202.08312; banded C: Choquette-Choo et al. 2023, arXiv:2306.08153). No amplification by
+    sampling is claimed.
+
+    Attributes:
+        noise_multiplier: standard deviation of z over C_clip, the bound on one contribution.
+        sensitivity: the strategy's, in units of C_clip, under add/remove; `strategy_sensitivity`
+            computes it.
+        steps: number of whole runs, not of a run's steps: a run is one release.
+    """
+
+    noise_multiplier: float
+    sensitivity: float
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        sensitivity = _number("sensitivity", self.sensitivity)
+        if not 0 < sensitivity < math.inf:
+            raise ConfigurationError(
+                f"sensitivity={self.sensitivity!r} must be finite and above 0."
+            )
+        object.__setattr__(self, "sensitivity", sensitivity)
+        object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
+
+    @property
+    def kind(self) -> str:
+        return "Gaussian with correlated noise"
 
 
 def merge(history: Iterable[Event]) -> list[Event]:
@@ -105,22 +390,6 @@ def merge(history: Iterable[Event]) -> list[Event]:
         else:
             merged.append(event)
     return merged
-
-
-def group(events: Iterable[SampledGaussian]) -> list[SampledGaussian]:
-    """Add up all equal events, wherever they stand; the result is sorted, so equal costs look equal.
-
-    Example:
-        >>> step = SampledGaussian(1.0, 0.01, 1)
-        >>> [event.steps for event in group([step, SampledGaussian(2.0, 0.01, 5), step])]
-        [2, 5]
-    """
-    steps: dict[tuple[float, float], int] = {}
-    for event in events:
-        if event.steps:
-            key = (event.noise_multiplier, event.sample_rate)
-            steps[key] = steps.get(key, 0) + event.steps
-    return [SampledGaussian(*key, count) for key, count in sorted(steps.items())]
 
 
 def positive_int(name: str, value: object, *, least: int = 1) -> int:
@@ -149,6 +418,26 @@ def positive_int(name: str, value: object, *, least: int = 1) -> int:
     return number
 
 
+def _noise(value: object) -> float:
+    sigma = _number("noise_multiplier", value)
+    if not 0 <= sigma < math.inf:
+        raise ConfigurationError(
+            f"noise_multiplier={value!r} must be finite and at least 0. "
+            "It is the noise's standard deviation divided by max_grad_norm."
+        )
+    return sigma
+
+
+def _rate(value: object) -> float:
+    rate = _number("sample_rate", value)
+    if not 0 < rate <= 1:
+        raise ConfigurationError(
+            f"sample_rate={value!r} must be in (0, 1]. A run that draws no record "
+            "has no steps: pass steps=0, or the rate that the sampler really uses."
+        )
+    return rate
+
+
 def _number(name: str, value: object) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
@@ -159,10 +448,19 @@ def _number(name: str, value: object) -> float:
     return number
 
 
+def _binomial_tail(event: TruncatedPoissonGaussian) -> float:
+    """The probability that one Poisson sample of the event is larger than its capacity."""
+    from scipy.special import bdtrc
+
+    if event.capacity >= event.sample_size:
+        return 0.0
+    return float(bdtrc(event.capacity, event.sample_size, event.sample_rate))
+
+
 def _alike(left: Event, right: Event) -> bool:
     return type(left) is type(right) and _with_steps(left, 1) == _with_steps(right, 1)
 
 
 def _with_steps(event: Event, steps: int) -> Event:
-    changed: Event = replace(event, steps=steps)  # type: ignore[type-var]
+    changed: Event = replace(event, steps=steps)
     return changed

@@ -16,8 +16,8 @@ from dptorch.accounting import contour
 from dptorch.accounting.accountants import registry
 from dptorch.accounting.accountants.protocol import Accountant, check_delta, check_epsilon
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.dominating import directions
 from dptorch.accounting.events import SampledGaussian
+from dptorch.accounting.reduction import directions, pair_of
 from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["delta", "epsilon", "noise_multiplier", "sample_rate", "steps"]
@@ -231,10 +231,10 @@ class _Question:
         """`excess` by the moments bound of one direction: cheap, and near enough to start from."""
         if run.noise_multiplier == 0:
             return math.inf
-        direction = directions(self.adjacency)[0]
+        pairs = [pair_of(run, directions(self.adjacency)[0], self.adjacency)]
         log_delta = math.log(self.delta)
-        tail = contour.negligible_tail([run], log_delta)
-        return contour.saddle([run], direction, self.target, tail)[1] - log_delta
+        tail = contour.negligible_tail(pairs, log_delta)
+        return contour.saddle(pairs, self.target, tail)[1] - log_delta
 
     def cost(self, run: SampledGaussian) -> float:
         return self.accountant.epsilon([run], self.delta, adjacency=self.adjacency)

@@ -15,10 +15,9 @@ from functools import cached_property
 
 import numpy as np
 
-from dptorch.accounting.dominating import Array, Direction, log_ratios, thresholds
-from dptorch.accounting.events import SampledGaussian
+from dptorch.accounting.dominating import Array, Pair
 
-__all__ = ["Discretised", "LossTail", "compose", "connect_the_dots", "loss_range"]
+__all__ = ["Discretised", "LossTail", "compose", "connect_the_dots"]
 
 _SLACK = 2e-15  # of the total, per step: a wide margin over the FFT's and the powers' rounding
 _REACH = 12.0  # standard deviations kept around the tilted mean, at least
@@ -106,43 +105,25 @@ class LossTail:
         return max(0.0, float(self.tilted @ self.losses / self.tilted.sum()))
 
 
-def connect_the_dots(
-    event: SampledGaussian, direction: Direction, interval: float, tail: float = -80.0
-) -> Discretised:
+def connect_the_dots(pair: Pair, interval: float, tail: float = -80.0) -> Discretised:
     """Put the loss of one step on the grid of multiples of `interval` so that δ(ε) only grows.
 
     δ is convex in e^ε; the discrete loss's δ is its linear interpolation through the grid points,
     hence above it (Doroshenko et al. 2022, arXiv:2207.04380, section 3). What lies between two grid
-    points is split between them so that its mass under P and under Q is kept; each cell's masses
-    are taken from the nearer tail, so a mass of 1e-30 keeps its digits. The loss of the last e^tail
-    of P's mass counts as infinite.
+    points is split between them so that its mass under P and under Q is kept. The loss of the last
+    e^tail of P's mass counts as infinite.
 
     Guarantees:
-        The composed result's δ(ε) is at least that of `event`, at every ε.
+        The composed result's δ(ε) is at least that of `pair`, at every ε.
 
     Example:
-        >>> part = connect_the_dots(SampledGaussian(1.0, 0.01, steps=5), "remove", 1e-3)
+        >>> from dptorch.accounting.dominating import SampledPair
+        >>> part = connect_the_dots(SampledPair("remove", 1.0, 0.01, steps=5), 1e-3)
         >>> bool(abs(part.masses.sum() + part.infinite - 1) < 1e-12)
         True
     """
-    sigma, rate = event.noise_multiplier, event.sample_rate
-    low, high = _loss_ends(event, direction, tail)
-    first, last = math.floor(low / interval), math.ceil(high / interval)
-    grid = interval * np.arange(first, last + 1)
-    x = thresholds(grid, event, direction)
-    if direction == "add":
-        x[0], edges = np.inf, np.concatenate([x, [-np.inf]])[::-1]
-    else:
-        x[0], edges = -np.inf, np.concatenate([x, [np.inf]])
-    # [n] masses between grid[i] and grid[i+1]; the last is what lies above the grid.
-    outside = _normal_masses(edges / sigma)
-    hit = (1 - rate) * outside + rate * _normal_masses((edges - 1) / sigma)
-    if direction == "replace":
-        p, q = hit, (1 - rate) * outside + rate * _normal_masses((edges + 1) / sigma)
-    elif direction == "remove":
-        p, q = hit, outside
-    else:
-        p, q = outside[::-1], hit[::-1]
+    first, p, q = pair.cells(interval, tail)
+    grid = interval * np.arange(first, first + p.size)
     with np.errstate(over="ignore", invalid="ignore"):
         excess = np.nan_to_num(p - np.exp(grid) * q, nan=np.inf, posinf=np.inf)
     risen = np.clip(excess / -math.expm1(-interval), 0.0, p)
@@ -150,31 +131,7 @@ def connect_the_dots(
     masses = p - risen
     masses[-1] = p[-1] - infinite
     masses[1:] += risen[:-1]
-    return Discretised(masses, first, infinite, event.steps)
-
-
-def loss_range(event: SampledGaussian, direction: Direction, tail: float) -> float:
-    """The width of one step's loss, without the last e^tail of its mass at either end."""
-    low, high = _loss_ends(event, direction, tail)
-    return high - low
-
-
-def _loss_ends(event: SampledGaussian, direction: Direction, tail: float) -> tuple[float, float]:
-    side = math.sqrt(-2 * tail) * event.noise_multiplier
-    left = -1 - side if direction == "replace" else -side
-    right = side if direction == "add" else 1 + side
-    log_p, log_q = log_ratios(np.array([left, right]), event, direction)
-    low, high = sorted((log_p - log_q).tolist())
-    return low, high
-
-
-def _normal_masses(edges: Array) -> Array:
-    """N(0, 1)'s masses between rising edges; [n+1] to [n]."""
-    from scipy.special import ndtr
-
-    low, high = edges[:-1], edges[1:]
-    mirrored = low > 0
-    return np.abs(ndtr(np.where(mirrored, -low, high)) - ndtr(np.where(mirrored, -high, low)))
+    return Discretised(masses, first, infinite, pair.steps)
 
 
 def compose(parts: Sequence[Discretised], interval: float, tilt: float) -> LossTail:

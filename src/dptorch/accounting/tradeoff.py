@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dptorch.accounting.accountants.pld import PLDAccountant
-from dptorch.accounting.accountants.protocol import covered, without_noise
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.composition import composed_epsilon
-from dptorch.accounting.dominating import Array, directions
+from dptorch.accounting.dominating import Array
 from dptorch.accounting.events import History
+from dptorch.accounting.reduction import reduced
 from dptorch.errors import ConfigurationError
 
 __all__ = ["GaussianFit", "gaussian_fit", "trade_off_curve"]
@@ -105,12 +105,11 @@ def gaussian_fit(
 
 def _profile(history: History, relation: Adjacency) -> tuple[Array, Array]:
     """(ε, δ) pairs that shape the curve: from ε = 0 to where δ is 1e-8."""
-    accountant = PLDAccountant()
-    events = covered(accountant, history)
-    if not events:
-        return np.zeros(1), np.zeros(1)
-    if without_noise(events):
+    run = reduced(history, relation)
+    if run.noiseless:
         return np.zeros(1), np.ones(1)
-    last = max(composed_epsilon(events, way, 1e-8) for way in directions(relation))
+    if not run.compositions:
+        return np.zeros(1), np.zeros(1)
+    last = max(composed_epsilon(pairs, 1e-8) for pairs in run.compositions)
     epsilons = np.linspace(0.0, max(last, 1e-9), 200)
-    return epsilons, accountant.profile(events, epsilons, adjacency=relation)
+    return epsilons, PLDAccountant().profile(history, epsilons, adjacency=relation)

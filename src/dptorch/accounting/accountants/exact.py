@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from dptorch.accounting.accountants.protocol import (
-    check_delta,
-    check_epsilon,
-    covered,
-    without_noise,
-)
-from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.composition import composed_delta, composed_epsilon
-from dptorch.accounting.dominating import directions
-from dptorch.accounting.events import Event, History, SampledGaussian
 
 __all__ = ["ExactAccountant"]
 
 
 @dataclass(frozen=True)
-class ExactAccountant:
+class ExactAccountant(PairAccountant):
     """ε and δ to about nine digits in milliseconds: for planning and calibration.
 
     One step and sample_rate = 1 have closed forms (`dominating`); nearly everything else, mixtures
@@ -31,6 +22,7 @@ class ExactAccountant:
     but no theorem certifies its sign. State the number of "pld" where a bound is needed.
 
     Example:
+        >>> from dptorch.accounting import SampledGaussian
         >>> run = [SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)]
         >>> round(ExactAccountant().epsilon(run, 1e-5), 7)
         1.8282367
@@ -41,44 +33,14 @@ class ExactAccountant:
     name: str = "exact"
     is_upper_bound: bool = False
 
-    def covers(self, event: Event) -> bool:
-        """Whether `event` is a Poisson-sampled Gaussian."""
-        return isinstance(event, SampledGaussian)
-
-    def epsilon(
-        self,
-        history: History,
-        delta: float,
-        *,
-        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
-    ) -> float:
-        """ε of `history` at `delta`; see `Accountant.epsilon`."""
-        delta, relation = check_delta(delta), Adjacency.of(adjacency)
-        events = covered(self, history)
-        if not events:
-            return 0.0
-        if without_noise(events):
-            return math.inf
+    def _epsilon(self, compositions: Compositions, delta: float) -> float:
         epsilon = 0.0
-        for direction in directions(relation):
-            epsilon = composed_epsilon(events, direction, delta, floor=epsilon)
+        for pairs in compositions:
+            epsilon = composed_epsilon(pairs, delta, floor=epsilon)
         return epsilon
 
-    def delta(
-        self,
-        history: History,
-        epsilon: float,
-        *,
-        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
-    ) -> float:
-        """δ of `history` at `epsilon`; see `Accountant.delta`."""
-        epsilon, relation = check_epsilon(epsilon), Adjacency.of(adjacency)
-        events = covered(self, history)
-        if not events:
-            return 0.0
-        if without_noise(events):
-            return 1.0
+    def _delta(self, compositions: Compositions, epsilon: float) -> float:
         delta = 0.0
-        for direction in directions(relation):
-            delta = composed_delta(events, direction, epsilon, floor=delta)
+        for pairs in compositions:
+            delta = composed_delta(pairs, epsilon, floor=delta)
         return delta

@@ -1,16 +1,21 @@
-"""What every accountant answers, and the checks that all of them share."""
+"""What every accountant answers, and what all of them share: checks, reduction, overflow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.events import Event, History, SampledGaussian, group
+from dptorch.accounting.dominating import Pair, SampledPair
+from dptorch.accounting.events import Event, History
+from dptorch.accounting.reduction import Reduced, can_reduce, reduced
 from dptorch.errors import ConfigurationError, PrivacyError
 
-__all__ = ["Accountant", "check_delta", "check_epsilon", "covered", "without_noise"]
+__all__ = ["Accountant", "PairAccountant", "check_delta", "check_epsilon"]
+
+Compositions = Sequence[tuple[Pair, ...]]
 
 
 @runtime_checkable
@@ -30,7 +35,7 @@ class Accountant(Protocol):
     def is_upper_bound(self) -> bool: ...
 
     def covers(self, event: Event) -> bool:
-        """Whether this accountant knows what `event` costs."""
+        """Whether this accountant knows what `event` costs, under some adjacency."""
 
     def epsilon(
         self,
@@ -59,35 +64,111 @@ class Accountant(Protocol):
         """The smallest δ in [0, 1] for which it can say that `history` is (`epsilon`, δ)-DP."""
 
 
-def covered(accountant: Accountant, history: History) -> list[SampledGaussian]:
-    """Return `history` as grouped sampled Gaussians, or refuse what `accountant` does not cover.
+class PairAccountant(ABC):
+    """An `Accountant` that composes dominating pairs; subclasses are frozen dataclasses.
 
-    Raises:
-        PrivacyError: naming the event's kind and every accountant that covers it.
-        ConfigurationError: something in `history` is no event at all.
+    A subclass names the pairs it can compose and answers for each set of compositions; checking,
+    covering, the edges (nothing released, no noise) and the overflow of truncated sampling are here.
     """
+
+    name: str
+    pairs: ClassVar[tuple[type, ...]] = (SampledPair,)
+
+    @abstractmethod
+    def _epsilon(self, compositions: Compositions, delta: float) -> float:
+        """ε, the largest over `compositions`; each is sorted and not empty."""
+
+    @abstractmethod
+    def _delta(self, compositions: Compositions, epsilon: float) -> float:
+        """δ, likewise."""
+
+    def covers(self, event: Event) -> bool:
+        """Whether `event` reduces to a pair that this accountant composes."""
+        return can_reduce(event, self.pairs)
+
+    def epsilon(
+        self,
+        history: History,
+        delta: float,
+        *,
+        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    ) -> float:
+        """ε of `history` at `delta`; see `Accountant.epsilon`."""
+        delta = check_delta(delta)
+        run = self._reduced(history, adjacency)
+        if run.noiseless:
+            return math.inf
+        if not run.compositions:
+            return 0.0
+        return _with_overflow(lambda rest: self._epsilon(run.compositions, rest), delta, run)
+
+    def delta(
+        self,
+        history: History,
+        epsilon: float,
+        *,
+        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    ) -> float:
+        """δ of `history` at `epsilon`; see `Accountant.delta`."""
+        epsilon = check_epsilon(epsilon)
+        run = self._reduced(history, adjacency)
+        if run.noiseless:
+            return 1.0
+        if not run.compositions:
+            return 0.0
+        extra = _overflow_delta(run, epsilon)
+        return min(1.0, self._delta(run.compositions, epsilon) + extra) if extra < 1 else 1.0
+
+    def _reduced(self, history: History, adjacency: Adjacency | str) -> Reduced:
+        relation = Adjacency.of(adjacency)
+        for event in history:
+            if not isinstance(event, Event):
+                raise ConfigurationError(
+                    f"history holds {event!r}, which is not an accounting event. Use one of "
+                    "dptorch.accounting.events, such as "
+                    "SampledGaussian(noise_multiplier, sample_rate, steps)."
+                )
+            if not self.covers(event):
+                raise _refusal(self.name, event)
+        return reduced(history, relation)
+
+
+def _refusal(name: str, event: Event) -> PrivacyError:
     from dptorch.accounting.accountants import registry
 
-    gaussians = []
-    for event in history:
-        if not isinstance(event, Event):
-            raise ConfigurationError(
-                f"history holds {event!r}, which is not an accounting event. "
-                "Use dptorch.accounting.SampledGaussian(noise_multiplier, sample_rate, steps)."
-            )
-        if not isinstance(event, SampledGaussian) or not accountant.covers(event):
-            able = [name for name in registry.names() if registry.get(name).covers(event)]
-            way_out = (
-                f"These do: {', '.join(able)}."
-                if able
-                else "No accountant does, so no ε can be stated for it: use a mechanism that one "
-                "covers (Poisson sampling), or account for it without amplification (sample_rate=1)."
-            )
-            raise PrivacyError(
-                f"accountant {accountant.name!r} does not cover the event {event.kind!r}. {way_out}"
-            )
-        gaussians.append(event)
-    return group(gaussians)
+    able = [other for other in registry.names() if registry.get(other).covers(event)]
+    way_out = (
+        f"These do: {', '.join(able)}."
+        if able
+        else "No accountant does, so no ε can be stated for it: use a mechanism that one covers "
+        "(Poisson sampling), or account for it without amplification (sample_rate=1)."
+    )
+    return PrivacyError(f"accountant {name!r} does not cover the event {event.kind!r}. {way_out}")
+
+
+def _overflow_delta(run: Reduced, epsilon: float) -> float:
+    if run.overflow == 0:
+        return 0.0
+    exponent = math.log(run.overflow) + epsilon + math.log1p(math.exp(-epsilon))
+    return math.exp(min(exponent, 0.0))
+
+
+def _with_overflow(cost: Callable[[float], float], delta: float, run: Reduced) -> float:
+    """The ε with δ(ε) + (1 + e^ε) · overflow <= delta: the fixed point of `cost`, from above."""
+    if run.overflow == 0:
+        return cost(delta)
+    epsilon = 0.0
+    for _ in range(50):
+        # A hair more than the last value, so that the iteration ends on the safe side.
+        epsilon = epsilon * (1 + 1e-9) + 1e-12
+        rest = delta - _overflow_delta(run, epsilon)
+        if rest <= 0:
+            return math.inf
+        found = cost(rest)
+        if found <= epsilon or math.isinf(found):
+            return max(found, epsilon)
+        epsilon = found
+    return math.inf
 
 
 def check_delta(delta: float) -> float:
@@ -120,8 +201,3 @@ def check_epsilon(epsilon: float, *, name: str = "epsilon") -> float:
     if isinstance(epsilon, (bool, str)) or not (epsilon >= 0 and math.isfinite(epsilon)):
         raise ConfigurationError(f"{name}={epsilon!r} must be finite and at least 0, such as 3.0.")
     return float(epsilon)
-
-
-def without_noise(events: Sequence[SampledGaussian]) -> bool:
-    """Whether some step released its sum as it is: then no finite ε is claimed, δ is 1."""
-    return any(event.noise_multiplier == 0 for event in events)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from dptorch.accounting.accountants.protocol import (
-    check_delta,
-    check_epsilon,
-    covered,
-    without_noise,
-)
-from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.contour import log_mgf
-from dptorch.accounting.dominating import Array, Direction, directions, thresholds
-from dptorch.accounting.events import Event, History, SampledGaussian
+from dptorch.accounting.dominating import Array, Pair, SampledPair
 from dptorch.errors import ConfigurationError
 
 __all__ = ["PRVAccountant"]
 
 
 @dataclass(frozen=True)
-class PRVAccountant:
+class PRVAccountant(PairAccountant):
     """The upper end of the interval of privacy random variables (arXiv:2106.02848, Theorem 5.5).
 
     The package composes; the privacy losses given to it are those of `dominating`, so that `add`
@@ -41,36 +34,18 @@ class PRVAccountant:
     name: str = "prv"
     is_upper_bound: bool = True
 
-    def covers(self, event: Event) -> bool:
-        """Whether `event` is a Poisson-sampled Gaussian."""
-        return isinstance(event, SampledGaussian)
-
-    def epsilon(
-        self,
-        history: History,
-        delta: float,
-        *,
-        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
-    ) -> float:
-        """Upper bound on ε; see `Accountant.epsilon`.
+    def _epsilon(self, compositions: Compositions, delta: float) -> float:
+        """Upper bound on ε.
 
         Raises:
             ConfigurationError: `prv-accountant` is not installed, or δ is below what its floating
                 point can resolve.
         """
-        delta, relation = check_delta(delta), Adjacency.of(adjacency)
-        events = tuple(covered(self, history))
-        if not events:
-            return 0.0
-        if without_noise(events):
-            return math.inf
-        return max(self.interval(events, delta, way)[2] for way in directions(relation))
+        return max(self.interval(pairs, delta)[2] for pairs in compositions)
 
-    def interval(
-        self, events: tuple[SampledGaussian, ...], delta: float, direction: Direction
-    ) -> tuple[float, float, float]:
+    def interval(self, pairs: tuple[Pair, ...], delta: float) -> tuple[float, float, float]:
         """(lower bound, estimate, upper bound) of ε in one direction, none below 0."""
-        composed = _composed(events, direction, self.eps_error, delta * self.delta_error_ratio)
+        composed = _composed(pairs, self.eps_error, delta * self.delta_error_ratio)
         try:
             bounds = composed.compute_epsilon(delta, delta * self.delta_error_ratio, self.eps_error)
         except (RuntimeError, ValueError) as problem:
@@ -82,32 +57,18 @@ class PRVAccountant:
         lower, estimate, upper = (max(0.0, float(value)) for value in bounds)
         return lower, estimate, upper
 
-    def delta(
-        self,
-        history: History,
-        epsilon: float,
-        *,
-        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
-    ) -> float:
-        """Upper bound on δ; see `Accountant.delta`. Its error in δ is taken relative to 1e-6."""
-        epsilon, relation = check_epsilon(epsilon), Adjacency.of(adjacency)
-        events = tuple(covered(self, history))
-        if not events:
-            return 0.0
-        if without_noise(events):
-            return 1.0
+    def _delta(self, compositions: Compositions, epsilon: float) -> float:
+        """Upper bound on δ; its error in δ is taken relative to 1e-6."""
         error = 1e-6 * self.delta_error_ratio
         worst = 0.0
-        for direction in directions(relation):
-            composed = _composed(events, direction, self.eps_error, error)
+        for pairs in compositions:
+            composed = _composed(pairs, self.eps_error, error)
             worst = max(worst, composed.compute_delta_estimate(epsilon - self.eps_error) + error)
         return min(1.0, float(worst))
 
 
 @lru_cache(maxsize=8)
-def _composed(
-    events: tuple[SampledGaussian, ...], direction: Direction, eps_error: float, delta_error: float
-) -> Any:
+def _composed(pairs: tuple[Pair, ...], eps_error: float, delta_error: float) -> Any:
     try:
         from prv_accountant import PRVAccountant as Package
         from prv_accountant.privacy_random_variables import PrivacyRandomVariable
@@ -120,15 +81,15 @@ def _composed(
     class Loss(PrivacyRandomVariable):  # type: ignore[misc]
         """The loss of one step; `cdf` and `rdp` are what the package asks for."""
 
-        def __init__(self, event: SampledGaussian) -> None:
-            self.step = SampledGaussian(event.noise_multiplier, event.sample_rate, 1)
+        def __init__(self, pair: SampledPair) -> None:
+            self.pair = replace(pair, steps=1)
 
         def cdf(self, t: Any) -> Array:
             from scipy.special import ndtr
 
-            sigma, rate = self.step.noise_multiplier, self.step.sample_rate
-            x = thresholds(np.asarray(t, float), self.step, direction)
-            if direction == "add":
+            sigma, rate = self.pair.noise_multiplier, self.pair.sample_rate
+            x = self.pair.thresholds(np.asarray(t, float))
+            if self.pair.direction == "add":
                 # The loss falls with x, and nothing exceeds its supremum.
                 below: Array = ndtr(-x / sigma)
                 return below
@@ -138,12 +99,12 @@ def _composed(
         def rdp(self, alpha: float) -> float:
             if math.isinf(alpha):
                 return math.inf
-            return log_mgf([self.step], direction, alpha - 1) / (alpha - 1)
+            return log_mgf([self.pair], alpha - 1) / (alpha - 1)
 
     package = Package(
-        prvs=[Loss(event) for event in events],
-        max_self_compositions=[event.steps for event in events],
+        prvs=[Loss(pair) for pair in pairs if isinstance(pair, SampledPair)],
+        max_self_compositions=[pair.steps for pair in pairs],
         eps_error=eps_error,
         delta_error=delta_error,
     )
-    return package.compute_composition([event.steps for event in events])
+    return package.compute_composition([pair.steps for pair in pairs])

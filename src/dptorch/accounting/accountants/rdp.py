@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from dptorch.accounting.accountants.protocol import (
-    check_delta,
-    check_epsilon,
-    covered,
-    without_noise,
-)
-from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.contour import log_mgf
-from dptorch.accounting.dominating import Array
-from dptorch.accounting.events import Event, History, SampledGaussian
+from dptorch.accounting.dominating import Array, Pair, SampledPair
 
 __all__ = ["RDPAccountant"]
 
@@ -25,7 +17,7 @@ _ROUNDING = 1e-15
 
 
 @dataclass(frozen=True)
-class RDPAccountant:
+class RDPAccountant(PairAccountant):
     """An upper bound on ε from Rényi divergences, through Google's `dp-accounting`.
 
     Its orders and its conversion to (ε, δ) are `dp-accounting`'s; so are the divergences of the
@@ -37,6 +29,7 @@ class RDPAccountant:
     Its ε cannot go below log(1/δ) / 1023 or so, however large the noise: the largest order is 1024.
 
     Example:
+        >>> from dptorch.accounting import SampledGaussian
         >>> run = [SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=1000)]
         >>> round(RDPAccountant().epsilon(run, 1e-5), 4)
         2.1014
@@ -45,55 +38,27 @@ class RDPAccountant:
     name: str = "rdp"
     is_upper_bound: bool = True
 
-    def covers(self, event: Event) -> bool:
-        """Whether `event` is a Poisson-sampled Gaussian."""
-        return isinstance(event, SampledGaussian)
-
-    def epsilon(
-        self,
-        history: History,
-        delta: float,
-        *,
-        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
-    ) -> float:
-        """ε of `history` at `delta`; see `Accountant.epsilon`."""
+    def _epsilon(self, compositions: Compositions, delta: float) -> float:
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-        delta, relation = check_delta(delta), Adjacency.of(adjacency)
-        events = covered(self, history)
-        if not events:
-            return 0.0
-        if without_noise(events):
-            return math.inf
-        orders, divergences = _divergences(events, relation)
-        return float(rdp.compute_epsilon(orders, divergences, delta)[0])
+        divergences = _divergences(compositions)
+        return float(rdp.compute_epsilon(_orders(), divergences, delta)[0])
 
-    def delta(
-        self,
-        history: History,
-        epsilon: float,
-        *,
-        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
-    ) -> float:
-        """δ of `history` at `epsilon`; see `Accountant.delta`."""
+    def _delta(self, compositions: Compositions, epsilon: float) -> float:
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-        epsilon, relation = check_epsilon(epsilon), Adjacency.of(adjacency)
-        events = covered(self, history)
-        if not events:
-            return 0.0
-        if without_noise(events):
-            return 1.0
-        orders, divergences = _divergences(events, relation)
-        return float(rdp.compute_delta(orders, divergences, epsilon)[0])
+        return float(rdp.compute_delta(_orders(), _divergences(compositions), epsilon)[0])
 
 
-def _divergences(events: list[SampledGaussian], relation: Adjacency) -> tuple[Array, Array]:
-    orders = _orders()
-    total = np.zeros_like(orders)
-    for event in events:
-        total += event.steps * _one_step(event.noise_multiplier, event.sample_rate, relation)
-    return orders, total
+def _divergences(compositions: Compositions) -> Array:
+    """The largest over the directions, at every order."""
+    totals = []
+    for pairs in compositions:
+        total = np.zeros_like(_orders())
+        for pair in pairs:
+            total += pair.steps * _one_step(replace(pair, steps=1))  # type: ignore[type-var]
+        totals.append(total)
+    return np.max(totals, axis=0)
 
 
 @lru_cache(maxsize=1)
@@ -104,20 +69,21 @@ def _orders() -> Array:
 
 
 @lru_cache(maxsize=1024)
-def _one_step(sigma: float, rate: float, relation: Adjacency) -> Array:
+def _one_step(pair: Pair) -> Array:
     """Rényi divergences of one step, at every order.
 
     Rounding can leave a divergence of 1e-16 below 0, which `dp-accounting` takes for a proof of
     ε = 0 or δ = 0; hence the small surcharge.
     """
-    if relation is Adjacency.REPLACE_ONE:
-        step = SampledGaussian(sigma, rate, 1)
-        found = np.array([log_mgf([step], "replace", a - 1) / (a - 1) for a in _orders()])
+    if isinstance(pair, SampledPair) and pair.direction != "replace":
+        # The divergence of `remove` is the larger (Mironov, Talwar, Zhang 2019, Theorem 5).
+        found = _dp_accounting_divergences(pair.noise_multiplier, pair.sample_rate)
     else:
-        found = _dp_accounting_divergences(sigma, rate)
+        found = np.array([log_mgf([pair], a - 1) / (a - 1) for a in _orders()])
     return np.maximum(found, 0.0) + _ROUNDING
 
 
+@lru_cache(maxsize=1024)
 def _dp_accounting_divergences(sigma: float, rate: float) -> Array:
     from absl import logging
     from dp_accounting import dp_event

@@ -1,0 +1,120 @@
+"""From what ran to what is composed: the dominating pairs of each event.
+
+One case per event class; a history's cost is the largest over its directions, each composed alone.
+
+| event | add/remove, zero-out | replace-one |
+|---|---|---|
+| SampledGaussian, TruncatedPoissonGaussian | `remove` and `add` | `replace` |
+| EpochwiseGaussian, CorrelatedGaussian | a Gaussian | a Gaussian, sensitivity doubled |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.dominating import Direction, Pair, SampledPair
+from dptorch.accounting.events import (
+    CorrelatedGaussian,
+    EpochwiseGaussian,
+    Event,
+    SampledGaussian,
+    TruncatedPoissonGaussian,
+)
+from dptorch.errors import PrivacyError
+
+__all__ = ["Reduced", "can_reduce", "directions", "pair_of", "reduced"]
+
+
+_PAIRS: dict[type[Event], type] = {
+    SampledGaussian: SampledPair,
+    TruncatedPoissonGaussian: SampledPair,
+    EpochwiseGaussian: SampledPair,
+    CorrelatedGaussian: SampledPair,
+}
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A history as accountants compose it.
+
+    Attributes:
+        compositions: the dominating pairs of each direction; empty where nothing was released.
+        noiseless: whether some step released its sum as it is: then ε = inf and δ = 1.
+        overflow: probability that what ran was not what `compositions` stand for; costs
+            (1 + e^ε) · overflow of δ.
+    """
+
+    compositions: tuple[tuple[Pair, ...], ...]
+    noiseless: bool = False
+    overflow: float = 0.0
+
+
+def directions(adjacency: Adjacency) -> tuple[Direction, ...]:
+    """The directions to compose, each alone; the cost is the largest over them.
+
+    Example:
+        >>> directions(Adjacency.ADD_REMOVE), directions(Adjacency.REPLACE_ONE)
+        (('remove', 'add'), ('replace',))
+    """
+    return ("replace",) if adjacency is Adjacency.REPLACE_ONE else ("remove", "add")
+
+
+def reduced(history: Iterable[Event], adjacency: Adjacency) -> Reduced:
+    """Reduce `history`, equal pairs added up and sorted, so that equal costs look equal.
+
+    Raises:
+        PrivacyError: an event that no theorem here covers under `adjacency`.
+
+    Example:
+        >>> step = SampledGaussian(2.0, 0.1, 5)
+        >>> found = reduced([step, EpochwiseGaussian(1.0, 10, 30), step], Adjacency.ADD_REMOVE)
+        >>> [(pair.sample_rate, pair.steps) for pair in found.compositions[0]]
+        [(1.0, 3), (0.1, 10)]
+    """
+    events = [event for event in history if event.steps]
+    if any(getattr(event, "noise_multiplier", None) == 0 for event in events):
+        return Reduced((), noiseless=True)
+    compositions = []
+    for direction in directions(adjacency) if events else ():
+        steps: dict[Pair, int] = {}
+        for event in events:
+            pair = pair_of(event, direction, adjacency)
+            one = replace(pair, steps=1)  # type: ignore[type-var]
+            steps[one] = steps.get(one, 0) + pair.steps
+        grouped = (replace(one, steps=n) for one, n in steps.items())  # type: ignore[type-var]
+        compositions.append(tuple(sorted(grouped, key=repr)))
+    overflow = sum(e.overflow for e in events if isinstance(e, TruncatedPoissonGaussian))
+    return Reduced(tuple(compositions), overflow=overflow)
+
+
+def can_reduce(event: Event, pairs: tuple[type, ...]) -> bool:
+    """Whether `event` reduces to one of the classes `pairs`, under some adjacency.
+
+    Example:
+        >>> can_reduce(EpochwiseGaussian(1.0, 10, 30), (SampledPair,))
+        True
+    """
+    return issubclass(_PAIRS.get(type(event), type(None)), pairs)
+
+
+def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
+    """The dominating pair of `event` (with noise) in one direction of `adjacency`.
+
+    Raises:
+        PrivacyError: there is none here.
+    """
+    match event:
+        case SampledGaussian() | TruncatedPoissonGaussian():
+            return SampledPair(direction, event.noise_multiplier, event.sample_rate, event.steps)
+        case EpochwiseGaussian():
+            return SampledPair(direction, event.noise_multiplier, 1.0, event.epochs)
+        case CorrelatedGaussian():
+            noise = event.noise_multiplier / event.sensitivity
+            return SampledPair(direction, noise, 1.0, event.steps)
+    raise PrivacyError(
+        f"the event {event.kind!r} is not covered: no dominating pair is known for it. Use a "
+        "mechanism that is covered (Poisson sampling), or account for it without amplification "
+        "(sample_rate=1)."
+    )
