@@ -1,0 +1,224 @@
+"""BloGSSFTTrainer on TRL: a tiny GPT-2 and its tokenizer, loaded from disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import tests.oracles.torchvision_on_cpu  # noqa: F401  (before transformers)
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig
+
+from dptorch.errors import ConfigurationError, PrivacyWarning
+from dptorch.integrations.trl import BloGSSFTTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+
+TEXTS = [f"record {i} says that {i * 7 % 13} is after {i * 5 % 11}" for i in range(37)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and a tokenizer as `from_pretrained` finds them."""
+    path = tmp_path_factory.mktemp("gpt2")
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(
+        TEXTS, trainers.WordLevelTrainer(special_tokens=["[UNK]", "<|endoftext|>"])
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="[UNK]",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
+def _trainer(folder, tmp_path, *, arguments=None, config=SFTConfig, **kwargs):
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+    }
+    defaults = {
+        "model": AutoModelForCausalLM.from_pretrained(folder),
+        "train_dataset": Dataset.from_dict({"text": TEXTS}),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+        "target_epsilon": 1.0,
+        "index": "0.1.21",
+        "seed": 0,
+    }
+    return BloGSSFTTrainer(
+        args=config(str(tmp_path), **{**settings, **(arguments or {})}), **{**defaults, **kwargs}
+    )
+
+
+def test_forgetnets_call(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    training_args = TrainingArguments(
+        str(tmp_path), num_train_epochs=1, report_to=[], save_strategy="no", logging_steps=1
+    )
+    with pytest.warns(PrivacyWarning, match="withdrawn"):
+        trainer = BloGSSFTTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=Dataset.from_dict({"body": TEXTS}),
+            eval_dataset=Dataset.from_dict({"body": TEXTS[:5]}),
+            tokenizer=tokenizer,
+            dataset_text_field="body",
+            target_epsilon=200.0,
+            delta=1e-5,
+            clip_value=1.0,
+        )
+    trainer.train()
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert set(moved) == set(before)
+    spent = trainer.get_privacy_spent()
+    assert 0 < spent <= 200.0
+    assert f"{spent:.4f}"
+    assert spent.formal_epsilon == float("inf")
+    assert trainer.privacy_statement().guarantee == "none (heuristic)"
+    assert "eval_loss" in trainer.evaluate()
+
+
+class Watch(TrainerCallback):
+    """The accumulated gradients before the shuffle, and those that the optimizer gets."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        raw = [p.grad.clone() for g in optimizer.param_groups for p in g["params"]]
+        self._raw = raw
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        def look(inner, *_):
+            stepped = [p.grad.clone() for g in inner.param_groups for p in g["params"]]
+            self.pairs.append((self._raw, stepped))
+
+        optimizer.optimizer.register_step_pre_hook(look)
+
+
+def test_every_optimizer_step_gets_shuffled_gradients_and_only_those(folder, tmp_path):
+    """37 rows in batches of 4, two to a step: the last step of an epoch has one."""
+    watch = Watch()
+    trainer = _trainer(
+        folder, tmp_path, arguments={"max_grad_norm": 0.0}, clip_value=1e3, callbacks=[watch]
+    )
+    trainer.train()
+    steps = trainer.privacy_statement()
+    assert len(watch.pairs) == trainer.state.global_step == 10
+    assert steps.steps == steps.steps_planned == 10
+    for raw, stepped in watch.pairs:
+        multisets = [
+            (Counter(r.flatten().tolist()), r, s) for r, s in zip(raw, stepped, strict=True)
+        ]
+        assert all(m == Counter(s.flatten().tolist()) for m, _, s in multisets)
+        assert not any(torch.equal(r, s) for _, r, s in multisets if r.numel() > 100)
+
+
+def test_the_index_so_far_is_in_every_entry_of_the_log(folder, tmp_path):
+    trainer = _trainer(folder, tmp_path, eval_dataset=Dataset.from_dict({"text": TEXTS[:5]}))
+    trainer.train()
+    values = [entry["nominal_epsilon"] for entry in trainer.state.log_history]
+    assert values == sorted(values)
+    assert len(set(values)) == 10
+    assert values[-1] == float(trainer.get_privacy_spent()) <= 1.0
+    assert not any("epsilon" in e for e in trainer.state.log_history)
+
+
+def test_adapters_and_frozen_parameters(folder, tmp_path):
+    trainer = _trainer(
+        folder,
+        tmp_path,
+        peft_config=LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"),
+    )
+    model = trainer.model
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(trainer.privacy_statement().block_sizes)
+    assert moved
+    assert all("lora" in name for name in moved)
+
+
+def test_training_stops_at_the_target(folder, tmp_path):
+    trainer = _trainer(folder, tmp_path, arguments={"max_steps": 4})
+    trainer.args.max_steps = 100
+    trainer.train()
+    assert 4 <= trainer.state.global_step < 100
+    assert trainer.get_privacy_spent() <= 1.0
+    with pytest.raises(ConfigurationError, match="stands at its target"):
+        trainer.train()
+
+
+def test_a_resumed_run_goes_on_counting(folder, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 6}
+    whole = _trainer(folder, tmp_path, arguments=arguments)
+    whole.train()
+    resumed = _trainer(folder, tmp_path, arguments=arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.privacy_statement().steps == 10
+    assert resumed.get_privacy_spent() == whole.get_privacy_spent()
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_callers_arguments_stay_as_they_are(folder, tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
+    trainer = BloGSSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder),
+        args,
+        Dataset.from_dict({"body": TEXTS}),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        dataset_text_field="body",
+        target_epsilon=100.0,
+    )
+    assert args.dataset_text_field == "text"
+    assert trainer.args.dataset_text_field == "body"
+
+
+def test_bad_arguments_are_refused(folder, tmp_path):
+    with pytest.raises(ConfigurationError, match="Did you mean 'clip_value'"):
+        _trainer(folder, tmp_path, clip_valu=1.0)
+    with pytest.raises(ConfigurationError, match="attainable minimum"):
+        _trainer(folder, tmp_path, target_epsilon=1e-6)
+    stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="max_steps"):
+        _trainer(folder, tmp_path, train_dataset=stream)
