@@ -7,12 +7,14 @@ import inspect
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dptorch import checkpoint
 from dptorch.accounting import Adjacency
 from dptorch.errors import (
     BudgetExhausted,
@@ -293,7 +295,8 @@ class PrivacyEngine:
         return True
 
     def _refuse_changed_parameters(self) -> None:
-        """What is trained must still be what the engine follows and the optimizer holds."""
+        """What is trained must still be what the engine follows and the optimizer holds, and finite."""
+        checkpoint.refuse_not_finite(self._parameters)
         now = {id(p) for p in self.model.parameters() if p.requires_grad}
         if now != {id(p) for p in self._parameters.values()}:
             raise PrivacyError(
@@ -373,24 +376,86 @@ class PrivacyEngine:
             self._resumed,
         )
 
+    def save_checkpoint(
+        self, path: str | Path, *, extra: Any = None, **others: checkpoint.Stateful
+    ) -> None:
+        """Write all that the run needs to go on, to one file that is whole or absent.
+
+        That is the model, the attached optimizer, the plan, the counter of steps (with which
+        sampling and noise go on), the secret root key, the global random generators, and what else
+        is given. Training that goes on from the file is bit for bit the training that was not
+        interrupted, on the same software and device; where worker processes of a DataLoader draw
+        random augmentations, only if the checkpoint lies between two epochs.
+
+        Call it after ``optimizer.step()``: a logical batch that is half done is not in the file (its
+        sum has no noise yet) and is drawn again.
+
+        Args:
+            path: the file. It holds the root key: keep it as safe as the data, delete it when the
+                run is done (see `dptorch.checkpoint`).
+            extra: plain values of your own (numbers, strings, tensors, lists, dicts).
+            others: objects with ``state_dict``, by name, such as ``scheduler=scheduler``.
+
+        Raises:
+            ConfigurationError: a state holds objects that cannot be loaded without running code.
+            DataError: the file cannot be written. What was there before is still there, as after
+                every error here.
+            PrivacyError: a parameter is not finite.
+
+        Example:
+            >>> import tempfile, torch, dptorch
+            >>> def build():
+            ...     model = torch.nn.Linear(4, 2)
+            ...     engine = dptorch.PrivacyEngine(model, sample_rate=1.0, sample_size=64, steps=3,
+            ...         noise_multiplier=1.0, target_delta=1e-3)
+            ...     return engine, engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> engine, optimizer = build()
+            >>> engine.save_checkpoint(folder.name + "/run.pt", extra={"note": "before the first step"})
+            >>> later, optimizer = build()
+            >>> later.load_checkpoint(folder.name + "/run.pt")
+            {'note': 'before the first step'}
+        """
+        optimizer = None if self._binding is None else self._binding.optimizer
+        checkpoint.save_run(path, self, optimizer, others, extra)
+
+    def load_checkpoint(self, path: str | Path, **others: checkpoint.Stateful) -> Any:
+        """Go on with the run that `save_checkpoint` saved; returns its `extra`.
+
+        For a new engine with the same plan, on the same model, with the same optimizer attached and
+        the same `others`, before its loader is made.
+
+        Raises:
+            DataError: the file is missing, cut short, damaged or no checkpoint.
+            ConfigurationError: it belongs to another plan, model or optimizer; the difference is
+                named.
+            PrivacyError: it has been edited.
+        """
+        optimizer = None if self._binding is None else self._binding.optimizer
+        return checkpoint.load_run(path, self, optimizer, others)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on with the run after `load_state_dict`. Contains the secret key of
-        the noise: keep it as safe as the data."""
-        return {
+        """The engine's own part of a checkpoint, for `load_state_dict`. Contains the secret key of
+        the noise: keep it as safe as the data. `save_checkpoint` writes it with all the rest."""
+        values = {
             "plan": self.plan.to_json(),
+            "parameters": {n: list(p.shape) for n, p in self._parameters.items()},
             "steps_done": self.steps_done,
             "resumed": self._resumed,
             "loss_factors": self._batch.loss_factors,
             "sampling_run": dict(self.sampling_run),
-            "key": self._key.export(),
         }
+        return checkpoint.seal(values, self._key)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the run that `state_dict` came from.
 
         Raises:
-            ConfigurationError: if the state belongs to another plan; the differences are named.
+            ConfigurationError: if the state belongs to another plan or to other trainable
+                parameters; the differences are named.
+            PrivacyError: if it has been edited.
         """
+        state, key = checkpoint.unseal(state)
         theirs = PrivacyPlan.from_json(state["plan"])
         if theirs != self.plan:
             raise ConfigurationError(
@@ -402,13 +467,19 @@ class PrivacyEngine:
                 "load the checkpoint into a new engine, before making its loader: this one has "
                 f"done {self.steps_done} steps with a key of its own."
             )
-        steps = state["steps_done"]
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ConfigurationError(
-                f"the checkpoint has steps_done={steps!r}, not a number of steps."
+        shapes = {n: list(p.shape) for n, p in self._parameters.items()}
+        if shapes != state["parameters"]:
+            odd = next(
+                n
+                for n in [*shapes, *state["parameters"]]
+                if shapes.get(n) != state["parameters"].get(n)
             )
-        key = RootKey.restore(state["key"])
-        self._steps_done = steps
+            raise ConfigurationError(
+                f"the checkpoint was saved with other trainable parameters: {odd!r} is "
+                f"{state['parameters'].get(odd, 'not trained')} there and "
+                f"{shapes.get(odd, 'not trained')} here."
+            )
+        self._steps_done = state["steps_done"]
         self._resumed = state["resumed"] + 1
         factors = state["loss_factors"]
         self._batch.loss_factors = None if factors is None else tuple(factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -17,36 +18,26 @@ def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path)
-    folder.write_checkpoint({"step": 1})
+    folder.write_json("run.json", {"step": 1})
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        folder.write_checkpoint({"step": 2})
-    assert folder.read_checkpoint() == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="disk full"):
+            folder.write_json("run.json", {"step": 2})
+    assert folder.read_json("run.json") == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_the_checkpoint_is_for_its_owner_only(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.write_checkpoint({"key": "secret"})
-    folder.write("statement.txt", "public")
-    assert stat.S_IMODE(folder.checkpoint.stat().st_mode) == 0o600
-    assert stat.S_IMODE((tmp_path / "statement.txt").stat().st_mode) & 0o400
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> object:
-            return (Path(tmp_path / "owned").touch, ())
-
-    folder = RunFolder(tmp_path)
-    torch.save(Evil(), folder.checkpoint)
-    with pytest.raises(DataError, match="not a readable checkpoint"):
-        folder.read_checkpoint()
-    assert not (tmp_path / "owned").exists()
+def test_what_is_public_is_readable_by_others(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        RunFolder(tmp_path).write("statement.txt", "public")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "statement.txt").stat().st_mode) == 0o644
 
 
 def test_an_existing_folder_is_an_error_and_kept(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def train(
         if name is None:
             raise ConfigurationError("--resume needs the --name of the run to continue.")
         folder = run_folder.reopen(runs, name)
-        folder.read_checkpoint()
+        folder.require_checkpoint()
         job = Job.from_dict(folder.read_json("run.json")["job"])
         job = replace(job, device=device, num_workers=num_workers)
         setup = _prepare(prepare, job, console)

@@ -138,13 +138,10 @@ def train(
     rows: list[Row] = []
     seconds_before = 0.0
     if resume:
-        state = folder.read_checkpoint()
+        path = folder.require_checkpoint()
         _refuse_changed_data(folder, setup.data)
-        setup.model.load_state_dict(state["model"])
-        setup.optimizer.load_state_dict(state["optimizer"])
-        engine.load_state_dict(state["engine"])
-        torch.set_rng_state(state["torch_rng"])
-        rows, seconds_before = state["rows"], state["seconds"]
+        before = engine.load_checkpoint(path)
+        rows, seconds_before = before["rows"], before["seconds"]
     else:
         rows.append(_row(setup, epoch=0, seconds=0.0, epoch_stats={}))
     began = time.perf_counter()
@@ -183,7 +180,7 @@ def train(
                 rows.append(_row(setup, epoch, seconds(), measured))
                 observer.tested(rows[-1])
                 folder.write_metrics(rows)
-            folder.write_checkpoint(_state(setup, rows, seconds()))
+            engine.save_checkpoint(folder.checkpoint, extra={"rows": rows, "seconds": seconds()})
 
     interrupted = engine.steps_done < plan.steps
     _finish(setup, folder, rows, "interrupted" if interrupted else "complete")
@@ -286,17 +283,6 @@ def _about(setup: Setup, status: str) -> Row:
                 p.numel() for p in setup.model.parameters() if p.requires_grad
             ),
         },
-    }
-
-
-def _state(setup: Setup, rows: list[Row], seconds: float) -> Row:
-    return {
-        "model": setup.model.state_dict(),
-        "optimizer": setup.optimizer.state_dict(),
-        "engine": setup.engine.state_dict(),
-        "torch_rng": torch.get_rng_state(),
-        "rows": rows,
-        "seconds": seconds,
     }
 
 

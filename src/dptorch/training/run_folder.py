@@ -9,28 +9,26 @@
     checkpoint.pt       only while the run is unfinished: what --resume needs
 
 Files are replaced atomically, so a crash leaves the old file or the new one, never half of one.
-The checkpoint may hold the key of the run's randomness; whoever has the key can take the noise off
+The checkpoint holds the key of the run's randomness; whoever has the key can take the noise off
 again. It is readable by its owner only and is deleted when the run is complete.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from dptorch import checkpoint
+from dptorch.durable import replacing
 from dptorch.errors import ConfigurationError, DataError
 
 __all__ = ["RunFolder", "create", "load_model", "next_name", "reopen"]
@@ -55,7 +53,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a text file."""
-        with _replacing(self.path / name) as partial:
+        with replacing(self.path / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -75,16 +73,11 @@ class RunFolder:
         """Replace `model.safetensors`; tied weights are stored once."""
         from safetensors.torch import save_model
 
-        with _replacing(self.path / "model.safetensors") as partial:
+        with replacing(self.path / "model.safetensors") as partial:
             save_model(model, str(partial), metadata=dict(metadata))
 
-    def write_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint, readable by its owner only."""
-        with _replacing(self.checkpoint) as partial:
-            torch.save(dict(state), partial)
-
-    def read_checkpoint(self) -> dict[str, Any]:
-        """Load the checkpoint; tensors and plain values only, so no code in it can run.
+    def require_checkpoint(self) -> Path:
+        """The checkpoint to go on from.
 
         Raises:
             DataError: there is none, or it cannot be read.
@@ -95,13 +88,8 @@ class RunFolder:
                 f"{self.path} has no checkpoint to resume"
                 + (": that run is complete." if done else ". Train it anew with --overwrite.")
             )
-        try:
-            state: dict[str, Any] = torch.load(
-                self.checkpoint, weights_only=True, map_location="cpu"
-            )
-        except Exception as error:
-            raise DataError(f"{self.checkpoint}: not a readable checkpoint ({error})") from error
-        return state
+        checkpoint.read(self.checkpoint)
+        return self.checkpoint
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Parse one of the folder's JSON files.
@@ -123,29 +111,6 @@ class RunFolder:
                 {key: float(cell) for key, cell in row.items() if cell}
                 for row in csv.DictReader(file)
             ]
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a partial file (mode 0600) that replaces `path` if the block succeeds."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        if path.suffix != ".pt":
-            partial.chmod(0o666 & ~_umask())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def next_name(root: Path, stem: str) -> str:

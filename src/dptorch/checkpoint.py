@@ -1,0 +1,323 @@
+"""Checkpoints: all that a private run needs to go on, in one file that is whole or absent.
+
+The file is what `torch.save` writes, and a last line with its SHA-256. It holds the root key of the
+run, in the clear: whoever has the file can take the noise off every released model of the run. It is
+therefore readable by its owner only (mode 0600), belongs where the training data is, and is never
+part of what is published; a finished run does not need it any more.
+
+What the checks are for: a file cut short or changed by accident fails its digest; an engine state
+that was edited (a smaller noise multiplier, fewer steps done) fails its seal, which is a message
+authentication code under the root key. What they are not for: someone who holds the file holds the
+key, and can make another file that passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dptorch.durable import replacing
+from dptorch.errors import ConfigurationError, DataError, PrivacyError
+from dptorch.randomness import RootKey
+
+__all__ = ["Stateful", "load_run", "read", "save_run", "seal", "unseal"]
+
+_FORMAT: Final = 1
+_TRAILER: Final = b"\ndptorch checkpoint, sha256 of the bytes before this line: "
+_TRAILER_BYTES: Final = len(_TRAILER) + 64 + 1
+_CHUNK: Final = 2**20
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold beside model and optimizer: a scheduler, an average of weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it needs to go on."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Go on from there."""
+
+
+# -- a run -----------------------------------------------------------------------------------------
+
+
+class _Engine(Stateful, Protocol):
+    model: nn.Module
+
+
+def save_run(
+    path: str | Path,
+    engine: _Engine,
+    optimizer: Optimizer | None,
+    others: Mapping[str, Stateful],
+    extra: Any,
+) -> None:
+    """See `PrivacyEngine.save_checkpoint`."""
+    refuse_not_finite(dict(engine.model.named_parameters()))
+    write(
+        path,
+        {
+            "model": engine.model.state_dict(),
+            "optimizer": None if optimizer is None else _optimizer_state(optimizer),
+            "engine": engine.state_dict(),
+            "others": {name: other.state_dict() for name, other in others.items()},
+            "random": _random_state(),
+            "extra": extra,
+        },
+    )
+
+
+def load_run(
+    path: str | Path,
+    engine: _Engine,
+    optimizer: Optimizer | None,
+    others: Mapping[str, Stateful],
+) -> Any:
+    """See `PrivacyEngine.load_checkpoint`."""
+    state = read(path)
+    # All that can be refused is refused before anything is changed.
+    _refuse_other_model(engine.model, state["model"])
+    _refuse_other_optimizer(optimizer, state["optimizer"])
+    if set(others) != set(state["others"]):
+        raise ConfigurationError(
+            f"{path} was saved with {_names(state['others'])} and is loaded with {_names(others)}: "
+            "give load_checkpoint what save_checkpoint was given."
+        )
+    engine.load_state_dict(state["engine"])
+    engine.model.load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"]["state"])
+    for name, other in others.items():
+        other.load_state_dict(state["others"][name])
+    _set_random_state(state["random"])
+    return state["extra"]
+
+
+def refuse_not_finite(parameters: Mapping[str, Tensor]) -> None:
+    """Raise PrivacyError if a parameter holds NaN or infinity. (It is a function of noisy releases,
+    so that looking at it costs nothing.)"""
+    values = [p.detach() for p in parameters.values() if p.numel() and p.is_floating_point()]
+    largest = torch._foreach_norm(values, math.inf) if values else []
+    if all(bool(x.isfinite()) for x in largest):
+        return
+    name = next(n for n, p in parameters.items() if not bool(p.detach().isfinite().all()))
+    raise PrivacyError(
+        f"the model's parameter {name!r} holds NaN or infinity, so every example's gradient would "
+        "be dropped and the step spent on noise alone. It was neither taken nor counted, and no "
+        "checkpoint is replaced. Go back to the last checkpoint, with a lower learning rate or "
+        "checked initial weights."
+    )
+
+
+def _names(names: Mapping[str, Any]) -> str:
+    return ", ".join(names) or "nothing beside model and optimizer"
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def write(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Replace the file by one that holds `state`, readable by its owner only.
+
+    Raises:
+        ConfigurationError: `state` holds something other than tensors and plain values.
+        DataError: the file cannot be written; what was there before is still there.
+    """
+    _refuse_objects(state, "checkpoint")
+    try:
+        with replacing(path, private=True) as partial:
+            torch.save({"format": _FORMAT, **state}, partial)
+            digest = _digest(partial)
+            with partial.open("ab") as file:
+                file.write(_TRAILER + digest.encode() + b"\n")
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        kept = " The checkpoint from before is kept." if Path(path).exists() else ""
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: the checkpoint could not be written ({reason}).{kept} Make room or choose "
+            "another folder, and save again; the run itself is unharmed."
+        ) from error
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What `write` wrote. Tensors and plain values only, so no code in the file can run.
+
+    Raises:
+        DataError: the file is missing, cut short, changed, of a newer version, or something else.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - _TRAILER_BYTES))
+            trailer = file.read()
+        if not trailer.startswith(_TRAILER):
+            raise DataError(
+                f"{path}: not a readable checkpoint: cut short, changed, or not written by "
+                "engine.save_checkpoint(). Go on from an older one."
+            )
+        if _digest(path, size - _TRAILER_BYTES) != trailer[len(_TRAILER) : -1].decode():
+            raise DataError(
+                f"{path}: its content is not what was written (the digest differs): damaged or "
+                "edited. Go on from an older checkpoint."
+            )
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, pickle.UnpicklingError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable checkpoint ({error})") from error
+    if state.get("format") != _FORMAT:
+        raise DataError(f"{path}: written by a newer dptorch (format {state.get('format')!r})")
+    return state
+
+
+def _digest(path: Path, size: int | None = None) -> str:
+    """SHA-256 of the first `size` bytes (all of them by default)."""
+    found, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+            found.update(chunk)
+            left -= len(chunk)
+    return found.hexdigest()
+
+
+def _refuse_objects(value: Any, where: str) -> None:
+    """Only what `torch.load(weights_only=True)` reads back: found now, not when it is needed."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_objects(key, where)
+            _refuse_objects(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set, torch.Size):
+        for i, item in enumerate(value):
+            _refuse_objects(item, f"{where}[{i}]")
+    elif not (
+        value is None
+        or isinstance(value, Tensor)
+        or type(value) in (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+    ):
+        raise ConfigurationError(
+            f"{where} is a {type(value).__name__}, which cannot be loaded without running code "
+            "from the file. Keep tensors, numbers, strings, lists and dicts in checkpoints."
+        )
+
+
+# -- the engine's state ----------------------------------------------------------------------------
+
+
+def seal(values: Mapping[str, Any], key: RootKey) -> dict[str, Any]:
+    """`values` (plain, as JSON has them) with the key, and a code that shows later edits."""
+    return {**values, "key": key.export(), "seal": _code(values, key)}
+
+
+def unseal(state: Mapping[str, Any]) -> tuple[dict[str, Any], RootKey]:
+    """The values and the key of what `seal` returned.
+
+    Raises:
+        ConfigurationError: it is something else.
+        PrivacyError: it has been edited.
+    """
+    if not isinstance(state, Mapping) or not {"key", "seal"} <= set(state):
+        raise ConfigurationError(
+            "this is not the state of an engine; pass what engine.state_dict() returned."
+        )
+    key = RootKey.restore(state["key"])
+    values = {name: value for name, value in state.items() if name not in ("key", "seal")}
+    if not isinstance(state["seal"], str) or not hmac.compare_digest(
+        state["seal"], _code(values, key)
+    ):
+        raise PrivacyError(
+            "the engine's state has been changed since it was saved (its seal does not fit): with "
+            "another noise multiplier or another count of steps the stated epsilon would be wrong. "
+            "Go on from a checkpoint as it was saved."
+        )
+    return values, key
+
+
+def _code(values: Mapping[str, Any], key: RootKey) -> str:
+    text = json.dumps(values, sort_keys=True).encode()
+    return hmac.new(key.derive("seal of a checkpoint"), text, "sha256").hexdigest()
+
+
+# -- what goes with it -----------------------------------------------------------------------------
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of the global generators, on which dropout and augmentation depend."""
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    _, numbers, position, *gauss = legacy
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(numbers.astype(np.int64)), position, *gauss),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    """Undo what was drawn since `_random_state`."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    numbers, position, *gauss = state["numpy"]
+    np.random.set_state(("MT19937", numbers.numpy().astype(np.uint32), position, *gauss))  # noqa: NPY002
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def _refuse_other_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError unless `saved` is a state of a model like this one."""
+    mine = {n: _shape(v) for n, v in model.state_dict().items()}
+    theirs = {n: _shape(v) for n, v in saved.items()}
+    for name in dict.fromkeys([*mine, *theirs]):
+        if mine.get(name) != theirs.get(name):
+            raise ConfigurationError(
+                f"the checkpoint belongs to another model: {name!r} is "
+                f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here. Build "
+                "the model as it was when the checkpoint was saved."
+            )
+
+
+def _shape(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+
+
+def _refuse_other_optimizer(optimizer: Optimizer | None, saved: Mapping[str, Any] | None) -> None:
+    """Raise ConfigurationError unless `saved` is a state of an optimizer like this one."""
+    mine = None if optimizer is None else _optimizer_state(optimizer)
+    if mine is None or saved is None:
+        if mine is not saved:
+            raise ConfigurationError(
+                "the checkpoint was saved "
+                + ("without" if saved is None else "with")
+                + " an attached optimizer: call engine.attach(optimizer) before saving, and before "
+                "loading."
+            )
+        return
+    for what, a, b in (
+        ("class", saved["class"], mine["class"]),
+        ("parameters in each group", _groups(saved["state"]), _groups(mine["state"])),
+    ):
+        if a != b:
+            raise ConfigurationError(
+                f"the checkpoint's optimizer is another one: {what} {a} there, {b} here."
+            )
+
+
+def _optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """State and class of an optimizer."""
+    return {"class": type(optimizer).__name__, "state": optimizer.state_dict()}
+
+
+def _groups(state: Mapping[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in state["param_groups"]]
