@@ -4,14 +4,17 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dptorch
 from dptorch import accounting
-from dptorch.errors import ConfigurationError
+from dptorch.accounting import Adjacency, SampledGaussian
+from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.plan import PrivacyPlan, make_plan
-from dptorch.statement import ASSUMED, NOT_COVERED, make_statement
+from dptorch.sampling import SCHEMES
+from dptorch.statement import ASSUMED, NOT_COVERED, OWN_LOADER, RELEASED, Statement, make_statement
 
 PLAN = make_plan(batch_size=64, sample_size=1024, epochs=2, noise_multiplier=1.1, target_delta=1e-5)
 
@@ -33,11 +36,11 @@ def test_calibration_spends_the_target_and_never_more(target: float, accountant:
 
 def test_epsilon_is_the_accountants() -> None:
     for steps in (0, 1, 7, PLAN.steps):
-        for amplified, rate in ((True, PLAN.sample_rate), (False, 1.0)):
+        for own, rate in ((0, PLAN.sample_rate), (steps, 1.0)):
             expected = accounting.epsilon(
                 sample_rate=rate, noise_multiplier=1.1, steps=steps, delta=1e-5, accountant="pld"
             )
-            assert PLAN.epsilon(steps, amplified=amplified) == expected
+            assert PLAN.epsilon(steps, own_loader_steps=own) == expected
 
 
 def test_replace_one_costs_as_much_as_half_the_noise_does() -> None:
@@ -84,8 +87,10 @@ def test_differences_are_named() -> None:
 # -- the statement ---------------------------------------------------------------------------------
 
 
-def statement(sampling: dict[str, int], provenance: str = "operating system"):
-    return make_statement(PLAN, 10, sampling, provenance)
+def statement(
+    sampling: dict[str, int], provenance: str = "operating system", plan: PrivacyPlan = PLAN
+) -> Statement:
+    return make_statement(plan, sum(sampling.values()), sampling, provenance)
 
 
 def test_the_statement_says_everything_that_matters() -> None:
@@ -95,11 +100,16 @@ def test_the_statement_says_everything_that_matters() -> None:
         "replacing one example by one that contributes nothing",
         "zero-out",
         "1e-05",
-        "Poisson",
+        "Sampling planned     poisson: every example enters every batch with probability 0.0625",
         "10 steps: poisson",
         "in a place that no other record moves",
         "Gaussian noise, multiplier 1.1",
         "operating system",
+        "certified for what ran (accountant pld, an upper bound)",
+        "exact, for planning",
+        RELEASED,
+        "number of examples 1024",
+        "expected batch size 64",
         *NOT_COVERED,
         *(item.format(unit="example") for item in ASSUMED),
         dptorch.__version__,
@@ -107,6 +117,7 @@ def test_the_statement_says_everything_that_matters() -> None:
         assert phrase in text, phrase
     values = made.to_dict()
     assert values["epsilon"] == PLAN.epsilon(10)
+    assert values["epsilon_exact"] == PLAN.epsilon(10, accountant="exact")
     assert json.loads(json.dumps(values)) == values
 
 
@@ -117,10 +128,34 @@ def test_a_stated_epsilon_is_rounded_up() -> None:
 
 
 def test_the_statement_does_not_claim_amplification_it_did_not_have() -> None:
-    made = statement({"poisson": 9, "the user's own loader": 1})
-    assert made.to_dict()["epsilon"] == PLAN.epsilon(10, amplified=False)
-    assert "NOTE: not every batch" in str(made)
+    own = statement({OWN_LOADER: 10})
+    assert (
+        own.epsilon
+        == own.epsilon_unamplified
+        == accounting.epsilon(
+            sample_rate=1.0, noise_multiplier=1.1, steps=10, delta=1e-5, accountant="pld"
+        )
+    )
+    assert str(own).startswith(f"These 10 training steps are ({up(own.epsilon)}, 1e-05)")
+    for made in (own, statement({"poisson": 9, OWN_LOADER: 1})):
+        assert not made.sampling_holds
+        assert made.epsilon_if_poisson == PLAN.epsilon(10)
+        assert "NOTE: not every batch" in str(made)
+        assert f"{up(made.epsilon_if_poisson)} is what Poisson accounting would have" in str(made)
     assert "NOTE" not in str(statement({"poisson": 10}))
+
+
+def test_only_the_steps_on_other_batches_lose_amplification() -> None:
+    epsilons = [statement({"poisson": 10 - own, OWN_LOADER: own}).epsilon for own in (0, 1, 5, 10)]
+    assert epsilons == sorted(set(epsilons))
+    exactly = accounting.get("pld").epsilon(
+        [SampledGaussian(1.1, PLAN.sample_rate, 9), SampledGaussian(1.1, 1.0, 1)], 1e-5
+    )
+    assert exactly <= epsilons[1] < 1.05 * exactly
+
+
+def up(epsilon: float) -> str:
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
 
 
 def test_a_seed_is_named_as_not_private() -> None:
@@ -132,3 +167,163 @@ def test_no_noise_is_infinite() -> None:
     made = make_statement(plan, 1, {"poisson": 1}, "operating system")
     assert math.isinf(made.epsilon)
     assert "infinity" in str(made)
+
+
+def test_the_certified_number_is_a_bound_whatever_was_planned_with() -> None:
+    """A plan made with an estimate is stated by an accountant that bounds."""
+    for name in ("gdp", "exact"):
+        made = statement({"poisson": 10}, plan=dataclasses.replace(PLAN, accountant=name))
+        assert made.accountant == "pld"
+        assert made.epsilon == PLAN.epsilon(10)
+    rdp = statement({"poisson": 10}, plan=dataclasses.replace(PLAN, accountant="rdp"))
+    assert rdp.accountant == "rdp"
+    assert rdp.epsilon > PLAN.epsilon(10)
+
+
+# -- sampling schemes and units ---------------------------------------------------------------------
+
+# δ may be met from below only: the schemes' own accountants settle how.
+SETTINGS = {"batch_size": 64, "sample_size": 1024, "epochs": 2, "target_delta": 1e-5}
+NEEDS_PUBLIC_SIZE = ["fixed-size", "fixed-size-with-replacement", "sequential", "shuffled",
+                     "truncated-poisson"]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", SCHEMES)
+def test_calibration_uses_the_schemes_own_event(sampling: str) -> None:
+    plan = make_plan(**SETTINGS, target_epsilon=3.0, sampling=sampling)
+    certified = accounting.get("pld").epsilon(
+        [SCHEMES[sampling].event(plan.terms, plan.noise_multiplier, plan.steps)],
+        1e-5,
+        adjacency=plan.adjacency,
+    )
+    assert plan.epsilon() == certified
+    assert 2.97 <= certified <= 3.0
+
+
+@pytest.mark.parametrize("sampling", SCHEMES)
+def test_the_statement_names_the_law_and_both_numbers(sampling: str) -> None:
+    plan = make_plan(**SETTINGS, noise_multiplier=2.0, sampling=sampling)
+    made = statement({sampling: 20}, plan=plan)
+    assert made.sampling_holds
+    assert made.epsilon == plan.epsilon(20)
+    assert f"{up(made.epsilon)} certified" in str(made)
+    assert SCHEMES[sampling].describe(plan.terms, "example") in str(made)
+    claimed = "what Poisson accounting would have claimed" in str(made)
+    assert claimed == (sampling != "poisson")
+    poisson = make_plan(**SETTINGS, noise_multiplier=2.0).epsilon(20)
+    assert made.epsilon_if_poisson == pytest.approx(poisson, rel=1e-9)
+    if sampling in ("shuffled", "sequential"):
+        assert made.epsilon > 2 * made.epsilon_if_poisson
+    assert json.loads(json.dumps(made.to_dict()))["sampling_planned"] == sampling
+    assert PrivacyPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_scheme_states_what_no_theorem_covers() -> None:
+    """Under add/remove the numbers of these depend on how many records there are."""
+    for sampling in NEEDS_PUBLIC_SIZE:
+        with pytest.raises(ConfigurationError, match=r"adjacency='zero-out' or 'replace-one'"):
+            make_plan(**SETTINGS, noise_multiplier=1.0, sampling=sampling, adjacency="add-remove")
+        with pytest.raises(ConfigurationError, match=r"sample_size|adjacency"):
+            make_plan(
+                batch_size=64, sample_rate=0.01, steps=5, noise_multiplier=1.0, target_delta=1e-5,
+                sampling=sampling,
+            )  # fmt: skip
+    with pytest.raises(ConfigurationError, match="random-allocation"):
+        make_plan(
+            **SETTINGS, noise_multiplier=1.0, sampling="random-allocation", adjacency="replace-one"
+        )
+    every = [name for name in SCHEMES if name not in NEEDS_PUBLIC_SIZE]
+    for name in every:
+        plan = make_plan(
+            batch_size=64, sample_rate=1 / 16, steps=5, noise_multiplier=1.0, target_delta=1e-5,
+            sampling=name,
+        )  # fmt: skip
+        assert plan.adjacency is Adjacency.ADD_REMOVE
+        assert plan.sample_size is None
+
+
+def test_an_unknown_sampler_is_refused_with_the_two_honest_choices() -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        make_plan(**SETTINGS, noise_multiplier=1.0, sampling="shufled")
+    text = str(refusal.value)
+    assert "Did you mean 'shuffled'?" in text
+    assert "let the engine draw" in text
+    assert "loader of your own" in text
+
+
+def test_an_accountant_that_does_not_cover_the_scheme_is_refused_when_planning() -> None:
+    with pytest.raises((ConfigurationError, PrivacyError), match="pld"):
+        make_plan(**SETTINGS, noise_multiplier=1.0, sampling="random-allocation", accountant="gdp")
+
+
+@pytest.mark.parametrize("sampling", ["random-allocation", "shuffled", "sequential"])
+@pytest.mark.parametrize(("batch", "steps_per_epoch"), [(300, 3), (256, 4), (1000, 1), (1, 1000)])
+def test_an_epoch_is_a_whole_number_of_steps(
+    sampling: str, batch: int, steps_per_epoch: int
+) -> None:
+    plan = make_plan(
+        batch_size=batch, sample_size=1000, epochs=2, noise_multiplier=1.0, target_delta=1e-5,
+        sampling=sampling,
+    )  # fmt: skip
+    assert plan.terms.steps_per_epoch == steps_per_epoch
+    assert plan.steps == 2 * steps_per_epoch
+    assert plan.sample_rate == 1 / steps_per_epoch
+    assert plan.expected_batch_size == pytest.approx(1000 / steps_per_epoch)
+
+
+def test_capacity() -> None:
+    def plan(**settings: Any) -> PrivacyPlan:
+        given = {"sample_size": 100_000, "batch_size": 1024, "steps": 100, "noise_multiplier": 1.0}
+        return make_plan(
+            **given | {"target_delta": 1e-6, "sampling": "truncated-poisson"} | settings
+        )
+
+    assert plan().capacity == 1024 + 8 * 32
+    assert plan(capacity=1100).capacity == 1100
+    # It costs nothing in ε, and a tight capacity costs what its overflow is.
+    assert plan().epsilon() == pytest.approx(plan(sampling="poisson").epsilon(), rel=1e-6)
+    assert plan(capacity=1200).epsilon() > plan().epsilon()
+    # A small batch needs more room than 8 standard deviations of a normal law.
+    small = plan(batch_size=4)
+    assert small.capacity is not None
+    assert small.capacity > 4 + 8 * 2
+    assert small.epsilon() == pytest.approx(
+        plan(batch_size=4, sampling="poisson").epsilon(), rel=1e-4
+    )
+    with pytest.raises(ConfigurationError, match="below the mean batch size"):
+        plan(capacity=1000)
+    with pytest.raises(ConfigurationError, match="truncated-poisson"):
+        plan(capacity=2000, sampling="poisson")
+    for bad in (0, -5, 1200.5, True):
+        with pytest.raises(ConfigurationError, match="capacity"):
+            plan(capacity=bad)
+
+
+def test_units() -> None:
+    def plan(**settings: Any) -> PrivacyPlan:
+        return make_plan(**SETTINGS, noise_multiplier=1.0, **settings)
+
+    users = plan(unit="user", max_examples_per_user=8, max_grad_norm=2.0)
+    assert users.max_example_norm == 0.25
+    assert plan().max_example_norm == 1.0
+    made = statement({"poisson": 10}, plan=users)
+    assert "replacing one user by one that contributes nothing" in str(made)
+    assert "at most 8 enter a step, each clipped to 0.25" in str(made)
+    assert "number of users 1024" in str(made)
+    assert "user ids say truly" in str(made)
+    packed = str(statement({"poisson": 10}, plan=plan(unit="packed sequence")))
+    assert "spread over several rows is NOT covered" in packed
+    assert "NOTE: the unit is the packed row" in packed
+    for bad in ({"unit": "user"}, {"max_examples_per_user": 3}, {"unit": "household"},
+                {"unit": "user", "max_examples_per_user": 0},
+                {"unit": "user", "max_examples_per_user": 1.5}):  # fmt: skip
+        with pytest.raises(ConfigurationError, match=r"max_examples_per_user|unit"):
+            plan(**bad)
+
+
+def test_what_a_plan_cannot_honour_is_refused() -> None:
+    plan = make_plan(**SETTINGS, noise_multiplier=1.0, sampling="shuffled")
+    with pytest.raises(ConfigurationError, match="make_plan"):
+        dataclasses.replace(plan, sample_rate=0.3)
+    with pytest.raises(ConfigurationError, match="needs a capacity"):
+        dataclasses.replace(PLAN, sampling="truncated-poisson")

@@ -28,8 +28,8 @@ from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.release import ClippedSum
-from dptorch.sampling import PoissonSampler, PrivateLoader
-from dptorch.statement import Statement, make_statement
+from dptorch.sampling import NOT_COVERED, PrivateLoader, Sampler, Users, UserSampler, dataset_size
+from dptorch.statement import OWN_LOADER, Statement, make_statement
 from dptorch.stepping import OptimizerBinding, check_parameters
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.mixing import refuse_mixing
@@ -38,7 +38,6 @@ from dptorch.tape.watch import Watch, watch_on
 __all__ = ["PrivacyEngine"]
 
 _CLIPPING_MODES = ("auto",)
-_OWN_LOADER = "the user's own loader"
 
 
 class PrivacyEngine:
@@ -56,7 +55,8 @@ class PrivacyEngine:
         model: any module; unmodified. Parameters that should not be trained are frozen before.
         batch_size, sample_rate, sample_size, epochs, steps, target_epsilon, noise_multiplier,
         target_delta, max_grad_norm, clipping_fn, clipping_style, accountant, adjacency,
-        loss_reduction, unit: see `dptorch.plan.make_plan`.
+        loss_reduction, unit, sampling, capacity, max_examples_per_user: see
+        `dptorch.plan.make_plan`.
         plan: a plan made before, instead of all of the above.
         clipping_mode: how per-example norms are computed; "auto" chooses for each layer. Every
             mode gives the same gradients.
@@ -115,6 +115,9 @@ class PrivacyEngine:
         adjacency: Adjacency | str | None = None,
         loss_reduction: str = "mean",
         unit: str = "example",
+        sampling: str = "poisson",
+        capacity: int | None = None,
+        max_examples_per_user: int | None = None,
         on_budget_exhausted: str = "raise",
         batch_dims: BatchDims = 0,
         self_check: bool = True,
@@ -155,6 +158,9 @@ class PrivacyEngine:
             adjacency=adjacency,
             loss_reduction=loss_reduction,
             unit=unit,
+            sampling=sampling,
+            capacity=capacity,
+            max_examples_per_user=max_examples_per_user,
         )
         self._steps_done = 0
         self._resumed = 0
@@ -214,33 +220,66 @@ class PrivacyEngine:
         self._watch.remove()
 
     def loader(
-        self, dataset: Any, *, max_physical_batch_size: int | None = None, **dataloader_kwargs: Any
+        self,
+        dataset: Any,
+        *,
+        user_ids: Any = None,
+        max_physical_batch_size: int | None = None,
+        **dataloader_kwargs: Any,
     ) -> PrivateLoader:
-        """Poisson-sampled batches of `dataset`, as the plan assumes. One iteration is one epoch.
+        """Batches of `dataset`, drawn as the plan says. One iteration is one epoch.
 
         Args:
             dataset: any map-style dataset.
+            user_ids: where the plan's unit is the user: whose each example is, as a list or as the
+                name of a column. Users are drawn, and bring at most the plan's
+                max_examples_per_user examples each.
             max_physical_batch_size: most examples to go through the model at once. A larger batch
                 arrives in parts; ``optimizer.step()`` then waits for the last of them.
-            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader.
+            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader; rank and
+                world_size as in `PrivateLoader`.
 
         Raises:
             ConfigurationError, DataError: for a dataset or arguments that cannot be sampled.
         """
-        size = len(dataset)
-        if self.plan.sample_size is not None and size and size != self.plan.sample_size:
+        if dataloader_kwargs.get("sampler") is not None:
+            name = type(dataloader_kwargs["sampler"]).__name__
+            raise ConfigurationError(
+                f"sampler={name}: the plan says how batches are drawn "
+                f"(sampling={self.plan.sampling!r}). {NOT_COVERED}"
+            )
+        plan, terms = self.plan, self.plan.terms
+        size = dataset_size(dataset)
+        users = None
+        if (user_ids is not None) != (plan.unit == "user"):
+            raise ConfigurationError(
+                "the plan's unit is 'user': give user_ids, whose each example is."
+                if user_ids is None
+                else f"user_ids is given, but the plan's unit is {plan.unit!r}. Make the engine with "
+                "unit='user' and max_examples_per_user."
+            )
+        if user_ids is not None:
+            users = Users.of(dataset, user_ids)
+            size = len(users)
+        public_size = plan.adjacency is not Adjacency.ADD_REMOVE
+        if public_size and plan.sample_size is not None and size != plan.sample_size:
             raise ConfigurationError(
                 f"the dataset has {size} records, but the plan was made for "
-                f"sample_size={self.plan.sample_size}. Make the engine with sample_size={size}."
+                f"sample_size={plan.sample_size}. Make the engine with sample_size={size}."
             )
-        sampler = PoissonSampler(max(size, 1), self.plan.sample_rate, self._key)
+        sampler: Sampler = plan.scheme.sampler(terms, size, self._key)
+        capacity = terms.capacity
+        if users is not None and plan.max_examples_per_user is not None:
+            sampler = UserSampler(sampler, users, plan.max_examples_per_user, self._key)
+            capacity = capacity and capacity * plan.max_examples_per_user
         loader = PrivateLoader(
             dataset,
             sampler,
-            steps_per_epoch=max(1, round(1 / self.plan.sample_rate)),
+            steps_per_epoch=terms.steps_per_epoch,
             start_step=lambda: self.steps_done,
-            total_steps=self.plan.steps,
+            total_steps=plan.steps,
             max_physical_batch_size=max_physical_batch_size,
+            capacity=capacity,
             **dataloader_kwargs,
         )
         loader.on_batch(self._batch.begin)
@@ -281,7 +320,7 @@ class PrivacyEngine:
         # Counted before it is visible: whatever happens from here on, the step has been spent.
         self._steps_done += 1
         sampled = part is not None and part.logical_step == step
-        self.sampling_run["poisson" if sampled else _OWN_LOADER] += 1
+        self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
         if not sampled:
             self._warn_of_own_loader()
         noise = GaussianNoise(self.plan.noise_multiplier)
@@ -311,9 +350,9 @@ class PrivacyEngine:
         if not self._warned_own_loader:
             self._warned_own_loader = True
             warnings.warn(
-                "a batch did not come from engine.loader(), so it is no Poisson sample as far as "
-                "is known: epsilon is stated without amplification by sampling, and is much "
-                "larger. Take batches from engine.loader(dataset).",
+                "a batch did not come from engine.loader(), so it is not known to be drawn as the "
+                f"plan says ({self.plan.sampling}): epsilon is stated without amplification by "
+                "sampling, and is much larger. Take batches from engine.loader(dataset).",
                 PrivacyWarning,
                 stacklevel=5,
             )
@@ -360,10 +399,10 @@ class PrivacyEngine:
         return self.plan.noise_multiplier
 
     def get_privacy_spent(self) -> PrivacySpent:
-        """(ε, δ) spent so far. Amplification by sampling counts only if every batch came from the
+        """(ε, δ) spent so far. Amplification by sampling counts only for batches that came from the
         engine's loader."""
-        amplified = not self.sampling_run[_OWN_LOADER]
-        epsilon = self.plan.epsilon(self.steps_done, amplified=amplified)
+        own = self.sampling_run[OWN_LOADER]
+        epsilon = self.plan.epsilon(self.steps_done, own_loader_steps=own)
         return PrivacySpent(epsilon, self.plan.target_delta)
 
     def statement(self) -> Statement:

@@ -64,8 +64,8 @@ class LogicalBatch:
         loss_factors: what the terms of the loss were multiplied by in the run's first backward.
 
     Guarantees:
-        One example contributes at most ``plan.max_grad_norm`` to the sum that `take` returns, as long
-        as it is one row of the batches that went in.
+        One row of the batches that went in contributes at most ``plan.max_example_norm`` to the sum
+        that `take` returns: an example ``plan.max_grad_norm``, as long as it is one row.
     """
 
     def __init__(self, plan: PrivacyPlan) -> None:
@@ -131,7 +131,7 @@ class LogicalBatch:
         norms = tape.norms()
         weights = self._weights(tape, part).to(norms)
         norms = norms * weights
-        c = coefficients(norms, self.plan.max_grad_norm, self.plan.clipping_fn)
+        c = coefficients(norms, self.plan.max_example_norm, self.plan.clipping_fn)
         c = c * (weights > 0)
         clipped = tape.clipped_sum(c * weights)
         self._norms.append(torch.stack([norms, c])[:, weights > 0].detach())

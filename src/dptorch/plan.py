@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dptorch import accounting
-from dptorch.accounting import Adjacency, SampledGaussian
+from dptorch.accounting import Adjacency, Event, SampledGaussian
 from dptorch.clipping import FUNCTIONS
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
+from dptorch.sampling import Scheme, Terms, scheme_named
 
-__all__ = ["LOSS_REDUCTIONS", "PrivacyPlan", "PrivacySpent", "make_plan"]
+__all__ = ["LOSS_REDUCTIONS", "UNITS", "PrivacyPlan", "PrivacySpent", "make_plan"]
 
 LOSS_REDUCTIONS = ("mean", "sum")
+UNITS = ("example", "user", "packed sequence")
 _STYLES = {"all-layer": "all-layer", "flat": "all-layer"}
 _FORMAT = 1
 
@@ -45,10 +47,11 @@ class PrivacyPlan:
     zero-out adjacency, under which the number is public and ε is the same.
 
     Attributes:
-        sample_rate: probability with which a step draws each record.
+        sample_rate: probability with which a step draws each record; the mean share where the scheme
+            does not draw records one by one.
         steps: number of steps planned; the budget.
         noise_multiplier: standard deviation of the noise over max_grad_norm.
-        max_grad_norm: bound C on one record's contribution to a step's sum.
+        max_grad_norm: bound C on one record's contribution to a step's sum, each time it is drawn.
         expected_batch_size: public constant that the noisy sum is divided by under a mean loss.
         target_delta: δ of the statement.
         clipping_fn: name in `dptorch.clipping.FUNCTIONS`.
@@ -56,9 +59,13 @@ class PrivacyPlan:
         accountant: name of the accountant whose ε is stated.
         adjacency: the neighbouring relation.
         loss_reduction: how the user's loss joins the examples, "mean" or "sum".
-        unit: what one record is.
+        unit: what one record is: "example"; "user", of whom at most max_examples_per_user examples
+            enter a step; or "packed sequence", a row into which several texts were packed.
         target_epsilon: the ε that noise_multiplier was calibrated to, if it was.
         sample_size: number of records, where it was given and is treated as public.
+        sampling: name in `dptorch.sampling.SCHEMES`: how batches are drawn.
+        capacity: most records in a batch, for truncated Poisson sampling.
+        max_examples_per_user: most examples of one user in a step, for the unit "user".
     """
 
     sample_rate: float
@@ -75,6 +82,9 @@ class PrivacyPlan:
     unit: str = "example"
     target_epsilon: float | None = None
     sample_size: int | None = None
+    sampling: str = "poisson"
+    capacity: int | None = None
+    max_examples_per_user: int | None = None
 
     def __post_init__(self) -> None:
         one_of("clipping_fn", self.clipping_fn, FUNCTIONS)
@@ -83,7 +93,18 @@ class PrivacyPlan:
         object.__setattr__(self, "clipping_style", style)
         object.__setattr__(self, "adjacency", Adjacency.of(self.adjacency))
         accounting.get(self.accountant)
-        self.event(self.steps)  # checks rate, noise and steps
+        one_of("unit", self.unit, UNITS)
+        if (self.unit == "user") != (self.max_examples_per_user is not None):
+            raise ConfigurationError(
+                f"unit={self.unit!r} and max_examples_per_user={self.max_examples_per_user!r}: the "
+                "unit 'user', and no other, needs a bound on how many of a user's examples enter a "
+                "step, for example 8."
+            )
+        if self.max_examples_per_user is not None:
+            _whole("max_examples_per_user", self.max_examples_per_user)
+        if self.capacity is not None:
+            _whole("capacity", self.capacity)
+        SampledGaussian(self.noise_multiplier, self.sample_rate, self.steps)  # checks all three
         _positive("max_grad_norm", self.max_grad_norm)
         _positive("expected_batch_size", self.expected_batch_size)
         if not 0 < self.target_delta < 1:
@@ -91,25 +112,60 @@ class PrivacyPlan:
                 f"target_delta={self.target_delta!r} must be in (0, 1), and well below one over the "
                 "number of records, for example 1e-5."
             )
+        self.scheme.check(self.terms, self.adjacency)
+        # Raises, at no cost, where the accountant does not cover what will be released.
+        self.epsilon(0)
 
-    def event(self, steps: int) -> SampledGaussian:
-        """What `steps` steps of this plan release, for an accountant."""
-        return SampledGaussian(self.noise_multiplier, self.sample_rate, steps)
+    @property
+    def scheme(self) -> Scheme:
+        """How batches are drawn, and what it costs."""
+        return scheme_named(self.sampling)
 
-    def epsilon(self, steps: int | None = None, *, amplified: bool = True) -> float:
+    @property
+    def terms(self) -> Terms:
+        """What the scheme has to know."""
+        return Terms(self.sample_rate, self.expected_batch_size, self.sample_size, self.capacity)
+
+    @property
+    def max_example_norm(self) -> float:
+        """Bound on one row's contribution: C, or C / k for a user with at most k rows in a step,
+        whose contributions together are then at most C by the triangle inequality."""
+        return self.max_grad_norm / (self.max_examples_per_user or 1)
+
+    def event(self, steps: int) -> Event:
+        """What the first `steps` steps of this plan release, for an accountant."""
+        return self.scheme.event(self.terms, self.noise_multiplier, steps)
+
+    def history(self, steps: int, *, own_loader_steps: int = 0) -> list[Event]:
+        """What a run of `steps` steps released, some of them on batches of a loader of the user's own.
+
+        Those are charged as releases in which any record may take part, once. What the scheme's own
+        steps cost is bounded by what all steps would have: leaving releases out costs nothing.
+        """
+        if not own_loader_steps:
+            return [self.event(steps)]
+        own = SampledGaussian(self.noise_multiplier, 1.0, own_loader_steps)
+        return [own] if own_loader_steps == steps else [self.event(steps), own]
+
+    def epsilon(
+        self,
+        steps: int | None = None,
+        *,
+        own_loader_steps: int = 0,
+        accountant: str | None = None,
+    ) -> float:
         """ε after some steps (by default all of them) at the plan's δ.
 
         Args:
             steps: steps done.
-            amplified: use that a step sees a random sample. False gives the ε of a run in which
-                every record may take part in every step, once in each.
+            own_loader_steps: how many of them took their batch from elsewhere than the plan's sampler.
+            accountant: who is asked, by default the plan's.
         """
-        steps = self.steps if steps is None else steps
-        event = self.event(steps)
-        if not amplified:
-            event = SampledGaussian(self.noise_multiplier, 1.0, steps)
-        return accounting.get(self.accountant).epsilon(
-            [event], self.target_delta, adjacency=self.adjacency
+        history = self.history(
+            self.steps if steps is None else steps, own_loader_steps=own_loader_steps
+        )
+        return accounting.get(accountant or self.accountant).epsilon(
+            history, self.target_delta, adjacency=self.adjacency
         )
 
     def to_json(self) -> str:
@@ -156,12 +212,16 @@ def make_plan(
     adjacency: Adjacency | str | None = None,
     loss_reduction: str = "mean",
     unit: str = "example",
+    sampling: str = "poisson",
+    capacity: int | None = None,
+    max_examples_per_user: int | None = None,
 ) -> PrivacyPlan:
     """A plan from what a user knows: two of (batch size, rate, number of records), a length, and
     either the ε wanted or the noise.
 
     Args:
-        batch_size: expected number of records a step draws.
+        batch_size: expected number of records a step draws. A record is one `unit`, so this is a
+            number of users where the unit is the user.
         sample_rate: probability of drawing each record; batch_size / sample_size.
         sample_size: number of records. Treated as public if given.
         epochs: length of the run in passes over the data; steps = ceil(epochs / sample_rate).
@@ -172,8 +232,12 @@ def make_plan(
             of ten.
         adjacency: the neighbouring relation. By default zero-out where sample_size is given, since
             rate and batch size then tell it, and add/remove otherwise.
-        max_grad_norm, clipping_fn, clipping_style, accountant, loss_reduction, unit: see
-            `PrivacyPlan`.
+        sampling: name in `dptorch.sampling.SCHEMES`. One that goes through the data in epochs makes an
+            epoch a whole number of steps, and adjusts rate and batch size to it.
+        capacity: most records in a batch of truncated Poisson sampling; by default B + 8 sqrt(B) for
+            an expected B, or more where that would be exceeded too often.
+        max_grad_norm, clipping_fn, clipping_style, accountant, loss_reduction, unit,
+        max_examples_per_user: see `PrivacyPlan`.
 
     Raises:
         ConfigurationError: where arguments are missing, contradict each other or cannot be met; for
@@ -184,9 +248,14 @@ def make_plan(
         >>> plan.steps, plan.target_delta, plan.epsilon() <= 2.0
         (586, 1e-06, True)
     """
-    rate, expected = _rate(batch_size, sample_rate, sample_size)
+    scheme = scheme_named(sampling)
+    terms = scheme.settle(
+        Terms(*_rate(batch_size, sample_rate, sample_size), sample_size, capacity)
+    )
+    rate = terms.sample_rate
     if adjacency is None:
         adjacency = Adjacency.ADD_REMOVE if sample_size is None else Adjacency.ZERO_OUT
+    adjacency = Adjacency.of(adjacency)
     if (epochs is None) == (steps is None):
         raise ConfigurationError(
             f"epochs={epochs!r} and steps={steps!r}: give exactly one, the length of the run."
@@ -217,14 +286,16 @@ def make_plan(
             PrivacyWarning,
             stacklevel=2,
         )
+    if capacity is None and scheme.capacity is not None and sample_size is not None:
+        terms = replace(terms, capacity=scheme.capacity(terms, steps, delta))
+    scheme.check(terms, adjacency)
     if noise_multiplier is None:
         assert target_epsilon is not None
         one_of("accountant", accountant, [*accounting.names(), "glw"])
-        noise_multiplier = accounting.noise_multiplier(
+        noise_multiplier = accounting.noise_multiplier_for(
+            lambda noise: scheme.event(terms, noise, steps),
             target_epsilon=target_epsilon,
             delta=delta,
-            sample_rate=rate,
-            steps=steps,
             accountant=accountant,
             adjacency=adjacency,
         )
@@ -233,16 +304,19 @@ def make_plan(
         steps=steps,
         noise_multiplier=noise_multiplier,
         max_grad_norm=float(max_grad_norm),
-        expected_batch_size=expected,
+        expected_batch_size=terms.expected_batch_size,
         target_delta=delta,
         clipping_fn=clipping_fn,
         clipping_style=clipping_style,
         accountant=accountant,
-        adjacency=Adjacency.of(adjacency),
+        adjacency=adjacency,
         loss_reduction=loss_reduction,
         unit=unit,
         target_epsilon=target_epsilon,
         sample_size=sample_size,
+        sampling=sampling,
+        capacity=terms.capacity,
+        max_examples_per_user=max_examples_per_user,
     )
 
 
@@ -292,3 +366,8 @@ def _rate(
 def _positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
         raise ConfigurationError(f"{name}={value!r} must be a finite number above 0.")
+
+
+def _whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number, at least 1.")

@@ -8,9 +8,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from dptorch.accounting import Adjacency
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError
-from dptorch.sampling import PrivateLoader
+from dptorch.sampling import NOT_COVERED, PrivateLoader, dataset_size
 
 __all__ = ["Private", "make_private"]
 
@@ -34,14 +35,16 @@ def make_private(
 ) -> Private:
     """Make an existing model, optimizer and DataLoader private in one call.
 
-    The loader is replaced by one that draws Poisson batches of the same dataset with the same mean
-    size, collate function and workers. Model and optimizer are the same objects.
+    The loader is replaced by one that draws batches of the same dataset as the plan's `sampling` says
+    (by default Poisson sampling), with the same mean size, collate function and workers. Model and
+    optimizer are the same objects.
 
     Args:
         model, optimizer: as for `PrivacyEngine` and its `attach`.
         loader: a DataLoader with a batch size over a map-style dataset.
         max_physical_batch_size: see `PrivacyEngine.loader`.
-        engine_kwargs: see `PrivacyEngine`; batch size and number of records come from the loader.
+        engine_kwargs: see `PrivacyEngine`. Batch size and number of records come from the loader; under
+            add/remove adjacency, which protects the number of records, give sample_rate.
 
     Returns:
         (model, optimizer, loader, engine).
@@ -66,17 +69,31 @@ def make_private(
             "expected batch size is not known. Pass a DataLoader with batch_size=, or use "
             "PrivacyEngine and its loader()."
         )
+    size = dataset_size(loader.dataset)
     if type(loader.sampler) not in (RandomSampler, SequentialSampler):
         raise ConfigurationError(
-            f"the loader draws with {type(loader.sampler).__name__}, which Poisson sampling would "
+            f"the loader draws with {type(loader.sampler).__name__}, which the plan's sampling would "
             "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights "
-            "to the loss."
+            f"to the loss. {NOT_COVERED}"
         )
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    if size == 0:
-        raise ConfigurationError("the loader's dataset is empty; there is nothing to train on.")
-    engine_kwargs.setdefault("batch_size", min(loader.batch_size, size))
-    engine_kwargs.setdefault("sample_size", size)
+    if engine_kwargs.get("unit") == "user":
+        raise ConfigurationError(
+            "unit='user': a DataLoader's batch size counts examples, not users. Make a PrivacyEngine "
+            "with a batch_size in users, and engine.loader(dataset, user_ids=...)."
+        )
+    if engine_kwargs.get("plan") is None:
+        adjacency = engine_kwargs.get("adjacency")
+        if adjacency is not None and Adjacency.of(adjacency) is Adjacency.ADD_REMOVE:
+            if engine_kwargs.get("sample_rate") is None:
+                raise ConfigurationError(
+                    "adjacency='add-remove' protects the number of records, so the sampling rate may "
+                    "not be computed from it. Give sample_rate, from what is public, or use "
+                    "adjacency='zero-out': the same epsilon, and the number is public."
+                )
+            engine_kwargs.setdefault("batch_size", loader.batch_size)
+        else:
+            engine_kwargs.setdefault("batch_size", min(loader.batch_size, size))
+            engine_kwargs.setdefault("sample_size", size)
     engine = PrivacyEngine(model, **engine_kwargs)
     try:
         engine.attach(optimizer)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from dptorch import accounting
 from dptorch.accounting import Adjacency
+from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
 
-__all__ = ["ASSUMED", "NOT_COVERED", "Statement", "make_statement"]
+__all__ = ["ASSUMED", "NOT_COVERED", "OWN_LOADER", "RELEASED", "Statement", "make_statement"]
+
+OWN_LOADER = "the user's own loader"
 
 _ADJACENCY_TEXT = {
     Adjacency.ADD_REMOVE: "adding or removing one {unit}",
@@ -21,10 +25,14 @@ _ADJACENCY_TEXT = {
     Adjacency.REPLACE_ONE: "replacing one {unit} by another",
 }
 
+RELEASED = (
+    "the model's trained parameters after every step, and anything computed from them and from data "
+    "that is not private"
+)
 NOT_COVERED = (
     "values logged in training that are exact functions of private data: loss, gradient norms, "
     "the clipped fraction, batch sizes",
-    "choices made by looking at private data, inside the run or outside: hyper-parameters, "
+    "choices made by looking at private data, inside the run or outside: hyper-parameters (tuning), "
     "learning-rate schedules that follow the loss, early stopping, which run to keep",
     "metrics computed on private data, and any preprocessing that used statistics of it",
     "buffers of the model, and parameters written by anything but the optimizer's steps",
@@ -45,17 +53,23 @@ class Statement:
     Attributes:
         plan: what the run committed to.
         steps: steps taken, empty batches included.
-        epsilon: certified ε under the sampling that was run.
-        epsilon_unamplified: ε of steps in each of which any record may take part, once.
-        resumed: how often the run went on from a checkpoint.
+        epsilon: certified ε of what ran: by an accountant whose number is an upper bound.
+        accountant: its name: the plan's, or "pld" where the plan's gives no bound.
+        epsilon_exact: the same by the exact accountant, for planning; None where it does not cover.
+        epsilon_if_poisson: certified ε that the run would have had under Poisson sampling at its rate.
+        epsilon_unamplified: certified ε of steps in each of which any record may take part, once.
         sampling_run: how many steps each sampler served.
         key_provenance: where the randomness came from.
         versions: software that ran.
+        resumed: how often the run went on from a checkpoint.
     """
 
     plan: PrivacyPlan
     steps: int
     epsilon: float
+    accountant: str
+    epsilon_exact: float | None
+    epsilon_if_poisson: float
     epsilon_unamplified: float
     sampling_run: dict[str, int]
     key_provenance: str
@@ -64,30 +78,91 @@ class Statement:
 
     @property
     def sampling_holds(self) -> bool:
-        """Whether every step drew its batch as the amplified ε assumes."""
-        return all(scheme == "poisson" or not n for scheme, n in self.sampling_run.items())
+        """Whether every step drew its batch as the plan says."""
+        return all(scheme == self.plan.sampling or not n for scheme, n in self.sampling_run.items())
 
     @property
     def private(self) -> bool:
         """Whether the randomness was secret."""
         return "not private" not in self.key_provenance
 
+    @property
+    def public(self) -> list[str]:
+        """The numbers that anyone may know, so that none may come from the private data."""
+        plan = self.plan
+        numbers = [
+            f"sampling rate {plan.sample_rate:.6g}",
+            f"expected batch size {plan.expected_batch_size:g}, which sums are divided by",
+            f"steps {plan.steps}",
+            f"noise multiplier {plan.noise_multiplier:.6g}",
+            f"clipping norm {plan.max_grad_norm:g}",
+            f"delta {plan.target_delta:g}",
+        ]
+        if plan.capacity is not None:
+            numbers.append(f"capacity {plan.capacity}")
+        if plan.sample_size is not None:
+            numbers.append(f"number of {plan.unit}s {plan.sample_size}")
+        return numbers
+
+    @property
+    def assumed(self) -> list[str]:
+        """What the engine cannot see and the guarantee rests on."""
+        plan = self.plan
+        assumed = [item.format(unit=plan.unit) for item in ASSUMED]
+        if plan.unit == "user":
+            assumed.append(
+                f"user ids say truly whose each example is; a batch that the engine did not draw has "
+                f"at most {plan.max_examples_per_user} examples of a user"
+            )
+        if plan.sample_size is not None and plan.adjacency is Adjacency.ADD_REMOVE:
+            assumed.append(
+                f"the number {plan.sample_size} was not taken from the private data: under add/remove "
+                "the number of records is protected"
+            )
+        return assumed
+
+    @property
+    def unit_text(self) -> str:
+        """The unit of privacy, and what it leaves open."""
+        plan = self.plan
+        if plan.unit == "user":
+            return (
+                f"one user with all their examples, of which at most {plan.max_examples_per_user} "
+                f"enter a step, each clipped to {plan.max_example_norm:g}"
+            )
+        if plan.unit == "packed sequence":
+            return (
+                "one packed sequence, that is one row; a person or document spread over several rows "
+                "is NOT covered as a whole"
+            )
+        return f"one {plan.unit}"
+
     def to_dict(self) -> dict[str, Any]:
         """The statement as plain values."""
+        plan = self.plan
         return {
-            "epsilon": self.epsilon if self.sampling_holds else self.epsilon_unamplified,
-            "epsilon_if_poisson_sampled": self.epsilon,
+            "epsilon": self.epsilon,
+            "epsilon_exact": self.epsilon_exact,
+            "epsilon_if_poisson_sampled": self.epsilon_if_poisson,
             "epsilon_without_amplification": self.epsilon_unamplified,
-            "delta": self.plan.target_delta,
-            "unit": self.plan.unit,
-            "adjacency": self.plan.adjacency.value,
+            "accountant": self.accountant,
+            "delta": plan.target_delta,
+            "unit": plan.unit,
+            "unit_text": self.unit_text,
+            "adjacency": plan.adjacency.value,
             "steps": self.steps,
             "resumed": self.resumed,
-            "sampling_assumed": "poisson",
+            "sampling_planned": plan.sampling,
+            "sampling_law": plan.scheme.describe(plan.terms, plan.unit),
+            "sampling_theorem": plan.scheme.theorem,
             "sampling_run": dict(self.sampling_run),
+            "sampling_holds": self.sampling_holds,
             "key_provenance": self.key_provenance,
-            "plan": json.loads(self.plan.to_json()),
-            "assumed": [item.format(unit=self.plan.unit) for item in ASSUMED],
+            "private_randomness": self.private,
+            "plan": json.loads(plan.to_json()),
+            "released": RELEASED,
+            "public": self.public,
+            "assumed": self.assumed,
             "not_covered": list(NOT_COVERED),
             "versions": dict(self.versions),
         }
@@ -96,59 +171,75 @@ class Statement:
         plan = self.plan
         adjacency = _ADJACENCY_TEXT[plan.adjacency].format(unit=plan.unit)
         run = ", ".join(f"{n} steps: {s}" for s, n in self.sampling_run.items() if n) or "no step"
-        headline = self.epsilon if self.sampling_holds else self.epsilon_unamplified
         lines = [
-            f"These {self.steps} training steps are ({_number(headline)}, {plan.target_delta:g})-"
+            f"These {self.steps} training steps are ({_number(self.epsilon)}, {plan.target_delta:g})-"
             f"differentially private with respect to {adjacency}.",
             "",
-            f"Unit of privacy      one {plan.unit}",
-            f"Adjacency            {plan.adjacency.value}",
+            f"Unit of privacy      {self.unit_text}",
+            f"Adjacency            {plan.adjacency.value}: {adjacency}",
             f"delta                {plan.target_delta:g}",
             f"Mechanism            Gaussian noise, multiplier {plan.noise_multiplier:.6g}, on sums of "
             f"gradients clipped to {plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})",
             f"Steps                {self.steps} of {plan.steps} planned, empty batches included"
             + (f"; resumed {self.resumed} times" if self.resumed else ""),
-            f"Sampling assumed     Poisson, rate {plan.sample_rate:.6g}",
+            f"Sampling planned     {plan.sampling}: {plan.scheme.describe(plan.terms, plan.unit)}",
             f"Sampling run         {run}",
-            f"epsilon              {_number(self.epsilon)} if every batch is a Poisson sample"
-            + (", as here" if self.sampling_holds else ""),
-            f"                     {_number(self.epsilon_unamplified)} "
-            + ("for comparison: " if self.sampling_holds else "")
-            + "if batches are chosen otherwise, without looking at the data, a record",
-            "                     at most once a step and in a place that no other record moves",
-            f"Accountant           {plan.accountant}",
+            *self._epsilon_lines(),
             f"Randomness           key from the {self.key_provenance}",
             "",
-        ]
-        if not self.sampling_holds:
-            lines += [
-                "NOTE: not every batch was drawn by the engine's Poisson loader, so the first line",
-                "states the epsilon without amplification.",
-                "",
-            ]
-        if not self.private:
-            lines += [
-                "NOTE: the noise comes from a seed given by the user. Whoever knows the seed can",
-                "remove the noise. This run is for tests; it protects nobody.",
-                "",
-            ]
-        lines += [
-            "Released and covered: the model's trained parameters after every step, and anything "
-            "computed from them.",
+            *self._notes(),
+            f"Released and covered: {RELEASED}.",
             "Assumed:",
-            *(f"  - {item.format(unit=plan.unit)}" for item in ASSUMED),
-            "Treated as public: every number in the plan"
-            + (
-                f", the number of records ({plan.sample_size}) included."
-                if plan.sample_size
-                else "."
-            ),
+            *(f"  - {item}" for item in self.assumed),
+            "Treated as public, so that none of it may come from the private data:",
+            *(f"  - {item}" for item in self.public),
             "Not covered:",
             *(f"  - {item}" for item in NOT_COVERED),
             "",
             "Software: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
         ]
         return "\n".join(lines) + "\n"
+
+    def _epsilon_lines(self) -> list[str]:
+        lines = [
+            f"epsilon              {_number(self.epsilon)} certified for what ran "
+            f"(accountant {self.accountant}, an upper bound)"
+        ]
+        blank = " " * 21
+        if self.epsilon_exact is not None:
+            lines.append(
+                f"{blank}{_number(self.epsilon_exact)} exact, for planning (no certified bound)"
+            )
+        if self.plan.sampling != "poisson" or not self.sampling_holds:
+            lines.append(
+                f"{blank}{_number(self.epsilon_if_poisson)} is what Poisson accounting would have "
+                f"claimed at rate {self.plan.sample_rate:.6g}; NOT valid for what ran"
+            )
+        lines += [
+            f"{blank}{_number(self.epsilon_unamplified)} if batches are chosen in any way that does "
+            "not look at the data, a record",
+            f"{blank}at most once a step and in a place that no other record moves",
+        ]
+        return lines
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if not self.sampling_holds:
+            notes.append(
+                f"NOTE: not every batch was drawn by the engine as planned ({self.plan.sampling}). The "
+                "first line states the epsilon without amplification for the steps that were not."
+            )
+        if self.plan.unit == "packed sequence":
+            notes.append(
+                "NOTE: the unit is the packed row. Whoever has text in several rows is protected less, "
+                "the more rows the less."
+            )
+        if not self.private:
+            notes.append(
+                "NOTE: the noise comes from a seed given by the user. Whoever knows the seed can "
+                "remove the noise. This run is for tests; it protects nobody."
+            )
+        return [line for note in notes for line in (note, "")]
 
 
 def make_statement(
@@ -161,11 +252,22 @@ def make_statement(
     """The statement for a run that took `steps` steps of `plan`."""
     from dptorch import __version__
 
+    own = sum(n for scheme, n in sampling_run.items() if scheme != plan.sampling)
+    bound = accounting.get(plan.accountant).is_upper_bound
+    accountant = plan.accountant if bound else "pld"
+    try:
+        exact = plan.epsilon(steps, own_loader_steps=own, accountant="exact")
+    except PrivacyError:
+        exact = None
+    poisson = replace(plan, sampling="poisson", capacity=None)
     return Statement(
         plan=plan,
         steps=steps,
-        epsilon=plan.epsilon(steps),
-        epsilon_unamplified=plan.epsilon(steps, amplified=False),
+        epsilon=plan.epsilon(steps, own_loader_steps=own, accountant=accountant),
+        accountant=accountant,
+        epsilon_exact=exact,
+        epsilon_if_poisson=poisson.epsilon(steps, accountant=accountant),
+        epsilon_unamplified=plan.epsilon(steps, own_loader_steps=steps, accountant=accountant),
         sampling_run=sampling_run,
         key_provenance=key_provenance,
         versions={

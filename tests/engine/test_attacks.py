@@ -274,7 +274,7 @@ def test_epsilon_of_a_loader_of_ones_own_is_not_amplified_anywhere() -> None:
     engine = make_engine(model, sample_rate=0.5, noise_multiplier=1.5, max_grad_norm=1.0, steps=2)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
     train(model, optimizer, DataLoader(make_data(), batch_size=12))
-    assert engine.get_privacy_spent().epsilon == engine.plan.epsilon(2, amplified=False)
+    assert engine.get_privacy_spent().epsilon == engine.plan.epsilon(2, own_loader_steps=2)
 
 
 def test_a_sampler_that_poisson_sampling_would_replace_is_refused() -> None:

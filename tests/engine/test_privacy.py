@@ -338,7 +338,7 @@ def test_a_loader_of_ones_own_is_not_stated_as_poisson() -> None:
     train(model, optimizer, DataLoader(make_data(), batch_size=12, shuffle=True))
     statement = engine.statement()
     assert not statement.sampling_holds
-    assert statement.epsilon_unamplified > statement.epsilon
+    assert statement.epsilon_unamplified > statement.epsilon_if_poisson
     assert statement.to_dict()["epsilon"] == statement.epsilon_unamplified
     assert str(statement).startswith(
         f"These 2 training steps are ({math.ceil(statement.epsilon_unamplified * 1e4) / 1e4:.4f}"

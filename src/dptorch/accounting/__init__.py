@@ -10,6 +10,7 @@ Example:
 from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.accounting.accountants.registry import get, names
 from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.calibration import noise_multiplier_for
 from dptorch.accounting.events import (
     CorrelatedGaussian,
     EpochwiseGaussian,
@@ -43,6 +44,7 @@ __all__ = [
     "merge",
     "names",
     "noise_multiplier",
+    "noise_multiplier_for",
     "sample_rate",
     "steps",
     "trade_off_curve",

@@ -1,7 +1,31 @@
 """Which examples enter which step, and how they reach the training loop."""
 
-from dptorch.sampling.loader import PhysicalBatch, PrivateLoader
+from dptorch.sampling.epochs import RandomAllocationSampler, SequentialSampler, ShuffledSampler
+from dptorch.sampling.fixed_size import FixedSizeSampler
+from dptorch.sampling.loader import PhysicalBatch, PrivateLoader, dataset_size
 from dptorch.sampling.poisson import PoissonSampler
 from dptorch.sampling.sampler import Sampler
+from dptorch.sampling.scheme import Scheme, Terms
+from dptorch.sampling.schemes import NOT_COVERED, SCHEMES, scheme_named
+from dptorch.sampling.truncated import TruncatedPoissonSampler
+from dptorch.sampling.users import Users, UserSampler
 
-__all__ = ["PhysicalBatch", "PoissonSampler", "PrivateLoader", "Sampler"]
+__all__ = [
+    "NOT_COVERED",
+    "SCHEMES",
+    "FixedSizeSampler",
+    "PhysicalBatch",
+    "PoissonSampler",
+    "PrivateLoader",
+    "RandomAllocationSampler",
+    "Sampler",
+    "Scheme",
+    "SequentialSampler",
+    "ShuffledSampler",
+    "Terms",
+    "TruncatedPoissonSampler",
+    "UserSampler",
+    "Users",
+    "dataset_size",
+    "scheme_named",
+]

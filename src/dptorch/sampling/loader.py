@@ -16,13 +16,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.sampling.padding import zeros_like_batch
 from dptorch.sampling.sampler import Sampler
 
-__all__ = ["PhysicalBatch", "PrivateLoader"]
+__all__ = ["PhysicalBatch", "PrivateLoader", "dataset_size"]
 
 _CONTRADICTS: Final = {
     "batch_size": "the size of a sampled batch is random and its mean belongs to the plan; to "
@@ -33,6 +33,7 @@ _CONTRADICTS: Final = {
     "drop_last": "dropping part of a drawn batch changes the sampling that the stated epsilon is "
     "for",
 }
+_PADDING: Final = -1  # the index of an example of zeros
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class PrivateLoader:
             with the first step that was not yet handed out completely.
         total_steps: logical batches of the whole run; None for no end.
         max_physical_batch_size: most examples at once; None hands out each logical batch whole.
+        capacity: pad every logical batch with examples of zeros to this many, so that all steps come
+            in equally many parts of equal shape; no draw may exceed it.
+        rank, world_size: this process's share of each logical batch: every `world_size`-th example
+            of the draw, beginning with the `rank`-th. All processes need the same key.
         collate_fn, num_workers, pin_memory, dataloader_kwargs: as in `torch.utils.data.DataLoader`.
 
     Guarantees:
@@ -90,6 +95,8 @@ class PrivateLoader:
           once, in that order, whatever the physical batch size and the number of workers.
         - `current` always describes the batch handed out last, in spite of prefetching.
         - Every step from the first to the last of the epoch arrives, empty ones included.
+        - The shares of all ranks are disjoint and together the draw, and arrive in equally many
+          parts on each; a rank that has no example for a part gets padding.
         - The sampler and its key stay in this process; workers see indices only.
 
     Raises:
@@ -121,6 +128,9 @@ class PrivateLoader:
         start_step: Callable[[], int] | int = 0,
         total_steps: int | None = None,
         max_physical_batch_size: int | None = None,
+        capacity: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -142,13 +152,21 @@ class PrivateLoader:
             if max_physical_batch_size is None
             else _positive("max_physical_batch_size", max_physical_batch_size)
         )
+        self.capacity = None if capacity is None else _positive("capacity", capacity)
+        self.world_size = _positive("world_size", world_size)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+            raise ConfigurationError(
+                f"rank={rank!r} must be a process number in [0, world_size={world_size})"
+            )
+        self.rank = rank
         self.dataset = dataset
         self.sampler = sampler
         self.collate_fn = default_collate if collate_fn is None else collate_fn
         if not isinstance(sampler, Sampler):
             raise ConfigurationError(
                 f"sampler={type(sampler).__name__} is no private sampling scheme (it has no "
-                "`draw(step)`), so no accountant can cover it; use dptorch.sampling.PoissonSampler"
+                "`draw(step)`), so no accountant can cover it; use dptorch.sampling.PoissonSampler, "
+                "or a loader of your own, without amplification"
             )
         self._check_dataset()
         self._start_step = start_step
@@ -159,9 +177,11 @@ class PrivateLoader:
             # that would shift the dropout masks of a resumed run against those of an uninterrupted
             # one.
             dataloader_kwargs["generator"] = self._own_generator = torch.Generator()
-        self._plan = _PhysicalPlan(sampler, self.max_physical_batch_size)
+        self._plan = _PhysicalPlan(
+            sampler, self.max_physical_batch_size, self.capacity, rank, self.world_size
+        )
         self._loader: DataLoader[Any] = DataLoader(
-            dataset,
+            dataset if self.capacity is None else _Padded(dataset),
             batch_sampler=self._plan,
             collate_fn=self.collate_fn,
             num_workers=num_workers,
@@ -237,24 +257,7 @@ class PrivateLoader:
         return first, last
 
     def _check_dataset(self) -> None:
-        dataset = self.dataset
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-            raise ConfigurationError(
-                f"{type(dataset).__name__} cannot be sampled: each example must be reachable by "
-                "its index. Use a map-style dataset (with __len__ and __getitem__), e.g. by "
-                "writing the stream to memory-mapped files first"
-            )
-        try:
-            size = len(dataset)
-        except TypeError:
-            raise ConfigurationError(
-                f"{type(dataset).__name__} has no length, which the sampling rate refers to; give "
-                "it a __len__"
-            ) from None
-        if size == 0:
-            raise DataError(
-                f"the dataset ({type(dataset).__name__}) is empty; a run needs at least one example"
-            )
+        size = dataset_size(self.dataset)
         if size != self.sampler.sample_size:
             raise PrivacyError(
                 f"the dataset has {size} examples but the sampler draws from "
@@ -266,7 +269,9 @@ class PrivateLoader:
         """Start loading `steps`: what the parts are, as far as read ahead, and the batches."""
         parts = self._plan.begin(steps)
         if self._own_generator is not None:
-            self._own_generator.manual_seed((torch.initial_seed() + steps.start) % 2**63)
+            # Apart by rank, or the workers of all ranks would augment alike.
+            own = steps.start * self.world_size + self.rank
+            self._own_generator.manual_seed((torch.initial_seed() + own) % 2**63)
         batches = iter(self._loader)
         if not self._has_padding:
             # Now and not at the first empty batch, because a dataset or collate_fn that fails on
@@ -306,6 +311,33 @@ class PrivateLoader:
             listener(complete)
 
 
+def dataset_size(dataset: Any) -> int:
+    """Number of examples of a data set that can be sampled.
+
+    Raises:
+        ConfigurationError: its examples cannot be reached by index, or it has no length.
+        DataError: it is empty.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise ConfigurationError(
+            f"{type(dataset).__name__} cannot be sampled: each example must be reachable by "
+            "its index. Use a map-style dataset (with __len__ and __getitem__), e.g. by "
+            "writing the stream to memory-mapped files first"
+        )
+    try:
+        size = len(dataset)
+    except TypeError:
+        raise ConfigurationError(
+            f"{type(dataset).__name__} has no length, which the sampling rate refers to; give "
+            "it a __len__"
+        ) from None
+    if size == 0:
+        raise DataError(
+            f"the dataset ({type(dataset).__name__}) is empty; a run needs at least one example"
+        )
+    return size
+
+
 class _PhysicalPlan:
     """Index lists of the parts to load, as a batch sampler of DataLoader.
 
@@ -313,9 +345,19 @@ class _PhysicalPlan:
     an empty logical batch is an entry of `parts` without a list.
     """
 
-    def __init__(self, sampler: Sampler, max_size: int | None) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        max_size: int | None,
+        capacity: int | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self._sampler = sampler
         self._max_size = max_size
+        self._capacity = capacity
+        self._rank = rank
+        self._world_size = world_size
         self._next: tuple[range, deque[PhysicalBatch]] = (range(0), deque())
 
     def begin(self, steps: range) -> deque[PhysicalBatch]:
@@ -330,14 +372,47 @@ class _PhysicalPlan:
     def _lists(self, steps: range, parts: deque[PhysicalBatch]) -> Iterator[list[int]]:
         for step in steps:
             drawn = self._sampler.draw(step)
-            size = self._max_size or max(1, len(drawn))
-            count = max(1, -(-len(drawn) // size))
-            if len(drawn) == 0:
-                parts.append(PhysicalBatch(step, 0, 1, examples=0, padding=1))
-            for index in range(count if len(drawn) else 0):
-                indices: list[int] = drawn[index * size : (index + 1) * size].tolist()
-                parts.append(PhysicalBatch(step, index, count, examples=len(indices)))
-                yield indices
+            if self._capacity is not None and len(drawn) > self._capacity:
+                raise PrivacyError(
+                    f"a batch has more examples than capacity={self._capacity}, which its sampler "
+                    "should have kept to"
+                )
+            # The rows of the rank with the most, so that all go through the model equally often.
+            rows = -(-(self._capacity or len(drawn)) // self._world_size)
+            size = self._max_size or max(1, rows)
+            count = max(1, -(-rows // size))
+            share: list[int] = drawn[self._rank :: self._world_size].tolist()
+            for index in range(count):
+                indices = share[index * size : (index + 1) * size]
+                full = min(size, rows) if self._capacity is not None else max(1, len(indices))
+                padding = full - len(indices)
+                parts.append(PhysicalBatch(step, index, count, len(indices), padding))
+                if indices or self._capacity is not None:
+                    yield indices + [_PADDING] * padding
+
+
+class _Padded(Dataset[Any]):
+    """A data set with an example of zeros at the index `_PADDING`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._zeros: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        if index != _PADDING:
+            return self._dataset[index]
+        if self._zeros is None:
+            self._zeros = zeros_like_batch(self._dataset[0])
+        return self._zeros
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        fetch = getattr(self._dataset, "__getitems__", None)
+        real = [index for index in indices if index != _PADDING]
+        found = (fetch(real) if fetch else [self._dataset[i] for i in real]) if real else []
+        return [*found, *(self[_PADDING] for _ in range(len(indices) - len(real)))]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
 
 
 class _Iteration:
@@ -404,7 +479,7 @@ class _Iteration:
                 self._loaded.append(next(self._batches))
             except StopIteration:
                 self._exhausted = True
-        if self._parts and self._parts[0].examples == 0:
+        if self._parts and self._parts[0].examples == 0 and self._loader.capacity is None:
             return self._parts.popleft(), self._loader._padding_batch()
         if self._loaded:
             return self._parts.popleft(), self._loaded.popleft()

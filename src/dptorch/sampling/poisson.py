@@ -8,12 +8,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dptorch.accounting.events import SampledGaussian
 from dptorch.errors import ConfigurationError
 from dptorch.randomness import RootKey
+from dptorch.sampling.sampler import check_key, check_sample_size, stream
+from dptorch.sampling.scheme import ANY_ADJACENCY, Scheme
 
-__all__ = ["PoissonSampler", "poisson_indices"]
-
-PURPOSE: Final = "sampling"
+__all__ = ["POISSON", "PoissonSampler", "poisson_indices"]
 
 
 def poisson_indices(
@@ -67,10 +68,6 @@ class PoissonSampler:
     and a resumed run continues exactly. A batch may be empty; an empty batch is a step like any
     other.
 
-    The gaps come from numpy's Philox (4x64, 10 rounds) under the first 128 bits of
-    `key.derive("sampling", step)`. Philox is statistically strong but not proven cryptographic; an
-    observer never sees its output, only noisy sums over the batches it selects.
-
     Args:
         sample_size: number of examples N.
         sample_rate: probability q that an example enters a batch, in (0, 1]. A parameter of the
@@ -97,10 +94,6 @@ class PoissonSampler:
     scheme: Final = "poisson"
 
     def __init__(self, sample_size: int, sample_rate: float, key: RootKey) -> None:
-        if isinstance(sample_size, bool) or not isinstance(sample_size, int | np.integer):
-            raise ConfigurationError(f"sample_size={sample_size!r} must be a positive integer")
-        if not 0 < sample_size < 1 << 56:
-            raise ConfigurationError(f"sample_size={sample_size!r} must be in [1, 2**56)")
         try:
             rate = float(sample_rate)
         except (TypeError, ValueError):
@@ -112,13 +105,9 @@ class PoissonSampler:
                 f"sample_rate={sample_rate!r} must be in (0, 1]: the probability that one example "
                 "enters one batch, e.g. expected batch size / number of examples"
             )
-        if not isinstance(key, RootKey):
-            raise ConfigurationError(
-                f"key must be a RootKey, not {type(key).__name__}; use RootKey.from_os()"
-            )
-        self._sample_size = int(sample_size)
+        self._sample_size = check_sample_size(sample_size)
         self._sample_rate = rate
-        self._key = key
+        self._key = check_key(key)
 
     @property
     def sample_size(self) -> int:
@@ -137,9 +126,19 @@ class PoissonSampler:
 
     def draw(self, step: int) -> NDArray[np.int64]:
         """Sorted distinct int64 indices of logical batch `step`; possibly none."""
-        seed = self._key.derive(PURPOSE, step)
-        bits = np.random.Philox(key=int.from_bytes(seed[:16], "little"))
-        return poisson_indices(np.random.Generator(bits), self._sample_size, self._sample_rate)
+        generator = stream(self._key, step)
+        return poisson_indices(generator, self._sample_size, self._sample_rate)
 
     def __repr__(self) -> str:
         return f"PoissonSampler(sample_size={self._sample_size}, sample_rate={self._sample_rate!r})"
+
+
+POISSON: Final = Scheme(
+    name="poisson",
+    law="every {unit} enters every batch with probability {sample_rate:.6g}, independently of all "
+    "others and of all other steps",
+    theorem="amplification by Poisson sampling (Zhu, Dong, Wang 2022, arXiv:2106.08567, Theorem 11)",
+    adjacencies=ANY_ADJACENCY,
+    sampler=lambda terms, size, key: PoissonSampler(size, terms.sample_rate, key),
+    event=lambda terms, noise, steps: SampledGaussian(noise, terms.sample_rate, steps),
+)
