@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
+from dptorch.cli.release import release
 from dptorch.cli.train import train
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
 
@@ -65,6 +66,7 @@ app.command(rich_help_panel="Train")(train)
 app.command(rich_help_panel="Plan")(epsilon)
 app.command(rich_help_panel="Plan")(calibrate)
 app.command(rich_help_panel="Train")(check)
+app.command(rich_help_panel="Train")(release)
 
 
 def _print_version(wanted: bool) -> None:

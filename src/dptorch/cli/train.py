@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from dptorch.cli.release import conclude as conclude_release
 from dptorch.errors import ConfigurationError
 from dptorch.training.recipes import RECIPES
 
@@ -30,7 +31,7 @@ def _suggested(name: str) -> str:
 
 DATA, MODEL, PRIVACY, TRAINING, OUTPUT = "Data", "Model", "Privacy", "Training", "Run and output"
 # What --resume may be combined with: everything else is settled by the run's own record.
-WITH_RESUME = frozenset({"name", "runs", "resume", "device", "num_workers", "ctx"})
+WITH_RESUME = frozenset({"name", "runs", "resume", "device", "num_workers", "release", "ctx"})
 
 
 def train(
@@ -224,6 +225,15 @@ def train(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    release: Annotated[
+        Path | None,
+        typer.Option(
+            help="When the run is done, write what may be published of it to this new folder: see "
+            "[bold]dptorch release[/].",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     diagnostics: Annotated[
         bool,
         typer.Option(
@@ -257,8 +267,12 @@ def train(
     from dptorch.training.data import ReadOptions
     from dptorch.training.job import Job, prepare
     from dptorch.training.loop import train as run_job
+    from dptorch.training.release import check_destination
+    from dptorch.training.release import release as make_release
 
     console = Console(highlight=False, soft_wrap=True)
+    if release is not None:
+        check_destination(release)
     if resume:
         _refuse_settings(ctx, overwrite)
         if name is None:
@@ -304,6 +318,8 @@ def train(
     _conclude(outcome, console)
     if outcome.interrupted:
         raise typer.Exit(130)
+    if release is not None:
+        conclude_release(make_release(outcome.folder, release), with_test_results=False)
 
 
 def _refuse_settings(ctx: typer.Context, overwrite: bool) -> None:

@@ -58,7 +58,8 @@ def render(
     Args:
         name: of the run.
         about: what `run.json` says.
-        rows: the rows of `metrics.csv`, oldest first, at least one.
+        rows: the rows of `metrics.csv`, oldest first, at least one; without test results in a
+            release that leaves them out.
         statement: what `statement.txt` says.
     """
     from jinja2 import Environment, StrictUndefined
@@ -73,7 +74,10 @@ def render(
     last = rows[-1]
     claims = about["statement"]
     epsilon, plan = claims["epsilon"], claims["plan"]
-    low, high = wilson_interval(last["test_accuracy"], about["data"]["test_examples"])
+    tested = "test_accuracy" in last
+    low = high = 0.0
+    if tested:
+        low, high = wilson_interval(last["test_accuracy"], about["data"]["test_examples"])
     return environment.from_string(template).render(
         name=name,
         about=about,
@@ -85,7 +89,9 @@ def render(
         detection=min(1.0, math.exp(min(epsilon, 700.0)) * 0.01 + plan["target_delta"]),
         interrupted=about["status"] != "complete",
         seeded="not private" in claims["key_provenance"],
-        accuracy_chart=charts.accuracy_against_epsilon(
+        tested=tested,
+        accuracy_chart=tested
+        and charts.accuracy_against_epsilon(
             [(row["epsilon"], row["test_accuracy"]) for row in rows],
             chance=1 / len(about["data"]["classes"]),
         ),
@@ -136,11 +142,11 @@ def _settings(about: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, objec
         ("Accountant", plan["accountant"]),
     ]
     training = [
-        ("Recipe" if job["recipe"] else "Data", job["recipe"] or job["data"]),
+        ("Recipe" if job["recipe"] else "Data", job["recipe"] or job.get("data", data["source"])),
         ("Model", f"{job['model']} ({about['model']['class']})"),
         ("Trainable parameters", about["model"]["trainable_parameters"]),
         ("Training examples", data["train_examples"]),
-        ("Test examples", data["test_examples"]),
+        *([("Test examples", data["test_examples"])] if "test_examples" in data else []),
         ("Classes", len(data["classes"])),
         ("Epochs", job["epochs"]),
         ("Learning rate", job["learning_rate"]),
