@@ -8,8 +8,9 @@ result      claim, measurement and verdict
 roc         curves and the numbers people read off them
 """
 
+from dptorch.audit.audit import audit
 from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import audit_step, play_steps
 from dptorch.audit.result import AuditResult, judge
 
-__all__ = ["AuditResult", "Evidence", "audit_step", "judge", "play_steps"]
+__all__ = ["AuditResult", "Evidence", "audit", "audit_step", "judge", "play_steps"]

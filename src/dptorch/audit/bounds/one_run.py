@@ -111,7 +111,7 @@ class OneRun:
 
     def candidates(self, evidence: Evidence) -> list[Guesses]:
         """From few confident guesses to a guess on every canary."""
-        return [(0.02, 0.0), (0.1, 0.0), (0.05, 0.05), (0.2, 0.2), (0.5, 0.5)]
+        return [(0.02, 0.0), (0.1, 0.0), (0.1, 0.1), (0.5, 0.5)]
 
     def epsilon(
         self, evidence: Evidence, candidate: Guesses, *, delta: float, significance: float

@@ -1,0 +1,168 @@
+"""The white-box game on the engine itself, with Dirac canaries (Nasr et al. 2023, arXiv:2302.07956).
+
+Each canary is a training record whose gradient lies along one coordinate, which no other record
+touches, and is far larger than the clipping norm. The adversary sees every noisy gradient. Sampler,
+forward pass, per-example gradients, clipping, noise and division are the engine's own.
+
+Because coordinates do not interfere, one run plays as many independent games as there are canaries:
+coordinate i of step t is N(b, σ²) in units of the clipping norm, b = 1 if canary i was in that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from dptorch.accounting import Adjacency
+from dptorch.audit.evidence import Evidence
+from dptorch.audit.result import FEWEST_CANARIES
+from dptorch.engine import PrivacyEngine
+from dptorch.errors import ConfigurationError
+from dptorch.plan import PrivacyPlan
+
+__all__ = ["DiracGame", "TiedTable", "play_dirac"]
+
+# How much larger than the clipping norm a canary's gradient is.
+_EXCESS = 100.0
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+class TiedTable(nn.Module):
+    """A table of one number for each canary, used twice as tied embeddings are: looked up, and as the
+    weights of the output layer.
+
+    The output for a record (id, a, b) is ``sign * (a * table[id] + b * table[id])``, so its gradient
+    is ``sign * (a + b)`` at one coordinate.
+
+    Attributes:
+        sign: +1 or -1, set by the game before each step; public.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(size, 1))
+        self.sign = 1.0
+
+    def forward(self, ids: Tensor, scales: Tensor) -> Tensor:
+        """ids int64 [B], scales [B, 2] -> [B]."""
+        looked_up = F.embedding(ids, self.table)[:, 0]
+        logits = F.linear(torch.ones_like(scales[:, :1]), self.table)
+        put_out = logits.gather(1, ids[:, None])[:, 0]
+        return self.sign * (scales[:, 0] * looked_up + scales[:, 1] * put_out)
+
+
+@dataclass(frozen=True, eq=False)
+class DiracGame:
+    """What the adversary saw, in units of the clipping norm.
+
+    Attributes:
+        steps: evidence of single steps: one score for each canary and step; a member took part in
+            that step, as far as the sampler says.
+        run: evidence of the whole run: one score for each canary; a member was in the data.
+    """
+
+    steps: Evidence
+    run: Evidence
+
+
+def play_dirac(
+    plan: PrivacyPlan,
+    *,
+    canaries: int = 1000,
+    steps: int | None = None,
+    seed: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> DiracGame:
+    """Run the engine on canaries alone, under a plan.
+
+    The sign of all canaries' gradients alternates from step to step, and so does the adversary's
+    sum over steps: what the noise of two steps has in common then cancels.
+
+    Args:
+        plan: what is audited.
+        canaries: each in the data by a fair coin.
+        steps: how many of the plan's steps to play; by default all.
+        seed: for tests: the engine's and the coins' randomness from a number.
+        device: where the engine runs.
+        progress: wraps the iterable of steps, to show a bar.
+
+    Raises:
+        ConfigurationError: fewer than 20 canaries, or more steps than the plan has.
+
+    Example:
+        >>> from dptorch import make_plan
+        >>> plan = make_plan(sample_rate=1.0, sample_size=100, steps=4, noise_multiplier=2.0)
+        >>> game = play_dirac(plan, canaries=200, seed=0)
+        >>> len(game.steps), len(game.run)
+        (800, 200)
+    """
+    if canaries < FEWEST_CANARIES:
+        raise ConfigurationError(f"canaries={canaries}: use at least {FEWEST_CANARIES}.")
+    wanted = plan.steps if steps is None else steps
+    if not 1 <= wanted <= plan.steps:
+        raise ConfigurationError(f"steps={steps!r}: the plan has {plan.steps} steps.")
+    member = np.random.default_rng(seed).random(canaries) < 0.5
+    model = TiedTable(canaries).to(device)
+    # The rate is what is audited; how many records it is applied to is the game's affair.
+    engine = PrivacyEngine(model, plan=replace(plan, sample_size=None), seed=seed)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    loader = engine.loader(_records(member, plan), max_physical_batch_size=4096)
+    signal = np.zeros(canaries)
+    scores = np.empty((wanted, canaries))
+    drawn = np.zeros((wanted, canaries), dtype=bool)
+    scale = plan.max_grad_norm
+    if plan.loss_reduction == "mean":
+        scale /= plan.expected_batch_size
+
+    def steps_taken() -> Iterable[int]:
+        while engine.steps_done < wanted:
+            for ids, scales in loader:
+                step = engine.steps_done
+                if step == wanted:
+                    break
+                model.sign = -1.0 if step % 2 else 1.0
+                out = model(ids.to(device), scales.to(device))
+                loss = out.mean() if plan.loss_reduction == "mean" else out.sum()
+                loss.backward()
+                optimizer.step()
+                if engine.steps_done > step:
+                    yield step
+                optimizer.zero_grad()
+
+    taken: Iterable[int] = steps_taken()
+    for step in taken if progress is None else progress(taken):
+        assert model.table.grad is not None
+        seen = model.table.grad[:, 0].double().cpu().numpy() / scale * model.sign
+        scores[step] = seen
+        signal += seen
+        chosen = loader.sampler.draw(step)
+        drawn[step, chosen[chosen < canaries]] = True
+    engine.detach()
+    if plan.adjacency is Adjacency.REPLACE_ONE:
+        # Every slot that was drawn shows one of the two records.
+        single = Evidence(scores[drawn], np.broadcast_to(member, drawn.shape)[drawn])
+    else:
+        single = Evidence(scores.ravel(), (drawn & member).ravel())
+    return DiracGame(steps=single, run=Evidence(signal / wanted, member))
+
+
+def _records(member: Any, plan: PrivacyPlan) -> TensorDataset:
+    """A slot for each canary, and half as many ordinary records without any gradient.
+
+    The slot of a canary that is out holds a record that contributes nothing or, under replace-one,
+    the opposite gradient.
+    """
+    n = len(member)
+    ids = torch.arange(n + n // 2) % n
+    size = torch.zeros(len(ids))
+    out = -1.0 if plan.adjacency is Adjacency.REPLACE_ONE else 0.0
+    size[:n] = torch.where(torch.from_numpy(member), 1.0, out) * _EXCESS * plan.max_grad_norm
+    return TensorDataset(ids, size[:, None].expand(-1, 2) / 2)
