@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,6 +203,15 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    canaries: Annotated[
+        int,
+        typer.Option(
+            help="Plant this many made-up examples, each in by a coin, so that [bold]dptorch "
+            "audit[/] can measure what the run leaks. 1000 is usual; they cost some accuracy.",
+            show_default="none",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
     name: Annotated[
         str | None,
         typer.Option(
@@ -261,9 +271,12 @@ def train(
 
     [cyan]dptorch train --data photos/ --image-size 64 --model mypackage.nets:resnet[/]
 
+    [cyan]dptorch train --canaries 1000 --name audited[/], then [cyan]dptorch audit runs/audited[/]
+
     [cyan]dptorch train --resume --name mnist-1[/]
     """
     from dptorch.training import run_folder
+    from dptorch.training.canaries import CANARY_FILE, Canaries
     from dptorch.training.data import ReadOptions
     from dptorch.training.job import Job, prepare
     from dptorch.training.loop import train as run_job
@@ -281,7 +294,8 @@ def train(
         folder.require_checkpoint()
         job = Job.from_dict(folder.read_json("run.json")["job"])
         job = replace(job, device=device, num_workers=num_workers)
-        setup = _prepare(prepare, job, console)
+        planted = Canaries.read(folder.path / CANARY_FILE) if job.canaries else None
+        setup = _prepare(partial(prepare, canaries=planted), job, console)
         outcome = _watched(run_job, setup, folder, console, resume=True)
     else:
         if data is None:
@@ -308,6 +322,7 @@ def train(
             device=device,
             seed=seed,
             diagnostics=diagnostics,
+            canaries=canaries,
         )
         stem = (data.name.split(".")[0] if data else recipe) or "mnist"
         name = name or run_folder.next_name(runs, stem)

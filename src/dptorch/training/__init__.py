@@ -4,6 +4,7 @@ data, readers   examples from a recipe or from files
 images          fixed transforms of one image at a time
 recipes         data, model and settings known to work together
 models          what `--model` may name
+canaries        made-up examples planted for a later audit
 job             everything that determines a run
 loop            the run itself: an ordinary training loop on the engine
 run_folder      what a run leaves on disk

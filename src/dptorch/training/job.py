@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dptorch.accounting import Adjacency
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
+from dptorch.plan import make_plan
+from dptorch.randomness import RootKey
 from dptorch.training import recipes
+from dptorch.training.canaries import Canaries, make_canaries, plant
 from dptorch.training.data import ReadOptions, TrainTest
 from dptorch.training.models import build_model
 from dptorch.training.readers import load_data
@@ -51,6 +55,7 @@ class Job:
         device: "auto", or any torch device.
         seed: for reproducible tests; a run with a seed is not private.
         diagnostics: record statistics of private data, under names that say so.
+        canaries: how many made-up examples to plant, each in by a coin, for a later audit.
     """
 
     recipe: str | None = None
@@ -74,6 +79,7 @@ class Job:
     device: str = "auto"
     seed: int | None = None
     diagnostics: bool = True
+    canaries: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `run.json`."""
@@ -104,7 +110,10 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """A job with every choice made and every object built; nothing has been written yet."""
+    """A job with every choice made and every object built; nothing has been written yet.
+
+    `canaries` are those that the run plants, if it does; `data` has them in.
+    """
 
     job: Job
     data: TrainTest
@@ -112,10 +121,15 @@ class Setup:
     engine: PrivacyEngine
     optimizer: torch.optim.Optimizer
     device: torch.device
+    canaries: Canaries | None = None
 
 
-def prepare(job: Job) -> Setup:
+def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     """Load the data, decide what was left open, build the model and the engine.
+
+    Args:
+        job: what is asked for.
+        canaries: of a run that is resumed; otherwise `job.canaries` are made.
 
     Raises:
         ConfigurationError: options contradict each other or have impossible values.
@@ -132,7 +146,14 @@ def prepare(job: Job) -> Setup:
     else:
         data = load_data(job.data, job.reading)
         model_name, suggested = recipes.for_own_data(data.input_shape)
-    job = _decide(job, model_name, suggested, sample_size=data.sizes[0])
+    if job.canaries and canaries is None:
+        key = RootKey.from_os() if job.seed is None else RootKey.from_seed(job.seed)
+        canaries = make_canaries(data, job.canaries, key)
+    # What the plan is told: with canaries, how many of them are in stays out of it.
+    size = data.sizes[0] + (len(canaries) // 2 if canaries is not None else 0)
+    if canaries is not None:
+        data = plant(data, canaries)
+    job = _decide(job, model_name, suggested, sample_size=size)
 
     if job.seed is not None:
         torch.manual_seed(job.seed)
@@ -141,16 +162,18 @@ def prepare(job: Job) -> Setup:
         job.model, data.input_shape, len(data.classes), pretrained=job.pretrained
     ).to(device)
     settings = {name: getattr(job, name) for name in _FOR_THE_ENGINE}
-    engine = PrivacyEngine(
-        model, sample_size=data.sizes[0], loss_reduction="mean", seed=job.seed, **settings
-    )
+    plan = make_plan(sample_size=size, loss_reduction="mean", **settings)
+    if canaries is not None:
+        # Whether a canary is in is what an audit guesses, so how many are in cannot be public.
+        plan = replace(plan, sample_size=None, adjacency=Adjacency.ADD_REMOVE)
+    engine = PrivacyEngine(model, plan=plan, seed=job.seed)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         lr=job.learning_rate or 0.0,
         momentum=job.momentum or 0.0,
     )
     engine.attach(optimizer)
-    return Setup(job, data, model, engine, optimizer, device)
+    return Setup(job, data, model, engine, optimizer, device, canaries)
 
 
 def _refuse_contradictions(job: Job) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dptorch.errors import DataError
+from dptorch.training.canaries import CANARY_FILE
 from dptorch.training.data import Example, TrainTest
 from dptorch.training.job import Setup
 from dptorch.training.report import missing_packages, write_report
@@ -144,6 +145,8 @@ def train(
         rows, seconds_before = before["rows"], before["seconds"]
     else:
         rows.append(_row(setup, epoch=0, seconds=0.0, epoch_stats={}))
+        if setup.canaries is not None:
+            setup.canaries.save(folder.path / CANARY_FILE)
     began = time.perf_counter()
 
     def seconds() -> float:
