@@ -75,7 +75,7 @@ def audit_plan(
         delta=plan.target_delta,
         significance=significance,
         adversary="white box: chooses the gradients of canaries, sees the noisy gradient of every step",
-        canaries=canaries,
+        canaries=len(game.run),
         proofs=(_from_single_steps(game.steps, plan, share), whole),
         evidence=game.run,
         plan=plan,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from dptorch.accounting import Adjacency
-from dptorch.audit.evidence import Evidence
+from dptorch.audit.evidence import Array, Evidence
 from dptorch.audit.result import FEWEST_CANARIES
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError
@@ -104,17 +103,27 @@ def play_dirac(
         >>> len(game.steps), len(game.run)
         (800, 200)
     """
-    if canaries < FEWEST_CANARIES:
-        raise ConfigurationError(f"canaries={canaries}: use at least {FEWEST_CANARIES}.")
+    _refuse_few(canaries)
     wanted = plan.steps if steps is None else steps
     if not 1 <= wanted <= plan.steps:
         raise ConfigurationError(f"steps={steps!r}: the plan has {plan.steps} steps.")
+    slots = canaries + canaries // 2
+    if plan.sampling == "poisson":
+        # The rate is what is audited; how many records it is applied to is the game's affair.
+        plan = replace(plan, sample_size=None)
+    elif plan.sample_size is not None:
+        slots, canaries = plan.sample_size, min(canaries, 2 * plan.sample_size // 3)
+    _refuse_few(canaries)
     member = np.random.default_rng(seed).random(canaries) < 0.5
     model = TiedTable(canaries).to(device)
-    # The rate is what is audited; how many records it is applied to is the game's affair.
-    engine = PrivacyEngine(model, plan=replace(plan, sample_size=None), seed=seed)
+    engine = PrivacyEngine(model, plan=plan, seed=seed)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
-    loader = engine.loader(_records(member, plan), max_physical_batch_size=4096)
+    rows = plan.max_examples_per_user or 1
+    loader = engine.loader(
+        _records(member, slots, rows, plan),
+        user_ids=np.arange(slots).repeat(rows).tolist() if plan.unit == "user" else None,
+        max_physical_batch_size=4096,
+    )
     signal = np.zeros(canaries)
     scores = np.empty((wanted, canaries))
     drawn = np.zeros((wanted, canaries), dtype=bool)
@@ -143,7 +152,7 @@ def play_dirac(
         seen = model.table.grad[:, 0].double().cpu().numpy() / scale * model.sign
         scores[step] = seen
         signal += seen
-        chosen = loader.sampler.draw(step)
+        chosen = np.unique(np.asarray(loader.sampler.draw(step)) // rows)
         drawn[step, chosen[chosen < canaries]] = True
     engine.detach()
     if plan.adjacency is Adjacency.REPLACE_ONE:
@@ -154,15 +163,26 @@ def play_dirac(
     return DiracGame(steps=single, run=Evidence(signal / wanted, member))
 
 
-def _records(member: Any, plan: PrivacyPlan) -> TensorDataset:
-    """A slot for each canary, and half as many ordinary records without any gradient.
+def _records(member: Array, slots: int, rows: int, plan: PrivacyPlan) -> TensorDataset:
+    """`rows` records for each slot: first those of the canaries, then ordinary ones without any
+    gradient.
 
-    The slot of a canary that is out holds a record that contributes nothing or, under replace-one,
-    the opposite gradient.
+    The slot of a canary that is out holds records that contribute nothing or, under replace-one, the
+    opposite gradient.
     """
-    n = len(member)
-    ids = torch.arange(n + n // 2) % n
-    size = torch.zeros(len(ids))
+    canaries = len(member)
     out = -1.0 if plan.adjacency is Adjacency.REPLACE_ONE else 0.0
-    size[:n] = torch.where(torch.from_numpy(member), 1.0, out) * _EXCESS * plan.max_grad_norm
-    return TensorDataset(ids, size[:, None].expand(-1, 2) / 2)
+    size = torch.zeros(slots)
+    size[:canaries] = torch.where(torch.from_numpy(member), 1.0, out) * _EXCESS * plan.max_grad_norm
+    ids = torch.arange(slots) % canaries
+    return TensorDataset(
+        ids.repeat_interleave(rows), size.repeat_interleave(rows)[:, None].expand(-1, 2) / 2
+    )
+
+
+def _refuse_few(canaries: int) -> None:
+    if canaries < FEWEST_CANARIES:
+        raise ConfigurationError(
+            f"canaries={canaries}: use at least {FEWEST_CANARIES}, in a plan with half as many "
+            "records again."
+        )
