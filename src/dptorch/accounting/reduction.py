@@ -6,6 +6,8 @@ One case per event class; a history's cost is the largest over its directions, e
 |---|---|---|
 | SampledGaussian, TruncatedPoissonGaussian | `remove` and `add` | `replace` |
 | EpochwiseGaussian, CorrelatedGaussian | a Gaussian | a Gaussian, sensitivity doubled |
+| RandomAllocationGaussian | `allocation` | refused |
+| FixedSizeGaussian | zero-out: as replace-one; add/remove refused | `fixed_size` |
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.allocation import AllocationPair
 from dptorch.accounting.dominating import Direction, Pair, SampledPair
 from dptorch.accounting.events import (
     CorrelatedGaussian,
     EpochwiseGaussian,
     Event,
+    FixedSizeGaussian,
+    RandomAllocationGaussian,
     SampledGaussian,
     TruncatedPoissonGaussian,
 )
+from dptorch.accounting.fixed_size import FixedSizePair, WithReplacementPair
 from dptorch.errors import PrivacyError
 
 __all__ = ["Reduced", "can_reduce", "directions", "pair_of", "reduced"]
@@ -32,6 +38,8 @@ _PAIRS: dict[type[Event], type] = {
     TruncatedPoissonGaussian: SampledPair,
     EpochwiseGaussian: SampledPair,
     CorrelatedGaussian: SampledPair,
+    FixedSizeGaussian: FixedSizePair,
+    RandomAllocationGaussian: AllocationPair,
 }
 
 
@@ -96,7 +104,9 @@ def can_reduce(event: Event, pairs: tuple[type, ...]) -> bool:
         >>> can_reduce(EpochwiseGaussian(1.0, 10, 30), (SampledPair,))
         True
     """
-    return issubclass(_PAIRS.get(type(event), type(None)), pairs)
+    if isinstance(event, FixedSizeGaussian) and event.replacement:
+        return WithReplacementPair in pairs
+    return _PAIRS.get(type(event)) in pairs
 
 
 def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
@@ -113,6 +123,26 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
         case CorrelatedGaussian():
             noise = event.noise_multiplier / event.sensitivity
             return SampledPair(direction, noise, 1.0, event.steps)
+        case RandomAllocationGaussian() if direction != "replace":
+            block = event.steps_per_epoch // event.selections
+            releases = event.epochs * event.selections
+            return AllocationPair(direction, event.noise_multiplier, block, releases)
+        case RandomAllocationGaussian():
+            raise PrivacyError(
+                f"the event {event.kind!r} is not covered under replace-one adjacency: no bound is "
+                "known here. State adjacency='zero-out' or 'add-remove', or sample by Poisson."
+            )
+        case FixedSizeGaussian() if adjacency is not Adjacency.ADD_REMOVE:
+            sizes = (event.batch_size, event.sample_size)
+            if event.replacement:
+                return WithReplacementPair(event.noise_multiplier, *sizes, event.steps)
+            return FixedSizePair(event.noise_multiplier, sizes[0] / sizes[1], event.steps)
+        case FixedSizeGaussian():
+            raise PrivacyError(
+                f"the event {event.kind!r} is not covered under add-remove adjacency: its sampling "
+                "rate depends on the number of records, which add-remove protects. State "
+                "adjacency='zero-out' or 'replace-one', or sample by Poisson."
+            )
     raise PrivacyError(
         f"the event {event.kind!r} is not covered: no dominating pair is known for it. Use a "
         "mechanism that is covered (Poisson sampling), or account for it without amplification "

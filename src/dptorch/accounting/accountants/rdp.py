@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.contour import log_mgf
 from dptorch.accounting.dominating import Array, Pair, SampledPair
+from dptorch.accounting.fixed_size import FixedSizePair
 
 __all__ = ["RDPAccountant"]
 
@@ -35,6 +37,7 @@ class RDPAccountant(PairAccountant):
         2.1014
     """
 
+    pairs: ClassVar[tuple[type, ...]] = (SampledPair, FixedSizePair)
     name: str = "rdp"
     is_upper_bound: bool = True
 
