@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch.optim import Optimizer
 
 from dptorch import checkpoint
 from dptorch.accounting import Adjacency
+from dptorch.clipping import COUNTS, AdaptiveClipping, groups_of
 from dptorch.errors import (
     BudgetExhausted,
     ConfigurationError,
@@ -25,19 +29,21 @@ from dptorch.errors import (
 )
 from dptorch.logical_batch import LogicalBatch, StepDiagnostics
 from dptorch.noise import GaussianNoise
-from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan
+from dptorch.plan import PrivacyPlan, PrivacySpent, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.release import ClippedSum
 from dptorch.sampling import NOT_COVERED, PrivateLoader, Sampler, Users, UserSampler, dataset_size
 from dptorch.statement import OWN_LOADER, Statement, make_statement
 from dptorch.stepping import OptimizerBinding, check_parameters
+from dptorch.tape import Recording
 from dptorch.tape.batch import BatchDims
+from dptorch.tape.device_cost import cost_of, free_bytes
+from dptorch.tape.explain import Explanation
 from dptorch.tape.mixing import refuse_mixing
 from dptorch.tape.watch import Watch, watch_on
+from dptorch.tape.ways import NON_PRIVATE, mode_of
 
 __all__ = ["PrivacyEngine"]
-
-_CLIPPING_MODES = ("auto",)
 
 
 class PrivacyEngine:
@@ -58,8 +64,12 @@ class PrivacyEngine:
         loss_reduction, unit, sampling, capacity, max_examples_per_user: see
         `dptorch.plan.make_plan`.
         plan: a plan made before, instead of all of the above.
-        clipping_mode: how per-example norms are computed; "auto" chooses for each layer. Every
-            mode gives the same gradients.
+        adaptive_clipping: see `dptorch.plan.make_plan`.
+        clipping_mode: how per-example norms are computed, see `dptorch.tape.ways.MODES`: "auto"
+            takes what is fastest at each layer. Every mode gives the same gradients, but
+            "non-private", which trains without clipping and noise, for comparison.
+        memory_budget: bytes of gradients that may be kept between backward and clipping; what needs
+            more is computed in a second backward. By default half of what is free.
         on_budget_exhausted: what a step past the plan does: "raise" `BudgetExhausted`, or "stop":
             warn once and leave the model as it is.
         batch_dims: which inputs are batched and where, see `dptorch.tape.batch.BatchDims`.
@@ -110,7 +120,9 @@ class PrivacyEngine:
         max_grad_norm: float = 1.0,
         clipping_fn: str = "abadi",
         clipping_mode: str = "auto",
-        clipping_style: str = "all-layer",
+        clipping_style: Style = "all-layer",
+        adaptive_clipping: AdaptiveClipping | Mapping[str, float] | float | bool | None = None,
+        memory_budget: float | None = None,
         accountant: str = "pld",
         adjacency: Adjacency | str | None = None,
         loss_reduction: str = "mean",
@@ -126,7 +138,7 @@ class PrivacyEngine:
     ) -> None:
         for name in unknown:
             one_of("argument", name, _arguments())
-        one_of("clipping_mode", clipping_mode, _CLIPPING_MODES)
+        self._mode = mode_of(clipping_mode)
         self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
         if watch_on(model) is not None:
             raise ConfigurationError(
@@ -154,6 +166,7 @@ class PrivacyEngine:
             max_grad_norm=max_grad_norm,
             clipping_fn=clipping_fn,
             clipping_style=clipping_style,
+            adaptive_clipping=adaptive_clipping,
             accountant=accountant,
             adjacency=adjacency,
             loss_reduction=loss_reduction,
@@ -162,12 +175,22 @@ class PrivacyEngine:
             capacity=capacity,
             max_examples_per_user=max_examples_per_user,
         )
+        if self._mode is NON_PRIVATE:  # its epsilon is infinite
+            self._plan = replace(self._plan, noise_multiplier=0.0, target_epsilon=None)
         self._steps_done = 0
         self._resumed = 0
         self.sampling_run: Counter[str] = Counter()
         self._parameters = parameters
         self._key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
-        self._batch = LogicalBatch(self._plan)
+        self._memory_budget = _checked_budget(memory_budget)
+        groups = groups_of(
+            model,
+            parameters,
+            self._plan.clipping_style,
+            self._plan.clipping_groups,
+            self._plan.max_grad_norm,
+        )
+        self._batch = LogicalBatch(self._plan, groups)
         self._loaders = 0
         self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
@@ -178,11 +201,29 @@ class PrivacyEngine:
             model,
             parameters,
             batch_dims=batch_dims,
-            on_recording=self._batch.watch,
+            on_recording=self._begin_forward,
             first_inputs=(lambda a, k: refuse_mixing(model, a, k, batch_dims))
             if self_check
             else None,
         )
+        if self._mode is NON_PRIVATE:
+            self._watch.remove()
+            warnings.warn(
+                "clipping_mode='non-private': gradients are neither clipped nor noised. This run is "
+                "for comparison; its epsilon is infinite.",
+                PrivacyWarning,
+                stacklevel=2,
+            )
+
+    def _begin_forward(self, recording: Recording) -> None:
+        tape = recording.tape
+        p = next(iter(self._parameters.values()))
+        tape.mode = self._mode
+        seeded = self._key.provenance != FROM_OS
+        tape.device_cost = cost_of(p.device, p.dtype, measured=not seeded)
+        budget = self._memory_budget
+        tape.memory_budget = free_bytes(p.device) / 2 if budget is None else budget
+        self._batch.watch(recording)
 
     # -- binding -----------------------------------------------------------------------------------
 
@@ -310,8 +351,12 @@ class PrivacyEngine:
         """Fill ``.grad`` with the noisy gradient of a complete logical batch."""
         if self.exhausted:
             return self._refuse()
-        self._batch.hold("step")
         part = self._batch.part
+        if self._mode is NON_PRIVATE:
+            if part is None or part.is_last:
+                self._steps_done += 1
+            return part is None or part.is_last
+        self._batch.hold("step")
         if part is not None and not part.is_last:
             return False
         self._refuse_changed_parameters()
@@ -327,6 +372,8 @@ class PrivacyEngine:
         # A seed is for repeating a run, in other physical batches too, which differ by rounding.
         context = _fingerprint(clipped) if self._key.provenance == FROM_OS else 0
         noisy = noise.privatize(clipped, self._key, step, context=context)
+        if self.plan.adaptive_clipping is not None:
+            self._batch.follow(noisy.values[COUNTS])
         divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
         with torch.no_grad():
             for name, p in self._parameters.items():
@@ -377,6 +424,24 @@ class PrivacyEngine:
     def plan(self) -> PrivacyPlan:
         """What the run committed to; it cannot be changed."""
         return self._plan
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Bound on one example's contribution; it moves under adaptive clipping."""
+        return math.hypot(*self._batch.clipping_norms)
+
+    def explain(self) -> Explanation:
+        """How norms and clipped sums were computed in the last backward, site by site; ``print`` it.
+
+        Raises:
+            PrivacyError: before the first backward.
+        """
+        if self._batch.explanation is None:
+            raise PrivacyError(
+                "there is nothing to explain yet: what is done at a site is chosen when its gradient "
+                "arrives. Take one step first."
+            )
+        return self._batch.explanation
 
     @property
     def diagnostics(self) -> StepDiagnostics | None:
@@ -482,6 +547,7 @@ class PrivacyEngine:
             "steps_done": self.steps_done,
             "resumed": self._resumed,
             "loss_factors": self._batch.loss_factors,
+            "clipping_norms": list(self._batch.clipping_norms),
             "sampling_run": dict(self.sampling_run),
         }
         return checkpoint.seal(values, self._key)
@@ -522,6 +588,7 @@ class PrivacyEngine:
         self._resumed = state["resumed"] + 1
         factors = state["loss_factors"]
         self._batch.loss_factors = None if factors is None else tuple(factors)
+        self._batch.clipping_norms = list(state["clipping_norms"])
         self.sampling_run = Counter(state["sampling_run"])
         self._key = key
 
@@ -530,6 +597,15 @@ def _arguments() -> list[str]:
     """What PrivacyEngine takes."""
     parameters = inspect.signature(PrivacyEngine).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _checked_budget(memory_budget: float | None) -> float | None:
+    if memory_budget is not None and not memory_budget >= 0:
+        raise ConfigurationError(
+            f"memory_budget={memory_budget!r} must be a number of bytes, 0 or more; or None for half "
+            "of what is free."
+        )
+    return memory_budget
 
 
 def _fingerprint(clipped: ClippedSum) -> int:

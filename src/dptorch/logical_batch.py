@@ -4,18 +4,19 @@ them once."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dptorch.clipping import coefficients
+from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
 from dptorch.release import ClippedSum
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Recording, Tape
+from dptorch.tape.explain import Explanation
 from dptorch.tape.tape import PER_EXAMPLE
 from dptorch.tape.taps import full_precision
 
@@ -29,8 +30,10 @@ class StepDiagnostics:
     Attributes:
         examples: how many examples were in it.
         mean_norm: mean per-example gradient norm (NaN if there was none).
-        clipped_fraction: fraction whose contribution was scaled down.
-        dropped: how many were dropped because their gradient was not finite.
+        clipped_fraction: fraction whose contribution was scaled down; under a group-wise style the
+            fraction of all groups' contributions.
+        dropped: how many were dropped, in whole or in some group, because their gradient was not
+            finite.
     """
 
     examples: int
@@ -39,12 +42,21 @@ class StepDiagnostics:
     dropped: int
 
 
-class _Batch(NamedTuple):
-    """A tape that gradients have reached, and the physical batch its forward pass was made on (None
-    without the engine's loader)."""
+@dataclass
+class _Batch:
+    """A tape that gradients have reached, and what was clipped of it so far.
+
+    `part` is the physical batch its forward pass was made on (None without the engine's loader);
+    `weights` [B] turn its gradients into those of each example's own loss; norms, coefficients and
+    sums are those of the groups that have been clipped.
+    """
 
     tape: Tape
     part: PhysicalBatch | None
+    weights: Tensor | None = None
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    coefficients: dict[int, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LogicalBatch:
@@ -52,39 +64,55 @@ class LogicalBatch:
 
     A step's gradients pass three stations: the *tapes* that backwards have reached; what is
     *pending* since the last step, clipped, and dropped by ``zero_grad``; and the *sums* that
-    ``virtual_step``, or a step on a part of the batch, has put aside. Clipping waits until the step or
-    the next forward pass, so that several backwards through one forward pass are clipped together.
+    ``virtual_step``, or a step on a part of the batch, has put aside. All-layer clipping waits until
+    the step or the next forward pass, so that several backwards through one forward pass are clipped
+    together. Under a group-wise style a group is clipped in the backward, once it is complete.
 
     Args:
         plan: says how to clip and how the loss is reduced.
+        groups: what is clipped together; all parameters are in one of them.
 
     Attributes:
         part: where the batch that the engine's loader handed out last belongs; None without one.
         diagnostics: of the last complete batch; NOT PRIVATE.
         loss_factors: what the terms of the loss were multiplied by in the run's first backward.
+        explanation: how the last backward was computed.
+        clipping_norms: each group's norm; constant unless clipping is adaptive.
 
     Guarantees:
-        One row of the batches that went in contributes at most ``plan.max_example_norm`` to the sum
-        that `take` returns: an example ``plan.max_grad_norm``, as long as it is one row.
+        One row of the batches that went in contributes at most ``clipping_norms[i]`` to the part of
+        group i in the sum that `take` returns; where the unit is a user, with a bounded number of
+        rows, all its rows together do.
     """
 
-    def __init__(self, plan: PrivacyPlan) -> None:
+    def __init__(self, plan: PrivacyPlan, groups: Sequence[ClippingGroup]) -> None:
         self.plan = plan
+        self.groups = tuple(groups)
+        self.clipping_norms = [group.max_grad_norm for group in groups]
+        # Of a user's bound, what each of its rows may use.
+        self._row_share = plan.max_example_norm / plan.max_grad_norm
         self.part: PhysicalBatch | None = None
         self.diagnostics: StepDiagnostics | None = None
         self.loss_factors: tuple[float, ...] | None = None
+        self.explanation: Explanation | None = None
         self._fired: list[_Batch] = []
         self._pending: dict[str, Tensor] | None = None
         self._sums: dict[str, Tensor] | None = None
-        self._norms: list[Tensor] = []
+        self._measured: list[Tensor] = []  # of _sums: norms and coefficients, [2, groups, B]
+        self._pending_measured: list[Tensor] = []
         self._seen: set[tuple[int, int]] = set()  # physical batches in _sums
         self._pending_places: set[tuple[int, int]] = set()  # and in _pending
 
     def watch(self, recording: Recording) -> None:
         """A forward pass begins: wait for gradients to reach its tape."""
         self._collect()
-        part = self.part
-        recording.tape.on_first_gradient = lambda tape: self._fired.append(_Batch(tape, part))
+        tape, part = recording.tape, self.part
+        tape.on_first_gradient = lambda tape: self._fired.append(_Batch(tape, part))
+        if len(self.groups) > 1:
+            tape.watch_groups([group.parameters for group in self.groups])
+            tape.on_group = lambda tape, i: self._clip(self._only_batch(), i)
+        else:
+            tape.on_norms = lambda tape: self._between_passes()
 
     def begin(self, part: PhysicalBatch) -> None:
         """The engine's loader hands out a physical batch.
@@ -112,10 +140,39 @@ class LogicalBatch:
 
     def _collect(self) -> None:
         """Clip what the backwards since the last call left on the tapes and add it up."""
-        fired, self._fired = self._fired, []
-        if not fired:
+        if not self._fired:
             return
+        batch = self._only_batch()
+        self._fired = []
+        with full_precision():
+            batch.tape.resolve()
+            for i in range(len(self.groups)):
+                self._clip(batch, i)
+        tape = batch.tape
+        self.explanation = Explanation(
+            tape.mode, tape.made_two_passes, tuple(tape.sites), tape.device_cost
+        )
+        tape.close()
+        present = self._weights(batch) > 0
+        norms, factors = (
+            torch.stack([found[i] for i in range(len(self.groups))]).detach()[:, present]
+            for found in (batch.norms, batch.coefficients)
+        )
+        fits = (norms <= norms.new_tensor(self.clipping_norms)[:, None]).to(norms)
+        if self.plan.adaptive_clipping is not None:
+            batch.sums[COUNTS] = centred_counts(fits)
+        self._pending_measured.append(torch.stack([norms, factors]))
+        self._pending = _add(self._pending, batch.sums)
+
+    def _only_batch(self) -> _Batch:
+        """The batch whose gradients have arrived.
+
+        Raises:
+            PrivacyError: if there are several.
+        """
+        fired = self._fired
         if len(fired) > 1:
+            self._fired = []
             for batch in fired:
                 batch.tape.close()
             raise PrivacyError(
@@ -123,22 +180,45 @@ class LogicalBatch:
                 "the same examples, make them in one forward of a wrapping module, so that an "
                 "example's gradients are clipped together; if not, call backward() after each."
             )
-        tape, part = fired[0]
-        with full_precision():
-            self._clip(tape, part)
+        return fired[0]
 
-    def _clip(self, tape: Tape, part: PhysicalBatch | None) -> None:
-        norms = tape.norms()
-        weights = self._weights(tape, part).to(norms)
+    def _measure(self, batch: _Batch, i: int) -> Tensor:
+        """Norms and coefficients of one group; what to weigh its gradients by, [B]."""
+        names = None if len(self.groups) == 1 else self.groups[i].parameters
+        norms = batch.tape.norms(names)
+        weights = self._weights(batch).to(norms)
         norms = norms * weights
-        c = coefficients(norms, self.plan.max_example_norm, self.plan.clipping_fn)
-        c = c * (weights > 0)
-        clipped = tape.clipped_sum(c * weights)
-        self._norms.append(torch.stack([norms, c])[:, weights > 0].detach())
-        tape.close()
-        self._pending = _add(self._pending, clipped)
+        bound = self.clipping_norms[i] * self._row_share
+        c = coefficients(norms, bound, self.plan.clipping_fn) * (weights > 0)
+        batch.norms[i], batch.coefficients[i] = norms, c
+        return c * weights
 
-    def _weights(self, tape: Tape, part: PhysicalBatch | None) -> Tensor:
+    def _clip(self, batch: _Batch, i: int) -> None:
+        """Add one group's clipped gradients up, unless it was done in the backward."""
+        if i in batch.norms and len(self.groups) > 1:
+            return
+        names = self.groups[i].parameters
+        if i in batch.norms:  # the sums were made by the second of two passes
+            c = batch.coefficients[i] * self._weights(batch).to(batch.coefficients[i])
+        else:
+            c = self._measure(batch, i)
+        batch.sums |= batch.tape.clipped_sum(c, None if len(self.groups) == 1 else names)
+        if len(self.groups) > 1:
+            batch.tape.release(names)
+
+    def _between_passes(self) -> None:
+        """The first of two backward passes is over: hand the tape its coefficients."""
+        batch = self._only_batch()
+        with full_precision():
+            c = self._measure(batch, 0)
+        batch.tape.weigh(dict.fromkeys(self.groups[0].parameters, c))
+
+    def _weights(self, batch: _Batch) -> Tensor:
+        if batch.weights is None:
+            batch.weights = self._check(batch.tape, batch.part)
+        return batch.weights
+
+    def _check(self, tape: Tape, part: PhysicalBatch | None) -> Tensor:
         """[B]: what turns a tape's gradients into those of each example's own loss; 0 for padding.
 
         Raises:
@@ -227,20 +307,38 @@ class LogicalBatch:
             )
         self._sums = _add(self._sums, self._pending)
         self._pending = None
+        self._measured += self._pending_measured
+        self._pending_measured = []
         self._seen |= self._pending_places
         self._pending_places = set()
 
     def take(self) -> ClippedSum:
         """The sum of the complete batch; this object is empty afterwards."""
         assert self._sums is not None
-        clipped = ClippedSum(self._sums, self.plan.max_grad_norm)
+        plan, norms = self.plan, self.clipping_norms
+        scales = noise_scales(
+            self.groups,
+            norms,
+            plan.adaptive_clipping,
+            plan.noise_multiplier,
+            plan.expected_batch_size,
+        )
+        clipped = ClippedSum(self._sums, math.hypot(*norms), scales)
         self._sums = None
         self._summarise()
         return clipped
 
+    def follow(self, noisy_counts: Tensor) -> None:
+        """Move the clipping norms to where the counts of this step, with their noise, point."""
+        assert self.plan.adaptive_clipping is not None
+        self.clipping_norms = self.plan.adaptive_clipping.follow(
+            self.clipping_norms, noisy_counts, self.plan.expected_batch_size
+        )
+
     def discard(self) -> None:
         """``zero_grad``: drop what was not stepped."""
         self._pending = None
+        self._pending_measured = []
         self._pending_places = set()
         for batch in self._fired:
             batch.tape.close()
@@ -250,21 +348,23 @@ class LogicalBatch:
         """A logical batch that was left half done is drawn again: nothing of it may remain."""
         self.discard()
         self._sums = None
-        self._norms = []
+        self._measured = []
         self._seen = set()
 
     def _summarise(self) -> None:
-        norms, c = torch.cat(self._norms, 1) if self._norms else torch.zeros(2, 0)
-        finite = norms.isfinite()
-        clipped = (c * norms < norms * (1 - 1e-6)) & finite
-        n = norms.numel()
+        none = torch.zeros(2, len(self.groups), 0)
+        norms, c = torch.cat(self._measured, 2) if self._measured else none
+        whole = norms.square().sum(0).sqrt()
+        finite = whole.isfinite()
+        clipped = (c * norms < norms * (1 - 1e-6)) & norms.isfinite()
+        n = whole.numel()
         self.diagnostics = StepDiagnostics(
             examples=n,
-            mean_norm=norms[finite].mean().item() if bool(finite.any()) else math.nan,
+            mean_norm=whole[finite].mean().item() if bool(finite.any()) else math.nan,
             clipped_fraction=clipped.float().mean().item() if n else math.nan,
             dropped=int((~finite).sum()),
         )
-        self._norms = []
+        self._measured = []
         self._seen = set()
 
 

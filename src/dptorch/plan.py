@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event, SampledGaussian
-from dptorch.clipping import FUNCTIONS
+from dptorch.clipping import FUNCTIONS, AdaptiveClipping, GroupSpec, joint_norm, read_style
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.sampling import Scheme, Terms, scheme_named
 
@@ -23,8 +24,8 @@ __all__ = ["LOSS_REDUCTIONS", "UNITS", "PrivacyPlan", "PrivacySpent", "make_plan
 
 LOSS_REDUCTIONS = ("mean", "sum")
 UNITS = ("example", "user", "packed sequence")
-_STYLES = {"all-layer": "all-layer", "flat": "all-layer"}
 _FORMAT = 1
+Style = str | Sequence[str] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,16 @@ class PrivacyPlan:
             does not draw records one by one.
         steps: number of steps planned; the budget.
         noise_multiplier: standard deviation of the noise over max_grad_norm.
-        max_grad_norm: bound C on one record's contribution to a step's sum, each time it is drawn.
+        max_grad_norm: bound C on one record's contribution to a step's sum, each time it is drawn;
+            where groups have norms of their own, the root of the sum of their squares; under
+            adaptive clipping, the first bound.
         expected_batch_size: public constant that the noisy sum is divided by under a mean loss.
         target_delta: δ of the statement.
         clipping_fn: name in `dptorch.clipping.FUNCTIONS`.
-        clipping_style: "all-layer": one norm over all parameters.
+        clipping_style: what is clipped together, see `dptorch.clipping.read_style`: "all-layer" (one
+            norm over all parameters), "layer-wise", "param-wise", "block-wise", or "named groups".
+        clipping_groups: the user's own groups, for the last two.
+        adaptive_clipping: how the clipping norm follows the gradients; None for a constant norm.
         accountant: name of the accountant whose ε is stated.
         adjacency: the neighbouring relation.
         loss_reduction: how the user's loss joins the examples, "mean" or "sum".
@@ -85,12 +91,20 @@ class PrivacyPlan:
     sampling: str = "poisson"
     capacity: int | None = None
     max_examples_per_user: int | None = None
+    clipping_groups: tuple[GroupSpec, ...] = ()
+    adaptive_clipping: AdaptiveClipping | None = None
 
     def __post_init__(self) -> None:
         one_of("clipping_fn", self.clipping_fn, FUNCTIONS)
         one_of("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
-        style = _STYLES[one_of("clipping_style", self.clipping_style, _STYLES)]
+        specs = [s if isinstance(s, GroupSpec) else GroupSpec(**s) for s in self.clipping_groups]
+        style, groups = read_style(self.clipping_style, specs)
         object.__setattr__(self, "clipping_style", style)
+        object.__setattr__(self, "clipping_groups", groups)
+        norm = joint_norm(groups)
+        object.__setattr__(self, "max_grad_norm", self.max_grad_norm if norm is None else norm)
+        adaptive = AdaptiveClipping.of(self.adaptive_clipping)
+        object.__setattr__(self, "adaptive_clipping", adaptive)
         object.__setattr__(self, "adjacency", Adjacency.of(self.adjacency))
         accounting.get(self.accountant)
         one_of("unit", self.unit, UNITS)
@@ -99,6 +113,11 @@ class PrivacyPlan:
                 f"unit={self.unit!r} and max_examples_per_user={self.max_examples_per_user!r}: the "
                 "unit 'user', and no other, needs a bound on how many of a user's examples enter a "
                 "step, for example 8."
+            )
+        if self.unit == "user" and self.adaptive_clipping is not None:
+            raise ConfigurationError(
+                "adaptive clipping counts examples, of which a user has several. Use a constant "
+                "max_grad_norm with unit='user'."
             )
         if self.max_examples_per_user is not None:
             _whole("max_examples_per_user", self.max_examples_per_user)
@@ -207,7 +226,8 @@ def make_plan(
     target_delta: float | None = None,
     max_grad_norm: float = 1.0,
     clipping_fn: str = "abadi",
-    clipping_style: str = "all-layer",
+    clipping_style: Style = "all-layer",
+    adaptive_clipping: AdaptiveClipping | Mapping[str, float] | float | bool | None = None,
     accountant: str = "pld",
     adjacency: Adjacency | str | None = None,
     loss_reduction: str = "mean",
@@ -236,8 +256,12 @@ def make_plan(
             epoch a whole number of steps, and adjusts rate and batch size to it.
         capacity: most records in a batch of truncated Poisson sampling; by default B + 8 sqrt(B) for
             an expected B, or more where that would be exceeded too often.
-        max_grad_norm, clipping_fn, clipping_style, accountant, loss_reduction, unit,
-        max_examples_per_user: see `PrivacyPlan`.
+        clipping_style: a name, a list of module names or patterns (each module that matches is a
+            group), or {pattern: norm} or {pattern: (norm, noise weight)}.
+        adaptive_clipping: let the norm follow a quantile of the gradient norms (Andrew et al.
+            2021), privately: True, the quantile, or `dptorch.clipping.AdaptiveClipping`.
+        max_grad_norm, clipping_fn, accountant, loss_reduction, unit, max_examples_per_user: see
+            `PrivacyPlan`.
 
     Raises:
         ConfigurationError: where arguments are missing, contradict each other or cannot be met; for
@@ -253,6 +277,7 @@ def make_plan(
         Terms(*_rate(batch_size, sample_rate, sample_size), sample_size, capacity)
     )
     rate = terms.sample_rate
+    style, groups = read_style(clipping_style)
     if adjacency is None:
         adjacency = Adjacency.ADD_REMOVE if sample_size is None else Adjacency.ZERO_OUT
     adjacency = Adjacency.of(adjacency)
@@ -307,7 +332,9 @@ def make_plan(
         expected_batch_size=terms.expected_batch_size,
         target_delta=delta,
         clipping_fn=clipping_fn,
-        clipping_style=clipping_style,
+        clipping_style=style,
+        clipping_groups=groups,
+        adaptive_clipping=AdaptiveClipping.of(adaptive_clipping),
         accountant=accountant,
         adjacency=adjacency,
         loss_reduction=loss_reduction,

@@ -1,5 +1,27 @@
 """Clipping: bound what one example can contribute."""
 
+from dptorch.clipping.adaptive import COUNTS, AdaptiveClipping, centred_counts, noise_scales
 from dptorch.clipping.functions import FUNCTIONS, coefficients
+from dptorch.clipping.groups import (
+    STYLES,
+    ClippingGroup,
+    GroupSpec,
+    groups_of,
+    joint_norm,
+    read_style,
+)
 
-__all__ = ["FUNCTIONS", "coefficients"]
+__all__ = [
+    "COUNTS",
+    "FUNCTIONS",
+    "STYLES",
+    "AdaptiveClipping",
+    "ClippingGroup",
+    "GroupSpec",
+    "centred_counts",
+    "coefficients",
+    "groups_of",
+    "joint_norm",
+    "noise_scales",
+    "read_style",
+]

@@ -12,6 +12,7 @@ from dptorch.tape.guard import ParameterGuard
 from dptorch.tape.invisible import visible
 from dptorch.tape.recording import Recording
 from dptorch.tape.tape import Tape
+from dptorch.tape.ways import mode_of
 
 __all__ = ["record"]
 
@@ -22,6 +23,7 @@ def record(
     *,
     batch_dims: BatchDims = 0,
     parameters: Mapping[str, Tensor] | None = None,
+    mode: str = "auto",
 ) -> Iterator[Tape]:
     """Record a forward pass, so that its backward yields per-example gradients.
 
@@ -34,6 +36,8 @@ def record(
         batch_dims: the batch dimension of the inputs: one number for all, or {argument name:
             dimension, or None for an input shared by all examples}.
         parameters: what to follow, by name; by default every parameter that requires grad.
+        mode: how norms and sums are computed, a name in `dptorch.tape.ways.MODES`. All give the same
+            numbers; a backward is made once, whatever the mode.
 
     Yields:
         the `Tape`.
@@ -57,6 +61,7 @@ def record(
     """
     recording = Recording(model, parameters)
     tape = recording.tape
+    tape.mode = mode_of(mode)
     tape.guard = ParameterGuard(tape.parameters, strict=False)
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: map_batched(

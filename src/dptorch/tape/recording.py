@@ -96,6 +96,7 @@ class Recording(States):
     ) -> tuple[Tensor, ...]:
         """Record a site: `gradients` gets the outputs' gradients and `saved`, in the backward."""
         tape = self.tape
+        tape.expected_bytes += sum(t.numel() * t.element_size() for t in (*outputs, *saved))
 
         def on_gradient(grads: Sequence[Tensor | None], kept: Sequence[Tensor]) -> None:
             for parameter, form in gradients(grads, kept):
@@ -208,6 +209,7 @@ class Recording(States):
                 self._refuse_vmap(name, tensors)
             out = func(*args, **kwargs)
             if parameters:
+                self.tape.derived.update(parameters.keys() & self._followed.keys())
                 self._mark_param_only(name, args, kwargs, out)
             return out
         if name not in FAMILIES and name not in RULES and is_composite(func):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.calls import each_tensor
 from dptorch.tape.provenance import Mixed, ParamOnly, Reduced, Tag
-from dptorch.tape.tape import PER_EXAMPLE
+from dptorch.tape.tape import PER_EXAMPLE, Tape
 
 if TYPE_CHECKING:
     from dptorch.tape.recording import Recording
@@ -196,4 +197,22 @@ def backward(
             )
         if loss.numel() != 1 and len(args) < 2 and kwargs.get("gradient") is None:
             kwargs = {**kwargs, "gradient": torch.ones_like(loss)}
+        tapes = [recording.tape, *recording.joined]
+        if any(tape.wants_two_passes for tape in tapes):
+            return _in_two_passes(tapes, func, loss, args, kwargs)
     return func(*args, **kwargs)
+
+
+def _in_two_passes(
+    tapes: list[Tape], func: Callable[..., Any], loss: Tensor, args: Args, kwargs: Kwargs
+) -> Any:
+    """Norms in the first backward; with the coefficients known, the clipped sums in the second."""
+    gradient = args[1] if len(args) > 1 else kwargs.get("gradient")
+    with ExitStack() as first:
+        for tape in tapes:
+            first.enter_context(tape.first_of_two_passes())
+        func(loss, gradient, retain_graph=True)
+    with ExitStack() as second:
+        for tape in tapes:
+            second.enter_context(tape.second_of_two_passes())
+        return func(*args, **kwargs)

@@ -5,27 +5,45 @@ Shape legend: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dptorch.errors import PrivacyError
+from dptorch.tape.device_cost import TYPICAL, DeviceCost
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.base import without_cancellation
 from dptorch.tape.guard import ParameterGuard
 from dptorch.tape.provenance import Reduced
 from dptorch.tape.rules.generic import batched_vjp
+from dptorch.tape.ways import MODES, Mode, Way
 
-__all__ = ["PER_EXAMPLE", "Tape"]
+__all__ = ["PER_EXAMPLE", "Site", "Tape"]
 
 # The kind of a loss with one value for each example.
 PER_EXAMPLE = "per example"
 
 
+class Site(NamedTuple):
+    """What was done for one parameter at one op."""
+
+    parameter: str
+    kind: str
+    sizes: tuple[tuple[str, int], ...]
+    way: Way
+
+
 class Tape:
     """Per-example gradients of the parameters of one model over one batch.
+
+    Args:
+        parameters: by name.
+        mode: how norms and sums are computed.
+        device_cost: what "auto" judges the ways by.
 
     Attributes:
         batch_size: number of examples B; 0 until a batch was seen.
@@ -33,6 +51,14 @@ class Tape:
         loss: how the loss of the last backward was reduced over the examples, or `PER_EXAMPLE`;
             None if the recording did not see it.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
+        derived: ids of parameters that param-only tensors were computed from.
+        expected_bytes: size of all sites' inputs and output gradients: the most that could be kept.
+        memory_budget: bytes of gradients that may be kept until they are clipped; a backward that might
+            keep more is made in two passes, if `on_norms` is set.
+        sites: what was done where, for study.
+        on_group: called in the backward with the number of a group, see `watch_groups`, of which every
+            gradient has arrived.
+        on_norms: called between the passes of a backward in two passes; must call `weigh`.
 
     Example:
         >>> import torch, dptorch
@@ -48,7 +74,12 @@ class Tape:
         True
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        mode: Mode = MODES["auto"],
+        device_cost: DeviceCost = TYPICAL["cpu"],
+    ) -> None:
         self.parameters = dict(parameters)
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.batch_size = 0
@@ -58,6 +89,23 @@ class Tape:
         self.on_first_gradient: Callable[[Tape], None] | None = None
         self.loss: Reduced | None = None
         self.guard: ParameterGuard | None = None
+        self.mode = mode
+        self.memory_budget = math.inf
+        self.device_cost = device_cost
+        self.derived: set[int] = set()
+        self.expected_bytes = 0
+        self.sites: list[Site] = []
+        self.on_group: Callable[[Tape, int], None] | None = None
+        self.on_norms: Callable[[Tape], None] | None = None
+        self._group_of: dict[int, int] = {}
+        self._waiting: list[set[int]] = []
+        self._arrived: dict[int, int] = {}
+        self._released: set[int] = set()
+        self._two_passes = False
+        self.made_two_passes = False
+        # Of the second pass: coefficients by parameter, and what they have added up to.
+        self._weights: dict[int, tuple[Tensor, Tensor | None]] | None = None
+        self._sums: dict[int, Tensor | None] = {}
         self._forms: dict[int, list[PerExampleGradient]] = {}
         self._squared: dict[int, Tensor] = {}
         self._intermediate: dict[int, Tensor] = {}  # param-only tensors, kept alive by id
@@ -70,11 +118,12 @@ class Tape:
         """Add one site's gradient of a parameter or a param-only tensor.
 
         Raises:
-            PrivacyError: after `close`.
+            PrivacyError: after `close`, or for a parameter whose group has been clipped.
         """
         if self._aside:
             return
-        if self.closed:
+        key = id(parameter)
+        if self.closed or key in self._released:
             raise PrivacyError(
                 "a second backward went through a forward pass whose gradients have been clipped "
                 "already: its examples would count twice. Add the losses and call backward() once, "
@@ -86,13 +135,17 @@ class Tape:
                 self.on_first_gradient(self)
         if self.guard is not None:
             self.guard.tape_fired()
-        key = id(parameter)
+        if self._weights is not None:
+            self._add_weighed(key, form)
+            return
         if key not in self.names:
             self._intermediate[key] = parameter
         elif self.uses.get(key, 0) == 1 and key not in self._forms:
-            # The only use: take its norm now, while its factors are in the cache, and keep the
-            # smaller of the factors and the formed gradient.
-            self._squared[key], form = form.measured()
+            # The only use: take its norm now, while its factors are in the cache.
+            self._squared[key], form = self._measure(key, form)
+            if self._two_passes and key not in self.derived:
+                self._sums[key] = None
+                return
         else:
             self._squared.pop(key, None)
         forms = self._forms.setdefault(key, [])
@@ -100,8 +153,89 @@ class Tape:
             merged = earlier.merge(form)
             if merged is not None:
                 forms[i] = merged
-                return
-        forms.append(form)
+                break
+        else:
+            forms.append(form)
+        self._count_arrival(key)
+
+    def _measure(self, key: int, form: PerExampleGradient) -> tuple[Tensor, PerExampleGradient]:
+        way = self.mode.choose(form.ways(), self.device_cost)
+        self.sites.append(Site(self.names[key], type(form).__name__, form.sizes(), way))
+        return form.measured(way.name)
+
+    # -- groups, clipped in the backward ----------------------------------------------------------
+
+    def watch_groups(self, groups: Sequence[Iterable[str]]) -> None:
+        """Call `on_group` as soon as all gradients of a group of parameters have arrived.
+
+        A group with a parameter that the loss does not reach, or that reaches it through a
+        param-only tensor, is not called for.
+        """
+        ids = {name: key for key, name in self.names.items()}
+        self._waiting = [{ids[name] for name in group} for group in groups]
+        self._group_of = {key: i for i, group in enumerate(self._waiting) for key in group}
+
+    def _count_arrival(self, key: int) -> None:
+        if self.on_group is None or key not in self._group_of:
+            return
+        self._arrived[key] = self._arrived.get(key, 0) + 1
+        if self._arrived[key] < self.uses.get(key, 0) or key in self.derived:
+            return
+        group = self._group_of[key]
+        self._waiting[group].discard(key)
+        if not self._waiting[group]:
+            self.on_group(self, group)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Free what is kept of some parameters and accept no more gradients of them."""
+        for name in names:
+            key = id(self.parameters[name])
+            self._released.add(key)
+            self._forms.pop(key, None)
+            self._squared.pop(key, None)
+
+    @property
+    def wants_two_passes(self) -> bool:
+        """Whether the next backward should be made in two passes."""
+        if self.on_norms is None or self.fired:
+            return False
+        return self.mode.passes == 2 or self.expected_bytes > self.memory_budget
+
+    # -- two passes -------------------------------------------------------------------------------
+
+    @contextmanager
+    def first_of_two_passes(self) -> Iterator[None]:
+        """A backward inside takes norms and keeps no gradient; another through the same graph, after
+        `weigh`, adds up the weighted gradients."""
+        self._two_passes = True
+        try:
+            yield
+        finally:
+            self._two_passes = False
+        if self.fired and self.on_norms is not None:
+            self.on_norms(self)
+
+    def weigh(self, coefficients: Mapping[str, Tensor]) -> None:
+        """The second backward adds up ``coefficients[name][b] * gradient[b]``."""
+        distinct = {id(c): _nonzero(c) for c in coefficients.values()}
+        self._weights = {id(self.parameters[n]): distinct[id(c)] for n, c in coefficients.items()}
+
+    @contextmanager
+    def second_of_two_passes(self) -> Iterator[None]:
+        """A backward inside adds up the gradients that the first took the norms of."""
+        self.made_two_passes = True
+        try:
+            yield
+        finally:
+            self._weights = None
+            self._released.update(self.names)
+
+    def _add_weighed(self, key: int, form: PerExampleGradient) -> None:
+        assert self._weights is not None
+        if key not in self._sums:  # was kept in the first pass
+            return
+        before, found = self._sums[key], _weighted_sum([form], *self._weights[key])
+        self._sums[key] = found if before is None or found is None else before + found
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -112,7 +246,7 @@ class Tape:
         finally:
             self._aside = before
 
-    def _resolve(self) -> None:
+    def resolve(self) -> None:
         """Carry the gradients of param-only tensors back to the parameters they came from."""
         if self._resolved:
             return
@@ -149,70 +283,95 @@ class Tape:
 
     # -- asked by everyone ------------------------------------------------------------------------
 
-    def _ready(self) -> None:
+    def _ready(self, names: Iterable[str] | None = None) -> None:
         if not self.fired:
             raise PrivacyError(
                 "The tape is empty: no gradient has reached it. Call loss.backward() on a loss "
                 "computed from the model's output inside the recording."
             )
-        self._resolve()
+        if names is None:
+            self.resolve()
 
-    def squared_norms(self) -> dict[str, Tensor]:
+    def squared_norms(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Each parameter's squared per-example gradient norms, {name: [B]}.
 
         A parameter used at several sites counts as the one it is: cross terms included.
+
+        Args:
+            names: some parameters; by default all.
         """
-        self._ready()
+        self._ready(names)
+        wanted = None if names is None else set(names)
         result = {}
-        for key, forms in self._forms.items():
+        for key in [*self._forms, *self._sums]:
+            name = self.names.get(key)  # None: a param-only tensor that is not resolved yet
+            if name is None or (wanted is not None and name not in wanted):
+                continue
             if key not in self._squared:
-                self._squared[key] = _squared_norm_of_sum(forms)
-            result[self.names[key]] = self._squared[key]
+                self._squared[key] = self._squared_norm_of_sum(key)
+            result[name] = self._squared[key]
         return result
 
-    def norms(self) -> Tensor:
-        """L2 norm of each example's whole gradient, [B], at least float32.
+    def _squared_norm_of_sum(self, key: int) -> Tensor:
+        """Squared norms of the sum of several sites' gradients, cross terms included, [B]."""
+        forms = self._forms[key]
+        if len(forms) == 1:
+            squared, forms[0] = self._measure(key, forms[0])
+            return squared
+        total = torch.zeros(())
+        magnitude = torch.zeros(())
+        for form in forms:
+            total = self._measure(key, form)[0] + total
+            magnitude = form.magnitude() + magnitude
+        for i, first in enumerate(forms):
+            for second in forms[i + 1 :]:
+                total = total + 2 * first.inner(second)
+        return without_cancellation(total.clamp(min=0), magnitude, forms, formed=False)
+
+    def norms(self, names: Iterable[str] | None = None) -> Tensor:
+        """L2 norm of each example's whole gradient, or of some parameters' part of it; [B], at least
+        float32.
 
         An example whose gradient is not finite has a norm that is not finite.
         """
-        squared = [s.reshape(-1) for s in self.squared_norms().values()]
+        squared = [s.reshape(-1) for s in self.squared_norms(names).values()]
+        if not squared:
+            return torch.zeros(self.batch_size)
         dtype = torch.float64 if any(s.dtype == torch.float64 for s in squared) else torch.float32
         return torch.stack([s.to(dtype) for s in squared]).sum(0).sqrt()
 
-    def clipped_sum(self, coefficients: Tensor) -> dict[str, Tensor]:
+    def clipped_sum(
+        self, coefficients: Tensor, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         """``sum_b coefficients[b] * gradient[b]`` for every parameter, {name: tensor}.
 
-        A parameter that the loss did not reach has a gradient of zero.
+        A parameter that the loss did not reach has a gradient of zero. After a backward in two
+        passes the coefficients are those of `weigh`.
 
         Args:
             coefficients: [B]. An example with coefficient 0 is left out altogether.
+            names: some parameters; by default all.
 
         Guarantees:
             A non-finite gradient of an example with coefficient 0 does not enter the sum.
         """
-        self._ready()
+        self._ready(names)
         if coefficients.shape != (self.batch_size,):
             raise ValueError(
                 f"coefficients has shape {tuple(coefficients.shape)}, expected one number for each "
                 f"of the {self.batch_size} examples."
             )
-        if bool((coefficients == 0).any()):
-            kept = coefficients.nonzero().flatten()
-            coefficients = coefficients[kept]
-            forms = {k: [f.take(kept) for f in fs] for k, fs in self._forms.items()}
-        else:
-            forms = self._forms
+        coefficients, kept = _nonzero(coefficients)
         result = {}
-        for name, p in self.parameters.items():
-            parts = forms.get(id(p), [])
-            if not parts or not coefficients.numel():
+        for name in self.parameters if names is None else names:
+            p = self.parameters[name]
+            found = self._sums.get(id(p))
+            if id(p) in self._forms:
+                found = _weighted_sum(self._forms[id(p)], coefficients, kept)
+            if found is None:
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                result[name] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-                continue
-            total = parts[0].weighted_sum(coefficients)
-            for part in parts[1:]:
-                total = total + part.weighted_sum(coefficients)
-            result[name] = total
+                found = torch.zeros(p.shape, dtype=dtype, device=p.device)
+            result[name] = found
         return result
 
     def per_example_gradients(self) -> dict[str, Tensor]:
@@ -235,20 +394,29 @@ class Tape:
         self._forms.clear()
         self._squared.clear()
         self._intermediate.clear()
+        self._sums.clear()
+        self._weights = None
         self.fired = False
         self.closed = True
 
 
-def _squared_norm_of_sum(forms: Sequence[PerExampleGradient]) -> Tensor:
-    """Squared norms of the sum of several sites' gradients, cross terms included, [B]."""
-    total = forms[0].squared_norm()
-    if len(forms) == 1:
-        return total
-    magnitude = forms[0].magnitude()
+def _nonzero(coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The coefficients that are not 0, and which they are; None for all of them."""
+    if bool(coefficients.all()):
+        return coefficients, None
+    kept = coefficients.nonzero().flatten()
+    return coefficients[kept], kept
+
+
+def _weighted_sum(
+    forms: Sequence[PerExampleGradient], coefficients: Tensor, kept: Tensor | None
+) -> Tensor | None:
+    """The weighted sum over the examples `kept`; what is left out may be NaN. None for no example."""
+    if not coefficients.numel():
+        return None
+    if kept is not None:
+        forms = [f.take(kept) for f in forms]
+    total = forms[0].weighted_sum(coefficients)
     for form in forms[1:]:
-        total = total + form.squared_norm()
-        magnitude = magnitude + form.magnitude()
-    for i, first in enumerate(forms):
-        for second in forms[i + 1 :]:
-            total = total + 2 * first.inner(second)
-    return without_cancellation(total.clamp(min=0), magnitude, forms, formed=False)
+        total = total + form.weighted_sum(coefficients)
+    return total

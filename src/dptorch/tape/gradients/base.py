@@ -5,11 +5,18 @@ Shape legend: B examples, T positions, D inputs, P outputs, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+
+from dptorch.tape.ways import Way
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["PerExampleGradient", "weigh", "without_cancellation"]
 
@@ -36,6 +43,10 @@ class PerExampleGradient(ABC):
     def take(self, index: Tensor, dtype: torch.dtype | None = None) -> PerExampleGradient:
         """The gradients of some examples only (int64 [B']), in another precision if asked."""
 
+    def part(self, start: int, stop: int) -> Self:
+        """The gradients of examples [start, stop), on the same memory."""
+        raise NotImplementedError
+
     def squared_norm(self) -> Tensor:
         """Squared L2 norm of each example's gradient, [B]."""
         return square_sum(self.dense())
@@ -44,9 +55,21 @@ class PerExampleGradient(ABC):
         """What the norm would be if nothing cancelled, [B]: the scale of its rounding error."""
         return self.squared_norm().sqrt()
 
-    def measured(self) -> tuple[Tensor, PerExampleGradient]:
-        """The squared norms, and the form to keep from here on: the formed gradient where the norm
-        needed it and it is no larger than what it replaces."""
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """The sizes that decide between ways, with their letters."""
+        return ("B", self.batch_size), ("numel", math.prod(self.shape))
+
+    def ways(self) -> tuple[Way, ...]:
+        """How its norm and weighted sum can be had, see `dptorch.tape.ways`."""
+        numel = float(self.batch_size * math.prod(self.shape))
+        return (Way("formed", 2 * numel, 2 * numel, 8 * numel, 4 * numel, 4 * numel),)
+
+    def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
+        """The squared norms, and the form to keep from here on.
+
+        Args:
+            way: name of one of `ways`.
+        """
         return self.squared_norm(), self
 
     def inner(self, other: PerExampleGradient) -> Tensor:
@@ -105,6 +128,31 @@ def without_cancellation(
         assert isinstance(total, Tensor)
         squared = squared.index_copy(0, index, square_sum(total).to(squared.dtype))
     return squared + (4 * eps) ** 2 * bound
+
+
+# Largest intermediate to make at once when it is dropped again.
+_WORK_BYTES = 2**26
+F = TypeVar("F", bound="PerExampleGradient")
+
+
+def in_parts(form: F, bytes_each: float, norm: Callable[[F], Tensor]) -> Tensor:
+    """`norm` of a few examples at a time, so that its intermediates stay small, [B].
+
+    Args:
+        form: the gradients of all examples.
+        bytes_each: size of the intermediate of one example.
+        norm: squared norms of a part.
+    """
+    b = form.batch_size
+    step = max(1, int(_WORK_BYTES // max(1, bytes_each)))
+    if step >= b:
+        return norm(form)
+    return torch.cat([norm(form.part(i, min(i + step, b))) for i in range(0, b, step)])
+
+
+def formed_norm(form: PerExampleGradient) -> Tensor:
+    """Squared norms from gradients that are formed and dropped, [B]."""
+    return in_parts(form, 4 * math.prod(form.shape), lambda part: square_sum(part.dense()))
 
 
 def square_sum(dense: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ Shape legend: B examples, m images of one example, C input channels, P output ch
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +17,20 @@ from torch import Tensor
 from dptorch.tape.gradients.base import (
     PerExampleGradient,
     at_least_float32,
-    square_sum,
+    formed_norm,
+    in_parts,
     weigh,
     without_cancellation,
 )
 from dptorch.tape.gradients.dense import Dense
-from dptorch.tape.gradients.outer import gram_is_cheaper
+from dptorch.tape.gradients.gram import gram_norm
+from dptorch.tape.ways import Way
 
 __all__ = ["Convolution", "Geometry"]
+
+
+# With more pairs of input positions for an example, Gram matrices are made strip by strip.
+_PAIRS_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,12 @@ class Geometry:
 class Convolution(PerExampleGradient):
     """The weight gradient of a convolution, from its input and its output's gradient.
 
-    Forming it treats the batch as groups of one native convolution backward; the weighted sum is
-    the native backward of the weighted output gradient. With few positions the norm comes from
-    Gram matrices of the unfolded input instead.
+    Three kernels serve it. *Forming* takes one batched product for each offset of the kernel, on
+    shifted views of the input, or, where channels are few, one native convolution backward that sees
+    the batch as groups. The *Gram* norm takes the products of all pairs of input positions once and
+    adds them up along the kernel's offsets, so that the unfolded input is never made: it costs as if
+    the kernel had one position. The *weighted sum* is the native backward of the weighted output
+    gradient.
 
     Args:
         inputs: [B, m, C, ...].
@@ -79,12 +90,53 @@ class Convolution(PerExampleGradient):
         return result
 
     def dense(self) -> Tensor:
+        return self._by_offsets() if self._few_offsets() else self._by_groups()
+
+    def _few_offsets(self) -> bool:
+        """Whether products at each offset beat the native backward, as measured on CPU and known of
+        cuDNN, whose grouped backward is slow."""
+        g, offsets = self.geometry, math.prod(self.shape[2:])
+        if g.transposed or g.groups > 1 or len(g.stride) > 2 or offsets > 25:
+            return False
+        wide = self.shape[0] * self.shape[1] > 64 * 64 or self.shape[1] == 1
+        return wide or self.inputs.is_cuda or offsets == 1
+
+    def _by_groups(self) -> Tensor:
         b, m = self.inputs.shape[:2]
         inputs = self.inputs.transpose(0, 1).reshape(m, -1, *self.inputs.shape[3:])
         grads = self.grads.transpose(0, 1).reshape(m, -1, *self.grads.shape[3:])
         shape = torch.Size((b * self.shape[0], *self.shape[1:]))
         out = self._backward(inputs, grads, shape, b * self.geometry.groups)
         return out.view(b, *self.shape)
+
+    def _padded(self) -> tuple[Tensor, list[tuple[Any, ...]]]:
+        """The padded input, and the window of it that each offset of the kernel meets the output in."""
+        g = self.geometry
+        pads = [amount for p in reversed(g.padding) for amount in (p, p)]
+        inputs = F.pad(self.inputs, pads) if any(pads) else self.inputs
+        sizes = self.grads.shape[3:]
+        windows = []
+        for offset in itertools.product(*(range(k) for k in self.shape[2:])):
+            starts = [o * d for o, d in zip(offset, g.dilation, strict=True)]
+            windows.append(
+                tuple(
+                    slice(start, start + (n - 1) * step + 1, step)
+                    for start, n, step in zip(starts, sizes, g.stride, strict=True)
+                )
+            )
+        return inputs, windows
+
+    def _by_offsets(self) -> Tensor:
+        inputs, windows = self._padded()
+        grads = self.grads.transpose(1, 2).flatten(2)  # [B, P, m * positions]
+        parts = []
+        for window in windows:
+            seen = (
+                inputs[(slice(None), slice(None), slice(None), *window)].transpose(1, 2).flatten(2)
+            )  # [B, C, m * positions]
+            parts.append(torch.bmm(grads, seen.transpose(1, 2)))
+        formed = parts[0] if len(parts) == 1 else torch.stack(parts, -1)
+        return formed.view(self.batch_size, *self.shape)
 
     def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Convolution:
         dtype = dtype or self.grads.dtype
@@ -95,20 +147,68 @@ class Convolution(PerExampleGradient):
             self.geometry,
         )
 
-    def _can_unfold(self) -> bool:
-        g = self.geometry
-        return len(g.stride) == 2 and g.groups == 1 and not g.transposed
-
-    def _gram_wins(self) -> bool:
-        positions = math.prod(self.grads.shape[3:]) * self.grads.shape[1]
-        return self._can_unfold() and gram_is_cheaper(
-            positions, self.shape[0], math.prod(self.shape[1:])
+    def part(self, start: int, stop: int) -> Convolution:
+        return Convolution(
+            self.inputs[start:stop], self.grads[start:stop], self.shape, self.geometry
         )
 
+    def _gram_possible(self) -> bool:
+        g = self.geometry
+        return g.groups == 1 and not g.transposed and self.inputs.shape[1] == 1
+
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        t = self.grads.shape[1] * math.prod(self.grads.shape[3:])
+        d, p = math.prod(self.shape[1:]), self.shape[0]
+        return ("B", self.batch_size), ("T", t), ("d", d), ("p", p)
+
+    def _seen(self) -> int:
+        """Positions of the padded input."""
+        sizes = zip(self.inputs.shape[3:], self.geometry.padding, strict=True)
+        return math.prod(n + 2 * q for n, q in sizes)
+
+    def _columns_bytes(self) -> int:
+        positions = math.prod(self.grads.shape[3:])
+        return self.grads.element_size() * positions * math.prod(self.shape[1:])
+
+    def ways(self) -> tuple[Way, ...]:
+        b, size = self.batch_size, self.grads.element_size()
+        p, d, offsets = self.shape[0], math.prod(self.shape[1:]), math.prod(self.shape[2:])
+        t = self.grads.shape[1] * math.prod(self.grads.shape[3:])
+        if self.geometry.transposed:  # the roles of input and output are exchanged
+            t = self.inputs.shape[1] * math.prod(self.inputs.shape[3:])
+        form, factors = 2.0 * b * t * p * d, size * (self.inputs.numel() + self.grads.numel())
+        formed = size * b * p * d
+        copied = 2 * offsets * self.inputs.numel() * size / math.prod(self.geometry.stride)
+        ways = [
+            Way("form", form, form, copied + 2 * formed, factors, formed),
+            Way("keep", form, 2 * formed / size, copied + 3 * formed, formed, formed),
+        ]
+        if self._gram_possible():
+            seen = self._seen()
+            flops = 2.0 * b * (seen * seen * self.inputs.shape[2] + t * t * p)
+            pairs = size * b * t * t
+            moved = pairs * (2 * offsets + 5)
+            ways.append(Way("gram", flops, form, moved, factors, 2 * pairs))
+        return tuple(ways)
+
+    def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
+        kept: PerExampleGradient = self
+        if way == "gram":
+            pairs = self.grads.element_size() * self._seen() ** 2
+            if pairs <= _PAIRS_BYTES:
+                squared = in_parts(self, pairs, Convolution._gram_norm)
+            else:
+                squared = in_parts(self, self._columns_bytes(), Convolution._unfolded_gram_norm)
+        elif way == "keep":
+            kept = Dense(self.dense())
+            squared = kept.squared_norm()
+        else:
+            squared = formed_norm(self)
+        formed = way != "gram"
+        return without_cancellation(squared, self.magnitude(), [self], formed=formed), kept
+
     def squared_norm(self) -> Tensor:
-        by_gram = self._gram_wins()
-        squared = self._gram_norm() if by_gram else square_sum(self.dense())
-        return without_cancellation(squared, self.magnitude(), [self], formed=not by_gram)
+        return self.measured("form")[0]
 
     def magnitude(self) -> Tensor:
         # No larger than the product of the factors' norms times the kernel's overlap; the sum over
@@ -117,27 +217,26 @@ class Convolution(PerExampleGradient):
         inputs = torch.linalg.vector_norm(self.inputs.flatten(1), dim=1)
         return reach * inputs * torch.linalg.vector_norm(self.grads.flatten(1), dim=1)
 
-    def measured(self) -> tuple[Tensor, PerExampleGradient]:
-        if self._gram_wins():
-            return self.squared_norm(), self
-        formed = Dense(self.dense())
-        norms = formed.squared_norm()
-        norms = without_cancellation(norms, self.magnitude(), [self], formed=True)
-        smaller = formed.values.numel() <= self.inputs.numel() + self.grads.numel()
-        return norms, formed if smaller else self
-
     def _gram_norm(self) -> Tensor:
-        g = self.geometry
-        b, m = self.inputs.shape[:2]
-        columns = F.unfold(
-            self.inputs.flatten(0, 1), self.shape[2:], g.dilation, g.padding, g.stride
-        )  # [B * m, C * kernel, T]
-        grads = self.grads.flatten(3).flatten(0, 1)  # [B * m, P, T]
-        columns = columns.unflatten(0, (b, m)).transpose(1, 2).flatten(2)
-        grads = grads.unflatten(0, (b, m)).transpose(1, 2).flatten(2)
-        gram = torch.bmm(columns.transpose(1, 2), columns)
-        gram *= torch.bmm(grads.transpose(1, 2), grads)
-        return gram.sum((1, 2)).clamp_(min=0)
+        inputs, windows = self._padded()
+        b, p = inputs.shape[0], self.shape[0]
+        flat = inputs.flatten(3)[:, 0]  # [B, C, positions of the padded input]
+        pairs = torch.bmm(flat.transpose(1, 2), flat).view(b, *inputs.shape[3:], *inputs.shape[3:])
+        gram = pairs[(slice(None), *windows[0], *windows[0])].clone(
+            memory_format=torch.contiguous_format
+        )
+        for window in windows[1:]:
+            gram += pairs[(slice(None), *window, *window)]
+        grads = self.grads.reshape(b, p, -1)
+        product = torch.bmm(grads.transpose(1, 2), grads)
+        product *= gram.view(product.shape)
+        return product.sum((1, 2)).clamp_(min=0)
+
+    def _unfolded_gram_norm(self) -> Tensor:
+        inputs, windows = self._padded()
+        seen = [inputs[:, 0][(slice(None), slice(None), *w)].flatten(2) for w in windows]
+        columns = torch.cat(seen, 1).transpose(1, 2)  # [B, positions, C * offsets]
+        return gram_norm(self.grads[:, 0].flatten(2).transpose(1, 2), columns)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         grads = weigh(self.grads, weights)

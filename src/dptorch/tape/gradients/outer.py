@@ -11,34 +11,22 @@ from torch import Tensor
 from dptorch.tape.gradients.base import (
     PerExampleGradient,
     at_least_float32,
+    formed_norm,
     square_sum,
     weigh,
     without_cancellation,
 )
 from dptorch.tape.gradients.dense import Dense
+from dptorch.tape.gradients.gram import gram_flops, gram_norm, gram_tile
+from dptorch.tape.ways import Way
 
-__all__ = ["Outer", "gram_is_cheaper"]
-
-
-def gram_is_cheaper(positions: int, rows: int, columns: int) -> bool:
-    """Whether the T x T Gram products cost less than forming the [P, D] gradient.
-
-    Both are matrix products: 2 T^2 (P + D) flops against 2 T P D. The same comparison decides
-    memory: where forming wins, [P, D] is also smaller than its two factors.
-
-    Example:
-        >>> gram_is_cheaper(1, 512, 512), gram_is_cheaper(1024, 256, 256)
-        (True, False)
-    """
-    return positions * (rows + columns) <= rows * columns
+__all__ = ["Outer"]
 
 
 class Outer(PerExampleGradient):
     """``gradient[b] = sum_t left[b, t] (x) right[b, t]``, of shape [P, D].
 
-    The norm is taken from Gram matrices, ``sum((L L^T) * (R R^T))`` (Goodfellow 2015,
-    arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679), or from the formed gradient, whichever is
-    cheaper; a gradient formed for its norm replaces its factors and serves the weighted sum too.
+    The norm is taken from Gram matrices (`gram_norm`) or from the formed gradient.
 
     Args:
         left: [B, T, P].
@@ -64,31 +52,56 @@ class Outer(PerExampleGradient):
         left, right = self.left.index_select(0, index), self.right.index_select(0, index)
         return Outer(left.to(dtype), right.to(dtype), self.shape)
 
+    def part(self, start: int, stop: int) -> Outer:
+        return Outer(self.left[start:stop], self.right[start:stop], self.shape)
+
     def magnitude(self) -> Tensor:
         lengths = torch.linalg.vector_norm(self.left, dim=2)
         lengths = lengths * torch.linalg.vector_norm(self.right, dim=2)
         return lengths.sum(1)
 
-    def measured(self) -> tuple[Tensor, PerExampleGradient]:
+    def sizes(self) -> tuple[tuple[str, int], ...]:
         t, p, d = self._sizes
-        if t == 1 or gram_is_cheaper(t, p, d):
-            return self.squared_norm(), self
-        formed = Dense(self.dense())
-        squared = formed.squared_norm()
-        return without_cancellation(squared, self.magnitude(), [self], formed=True), formed
+        return ("B", self.batch_size), ("T", t), ("d", d), ("p", p)
+
+    def ways(self) -> tuple[Way, ...]:
+        t, p, d = self._sizes
+        b, size = self.batch_size, self.left.element_size()
+        form, factors = 2.0 * b * t * p * d, size * (self.left.numel() + self.right.numel())
+        formed = size * b * p * d
+        if t == 1:
+            gram = Way("gram", 2 * b * (p + d), form, 2 * factors, factors, 0)
+        else:
+            # Each tile is written by two products, multiplied and summed.
+            tiles = size * b * t * (t + gram_tile(t)) / 2
+            flops = b * gram_flops(t, p, d)
+            gram = Way("gram", flops, form, 5 * tiles, factors, 2 * size * b * t * t)
+        return (
+            gram,
+            Way("form", form, form, 2 * formed, factors, formed),
+            Way("keep", form, 2 * formed / size, 3 * formed, formed, formed),
+        )
+
+    def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
+        if way == "gram":
+            return self._gram(), self
+        kept: PerExampleGradient = self
+        if way == "keep":
+            kept = Dense(self.dense())
+            squared = kept.squared_norm()
+        else:
+            squared = formed_norm(self)
+        return without_cancellation(squared, self.magnitude(), [self], formed=True), kept
 
     def squared_norm(self) -> Tensor:
         t, p, d = self._sizes
-        if t == 1:
+        return self.measured("gram" if t * (p + d) <= p * d else "form")[0]
+
+    def _gram(self) -> Tensor:
+        if self.left.shape[1] == 1:
             return square_sum(self.left) * square_sum(self.right)
-        by_gram = gram_is_cheaper(t, p, d)
-        if by_gram:
-            gram = torch.bmm(self.left, self.left.transpose(1, 2))
-            gram *= torch.bmm(self.right, self.right.transpose(1, 2))
-            squared = gram.sum((1, 2)).clamp_(min=0)
-        else:
-            squared = square_sum(self.dense())
-        return without_cancellation(squared, self.magnitude(), [self], formed=not by_gram)
+        squared = gram_norm(self.left, self.right)
+        return without_cancellation(squared, self.magnitude(), [self], formed=False)
 
     def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
         if not isinstance(other, Outer) or other.shape != self.shape:

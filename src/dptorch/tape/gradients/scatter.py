@@ -16,6 +16,7 @@ from dptorch.tape.gradients.base import (
     without_cancellation,
 )
 from dptorch.tape.gradients.outer import Outer
+from dptorch.tape.ways import Way
 
 __all__ = ["Scatter"]
 
@@ -54,6 +55,15 @@ class Scatter(PerExampleGradient):
 
     def magnitude(self) -> Tensor:
         return torch.linalg.vector_norm(self.values, dim=2).sum(1)
+
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        b, t, d = self.values.shape
+        return ("B", b), ("T", t), ("d", d), ("V", self.shape[0])
+
+    def ways(self) -> tuple[Way, ...]:
+        numel = float(self.values.numel())
+        held = numel * self.values.element_size()
+        return (Way("segments", 2 * numel, 2 * numel, 6 * held, held, held),)
 
     def squared_norm(self) -> Tensor:
         pairs, where = torch.unique(self._flat(), return_inverse=True)

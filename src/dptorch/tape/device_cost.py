@@ -1,0 +1,135 @@
+"""How long matrix products and memory traffic take on a device: two numbers, measured once.
+
+The choice between ways needs no more than their ratio. Measuring takes a few tens of milliseconds, and
+the result is kept on disk, so that runs on one machine choose alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["TYPICAL", "DeviceCost", "cost_of", "free_bytes", "measure"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DeviceCost:
+    """Speed of one device in one dtype.
+
+    Attributes:
+        flops_per_second: of batched matrix products of moderate size.
+        bytes_per_second: of element-wise work on tensors larger than the caches.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, flops: float, moved_bytes: float) -> float:
+        """Estimated time of some matrix products and some traffic.
+
+        Example:
+            >>> DeviceCost(1e9, 1e9).seconds(2e9, 1e9)
+            3.0
+        """
+        return flops / self.flops_per_second + moved_bytes / self.bytes_per_second
+
+
+TYPICAL = {"cpu": DeviceCost(1.0e11, 1.5e10), "cuda": DeviceCost(2.0e13, 1.2e12)}
+"""For seeded runs, which should choose alike on every machine, and where nothing can be measured."""
+
+
+def cost_of(device: torch.device, dtype: torch.dtype, *, measured: bool = True) -> DeviceCost:
+    """The speed of `device`, from this process, the cache on disk, or a measurement now."""
+    typical = TYPICAL.get(device.type, TYPICAL["cpu"])
+    if not measured or dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return typical
+    return _cost_of(device.type, device.index, dtype, torch.get_num_threads())
+
+
+@cache
+def _cost_of(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> DeviceCost:
+    device = torch.device(kind if index is None else f"{kind}:{index}")
+    if kind == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {platform.processor()} {os.cpu_count()} {threads}"
+    entry = f"{kind}: {name}, {dtype}, torch {torch.__version__}"
+    path = _cache_file()
+    try:
+        return DeviceCost(**json.loads(path.read_text())[f"format {_FORMAT}"][entry])
+    except (OSError, ValueError, KeyError, TypeError):
+        found = measure(device, dtype)
+    _remember(path, entry, found)
+    return found
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> DeviceCost:
+    """Time a batched product and a pass over memory on `device`: the fastest of a few tries each."""
+    small = device.type != "cuda"
+    b, t, d = (4, 128, 256) if small else (16, 512, 1024)
+    numel = 2**22 if small else 2**27
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        a = torch.ones(b, t, d, device=device, dtype=dtype)
+        x = torch.ones(numel, device=device, dtype=dtype)
+        product = _fastest(lambda: torch.bmm(a, a.transpose(1, 2)), device)
+        traffic = _fastest(lambda: x.mul_(1.0), device)
+    return DeviceCost(2 * b * t * t * d / product, 2 * x.numel() * x.element_size() / traffic)
+
+
+def _fastest(work: Callable[[], object], device: torch.device, tries: int = 5) -> float:
+    times = []
+    for _ in range(tries):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return max(min(times), 1e-9)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that a process could still take on `device`; infinite where it cannot be asked."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "dptorch" / "device_cost.json"
+
+
+def _remember(path: Path, entry: str, found: DeviceCost) -> None:
+    """Add to the cache; a disk that cannot be written to costs a measurement in the next process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            known = json.loads(path.read_text()).get(f"format {_FORMAT}", {})
+        except (OSError, ValueError, AttributeError):
+            known = {}
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.write_text(json.dumps({f"format {_FORMAT}": known | {entry: asdict(found)}}, indent=1))
+        new.replace(path)
+    except OSError:
+        pass
