@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from dptorch.cli.bench import bench
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
@@ -67,6 +68,7 @@ app.command(rich_help_panel="Plan")(epsilon)
 app.command(rich_help_panel="Plan")(calibrate)
 app.command(rich_help_panel="Train")(check)
 app.command(rich_help_panel="Train")(release)
+app.command(rich_help_panel="Measure")(bench)
 
 
 def _print_version(wanted: bool) -> None:

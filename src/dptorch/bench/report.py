@@ -1,0 +1,362 @@
+"""What was measured, as CSV, Markdown, a plot, and a table on the terminal.
+
+A run is kept as ``KIND.json`` and ``KIND.csv`` in a folder, KIND being ``cost``, ``sweep-B``,
+``sweep-T``, ``sweep-d`` or ``largest-batch``; the page is made of all kinds that the folder holds.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dptorch.bench.engines import NON_PRIVATE
+from dptorch.bench.exactness import WRONG
+from dptorch.bench.suite import AXES, Row
+from dptorch.bench.workloads import WORKLOADS
+
+__all__ = ["KINDS", "Run", "load", "page", "remarks", "save", "terminal_table"]
+
+KINDS = ("cost", *(f"sweep-{axis}" for axis in AXES), "largest-batch")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command measured.
+
+    Args:
+        kind: one of `KINDS`.
+        command: that repeats it.
+        facts: machine, versions, date.
+        about: what each engine is, by name.
+        rows: the results.
+        cap: of memory, in bytes, for ``largest-batch``.
+    """
+
+    kind: str
+    command: str
+    facts: dict[str, Any]
+    about: dict[str, str]
+    rows: list[Row]
+    cap: int | None = None
+
+
+def save(run: Run, folder: Path) -> list[Path]:
+    """Write the run as JSON and CSV, and its plot; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{run.kind}.{ending}" for ending in ("json", "csv", "svg")]
+    files[0].write_text(json.dumps(asdict(run), indent=1, ensure_ascii=False) + "\n")
+    with files[1].open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        for row in run.rows:
+            writer.writerow({k: _short(v) for k, v in asdict(row).items()})
+    return files if _plot(run, files[2]) else files[:2]
+
+
+def load(folder: Path) -> list[Run]:
+    """The runs that a folder holds, in the order of `KINDS`."""
+    runs = []
+    for kind in KINDS:
+        file = folder / f"{kind}.json"
+        if file.exists():
+            values = json.loads(file.read_text())
+            runs.append(Run(**values | {"rows": [Row(**r) for r in values["rows"]]}))
+    return runs
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+# -- Markdown --------------------------------------------------------------------------------------
+
+
+def page(runs: Sequence[Run]) -> str:
+    """One Markdown page of everything measured."""
+    text = [_INTRODUCTION]
+    for run in runs:
+        text += [_TITLES[run.kind], "", *_circumstances(run), ""]
+        if run.kind == "cost":
+            text += [*_summary(run), "", f"![time of a step]({run.kind}.svg)", ""]
+            text += _each_workload(run)
+        elif run.kind == "largest-batch":
+            text += _largest(run)
+        else:
+            text += [*_sweep(run), "", f"![how cost grows]({run.kind}.svg)", ""]
+    about = {name: what for run in runs for name, what in run.about.items()}
+    text += ["## Engines", "", *(f"- `{name}`: {what}" for name, what in about.items()), ""]
+    return "\n".join(text)
+
+
+_INTRODUCTION = f"""# What a private step costs
+
+As a ratio to the same step without privacy: forward, loss, backward, clipping, noise, SGD and
+zero_grad, on a fixed batch. This page is written by the commands that it shows; they can be
+repeated anywhere.
+
+*Time*: one process, engines in a random order in each round; an engine's step is divided by an
+ordinary step a moment before or after it. The median over rounds, and the 10th to 90th percentile.
+The row `{NON_PRIVATE}` is the ordinary loop divided by itself: what it differs from 1 by is the
+error of the measurement. *CPU*: the same of CPU time, all threads together.
+*Allocated*: most bytes of tensors at any time, above the model and its batch. *Resident*: the
+growth of the process during steps, which also sees what libraries take past the allocator. Each
+engine has a process of its own for both, and both are ratios to the ordinary loop.
+*Error*: of one noiseless step on a small version of the workload, against a loop over single
+examples. Where it is above {WRONG:g} the engine clips or sums something else than each example's
+gradient, and its time is that of another computation: such times are in brackets, and no best of
+anything.
+"""
+
+_TITLES = {
+    "cost": "## Time and memory",
+    "largest-batch": "## Largest batch",
+    **{f"sweep-{axis}": f"## How cost grows with {axis}" for axis in AXES},
+}
+
+
+def _circumstances(run: Run) -> list[str]:
+    return [f"    {run.command}", "", *(f"- {name}: {value}" for name, value in run.facts.items())]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _summary(run: Run) -> list[str]:
+    """The best engine of each family on each workload."""
+    families = list(dict.fromkeys(_family(r.engine) for r in run.rows if r.engine != NON_PRIVATE))
+    body = []
+    for workload, rows in _by_workload(run).items():
+        cells = [f"{workload}, {_size(rows[0])}"]
+        for family in families:
+            right = [r for r in rows if _family(r.engine) == family and r.ratio and not _wrong(r)]
+            best = min(right, key=lambda r: r.ratio or 0, default=None)
+            cells.append(f"{best.ratio:.2f}" if best and best.ratio else "none")
+        body.append(cells)
+    head = ["workload", *families]
+    return [
+        "Each library's fastest engine that computes the right gradient:",
+        "",
+        *_table(head, body),
+    ]
+
+
+def _each_workload(run: Run) -> list[str]:
+    text = []
+    for workload, rows in _by_workload(run).items():
+        text += [f"### {workload}", "", f"{WORKLOADS[workload].what}. {_size(rows[0])}.", ""]
+        text += [*_table(_HEAD, [_cells(r) for r in rows if r.ratio is not None]), ""]
+        notes = [f"- `{r.engine}`: n/a: {r.reason}" for r in rows if r.reason]
+        text += [*notes, ""] if notes else []
+    return text
+
+
+_HEAD = ("engine", "ms", "time", "p10-p90", "CPU", "allocated", "resident", "error", "rounds")
+
+
+def _cells(row: Row) -> list[str]:
+    time = _number(row.ratio)
+    return [
+        row.engine,
+        _number(row.step_ms, 1 if (row.step_ms or 0) < 100 else 0),
+        f"({time})" if _wrong(row) else time,
+        f"{_number(row.ratio_p10)}-{_number(row.ratio_p90)}",
+        _number(row.cpu_ratio),
+        _number(row.allocator_ratio),
+        _number(row.resident_ratio),
+        "" if row.gradient_error is None else f"{row.gradient_error:.0e}",
+        str(row.rounds or ""),
+    ]
+
+
+def _sweep(run: Run) -> list[str]:
+    text = []
+    axis = run.kind.partition("-")[2]
+    for workload, rows in _by_workload(run).items():
+        values = sorted({getattr(r, axis) for r in rows})
+        for what, column in (("Time", "ratio"), ("Allocated memory", "allocator_ratio")):
+            found = {(r.engine, getattr(r, axis)): r for r in rows if getattr(r, column)}
+            engines = [e for e in dict.fromkeys(r.engine for r in rows) if e != NON_PRIVATE]
+            body = [
+                [e, *(_number(getattr(found.get((e, v)), column, None)) for v in values)]
+                for e in engines
+            ]
+            if found:
+                head = ["engine", *(f"{axis}={v}" for v in values)]
+                text += ["", f"{workload}: {what.lower()}", "", *_table(head, body)]
+        reasons = {f"- `{r.engine}`: n/a: {r.reason}": None for r in rows if r.reason}
+        text += ["", *reasons] if reasons else []
+    return text
+
+
+def _largest(run: Run) -> list[str]:
+    names = list(dict.fromkeys(r.engine for r in run.rows))
+    grouped = _by_workload(run)
+    found = {(r.workload, r.engine): r for r in run.rows}
+    body = []
+    for workload in grouped:
+        rows = [found[workload, e] for e in names]
+        body.append(
+            [workload, *("n/a" if r.largest_batch is None else f"{r.largest_batch}" for r in rows)]
+        )
+    cap = f"{(run.cap or 0) / 1e9:g} GB"
+    on = "the process, Python and libraries included" if "cuda" not in run.command else "the device"
+    notes = [f"- `{r.engine}` on {r.workload}: n/a: {r.reason}" for r in run.rows if r.reason]
+    return [
+        f"Examples in one step below a memory cap of {cap} for {on}, to 5 %.", "",
+        *_table(["workload", *names], body), "", *notes, "",
+    ]  # fmt: skip
+
+
+def _by_workload(run: Run) -> dict[str, list[Row]]:
+    grouped: dict[str, list[Row]] = {}
+    for row in run.rows:
+        grouped.setdefault(row.workload, []).append(row)
+    return grouped
+
+
+def _family(engine: str) -> str:
+    return engine.split("/")[0]
+
+
+def _wrong(row: Row) -> bool:
+    return row.gradient_error is not None and not row.gradient_error <= WRONG
+
+
+def _size(row: Row) -> str:
+    return ", ".join(f"{k}={getattr(row, k)}" for k in AXES if getattr(row, k) is not None)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+# -- terminal --------------------------------------------------------------------------------------
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """The rows of one workload and size."""
+    title = f"{rows[0].workload}: {_size(rows[0])}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    fits = any(r.largest_batch is not None for r in rows)
+    heads = ("engine", "largest batch") if fits else _HEAD[:-1]
+    for head in heads:
+        table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
+    for row in rows:
+        if fits:
+            table.add_row(
+                row.engine, "n/a" if row.largest_batch is None else f"{row.largest_batch:,}"
+            )
+        elif row.ratio is None:
+            table.add_row(row.engine, "n/a")
+        else:
+            table.add_row(*_cells(row)[:-1], style="red" if _wrong(row) else None)
+    return table
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What the table of these rows cannot say: why an engine is not in it, and what red means."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.reason:
+            reasons.setdefault(row.reason, []).append(row.engine)
+    notes = [f"{', '.join(engines)}: n/a: {reason}" for reason, engines in reasons.items()]
+    if any(_wrong(r) for r in rows):
+        notes.append("Red, in brackets: not the gradient it should be, so another computation.")
+    return notes
+
+
+# -- plot ------------------------------------------------------------------------------------------
+
+
+def _plot(run: Run, file: Path) -> bool:
+    """Draw the ratios of time; False where there are none, or no matplotlib to draw with."""
+    rows = [r for r in run.rows if r.ratio is not None and r.engine != NON_PRIVATE]
+    if not rows:
+        return False
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = _dots(Figure, rows) if run.kind == "cost" else _lines(Figure, rows, run.kind)
+    with matplotlib.rc_context({"svg.hashsalt": "dptorch"}):  # the same file for the same numbers
+        figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+    return True
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """A colour for each family, a marker for each engine in it."""
+    families: dict[str, list[str]] = {}
+    for engine in dict.fromkeys(r.engine for r in rows):
+        families.setdefault(_family(engine), []).append(engine)
+    return {
+        engine: (f"C{i}", "osD^vP*X<>hpd"[j % 13])
+        for i, members in enumerate(families.values())
+        for j, engine in enumerate(members)
+    }
+
+
+def _dots(figure_class: Any, rows: Sequence[Row]) -> Any:
+    workloads = list(dict.fromkeys(r.workload for r in rows))
+    figure = figure_class(figsize=(9, 1.5 + 0.45 * len(workloads)))
+    axes = figure.subplots()
+    for engine, (colour, marker) in _styles(rows).items():
+        mine = [r for r in rows if r.engine == engine]
+        y = [workloads.index(r.workload) for r in mine]
+        face = ["none" if _wrong(r) else colour for r in mine]
+        axes.scatter(
+            [r.ratio for r in mine], y, marker=marker, edgecolors=colour, facecolors=face,
+            label=engine, s=36, zorder=3,
+        )  # fmt: skip
+    axes.axvline(1, color="0.6", linewidth=1)
+    _ratio_axis(axes, "x", rows)
+    axes.set_yticks(range(len(workloads)), workloads)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.9")
+    axes.set_xlabel("time of a step / non-private step (hollow: not the right gradient)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def _lines(figure_class: Any, rows: Sequence[Row], kind: str) -> Any:
+    axis = kind.partition("-")[2]
+    workloads = list(dict.fromkeys(r.workload for r in rows))
+    figure = figure_class(figsize=(1 + 3.6 * len(workloads), 3.4))
+    panels = figure.subplots(1, len(workloads), squeeze=False)[0]
+    for panel, workload in zip(panels, workloads, strict=True):
+        shown = [r for r in rows if r.workload == workload]
+        for engine, (colour, marker) in _styles(rows).items():
+            mine = sorted((getattr(r, axis), r.ratio) for r in shown if r.engine == engine)
+            if mine:
+                panel.plot(*zip(*mine, strict=True), color=colour, marker=marker, label=engine)
+        panel.set(title=workload, xlabel=axis, xscale="log")
+        ticks = sorted({getattr(r, axis) for r in shown})
+        panel.set_xticks(ticks, [str(t) for t in ticks])
+        panel.minorticks_off()
+        _ratio_axis(panel, "y", shown)
+        panel.axhline(1, color="0.6", linewidth=1)
+    panels[0].set_ylabel("time / non-private")
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def _ratio_axis(axes: Any, which: str, rows: Sequence[Row]) -> None:
+    """Logarithmic, with the numbers people read."""
+    highest = max(r.ratio or 1 for r in rows)
+    ticks = [t for t in (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if t <= 1.5 * highest]
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}ticks")(ticks, [f"{t:g}" for t in ticks])
+    getattr(axes, f"{which}axis").minorticks_off()

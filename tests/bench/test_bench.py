@@ -1,0 +1,332 @@
+"""The benchmark suite: what it measures is what is there, and what cannot run says so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
+import torch
+from typer.testing import CliRunner
+
+from dptorch.bench import memory, suite
+from dptorch.bench.engines import NON_PRIVATE, Engine, Settings, Step, choose, engines, start
+from dptorch.bench.exactness import WRONG, gradient_error
+from dptorch.bench.memory import Job, allocator_peak, ask, largest_batch, memory_bytes
+from dptorch.bench.peers import peer_engines, read_peers
+from dptorch.bench.report import Run, load, page, save
+from dptorch.bench.suite import Options, Row, measure
+from dptorch.bench.timing import interleave
+from dptorch.bench.workloads import WORKLOADS, Size, Unavailable, Workload
+from dptorch.cli.app import app
+from dptorch.errors import ConfigurationError
+
+CPU = torch.device("cpu")
+ENGINES = engines()
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def test_a_step_to_itself_is_one_and_a_slow_twin_shows() -> None:
+    """Over 40 interleaved rounds of about 1 ms the medians of equal steps differ by a few percent,
+    on a busy machine too; 25 % is the tolerance, far from the twin's factor of 3."""
+    x = torch.randn(300, 300)
+
+    def step() -> None:
+        for _ in range(5):
+            x @ x
+
+    def thrice() -> None:
+        for _ in range(3):
+            step()
+
+    found = interleave(step, {"same": step, "slow": thrice}, seconds=0, rounds=40)
+    assert 0.8 < found["same"].ratio < 1.25
+    assert 2.2 < found["slow"].ratio < 4.0
+    assert 2.2 < found["slow"].cpu_ratio < 4.0
+    for timing in found.values():
+        assert timing.ratio_p10 <= timing.ratio <= timing.ratio_p90
+        assert timing.rounds == 40
+
+
+def test_rounds_follow_the_seconds_and_slow_engines_sit_out() -> None:
+    quick, slow = (lambda: time.sleep(0.001)), (lambda: time.sleep(0.02))
+    found = interleave(quick, {"quick": quick, "slow": slow}, seconds=0.5)
+    assert found["quick"].rounds > 20
+    assert 3 <= found["slow"].rounds <= found["quick"].rounds / 3
+
+
+# -- workloads and engines -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_each_workload_steps_and_ours_is_exact(name: str) -> None:
+    recipe = WORKLOADS[name]
+    work = recipe.make(recipe.tiny)
+    assert work.per_example().shape == (recipe.tiny.B,)
+    before = [p.detach().clone() for p in work.model.parameters() if p.requires_grad]
+    start(ENGINES[NON_PRIVATE], work, Settings(lr=1.0))
+    after = [p for p in work.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert gradient_error(ENGINES["dptorch/auto"], recipe) < WRONG
+
+
+def test_a_workload_is_the_same_each_time() -> None:
+    first, second = (WORKLOADS["gpt2_lora"].make(WORKLOADS["gpt2_lora"].tiny) for _ in range(2))
+    assert torch.equal(first.per_example(), second.per_example())
+
+
+@pytest.mark.parametrize("name", ["opacus/hooks", "opacus/ghost", "torch.func/vmap"])
+def test_others_are_driven_rightly(name: str) -> None:
+    """An engine that is right, as these are on a plain model, must come out right."""
+    for workload in ("mlp", "gpt2"):
+        assert gradient_error(ENGINES[name], WORKLOADS[workload]) < WRONG
+
+
+def test_a_gradient_that_is_not_clipped_is_seen() -> None:
+    """The negative control of the exactness check: the ordinary loop."""
+    plain = ENGINES[NON_PRIVATE]
+    assert gradient_error(plain, WORKLOADS["mlp"]) > 10 * WRONG
+
+
+def test_noise_is_added_by_each_engine() -> None:
+    """With a tiny clipping norm a step is noise alone; its standard deviation is sigma C / B. Over
+    288 parameters 20 % is 4.8 standard errors, so a false alarm is one in 600 000."""
+    recipe = WORKLOADS["mlp"]
+    for name in ("dptorch/auto", "opacus/hooks", "opacus/ghost", "torch.func/vmap"):
+        work = recipe.make(recipe.tiny)
+        before = torch.cat([p.detach().clone().flatten() for p in work.model.parameters()])
+        start(ENGINES[name], work, Settings(noise_multiplier=1e4, max_grad_norm=1e-4, lr=1.0))
+        after = torch.cat([p.detach().flatten() for p in work.model.parameters()])
+        std = (after - before).std().item() * recipe.tiny.B
+        assert std == pytest.approx(1.0, rel=0.2), name
+
+
+def test_choosing_engines() -> None:
+    assert [e.name for e in choose(ENGINES, ["opacus"])] == [
+        "opacus/hooks",
+        "opacus/ghost",
+        "opacus/functorch",
+    ]
+    assert len(choose(ENGINES, [])) == len(ENGINES)
+    with pytest.raises(ConfigurationError, match="opacus"):
+        choose(ENGINES, ["opakus"])
+
+
+def test_an_engine_that_cannot_run_says_why() -> None:
+    work = WORKLOADS["reused"].make(Size(2, d=4))
+    with pytest.raises(Unavailable, match="tying is not supported"):
+        start(ENGINES["opacus/ghost"], work)
+
+
+def test_peers_are_looked_for_and_a_broken_one_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="fastDP"):
+        read_peers([f"fastdp={tmp_path}"])
+    with pytest.raises(ConfigurationError, match="fastdp"):
+        read_peers([f"fastpd={tmp_path}"])
+    (tmp_path / "private_CNN").mkdir()
+    (tmp_path / "private_CNN" / "__init__.py").write_text("import no_such_package\n")
+    (engine,) = peer_engines(read_peers([f"private_vision={tmp_path}"]))
+    with pytest.raises(Unavailable, match="no_such_package"):
+        start(engine, WORKLOADS["mlp"].make(Size(2, d=4)))
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_the_allocators_peak_is_a_peak_and_no_sum() -> None:
+    size = 4 * 10**6
+
+    def step() -> None:
+        for _ in range(3):
+            torch.ones(10**6)
+
+    def both() -> list[torch.Tensor]:
+        return [torch.ones(10**6) for _ in range(3)]
+
+    assert size <= allocator_peak(step, CPU) < 1.1 * size
+    assert 3 * size <= allocator_peak(lambda: both() and None, CPU) < 3.1 * size
+
+
+def test_the_largest_batch_is_found() -> None:
+    """One example takes 1 MiB of a cap 100 MiB above what the process has."""
+    if memory._begin_resident() is None:
+        pytest.skip("peaks of the resident set are only known on Linux")
+    cap = memory._resident("VmRSS") + 100 * 2**20
+    kept = []
+
+    def begin(B: int) -> Step:
+        def step() -> None:
+            kept.append(torch.ones(B, 2**18))
+            kept.clear()
+
+        return step
+
+    assert 85 <= largest_batch(begin, cap, CPU) <= 101
+    assert largest_batch(begin, 2**20, CPU) == 0
+
+
+def test_a_process_of_its_own() -> None:
+    job = Job("mlp", "dptorch/auto", {"B": 8, "T": None, "d": 64})
+    peaks = ask(job)
+    # Less than the sum of one step's activations, weights and gradients is no peak.
+    assert peaks["allocator"] is not None
+    assert 4 * 64 * 64 * 4 < peaks["allocator"] < 2**20
+    with pytest.raises(Unavailable, match="tying"):
+        ask(replace(job, workload="reused", engine="opacus/ghost"))
+    with pytest.raises(Unavailable, match=r"process died.*nothing"):
+        ask(replace(job, engine="nothing"))
+
+
+def test_amounts_of_memory() -> None:
+    assert memory_bytes("2 GiB") == 2**31
+    for wrong in ("", "GB", "-1GB", "4 XB", "nan"):
+        with pytest.raises(ConfigurationError, match="4GB"):
+            memory_bytes(wrong)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """All workloads at their tiny size, in an empty folder."""
+    for name, recipe in WORKLOADS.items():
+        monkeypatch.setitem(WORKLOADS, name, replace(recipe, size=recipe.tiny))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bench(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["bench", "--threads", "1", *arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_a_run_writes_everything(tiny: Path) -> None:
+    (tiny / "docs").mkdir()
+    chosen = ("--engine", "dptorch/auto", "--engine", "opacus/ghost", "--no-memory", "--docs")
+    code, out = bench("mlp", "functional_tie", "reused", *chosen, "--rounds", "2")
+    assert code == 0, out
+    with (tiny / "docs/cost/cost.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [f.name for f in fields(Row)]
+    assert len(rows) == 3 * 3
+    ours = [r for r in rows if r["engine"] == "dptorch/auto"]
+    assert all(float(r["ratio"]) > 0 and float(r["gradient_error"]) < WRONG for r in ours)
+    (refused,) = [r for r in rows if r["reason"]]
+    assert (refused["workload"], refused["engine"]) == ("reused", "opacus/ghost")
+    text = (tiny / "docs/cost.md").read_text()
+    assert "cost/cost.svg" in text
+    assert (tiny / "docs/cost/cost.svg").exists()
+    assert "tying is not supported" in text
+    assert f"torch {torch.__version__}" in text
+    for word in ("load average", "threads", "2 rounds", "opacus 1."):
+        assert word in text
+    # And a sweep beside it is added to the page.
+    code, out = bench("--sweep", "B", "--values", "2,4", "mlp", "--no-memory", "--rounds", "1",
+                      "--engine", "dptorch/auto", "--docs")  # fmt: skip
+    assert code == 0, out
+    text = (tiny / "docs/cost.md").read_text()
+    assert "| engine | B=2 | B=4 |" in text
+    assert "## Time and memory" in text
+    assert (tiny / "docs/cost/sweep-B.svg").exists()
+
+
+def test_the_largest_batch_from_the_command_line(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(job: Job) -> dict[str, int | None]:
+        assert job.cap == 10**9
+        if job.engine == "opacus/ghost":
+            raise Unavailable("it is told not to")
+        return {"batch": 7 if job.engine == NON_PRIVATE else 5}
+
+    monkeypatch.setattr(suite, "ask", answer)
+    code, out = bench("--largest-batch", "--memory-cap", "1GB", "mlp")
+    assert code == 0, out
+    assert "told not to" in out
+    text = (tiny / "bench/cost.md").read_text()
+    assert "| mlp | 7 | 5 |" in text
+    assert "1 GB" in text
+
+
+def test_a_wrong_gradient_is_no_best_of_anything(tmp_path: Path) -> None:
+    wrong = Row("mlp", "peer/wrong", 2, None, 4, ratio=1.1, gradient_error=0.5)
+    right = Row("mlp", "peer/right", 2, None, 4, ratio=1.5, gradient_error=1e-6)
+    failed = Row("mlp", "peer/none", 2, None, 4, ratio=1.0, gradient_error=float("nan"))
+    run = Run("cost", "dptorch bench", {}, {}, [wrong, right, failed])
+    save(run, tmp_path)
+    text = page(load(tmp_path))
+    assert "| mlp, B=2, d=4 | 1.50 |" in text
+    assert "(1.10)" in text
+    assert json.loads((tmp_path / "cost.json").read_text())["kind"] == "cost"
+
+
+def test_memory_is_a_ratio_to_the_ordinary_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {NON_PRIVATE: 2**20, "dptorch/auto": 3 * 2**20}
+    monkeypatch.setattr(
+        suite, "ask", lambda job: {"allocator": peaks[job.engine], "resident": None}
+    )
+    recipe = replace(WORKLOADS["mlp"], size=WORKLOADS["mlp"].tiny)
+    options = Options([ENGINES["dptorch/auto"]], rounds=1, check=False)
+    plain, ours = measure(recipe, options, tell=lambda text, over: None)
+    assert (plain.allocator_ratio, ours.allocator_ratio) == (1.0, 3.0)
+    assert (ours.allocator_mib, ours.resident_mib) == (3.0, None)
+
+
+def test_an_engine_that_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach(work: Workload, settings: Settings) -> Step:
+        raise RuntimeError("this one\nnever works")
+
+    recipe = replace(WORKLOADS["mlp"], size=WORKLOADS["mlp"].tiny)
+    options = Options([Engine("broken/one", "", attach)], rounds=1, memory=False)
+    plain, broken = measure(recipe, options, tell=lambda text, over: None)
+    assert plain.ratio is not None
+    assert broken.ratio is None
+    assert broken.reason == "RuntimeError: this one never works"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nlp",), "mlp"),
+        (("--engine", "opakus"), "opacus"),
+        (("--sweep", "b", "mlp"), "B"),
+        (("--sweep", "B", "--largest-batch"), "give one"),
+        (("--sweep", "B", "--values", "1,x"), "positive numbers"),
+        (("--largest-batch", "--memory-cap", "much"), "4GB"),
+        (("--dtype", "fp8"), "fp32"),
+        (("--device", "tpu"), "cpu or cuda"),
+        (("--peer", "fastdp=/nowhere"), "fastDP"),
+        (("--docs", "mlp"), "docs"),
+    ],
+)
+def test_wrong_arguments_are_explained(
+    arguments: tuple[str, ...], message: str, tiny: Path
+) -> None:
+    code, out = bench(*arguments)
+    assert code == 2
+    assert message in out
+    assert not list(tiny.iterdir())
+
+
+def test_the_list_names_all(tiny: Path) -> None:
+    code, out = bench("--list")
+    assert code == 0
+    for name in (*WORKLOADS, *ENGINES):
+        assert name in out
+
+
+def test_the_path_of_a_checkout_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dptorch.cli.bench import _command
+
+    arguments = ["dptorch", "bench", "--peer", "fastdp=/home/me/x", "--peer=private-vision=/y"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert _command() == "dptorch bench --peer fastdp=PATH --peer=private-vision=PATH"
