@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format zoo clean
+.PHONY: help demo test lint format zoo bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
@@ -34,6 +34,9 @@ format: $(VENV)/.test  ## let ruff fix and format
 
 zoo: $(VENV)/.test  ## every image model of the zoo against a loop; writes docs/zoo.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo_all
+
+bench: $(VENV)/.test  ## time and memory of a private step, ours and others'; writes docs/cost.md
+	$(BIN)/dptorch bench --docs
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -33,8 +33,8 @@ ENGINES = engines()
 
 
 def test_a_step_to_itself_is_one_and_a_slow_twin_shows() -> None:
-    """Over 40 interleaved rounds of about 1 ms the medians of equal steps differ by a few percent,
-    on a busy machine too; 25 % is the tolerance, far from the twin's factor of 3."""
+    """CPU time says it to 10 %. Wall time of steps as short as these also holds the slices that a
+    busy machine gives to others, so of it only what no load can hide is asked."""
     x = torch.randn(300, 300)
 
     def step() -> None:
@@ -46,12 +46,13 @@ def test_a_step_to_itself_is_one_and_a_slow_twin_shows() -> None:
             step()
 
     found = interleave(step, {"same": step, "slow": thrice}, seconds=0, rounds=40)
-    assert 0.8 < found["same"].ratio < 1.25
-    assert 2.2 < found["slow"].ratio < 4.0
-    assert 2.2 < found["slow"].cpu_ratio < 4.0
+    assert 0.9 < found["same"].cpu_ratio < 1.1
+    assert 2.7 < found["slow"].cpu_ratio < 3.3
+    assert 0.6 < found["same"].ratio < 1.6
+    assert found["slow"].ratio > 2
     for timing in found.values():
         assert timing.ratio_p10 <= timing.ratio <= timing.ratio_p90
-        assert timing.rounds == 40
+    assert found["same"].rounds == 40
 
 
 def test_rounds_follow_the_seconds_and_slow_engines_sit_out() -> None:
@@ -300,6 +301,7 @@ def test_an_engine_that_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPat
         (("--engine", "opakus"), "opacus"),
         (("--sweep", "b", "mlp"), "B"),
         (("--sweep", "B", "--largest-batch"), "give one"),
+        (("--sweep", "T", "mlp"), "has a T"),
         (("--sweep", "B", "--values", "1,x"), "positive numbers"),
         (("--largest-batch", "--memory-cap", "much"), "4GB"),
         (("--dtype", "fp8"), "fp32"),

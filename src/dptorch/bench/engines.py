@@ -25,7 +25,8 @@ NON_PRIVATE = "non-private"
 POSITIONS = "; transformers' position_ids are given for every example, which it needs"
 
 _MODES = (
-    "auto", "default", "ghost", "ghost_mixed", "MixOpt", "BK-ghost", "BK-MixGhostClip", "BK-MixOpt",
+    "auto", "non-ghost", "ghost", "MixGhostClip", "BK-ghost", "BK-MixGhostClip", "BK-MixOpt",
+    NON_PRIVATE,
 )  # fmt: skip
 _STYLES = ("layer-wise", "param-wise", "block-wise")
 
@@ -63,7 +64,10 @@ def engines(peers: Mapping[str, Path] | None = None) -> dict[str, Engine]:
 
     found = [Engine(NON_PRIVATE, "the same loop, nothing attached", _ordinary, all_layer=False)]
     for mode in _MODES:
-        found.append(Engine(f"dptorch/{mode}", f"clipping_mode={mode!r}", _ours(mode, "all-layer")))
+        attach = _ours(mode, "all-layer")
+        found.append(
+            Engine(f"dptorch/{mode}", f"clipping_mode={mode!r}", attach, mode != NON_PRIVATE)
+        )
     for style in _STYLES:
         attach = _ours("auto", style)
         found.append(Engine(f"dptorch/{style}", f"clipping_style={style!r}", attach, False))
@@ -106,8 +110,10 @@ def start(engine: Engine, work: Workload, settings: Settings | None = None) -> S
 
 def versions() -> dict[str, str]:
     """Versions of what takes part, as far as it is installed."""
-    found = {}
-    for package in ("dptorch", "torch", "numpy", "opacus", "transformers", "peft"):
+    from dptorch import __version__
+
+    found = {"dptorch": __version__}
+    for package in ("torch", "numpy", "opacus", "transformers", "peft"):
         try:
             found[package] = version(package)
         except ImportError:

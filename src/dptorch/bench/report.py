@@ -134,28 +134,36 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _summary(run: Run) -> list[str]:
-    """The best engine of each family on each workload."""
+    """The fastest right engine of each family on each workload; nothing if none was checked."""
+    right = [r for r in run.rows if r.ratio and r.gradient_error is not None and not _wrong(r)]
+    if not right:
+        return []
     families = list(dict.fromkeys(_family(r.engine) for r in run.rows if r.engine != NON_PRIVATE))
-    body = []
+    times, memory = [], []
     for workload, rows in _by_workload(run).items():
-        cells = [f"{workload}, {_size(rows[0])}"]
+        label = f"{workload}, {_size(rows[0])}"
+        best = []
         for family in families:
-            right = [r for r in rows if _family(r.engine) == family and r.ratio and not _wrong(r)]
-            best = min(right, key=lambda r: r.ratio or 0, default=None)
-            cells.append(f"{best.ratio:.2f}" if best and best.ratio else "none")
-        body.append(cells)
-    head = ["workload", *families]
+            mine = [r for r in right if r.workload == workload and _family(r.engine) == family]
+            best.append(min(mine, key=lambda r: r.ratio or 0, default=None))
+        times.append([label, *(_number(r.ratio) if r else "none" for r in best)])
+        memory.append([label, *(_number(r.allocator_ratio) if r else "none" for r in best)])
+    what = "Each library's fastest engine that clips each example's whole gradient: time"
     return [
-        "Each library's fastest engine that computes the right gradient:",
-        "",
-        *_table(head, body),
-    ]
+        f"{what}.", "", *_table(["workload", *families], times), "",
+        "Allocated memory of the same engines.", "", *_table(["workload", *families], memory),
+    ]  # fmt: skip
 
 
 def _each_workload(run: Run) -> list[str]:
     text = []
     for workload, rows in _by_workload(run).items():
-        text += [f"### {workload}", "", f"{WORKLOADS[workload].what}. {_size(rows[0])}.", ""]
+        text += [
+            f"### {workload}",
+            "",
+            f"{_sentence(WORKLOADS[workload].what)}. {_size(rows[0])}.",
+            "",
+        ]
         text += [*_table(_HEAD, [_cells(r) for r in rows if r.ratio is not None]), ""]
         notes = [f"- `{r.engine}`: n/a: {r.reason}" for r in rows if r.reason]
         text += [*notes, ""] if notes else []
@@ -236,6 +244,10 @@ def _wrong(row: Row) -> bool:
 
 def _size(row: Row) -> str:
     return ", ".join(f"{k}={getattr(row, k)}" for k in AXES if getattr(row, k) is not None)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _number(value: float | None, digits: int = 2) -> str:

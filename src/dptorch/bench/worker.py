@@ -40,7 +40,7 @@ def answer(job: Job) -> dict[str, Any]:
         before = live_bytes(device)
         step = start(engine, work)
         kept = max(0, live_bytes(device) - before)
-        resident = resident_peak(step)
+        resident = resident_peak(step) if device.type == "cpu" else None
         return {"allocator": kept + allocator_peak(step, device), "resident": resident}
     except Unavailable as error:
         return {"unavailable": str(error)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from dptorch.errors import ConfigurationError, one_of
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dptorch.bench.engines import Engine
     from dptorch.bench.report import Run
     from dptorch.bench.suite import Options, Tell
     from dptorch.bench.workloads import Recipe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+_DTYPES |= {name: name for name in _DTYPES.values()}
 #: Of a sweep or a search for the largest batch, where nothing else is named.
 _FEW_WORKLOADS = ("mlp", "gpt2", "resnet_gn")
 _FEW_ENGINES = ("dptorch/auto", "opacus/hooks", "opacus/ghost", "fastdp/MixOpt-origin")
@@ -160,20 +162,19 @@ def bench(
         rounds=rounds,
         threads=threads,
         device=_device(device),
-        dtype=_DTYPES.get(dtype, dtype)
-        if dtype in _DTYPES.values()
-        else _DTYPES[one_of("dtype", dtype, _DTYPES)],
+        dtype=_DTYPES[one_of("dtype", dtype, _DTYPES)],
         memory=memory,
         check=check,
         seed=seed,
     )
     cap = memory_bytes(memory_cap) if largest_batch else None
     folder = _docs_folder() if docs else output
-    run = _run(chosen, options, sweep, _values(values), cap, console)
-    _write(run, folder, docs, console)
+    for run in _runs(chosen, options, sweep, _values(values), cap, console):
+        files = _write(run, folder, docs)
+    console.print("Written: " + ", ".join(str(f) for f in files))
 
 
-def _list(console: Console, engines: Iterable[object], workloads: Iterable[Recipe]) -> None:
+def _list(console: Console, engines: Iterable[Engine], workloads: Iterable[Recipe]) -> None:
     from rich.table import Table
 
     table = Table("workload", "what", "size", title="Workloads", title_justify="left")
@@ -182,7 +183,7 @@ def _list(console: Console, engines: Iterable[object], workloads: Iterable[Recip
     console.print(table)
     table = Table("engine", "what", title="Engines", title_justify="left")
     for e in engines:
-        table.add_row(e.name, e.what)  # type: ignore[attr-defined]
+        table.add_row(e.name, e.what)
     console.print(table)
 
 
@@ -216,30 +217,37 @@ def _docs_folder() -> Path:
     return Path("docs/cost")
 
 
-def _run(
+def _runs(
     recipes: list[Recipe],
     options: Options,
     axis: str | None,
     values: list[int],
     cap: int | None,
     console: Console,
-) -> Run:
-    """Measure, showing a bar and a table for each workload."""
+) -> Iterator[Run]:
+    """Measure, showing a bar and a table for each workload; what there is after each of them, so
+    that an interrupted run has its results."""
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     from dptorch.bench.report import Run, remarks, terminal_table
-    from dptorch.bench.suite import facts, largest, measure, sweep_sizes
+    from dptorch.bench.suite import Row, facts, largest, measure, sweep_sizes
     from dptorch.bench.workloads import Unavailable
 
-    at_start, rows = facts(options), []
+    kind = f"sweep-{axis}" if axis else "largest-batch" if cap is not None else "cost"
+    about = {e.name: e.what for e in options.engines}
+    rows: list[Row] = []
+    run = Run(kind, _command(), facts(options), about, rows, cap)
     jobs = []
     for recipe in recipes:
         try:
             sizes = [recipe.size] if axis is None else sweep_sizes(recipe, axis, values)
-            jobs += [(recipe, size) for size in sizes]
         except Unavailable as error:
             console.print(f"{recipe.name}: n/a: {error}")
+        else:
+            jobs += [(recipe, size) for size in sizes]
+    if not jobs:
+        raise ConfigurationError(f"--sweep {axis}: none of these workloads has a {axis} to vary.")
     bar = Progress(
         SpinnerColumn(), BarColumn(bar_width=20), MofNCompleteColumn(),
         TextColumn("{task.description}"), console=console, transient=True,
@@ -257,9 +265,7 @@ def _run(
             console.print(terminal_table(found))
             for remark in remarks(found):
                 console.print(f"[dim]{escape(remark)}[/]", soft_wrap=True)
-    kind = f"sweep-{axis}" if axis else "largest-batch" if cap is not None else "cost"
-    about = {e.name: e.what for e in options.engines}
-    return Run(kind, _command(), at_start, about, rows, cap)
+            yield run
 
 
 def _command() -> str:
@@ -276,7 +282,8 @@ def _command() -> str:
     return " ".join(result)
 
 
-def _write(run: Run, folder: Path, docs: bool, console: Console) -> None:
+def _write(run: Run, folder: Path, docs: bool) -> list[Path]:
+    """Save the run, and the page of all runs in the folder; returns the files."""
     from dptorch.bench.report import load, page, save
 
     files = save(run, folder)
@@ -286,4 +293,4 @@ def _write(run: Run, folder: Path, docs: bool, console: Console) -> None:
     else:
         markdown = folder / "cost.md"
     markdown.write_text(text)
-    console.print("Written: " + ", ".join(str(f) for f in [*files, markdown]))
+    return [*files, markdown]
