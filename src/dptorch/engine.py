@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dptorch import checkpoint
-from dptorch.accounting import Adjacency
+from dptorch import accounting, checkpoint
+from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.clipping import COUNTS, AdaptiveClipping, groups_of
 from dptorch.errors import (
     BudgetExhausted,
@@ -42,6 +42,9 @@ from dptorch.tape.explain import Explanation
 from dptorch.tape.mixing import refuse_mixing
 from dptorch.tape.watch import Watch, watch_on
 from dptorch.tape.ways import NON_PRIVATE, mode_of
+
+if TYPE_CHECKING:
+    from dptorch.ledger import DatasetLedger, RunRecord
 
 __all__ = ["PrivacyEngine"]
 
@@ -74,6 +77,8 @@ class PrivacyEngine:
             warn once and leave the model as it is.
         batch_dims: which inputs are batched and where, see `dptorch.tape.batch.BatchDims`.
         self_check: look at the first batch for modules that mix examples.
+        ledger: where every step is written down before its noise is added, beside the other runs
+            on the data set: ``dptorch.ledger.open_ledger("ledger.db").dataset("patients")``.
         seed: for tests: randomness from a number, which is not private.
 
     Guarantees:
@@ -133,6 +138,7 @@ class PrivacyEngine:
         on_budget_exhausted: str = "raise",
         batch_dims: BatchDims = 0,
         self_check: bool = True,
+        ledger: DatasetLedger | None = None,
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
@@ -182,6 +188,8 @@ class PrivacyEngine:
         self.sampling_run: Counter[str] = Counter()
         self._parameters = parameters
         self._key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
+        self._ledger: DatasetLedger | None = None
+        self._record: RunRecord | None = None
         self._memory_budget = _checked_budget(memory_budget)
         groups = groups_of(
             model,
@@ -195,6 +203,8 @@ class PrivacyEngine:
         self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
         self._warned_own_loader = False
+        if ledger is not None:
+            self.use_ledger(ledger)
         # The model's hooks keep the engine alive: a forgotten engine trains nothing, rather than
         # training without privacy.
         self._watch = Watch(
@@ -252,9 +262,11 @@ class PrivacyEngine:
     def detach(self) -> None:
         """Take the engine off model and optimizer; both are then as before, trained parameters kept.
 
-        What was not stepped is dropped. The statement can still be read.
+        What was not stepped is dropped; what the ledger had reserved for it is given back. The
+        statement can still be read.
         """
         self._batch.drop()
+        self.release_budget()
         if self._binding is not None:
             self._binding.restore()
             self._binding = None
@@ -308,6 +320,7 @@ class PrivacyEngine:
                 f"the dataset has {size} records, but the plan was made for "
                 f"sample_size={plan.sample_size}. Make the engine with sample_size={size}."
             )
+        self.reserve_budget()
         sampler: Sampler = plan.scheme.sampler(terms, size, self._key)
         capacity = terms.capacity
         if users is not None and plan.max_examples_per_user is not None:
@@ -338,6 +351,37 @@ class PrivacyEngine:
                 stacklevel=4,
             )
 
+    def use_ledger(self, ledger: DatasetLedger) -> None:
+        """Write every step down in `ledger` before it is released; as the argument of that name.
+
+        Raises:
+            ConfigurationError: steps were taken already, or the engine has a ledger.
+        """
+        if self._ledger is not None or self._loaders or self.steps_done:
+            raise ConfigurationError(
+                "give the engine its one ledger before its loader and its first step: what was "
+                "released before would be missing in it."
+            )
+        self._ledger = ledger
+        self._record = ledger.run(self._plan, self._key.provenance)
+
+    def reserve_budget(self) -> None:
+        """Reserve the steps to come in the ledger, as `loader` and the first step do.
+
+        Raises:
+            BudgetExhausted: the data set's cap does not leave enough.
+        """
+        if self._record is not None and not self.exhausted:
+            self._record.open()
+
+    def release_budget(self) -> None:
+        """Give back what is reserved in the ledger for steps to come, at the end or for a pause.
+
+        Other runs on the data set can then have it. The next step reserves anew.
+        """
+        if self._record is not None:
+            self._record.close()
+
     def public(self) -> AbstractContextManager[None]:
         """Forward passes inside this context are ordinary and unprotected: for public data only.
 
@@ -362,9 +406,12 @@ class PrivacyEngine:
         self._refuse_changed_parameters()
         clipped = self._batch.take()
         step = self._steps_done
+        sampled = part is not None and part.logical_step == step
+        if self._record is not None:
+            own = SampledGaussian(self.plan.noise_multiplier, 1.0, 1)
+            self._record.count(step, self.plan.event(1) if sampled else own)
         # Counted before it is visible: whatever happens from here on, the step has been spent.
         self._steps_done += 1
-        sampled = part is not None and part.logical_step == step
         self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
         if not sampled:
             self._warn_of_own_loader()
@@ -465,19 +512,36 @@ class PrivacyEngine:
 
     def get_privacy_spent(self) -> PrivacySpent:
         """(ε, δ) spent so far. Amplification by sampling counts only for batches that came from the
-        engine's loader."""
+        engine's loader. With a ledger, steps that were lost when the run was killed count too."""
         own = self.sampling_run[OWN_LOADER]
-        epsilon = self.plan.epsilon(self.steps_done, own_loader_steps=own)
+        if self._record is None or not self._record.repeated_steps:
+            epsilon = self.plan.epsilon(self.steps_done, own_loader_steps=own)
+        else:
+            epsilon = accounting.get(self.plan.accountant).epsilon(
+                self._record.attempts.events(),
+                self.plan.target_delta,
+                adjacency=self.plan.adjacency,
+            )
         return PrivacySpent(epsilon, self.plan.target_delta)
+
+    @property
+    def ledger_run(self) -> dict[str, str] | None:
+        """The run's id, data set and location in the ledger, and the ledger's head now."""
+        if self._ledger is None or self._record is None:
+            return None
+        ledger = self._ledger.ledger
+        return {**self._record.name, "location": ledger.location, "head": ledger.head()}
 
     def statement(self) -> Statement:
         """The privacy statement of the run so far; ``print`` it."""
+        record = self._record
         return make_statement(
             self.plan,
             self.steps_done,
             dict(self.sampling_run),
             self._key.provenance,
             self._resumed,
+            record=record if record is not None and record.begun else None,
         )
 
     def save_checkpoint(
@@ -549,6 +613,8 @@ class PrivacyEngine:
             "loss_factors": self._batch.loss_factors,
             "clipping_norms": list(self._batch.clipping_norms),
             "sampling_run": dict(self.sampling_run),
+            "run": None if self._record is None else self._record.run,
+            "run_begun": self._record is not None and self._record.begun,
         }
         return checkpoint.seal(values, self._key)
 
@@ -584,6 +650,7 @@ class PrivacyEngine:
                 f"{state['parameters'].get(odd, 'not trained')} there and "
                 f"{shapes.get(odd, 'not trained')} here."
             )
+        self._go_on_in_ledger(state, key)
         self._steps_done = state["steps_done"]
         self._resumed = state["resumed"] + 1
         factors = state["loss_factors"]
@@ -591,6 +658,33 @@ class PrivacyEngine:
         self._batch.clipping_norms = list(state["clipping_norms"])
         self.sampling_run = Counter(state["sampling_run"])
         self._key = key
+
+    def _go_on_in_ledger(self, state: dict[str, Any], key: RootKey) -> None:
+        run = state["run"]
+        if self._ledger is None:
+            if run is not None:
+                warnings.warn(
+                    f"this run was kept in a ledger (as {run}), and goes on without it: steps that "
+                    "were lost since the checkpoint are not counted. Pass ledger=.",
+                    PrivacyWarning,
+                    stacklevel=3,
+                )
+            return
+        record = self._record = self._ledger.run(
+            self.plan,
+            key.provenance,
+            run=run,
+            begun=state["run_begun"],
+            steps_done=state["steps_done"],
+        )
+        if record.repeated_steps:
+            warnings.warn(
+                f"{record.repeated_steps} steps were released after this checkpoint was written, and "
+                "lost. They count: at the end of its plan the run will have spent "
+                f"epsilon={record.epsilon_at_end():.4g} instead of {self.plan.epsilon():.4g}.",
+                PrivacyWarning,
+                stacklevel=3,
+            )
 
 
 def _arguments() -> list[str]:

@@ -10,6 +10,7 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "ExamplesMixError",
+    "LedgerError",
     "NotCoveredError",
     "PrivacyError",
     "PrivacyWarning",
@@ -31,6 +32,10 @@ class ExamplesMixError(PrivacyError):
 
 class BudgetExhausted(PrivacyError):
     """The next step would spend more than the plan allows; it was not taken."""
+
+
+class LedgerError(PrivacyError):
+    """The ledger cannot be read or written, so the step it should have counted was not taken."""
 
 
 class ConfigurationError(ValueError):

@@ -6,14 +6,17 @@ import json
 import math
 import platform
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dptorch import accounting
-from dptorch.accounting import Adjacency
+from dptorch.accounting import Adjacency, Event
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
+
+if TYPE_CHECKING:
+    from dptorch.ledger import RunRecord
 
 __all__ = ["ASSUMED", "NOT_COVERED", "OWN_LOADER", "RELEASED", "Statement", "make_statement"]
 
@@ -62,6 +65,9 @@ class Statement:
         key_provenance: where the randomness came from.
         versions: software that ran.
         resumed: how often the run went on from a checkpoint.
+        repeated: steps that were released again, because the run was killed after its last
+            checkpoint; every ε counts them. Known only with a ledger.
+        ledger: the run's id and data set in the ledger that its steps were written to beforehand.
     """
 
     plan: PrivacyPlan
@@ -75,6 +81,8 @@ class Statement:
     key_provenance: str
     versions: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
+    repeated: int = 0
+    ledger: dict[str, str] | None = None
 
     @property
     def sampling_holds(self) -> bool:
@@ -152,6 +160,8 @@ class Statement:
             "adjacency": plan.adjacency.value,
             "steps": self.steps,
             "resumed": self.resumed,
+            "repeated": self.repeated,
+            "ledger": self.ledger,
             "sampling_planned": plan.sampling,
             "sampling_law": plan.scheme.describe(plan.terms, plan.unit),
             "sampling_theorem": plan.scheme.theorem,
@@ -181,11 +191,14 @@ class Statement:
             f"Mechanism            Gaussian noise, multiplier {plan.noise_multiplier:.6g}, on sums of "
             f"gradients clipped to {plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})",
             f"Steps                {self.steps} of {plan.steps} planned, empty batches included"
-            + (f"; resumed {self.resumed} times" if self.resumed else ""),
+            + (f"; resumed {self.resumed} times" if self.resumed else "")
+            + (f"; {self.repeated} repeated after a kill, and counted" if self.repeated else ""),
             f"Sampling planned     {plan.sampling}: {plan.scheme.describe(plan.terms, plan.unit)}",
             f"Sampling run         {run}",
             *self._epsilon_lines(),
             f"Randomness           key from the {self.key_provenance}",
+            "Ledger               "
+            + ("run {run} on {dataset}".format(**self.ledger) if self.ledger else "none"),
             "",
             *self._notes(),
             f"Released and covered: {RELEASED}.",
@@ -248,26 +261,46 @@ def make_statement(
     sampling_run: dict[str, int],
     key_provenance: str,
     resumed: int = 0,
+    *,
+    record: RunRecord | None = None,
 ) -> Statement:
-    """The statement for a run that took `steps` steps of `plan`."""
+    """The statement for a run that took `steps` steps of `plan`.
+
+    Args:
+        record: the run's pages of a ledger, which know of steps that were released more than once.
+    """
     from dptorch import __version__
 
     own = sum(n for scheme, n in sampling_run.items() if scheme != plan.sampling)
     bound = accounting.get(plan.accountant).is_upper_bound
     accountant = plan.accountant if bound else "pld"
+    poisson = replace(plan, sampling="poisson", capacity=None)
+    repeated = 0 if record is None else record.repeated_steps
+    if record is not None and repeated:
+        history = record.attempts.events()
+        if_poisson = record.attempts.events(each_as=poisson.event(1))
+    else:
+        history = plan.history(steps, own_loader_steps=own)
+        if_poisson = poisson.history(steps)
+    unamplified = plan.history(steps + repeated, own_loader_steps=steps + repeated)
+
+    def epsilon(history: list[Event], accountant: str) -> float:
+        return accounting.get(accountant).epsilon(
+            history, plan.target_delta, adjacency=plan.adjacency
+        )
+
     try:
-        exact = plan.epsilon(steps, own_loader_steps=own, accountant="exact")
+        exact = epsilon(history, "exact")
     except PrivacyError:
         exact = None
-    poisson = replace(plan, sampling="poisson", capacity=None)
     return Statement(
         plan=plan,
         steps=steps,
-        epsilon=plan.epsilon(steps, own_loader_steps=own, accountant=accountant),
+        epsilon=epsilon(history, accountant),
         accountant=accountant,
         epsilon_exact=exact,
-        epsilon_if_poisson=poisson.epsilon(steps, accountant=accountant),
-        epsilon_unamplified=plan.epsilon(steps, own_loader_steps=steps, accountant=accountant),
+        epsilon_if_poisson=epsilon(if_poisson, accountant),
+        epsilon_unamplified=epsilon(unamplified, accountant),
         sampling_run=sampling_run,
         key_provenance=key_provenance,
         versions={
@@ -276,6 +309,8 @@ def make_statement(
             "python": platform.python_version(),
         },
         resumed=resumed,
+        repeated=repeated,
+        ledger=None if record is None else record.name,
     )
 
 

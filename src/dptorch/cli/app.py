@@ -15,6 +15,7 @@ from dptorch.cli.bench import bench
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
+from dptorch.cli.ledger import ledger
 from dptorch.cli.release import release
 from dptorch.cli.train import train
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
@@ -69,6 +70,7 @@ app.command(rich_help_panel="Plan")(calibrate)
 app.command(rich_help_panel="Train")(check)
 app.command(rich_help_panel="Train")(release)
 app.command(rich_help_panel="Measure")(bench)
+app.add_typer(ledger, name="ledger", rich_help_panel="Plan")
 
 
 def _print_version(wanted: bool) -> None:

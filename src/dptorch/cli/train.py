@@ -31,8 +31,11 @@ def _suggested(name: str) -> str:
 
 
 DATA, MODEL, PRIVACY, TRAINING, OUTPUT = "Data", "Model", "Privacy", "Training", "Run and output"
+LEDGER = "Ledger"
 # What --resume may be combined with: everything else is settled by the run's own record.
-WITH_RESUME = frozenset({"name", "runs", "resume", "device", "num_workers", "release", "ctx"})
+WITH_RESUME = frozenset(
+    {"name", "runs", "resume", "device", "num_workers", "release", "ledger", "no_ledger", "ctx"}
+)
 
 
 def train(
@@ -244,6 +247,33 @@ def train(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DPTORCH_LEDGER",
+            help="Where every step is written down before it is released, so that runs on one data "
+            "set add up: a file, or [bold]postgresql://user@host/database[/]. See "
+            "[bold]dptorch ledger[/].",
+            show_default="ledger.db beside the runs",
+            rich_help_panel=LEDGER,
+        ),
+    ] = None,
+    no_ledger: Annotated[
+        bool,
+        typer.Option(
+            "--no-ledger",
+            help="Keep none: steps lost when a run is killed are then not counted.",
+            rich_help_panel=LEDGER,
+        ),
+    ] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the data set in the ledger; public, and always the same for the same data.",
+            show_default="a random id kept beside the data; recipes: their name",
+            rich_help_panel=LEDGER,
+        ),
+    ] = None,
     diagnostics: Annotated[
         bool,
         typer.Option(
@@ -275,6 +305,7 @@ def train(
 
     [cyan]dptorch train --resume --name mnist-1[/]
     """
+    from dptorch.cli.ledger import for_new_run, for_resumed_run
     from dptorch.training import run_folder
     from dptorch.training.canaries import CANARY_FILE, Canaries
     from dptorch.training.data import ReadOptions
@@ -296,6 +327,10 @@ def train(
         job = replace(job, device=device, num_workers=num_workers)
         planted = Canaries.read(folder.path / CANARY_FILE) if job.canaries else None
         setup = _prepare(partial(prepare, canaries=planted), job, console)
+        if not no_ledger:
+            kept = for_resumed_run(ctx, ledger, folder.read_json("run.json").get("ledger"))
+            if kept is not None:
+                setup.engine.use_ledger(kept)
         outcome = _watched(run_job, setup, folder, console, resume=True)
     else:
         if data is None:
@@ -328,6 +363,9 @@ def train(
         name = name or run_folder.next_name(runs, stem)
         run_folder.check_free(runs, name, overwrite=overwrite)
         setup = _prepare(prepare, job, console)
+        if not no_ledger:
+            setup.engine.use_ledger(for_new_run(ledger, runs, dataset, setup.job))
+            setup.engine.reserve_budget()
         folder = run_folder.create(runs, name, overwrite=overwrite)
         outcome = _watched(run_job, setup, folder, console, resume=False)
     _conclude(outcome, console)
@@ -394,9 +432,12 @@ def _prepare(prepare: Any, job: Job, console: Console) -> Setup:
 def _watched(run_job: Any, setup: Setup, folder: Any, console: Console, resume: bool) -> Outcome:
     from dptorch.cli.progress import observer_for
 
-    with observer_for(console) as observer:
-        outcome: Outcome = run_job(setup, folder, observer=observer, resume=resume)
-    return outcome
+    try:
+        with observer_for(console) as observer:
+            outcome: Outcome = run_job(setup, folder, observer=observer, resume=resume)
+        return outcome
+    finally:
+        setup.engine.release_budget()
 
 
 def _conclude(outcome: Outcome, console: Console) -> None:

@@ -272,6 +272,7 @@ def _about(setup: Setup, status: str) -> Row:
     return {
         "status": status,
         "job": setup.job.to_dict(),
+        "ledger": setup.engine.ledger_run,
         "data": {
             "source": setup.data.source,
             "classes": list(setup.data.classes),
@@ -305,6 +306,7 @@ def _refuse_changed_data(folder: RunFolder, data: TrainTest) -> None:
 
 def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> None:
     """Write everything a reader needs; the same for a complete and an interrupted run."""
+    setup.engine.release_budget()
     statement = setup.engine.statement()
     n_test = setup.data.sizes[1]
     test_note = (

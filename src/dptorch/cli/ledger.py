@@ -1,0 +1,388 @@
+"""`dptorch ledger`: what has been released about a data set, what it cost, and what is left."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from dptorch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from dptorch.ledger import DatasetLedger, Ledger, RunSummary, Total
+    from dptorch.training.job import Job
+
+__all__ = ["for_new_run", "for_resumed_run", "ledger"]
+
+DEFAULT = Path("runs") / "ledger.db"
+
+ledger = typer.Typer(
+    help="What was released about each data set, what all runs cost together, and budgets.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+Location = Annotated[
+    str,
+    typer.Option(
+        "--ledger",
+        envvar="DPTORCH_LEDGER",
+        help="A file, or [bold]postgresql://user@host/database[/].",
+        show_default=str(DEFAULT),
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="DPTORCH_LEDGER_KEY_FILE",
+        help="The key that the ledger was made with, if it was.",
+        show_default=False,
+    ),
+]
+Dataset = Annotated[str | None, typer.Option(help="Only this data set.", show_default="every one")]
+Delta = Annotated[
+    float | None,
+    typer.Option(help="State ε at this δ.", show_default="the cap's, or the runs' largest"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@ledger.command()
+def show(
+    location: Location = str(DEFAULT),
+    dataset: Dataset = None,
+    entries: Annotated[
+        bool, typer.Option("--entries", help="Every entry instead of one line a run.")
+    ] = False,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs on each data set.
+
+    [bold]Repeated[/] steps were released again because the run was killed after its last checkpoint.
+    An [bold]open[/] run may still be going on, or was killed: resume it, or close it.
+    """
+    book = _open(location, key_file)
+    if entries:
+        _show_entries(book, dataset, as_json)
+        return
+    runs = book.runs(dataset=dataset)
+    if as_json:
+        typer.echo(json.dumps([_run_as_dict(run) for run in runs], indent=2))
+        return
+    table = Table(
+        "data set",
+        Column("run", no_wrap=True),
+        "begun (UTC)",
+        "steps",
+        "repeated",
+        "noise",
+        "rate",
+        "",
+        "ε",
+        "δ",
+    )
+    for run in runs:
+        table.add_row(
+            run.dataset,
+            run.run,
+            run.begun[:19].replace("T", " "),
+            f"{run.steps:,} of {run.plan.steps:,}",
+            f"{run.repeated:,}",
+            f"{run.plan.noise_multiplier:.4g}",
+            f"{run.plan.sample_rate:.4g}",
+            "open" if run.open else "closed",
+            _up(_epsilon(run)),
+            f"{run.plan.target_delta:g}",
+        )
+    _console().print(table if runs else f"{book.location} holds no run.")
+
+
+@ledger.command()
+def total(
+    location: Location = str(DEFAULT),
+    dataset: Dataset = None,
+    delta: Delta = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What all runs on a data set cost together.
+
+    [bold]planned[/] holds if no run's settings depended on what other runs had shown;
+    [bold]adaptive[/] holds however they were chosen.
+    """
+    totals = _totals(_open(location, key_file), dataset, delta)
+    if as_json:
+        typer.echo(json.dumps([_total_as_dict(t) for t in totals], indent=2))
+        return
+    table = Table("data set", "runs", "steps", "ε planned", "ε adaptive", "δ", "adjacency")
+    for t in totals:
+        table.add_row(
+            t.dataset,
+            f"{t.runs:,}",
+            f"{t.steps:,}",
+            _up(t.planned),
+            _up(t.adaptive),
+            f"{t.delta:g}",
+            t.adjacency.value,
+        )
+    console = _console()
+    console.print(table)
+    for t in totals:
+        for note in t.notes:
+            console.print(f"{t.dataset}: {note}.")
+
+
+@ledger.command()
+def budgets(
+    location: Location = str(DEFAULT), key_file: KeyFile = None, as_json: AsJson = False
+) -> None:
+    """What each data set's cap leaves."""
+    totals = _totals(_open(location, key_file), None, None)
+    if as_json:
+        typer.echo(json.dumps([_total_as_dict(t) for t in totals], indent=2))
+        return
+    table = Table("data set", "cap", "spent", "spent or reserved", "left", "δ", "unit")
+    for t in totals:
+        table.add_row(
+            t.dataset,
+            "none" if t.cap is None else f"{t.cap.epsilon:g}",
+            _up(t.adaptive),
+            _up(t.committed),
+            "" if t.cap is None else f"{max(0.0, t.cap.epsilon - t.committed):.4f}",
+            f"{t.delta:g}",
+            "" if t.cap is None else t.cap.unit,
+        )
+    _console().print(table)
+
+
+@ledger.command()
+def cap(
+    dataset: Annotated[str, typer.Argument(help="The data set, as `show` names it.")],
+    epsilon: Annotated[
+        float | None, typer.Option(help="Everything released together stays below this.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="At this δ.")] = None,
+    unit: Annotated[str, typer.Option(help="What one record is.")] = "example",
+    adjacency: Annotated[
+        str, typer.Option(help="add-remove, zero-out or replace-one.")
+    ] = "add-remove",
+    lift: Annotated[bool, typer.Option("--lift", help="Take the cap away.")] = False,
+    location: Location = str(DEFAULT),
+    key_file: KeyFile = None,
+) -> None:
+    """Set the budget of a data set, which all its runs share.
+
+    A run reserves what its plan costs before its first step, and is refused if that does not fit;
+    what it does not use is given back.
+
+    [bold]Example[/]
+
+    [cyan]dptorch ledger cap patients-2026 --epsilon 8 --delta 1e-6[/]
+    """
+    from dptorch.accounting import Adjacency
+    from dptorch.ledger import Cap
+
+    if lift == (epsilon is not None or delta is not None) or (epsilon is None) != (delta is None):
+        raise ConfigurationError("give --epsilon and --delta, or --lift.")
+    _make_folder(location)
+    pages = _open(location, key_file, create=True).dataset(dataset)
+    if epsilon is None or delta is None:
+        pages.set_cap(None)
+        _console().print(f"{dataset}: no cap.")
+        return
+    pages.set_cap(Cap(epsilon, delta, Adjacency.of(adjacency), unit))
+    _console().print(f"{dataset}: at most epsilon {epsilon:g} at delta {delta:g}, per {unit}.")
+
+
+@ledger.command()
+def close(
+    run: Annotated[str, typer.Argument(help="Its id, as `show` names it.")],
+    location: Location = str(DEFAULT),
+    key_file: KeyFile = None,
+) -> None:
+    """Give back what a killed run had reserved and not used.
+
+    If its process is alive after all, its next step is refused. The run can still be resumed, if
+    the budget has room.
+    """
+    _open(location, key_file).close_run(run)
+    _console().print(f"{run}: closed.")
+
+
+@ledger.command()
+def verify(
+    location: Location = str(DEFAULT),
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="A head hash that you kept elsewhere: some entry must have it.",
+            show_default=False,
+        ),
+    ] = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute the chain of hashes; exit with 1 if it is broken.
+
+    Finds entries that were edited, deleted, inserted or reordered, and an end that was cut off. Who
+    can write to the ledger could rebuild it as a whole; keep the printed head elsewhere (it is in
+    each run's run.json too) and give it with --head, and nothing before it can change unnoticed.
+    """
+    found = _open(location, key_file).verify(head)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        console = _console()
+        for problem in found.problems[:20]:
+            console.print(f"[bold red]Broken:[/] {problem}.")
+        if len(found.problems) > 20:
+            console.print(f"... and {len(found.problems) - 20} more.")
+        if found.clock_went_back:
+            console.print(
+                f"The clock was behind at {len(found.clock_went_back)} entries; their order holds."
+            )
+        if not found.problems:
+            console.print(f"{found.entries:,} entries, unbroken. Head: {found.head}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+# -- for `dptorch train` -------------------------------------------------------------------------------
+
+
+def for_new_run(location: str | None, runs: Path, dataset: str | None, job: Job) -> DatasetLedger:
+    """The ledger of a new run, made if there is none.
+
+    Args:
+        location: what was asked for; by default ``ledger.db`` in `runs`.
+        dataset: its name, if one was given.
+        job: says where the data is from.
+    """
+    from dptorch.ledger import beside
+
+    book = _open(location or str(runs / "ledger.db"), _key_file(), create=True, runs=runs)
+    if dataset is None:
+        dataset = f"recipe:{job.recipe}" if job.data is None else beside(job.data)
+    return book.dataset(dataset)
+
+
+def for_resumed_run(
+    ctx: typer.Context, location: str | None, recorded: dict[str, str] | None
+) -> DatasetLedger | None:
+    """The ledger that a run was begun with; None if it was begun without one.
+
+    Args:
+        ctx: tells an option from an environment variable, which may be meant for other runs.
+        location: what was asked for.
+        recorded: what ``run.json`` says.
+    """
+    if recorded is None:
+        return None
+    source = ctx.get_parameter_source("ledger")
+    asked = source is not None and source.name == "COMMANDLINE"
+    # A URL is recorded without its password.
+    if location is None or not (asked or "://" in recorded["location"]):
+        location = recorded["location"]
+    return _open(location, _key_file()).dataset(recorded["dataset"])
+
+
+def _key_file() -> Path | None:
+    import os
+
+    found = os.environ.get("DPTORCH_LEDGER_KEY_FILE")
+    return Path(found) if found else None
+
+
+def _open(
+    location: str, key_file: Path | None, *, create: bool = False, runs: Path | None = None
+) -> Ledger:
+    from dptorch.ledger import open_ledger
+
+    if runs is not None:
+        _make_folder(location)
+    return open_ledger(location, create=create, key_file=key_file)
+
+
+def _make_folder(location: str) -> None:
+    if "://" not in location:
+        try:
+            Path(location).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"The folder of the ledger {location} cannot be made ({error.strerror})."
+            ) from None
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def _totals(book: Ledger, dataset: str | None, delta: float | None) -> list[Total]:
+    names = book.datasets() if dataset is None else [dataset]
+    return [book.dataset(name).total(delta) for name in names]
+
+
+def _epsilon(run: RunSummary) -> float:
+    from dptorch import accounting
+
+    return accounting.get(run.plan.accountant).epsilon(
+        run.history, run.plan.target_delta, adjacency=run.plan.adjacency
+    )
+
+
+def _run_as_dict(run: RunSummary) -> dict[str, Any]:
+    return {
+        "dataset": run.dataset,
+        "run": run.run,
+        "begun": run.begun,
+        "open": run.open,
+        "steps": run.steps,
+        "repeated": run.repeated,
+        "epsilon": _finite(_epsilon(run)),
+        "delta": run.plan.target_delta,
+        "key": run.key_provenance,
+        "plan": json.loads(run.plan.to_json()),
+    }
+
+
+def _total_as_dict(total: Total) -> dict[str, Any]:
+    values = asdict(total)
+    values["adjacency"] = total.adjacency.value
+    if total.cap is not None:
+        values["cap"]["adjacency"] = total.cap.adjacency.value
+    return {name: _finite(value) for name, value in values.items()}
+
+
+def _show_entries(book: Ledger, dataset: str | None, as_json: bool) -> None:
+    found = book.entries(dataset=dataset)
+    if as_json:
+        typer.echo(json.dumps([asdict(e) | {"body": e.detail} for e in found], indent=2))
+        return
+    table = Table("seq", "time (UTC)", "kind", "data set", "run", "first", "steps", "hash")
+    for e in found:
+        first, steps = ("" if n is None else f"{n:,}" for n in (e.first, e.steps))
+        table.add_row(
+            str(e.seq), e.time[:19], e.kind, e.dataset or "", e.run or "", first, steps, e.hash[:12]
+        )
+    _console().print(table)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
+def _up(epsilon: float) -> str:
+    # Rounded up: a stated bound may not be below the computed one.
+    return "infinite" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
+
+
+def _console() -> Console:
+    # A pipe or a file has no width: nothing is to be cut short in it.
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)

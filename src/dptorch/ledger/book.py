@@ -1,0 +1,336 @@
+"""The ledger as a whole, and the pages of one data set in it."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from dptorch.accounting import Adjacency, Event
+from dptorch.errors import ConfigurationError, LedgerError
+from dptorch.ledger.budget import Cap, adaptive_epsilon, planned_epsilon
+from dptorch.ledger.counting import Attempts
+from dptorch.ledger.entry import GENESIS, Entry, seal
+from dptorch.ledger.fingerprint import named
+from dptorch.ledger.record import RunRecord, cap_in, close_dead, committed_in
+from dptorch.plan import PrivacyPlan
+
+if TYPE_CHECKING:
+    from dptorch.ledger.store import Store
+
+__all__ = ["DatasetLedger", "Ledger", "RunSummary", "Total", "Verification"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the ledger knows of one run.
+
+    Attributes:
+        run, dataset: whose.
+        begun: UTC, ISO 8601.
+        open: whether it may still take steps of what it has reserved.
+        plan: what it committed to.
+        key_provenance: where its randomness came from.
+        steps: steps released at least once.
+        repeated: further releases of them, after the run was killed.
+        history: all releases, for an accountant.
+        committed: what counts under the cap: what it reserved, or, once closed, spent.
+    """
+
+    run: str
+    dataset: str
+    begun: str
+    open: bool
+    plan: PrivacyPlan
+    key_provenance: str
+    steps: int
+    repeated: int
+    history: list[Event]
+    committed: list[Event]
+
+
+@dataclass(frozen=True)
+class Total:
+    """What all runs on a data set cost together; see `dptorch.ledger.budget` for the two numbers.
+
+    Attributes:
+        dataset: fingerprint.
+        delta, adjacency: what the numbers are for.
+        runs: how many there are.
+        steps: releases of all of them, repeated ones included.
+        planned: ε, if no run's settings depended on what others had shown.
+        adaptive: ε, however they were chosen.
+        committed: `adaptive` of what is spent or reserved.
+        cap: of the data set.
+        notes: what the numbers leave out.
+    """
+
+    dataset: str
+    delta: float
+    adjacency: Adjacency
+    runs: int
+    steps: int
+    planned: float
+    adaptive: float
+    committed: float
+    cap: Cap | None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Ledger.verify` found.
+
+    Attributes:
+        entries: how many there are.
+        head: hash of the last one; keep it elsewhere, and what comes before cannot be changed
+            unnoticed.
+        problems: empty if the chain holds.
+        clock_went_back: entries written while the clock was behind the entry before.
+    """
+
+    entries: int
+    head: str
+    problems: list[str]
+    clock_went_back: list[int]
+
+
+class Ledger:
+    """A durable, hash-chained record of everything released. Made by `dptorch.ledger.open_ledger`."""
+
+    def __init__(self, store: Store, *, key: bytes | None, steps_per_write: int) -> None:
+        self.store = store
+        self._key = key
+        self.steps_per_write = steps_per_write
+
+    @property
+    def location(self) -> str:
+        """Path or URL, without a password."""
+        return self.store.location
+
+    def dataset(self, name: str) -> DatasetLedger:
+        """The pages of one data set.
+
+        Args:
+            name: its fingerprint: a public name, or what `fingerprint.beside` returns.
+        """
+        return DatasetLedger(self, named(name))
+
+    def datasets(self) -> list[str]:
+        """Every data set that has an entry, in the order of their first."""
+        with self.store.read() as transaction:
+            found = transaction.entries(kinds=["cap", "begin"])
+            return list(dict.fromkeys(str(entry.dataset) for entry in found))
+
+    def entries(self, *, dataset: str | None = None, run: str | None = None) -> list[Entry]:
+        """The entries, oldest first."""
+        with self.store.read() as transaction:
+            return list(transaction.entries(dataset=dataset, run=run))
+
+    def runs(self, *, dataset: str | None = None) -> list[RunSummary]:
+        """Every run, in the order in which they began."""
+        pages: dict[str, list[Entry]] = {}
+        for entry in self.entries(dataset=dataset):
+            if entry.run is not None:
+                pages.setdefault(entry.run, []).append(entry)
+        return [_summary(entries) for entries in pages.values()]
+
+    def head(self) -> str:
+        """Hash of the last entry. Kept elsewhere, it pins everything before it."""
+        with self.store.read() as transaction:
+            return transaction.head[1]
+
+    def close_run(self, run: str) -> Entry:
+        """Give back what a run has reserved and not used; if it is alive, its next step is refused.
+
+        Raises:
+            LedgerError: there is no such run.
+        """
+        return close_dead(self.store, run)
+
+    def verify(self, pinned_head: str | None = None) -> Verification:
+        """Recompute every hash.
+
+        Args:
+            pinned_head: a head kept from earlier; some entry must have it.
+
+        Guarantees:
+            Editing, deleting, inserting or reordering entries is found; so is cutting off the end,
+            unless the head record is set back with it. Somebody who can write to the database can
+            rebuild all of it consistently, unless the ledger has a key that they lack, or
+            `pinned_head` is given: then only what came after the pin can be rebuilt.
+        """
+        problems: list[str] = []
+        behind: list[int] = []
+        previous, time, count = GENESIS, "", 0
+        pin_found = pinned_head is None
+        with self.store.read() as transaction:
+            for entry in transaction.entries():
+                count += 1
+                problems += self._problems(entry, count, previous, time)
+                if '"clock_behind"' in entry.body:
+                    behind.append(entry.seq)
+                pin_found = pin_found or hmac.compare_digest(entry.hash, str(pinned_head))
+                previous, time = entry.hash, entry.time
+            seq, head = transaction.head
+        if (seq, head) != (count, previous):
+            problems.append(
+                f"the head record says that {seq} entries end in {head[:16]}..., but {count} end in "
+                f"{previous[:16]}...: entries were cut off or added"
+            )
+        if not pin_found:
+            problems.append(
+                f"no entry has the pinned hash {str(pinned_head)[:16]}...: the ledger was cut off "
+                "before it, or rewritten"
+            )
+        return Verification(count, previous, problems, behind)
+
+    def _problems(self, entry: Entry, seq: int, previous: str, time: str) -> list[str]:
+        found = []
+        if entry.seq != seq:
+            found.append(f"entry {seq} is missing or out of place: entry {entry.seq} is there")
+        if not hmac.compare_digest(seal(entry, self._key), entry.hash):
+            found.append(f"entry {entry.seq} was edited: its hash does not fit it")
+        if entry.previous != previous:
+            found.append(f"entry {entry.seq} does not follow the entry before it")
+        if entry.time < time:
+            found.append(f"entry {entry.seq} is dated before the entry before it")
+        return found
+
+
+class DatasetLedger:
+    """What the ledger says about one data set; give it to `PrivacyEngine(ledger=...)`."""
+
+    def __init__(self, ledger: Ledger, dataset: str) -> None:
+        self.ledger = ledger
+        self.dataset = dataset
+        self.store = ledger.store
+        self.steps_per_write = ledger.steps_per_write
+
+    def run(
+        self,
+        plan: PrivacyPlan,
+        key_provenance: str,
+        *,
+        run: str | None = None,
+        begun: bool = True,
+        steps_done: int = 0,
+    ) -> RunRecord:
+        """The pages of one run; see `RunRecord`. Nothing is written yet."""
+        return RunRecord(self, plan, key_provenance, run=run, begun=begun, steps_done=steps_done)
+
+    @property
+    def cap(self) -> Cap | None:
+        """The budget that all runs share, if one was set."""
+        with self.store.read() as transaction:
+            return cap_in(transaction, self.dataset)
+
+    def set_cap(self, cap: Cap | None) -> None:
+        """Set, change or (None) lift the budget of the data set. The change is an entry too.
+
+        Raises:
+            ConfigurationError: what is spent or reserved is above it already.
+        """
+        with self.store.write() as transaction:
+            if cap is not None:
+                committed = committed_in(transaction, self.dataset)
+                events = [event for history in committed.values() for event in history]
+                already = adaptive_epsilon(events, cap.delta, cap.adjacency)
+                runs = sum(bool(history) for history in committed.values())
+                if runs == 1:
+                    already = min(already, planned_epsilon(events, cap.delta, cap.adjacency))
+                if already > cap.epsilon * (1 + 1e-9):
+                    raise ConfigurationError(
+                        f"a cap of epsilon={cap.epsilon:g} comes too late: runs on {self.dataset!r} "
+                        f"have spent or reserved {already:.4f} at delta={cap.delta:g}. Set it no "
+                        "lower than that (nothing more will then fit), or close runs that are dead."
+                    )
+            body = None if cap is None else {**asdict(cap), "adjacency": cap.adjacency.value}
+            transaction.append("cap", dataset=self.dataset, body={"cap": body})
+
+    def runs(self) -> list[RunSummary]:
+        """Every run on the data set."""
+        return self.ledger.runs(dataset=self.dataset)
+
+    def total(self, delta: float | None = None, adjacency: Adjacency | str | None = None) -> Total:
+        """What all runs cost together.
+
+        Args:
+            delta: by default the cap's, or else the largest of the runs' own.
+            adjacency: by default the cap's, or else the strictest of the runs' own.
+
+        Raises:
+            LedgerError: there is no run, or the runs protect different units.
+        """
+        runs, cap = self.runs(), self.cap
+        if not runs and cap is None:
+            known = ", ".join(self.ledger.datasets()) or "none"
+            raise LedgerError(
+                f"the ledger {self.store.location} has no run on {self.dataset!r}. It knows: {known}."
+            )
+        units = {run.plan.unit for run in runs} | ({cap.unit} if cap else set())
+        if len(units) > 1:
+            raise LedgerError(
+                f"the runs on {self.dataset!r} protect different units ({', '.join(sorted(units))}); "
+                "their costs cannot be added up."
+            )
+        if delta is None:
+            delta = cap.delta if cap else max(run.plan.target_delta for run in runs)
+        if adjacency is None:
+            adjacency = cap.adjacency if cap else _strictest(runs)
+        adjacency = Adjacency.of(adjacency)
+        spent = [event for run in runs for event in run.history]
+        committed = [event for run in runs for event in run.committed]
+        return Total(
+            dataset=self.dataset,
+            delta=delta,
+            adjacency=adjacency,
+            runs=len(runs),
+            steps=sum(run.steps + run.repeated for run in runs),
+            planned=planned_epsilon(spent, delta, adjacency),
+            adaptive=adaptive_epsilon(spent, delta, adjacency),
+            committed=adaptive_epsilon(committed, delta, adjacency),
+            cap=cap,
+            notes=_notes(runs),
+        )
+
+
+def _summary(entries: list[Entry]) -> RunSummary:
+    sessions = [entry for entry in entries if entry.kind != "steps"]
+    begun, last = sessions[0], sessions[-1]
+    attempts = Attempts.of(entries)
+    plan = PrivacyPlan.from_json(json.dumps(begun.detail["plan"]))
+    return RunSummary(
+        run=str(begun.run),
+        dataset=str(begun.dataset),
+        begun=begun.time,
+        open=last.kind != "close" and attempts.distinct < plan.steps,
+        plan=plan,
+        key_provenance=begun.detail["key"],
+        steps=attempts.distinct,
+        repeated=attempts.total - attempts.distinct,
+        history=attempts.events(),
+        committed=[Event.from_dict(event) for event in last.detail["committed"]],
+    )
+
+
+def _strictest(runs: list[RunSummary]) -> Adjacency:
+    relations = {run.plan.adjacency for run in runs}
+    if Adjacency.REPLACE_ONE in relations:
+        return Adjacency.REPLACE_ONE
+    return relations.pop() if len(relations) == 1 else Adjacency.ZERO_OUT
+
+
+def _notes(runs: list[RunSummary]) -> list[str]:
+    notes = []
+    seeded = sum("not private" in run.key_provenance for run in runs)
+    if seeded:
+        notes.append(
+            f"{seeded} of the runs took their noise from a user's seed: whoever knows it can remove "
+            "the noise, and for them nothing here holds"
+        )
+    alive = [run.run for run in runs if run.open]
+    if alive:
+        notes.append(f"still open, with part of the budget reserved: {', '.join(alive)}")
+    return notes

@@ -1,0 +1,143 @@
+"""What a run's entries add up to, repeated steps included, in the words accountants understand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dptorch.accounting.events import (
+    EpochwiseGaussian,
+    Event,
+    FixedSizeGaussian,
+    RandomAllocationGaussian,
+    SampledGaussian,
+    TruncatedPoissonGaussian,
+)
+from dptorch.errors import LedgerError, PrivacyError
+from dptorch.ledger.entry import Entry
+
+__all__ = ["Attempts"]
+
+# Steps draw their batches independently of each other.
+_BY_STEP = (SampledGaussian, TruncatedPoissonGaussian, FixedSizeGaussian)
+# The steps of an epoch share one draw.
+_BY_EPOCH = (RandomAllocationGaussian, EpochwiseGaussian)
+
+
+class Attempts:
+    """How often each step of a run was released.
+
+    A run that is killed and resumed draws the same batch for a step as before. Two releases on one
+    batch are not two independently sampled steps: an observer may average their noise. They are one
+    step whose noise is smaller by sqrt(attempts). The adaptive composition of m Gaussian mechanisms
+    of multiplier σ on one sample is dominated by one of multiplier σ/√m (Dong, Roth, Su 2022,
+    arXiv:1905.02383, Corollary 3.3); sampling amplifies the dominating pair (Zhu, Dong, Wang 2022,
+    arXiv:2106.08567, Theorem 11); that other steps come in between changes nothing (concurrent
+    composition: Vadhan and Zhang 2023, arXiv:2207.08335). Where the steps of an epoch share one
+    draw, all of an epoch is counted as often as the most often released of its steps.
+
+    Example:
+        >>> attempts = Attempts()
+        >>> attempts.add(SampledGaussian(2.0, 0.1, 1), first=0, steps=10)
+        >>> attempts.add(SampledGaussian(2.0, 0.1, 1), first=7, steps=5)  # killed, resumed at 7
+        >>> attempts.total, attempts.distinct
+        (15, 12)
+        >>> [(round(e.noise_multiplier, 3), e.steps) for e in attempts.events()]
+        [(2.0, 9), (1.414, 3)]
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[Event, Counter[int]] = {}
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Attempts:
+        """What the entries of one run add up to."""
+        attempts = cls()
+        for entry in entries:
+            if entry.first is not None and entry.steps is not None:
+                event = Event.from_dict(entry.detail["event"])
+                count = attempts.add if entry.kind == "steps" else attempts.take_back
+                count(event, entry.first, entry.steps)
+        return attempts
+
+    def add(self, event: Event, first: int, steps: int) -> None:
+        """Count a release of each of the steps first, first + 1, ..."""
+        counter = self._times.setdefault(_once(event), Counter())
+        counter.update(range(first, first + steps))
+
+    def take_back(self, event: Event, first: int, steps: int) -> None:
+        """Undo `add` for steps that were not released after all.
+
+        Raises:
+            LedgerError: they were never added.
+        """
+        counter = self._times.get(_once(event), Counter())
+        counter.subtract(range(first, first + steps))
+        if min(counter.values(), default=0) < 0:
+            raise LedgerError(
+                f"the ledger gives back steps from {first} on that it never recorded: it has been "
+                "edited. Run `dptorch ledger verify`."
+            )
+
+    def copy(self) -> Attempts:
+        """A copy that can be added to."""
+        other = Attempts()
+        other._times = {event: counter.copy() for event, counter in self._times.items()}
+        return other
+
+    @property
+    def total(self) -> int:
+        """All releases."""
+        return sum(counter.total() for counter in self._times.values())
+
+    @property
+    def distinct(self) -> int:
+        """Steps released at least once."""
+        return len({s for counter in self._times.values() for s, n in counter.items() if n})
+
+    def times(self, step: int) -> int:
+        """How often one step was released."""
+        return sum(counter[step] for counter in self._times.values())
+
+    def events(self, *, each_as: Event | None = None) -> list[Event]:
+        """The history for an accountant.
+
+        Args:
+            each_as: what to take every step for, instead of what it was.
+
+        Raises:
+            PrivacyError: steps of a mechanism for which no rule of repetition is known.
+        """
+        counts = self._times
+        if each_as is not None:
+            counts = {each_as: sum(counts.values(), start=Counter())}
+        return [e for event, counter in counts.items() for e in _history(event, counter)]
+
+
+def _history(event: Event, times: Counter[int]) -> list[Event]:
+    if isinstance(event, _BY_STEP):
+        groups = Counter(n for n in times.values() if n)
+    elif isinstance(event, _BY_EPOCH):
+        epochs: dict[int, int] = {}
+        for step, n in times.items():
+            epoch = step // event.steps_per_epoch
+            epochs[epoch] = max(epochs.get(epoch, 0), n)
+        groups = Counter()
+        for n in epochs.values():
+            groups[n] += event.steps_per_epoch if n else 0
+    else:
+        raise PrivacyError(
+            f"the ledger counts step by step, and the {event.kind} mechanism is one release of many "
+            "steps: no rule is known for a run of it that is killed and resumed."
+        )
+    return [
+        replace(event, noise_multiplier=event.noise_multiplier / math.sqrt(n), steps=steps)
+        for n, steps in sorted(groups.items())
+        if n
+    ]
+
+
+def _once(event: Event) -> Event:
+    return replace(event, steps=1)

@@ -1,0 +1,56 @@
+"""Child processes that share a table of what they did with the test, and can be killed.
+
+They are forked, so that each costs milliseconds and not an import of torch. What a child writes to the
+shared table survives its death by any signal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+
+__all__ = ["kill", "shared", "spawn", "wait"]
+
+
+def shared(shape: tuple[int, ...]) -> np.ndarray:
+    """An int32 table of zeros that forked children write to. It lives as long as the process."""
+    memory = SharedMemory(create=True, size=4 * int(np.prod(shape)))
+    memory.unlink()
+    table: np.ndarray = np.ndarray(shape, np.int32, buffer=memory.buf)
+    table[:] = 0
+    _KEEP.append(memory)
+    return table
+
+
+_KEEP: list[SharedMemory] = []
+
+
+def spawn(work: Callable[[], None]) -> int:
+    """Fork a child that does `work` and ends with 0, or 1 and a traceback; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    """The exit code of a child; negative: the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid: int) -> int:
+    """End a child at once, whatever it is doing; returns its exit code."""
+    os.kill(pid, signal.SIGKILL)
+    return wait(pid)

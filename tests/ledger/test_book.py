@@ -1,0 +1,319 @@
+"""Entries, the chain, and what runs on one data set add up to, on both backends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+import dptorch
+from dptorch import accounting
+from dptorch.accounting import Adjacency, SampledGaussian
+from dptorch.accounting.events import CorrelatedGaussian, RandomAllocationGaussian
+from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyError
+from dptorch.ledger import Cap, DatasetLedger, open_ledger
+from dptorch.ledger.budget import adaptive_epsilon, planned_epsilon
+from dptorch.ledger.counting import Attempts
+from dptorch.ledger.store import Store
+
+OS = "operating system"
+
+
+def plan(steps: int = 10, noise: float = 2.0, rate: float = 0.1) -> dptorch.PrivacyPlan:
+    return dptorch.make_plan(
+        sample_rate=rate, sample_size=100, steps=steps, noise_multiplier=noise, target_delta=1e-5
+    )
+
+
+def take(pages: DatasetLedger, steps: int, of: dptorch.PrivacyPlan | None = None) -> str:
+    """A run that takes some steps and closes; returns its id."""
+    of = of or plan()
+    record = pages.run(of, OS)
+    for step in range(steps):
+        record.count(step, of.event(1))
+    record.close()
+    return record.run
+
+
+def test_runs_on_one_data_set_add_up_and_others_do_not(location: str) -> None:
+    ledger = open_ledger(location)
+    first, second = plan(10, 2.0), plan(20, 3.0, 0.2)
+    take(ledger.dataset("a"), 10, first)
+    take(ledger.dataset("a"), 5, second)
+    take(ledger.dataset("b"), 7, first)
+    again = open_ledger(location, create=False)
+    total = again.dataset("a").total(1e-5)
+    history = [SampledGaussian(2.0, 0.1, 10), SampledGaussian(3.0, 0.2, 5)]
+    expected = accounting.get("pld").epsilon(history, 1e-5, adjacency=Adjacency.ZERO_OUT)
+    assert (total.runs, total.steps) == (2, 15)
+    assert total.planned == pytest.approx(expected, rel=1e-12)
+    assert total.adaptive == total.committed > total.planned
+    assert [run.history for run in again.dataset("b").runs()] == [[SampledGaussian(2.0, 0.1, 7)]]
+    assert again.datasets() == ["a", "b"]
+    assert not again.verify().problems
+
+
+def test_a_resumed_run_counts_lost_steps_as_repeats_on_the_same_batch(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    p = plan(10, 2.0)
+    record = pages.run(p, OS)
+    for step in range(8):
+        record.count(step, p.event(1))
+    # Killed here; the last checkpoint is of step 5.
+    pages = open_ledger(location).dataset("a")
+    resumed = pages.run(p, OS, run=record.run, steps_done=5)
+    assert resumed.repeated_steps == 3
+    for step in range(5, 10):
+        resumed.count(step, p.event(1))
+    twice = SampledGaussian(2.0 / 2**0.5, 0.1, 3)
+    assert resumed.attempts.events() == [SampledGaussian(2.0, 0.1, 7), twice]
+    (run,) = pages.runs()
+    assert (run.steps, run.repeated, run.open) == (10, 3, False)
+    assert run.history == resumed.attempts.events()
+    # Three more sampled steps would be too few: the same batch was seen twice.
+    naive = planned_epsilon([SampledGaussian(2.0, 0.1, 13)], 1e-5)
+    assert planned_epsilon(run.history, 1e-5) > naive
+
+
+def test_two_releases_on_one_batch_cost_what_is_counted() -> None:
+    """Brute force in two dimensions: one batch released twice, against two batches."""
+    sigma, rate, epsilon = 1.0, 0.05, 1.0
+    axis = np.linspace(-8, 9, 1201)
+    cell = (axis[1] - axis[0]) ** 2
+    absent, present = (np.exp(-((axis - at) ** 2) / 2) / np.sqrt(2 * np.pi) for at in (0, 1))
+    q = np.outer(absent, absent)
+    mixed = rate * present + (1 - rate) * absent
+    one_batch = rate * np.outer(present, present) + (1 - rate) * q
+    delta = [
+        float(np.maximum(p - np.exp(epsilon) * q, 0).sum() * cell)
+        for p in (one_batch, np.outer(mixed, mixed))
+    ]
+    exact = accounting.get("exact")
+    attempts = Attempts()
+    for _ in range(2):
+        attempts.add(SampledGaussian(sigma, rate, 1), first=0, steps=1)
+    assert exact.delta(attempts.events(), epsilon) == pytest.approx(delta[0], rel=1e-3)
+    # Negative control: as two sampled steps it would be counted far too low.
+    independent = exact.delta([SampledGaussian(sigma, rate, 2)], epsilon)
+    assert independent == pytest.approx(delta[1], rel=1e-3)
+    assert delta[0] > 1.5 * delta[1]
+
+
+def test_a_repeated_step_of_an_epoch_repeats_the_epoch() -> None:
+    event = RandomAllocationGaussian(2.0, steps_per_epoch=10, steps=1)
+    attempts = Attempts()
+    attempts.add(event, first=0, steps=25)
+    attempts.add(event, first=12, steps=1)
+    assert [(e.noise_multiplier, e.epochs) for e in attempts.events()] == [
+        (2.0, 2),
+        (2.0 / 2**0.5, 1),
+    ]
+
+
+def test_a_mechanism_that_is_no_sequence_of_steps_is_refused() -> None:
+    attempts = Attempts()
+    attempts.add(CorrelatedGaussian(2.0, 1.0, 1), first=0, steps=1)
+    with pytest.raises(PrivacyError, match="no rule"):
+        attempts.events()
+
+
+def test_a_checkpoint_from_before_the_ledger_is_counted_when_the_run_opens(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    record = pages.run(plan(10), OS, steps_done=4)
+    assert record.repeated_steps == 0
+    record.count(4, plan(10).event(1))
+    (run,) = pages.runs()
+    assert run.history == [SampledGaussian(2.0, 0.1, 5)]
+
+
+def test_a_block_counts_in_full_unless_the_run_ends_well(location: str) -> None:
+    p = plan(10)
+    pages = open_ledger(location, steps_per_write=4).dataset("a")
+    killed, ended = pages.run(p, OS), pages.run(p, OS)
+    for record in (killed, ended):
+        for step in range(5):
+            record.count(step, p.event(1))
+    ended.close()
+    assert killed.attempts.events() == ended.attempts.events() == [SampledGaussian(2.0, 0.1, 5)]
+    steps = {run.run: run.steps for run in pages.runs()}
+    assert steps == {killed.run: 8, ended.run: 5}
+    for step in range(5, 10):
+        ended.count(step, p.event(1))
+    assert pages.runs()[1].history == [SampledGaussian(2.0, 0.1, 10)]
+
+
+def test_a_step_past_the_plan_or_out_of_order_is_refused_unspent(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    p = plan(2)
+    record = pages.run(p, OS)
+    with pytest.raises(BudgetExhausted, match="expects step 0"):
+        record.count(1, p.event(1))
+    for step in range(2):
+        record.count(step, p.event(1))
+    with pytest.raises(BudgetExhausted, match="not taken"):
+        record.count(2, p.event(1))
+    assert pages.runs()[0].steps == 2
+
+
+def test_of_two_processes_that_go_on_with_one_run_the_earlier_is_shut_out(location: str) -> None:
+    p = plan(10)
+    first = open_ledger(location).dataset("a").run(p, OS)
+    first.count(0, p.event(1))
+    second = open_ledger(location).dataset("a").run(p, OS, run=first.run, steps_done=1)
+    second.count(1, p.event(1))
+    with pytest.raises(LedgerError, match="another process"):
+        first.count(1, p.event(1))
+    first.close()  # must not close what is no longer its own
+    second.count(2, p.event(1))
+    assert open_ledger(location).runs()[0].history == [SampledGaussian(2.0, 0.1, 3)]
+
+
+@pytest.mark.parametrize("wrong", ["run", "plan", "dataset"])
+def test_a_run_the_ledger_knows_otherwise_is_refused(location: str, wrong: str) -> None:
+    ledger = open_ledger(location)
+    run = take(ledger.dataset("a"), 1)
+    head = ledger.head()
+    pages = ledger.dataset("b" if wrong == "dataset" else "a")
+    with pytest.raises(LedgerError, match="does not know" if wrong == "run" else "run"):
+        pages.run(
+            plan(noise=9.0) if wrong == "plan" else plan(),
+            OS,
+            run="0" * 16 if wrong == "run" else run,
+            steps_done=1,
+        )
+    assert ledger.head() == head
+
+
+# -- budgets -------------------------------------------------------------------------------------------
+
+
+def test_a_first_run_may_use_the_whole_cap_and_then_nothing_fits(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    p = plan(50, 1.5, 0.2)
+    pages.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
+    run = take(pages, 50, p)
+    with pytest.raises(BudgetExhausted, match="Nothing was spent"):
+        take(pages, 1, plan(1, 50.0))
+    assert [r.run for r in pages.runs()] == [run]
+
+
+def test_a_sole_run_keeps_its_reservation_when_it_stops_early(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    p = plan(50, 1.5, 0.2)
+    pages.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
+    take(pages, 10, p)
+    with pytest.raises(BudgetExhausted):
+        take(pages, 1, plan(1, 50.0))
+    unused = open_ledger(location).dataset("b")
+    unused.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
+    take(unused, 0, p)  # closed before its first step: nothing happened
+    take(unused, 1, p)
+
+
+def test_runs_share_a_cap_and_give_back_what_they_do_not_use(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    p = plan(50, 3.0, 0.1)
+    room = adaptive_epsilon([p.event(100)], 1e-5)
+    pages.set_cap(Cap(room * 1.001, 1e-5))
+    record = pages.run(p, OS)
+    record.open()
+    take(pages, 20, p)  # reserves 50, uses 20
+    with pytest.raises(BudgetExhausted, match="other runs"):
+        take(pages, 60, plan(60, 3.0, 0.1))
+    take(pages, 30, plan(30, 3.0, 0.1))
+    with pytest.raises(BudgetExhausted):
+        take(pages, 1, p)
+    pages.ledger.close_run(record.run)
+    take(pages, 50, p)
+    total = pages.total()
+    assert total.steps == 100
+    assert total.adaptive <= total.cap.epsilon if total.cap else False
+    with pytest.raises(LedgerError, match="another process"):
+        record.count(0, p.event(1))  # it was closed as dead, and may not come back unasked
+
+
+def test_a_cap_below_what_is_spent_is_refused_and_can_be_lifted(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    take(pages, 10)
+    with pytest.raises(ConfigurationError, match="too late"):
+        pages.set_cap(Cap(1e-3, 1e-5))
+    pages.set_cap(Cap(50.0, 1e-5))
+    assert pages.cap == Cap(50.0, 1e-5)
+    pages.set_cap(None)
+    assert pages.cap is None
+
+
+def test_another_unit_is_refused_under_a_cap(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    pages.set_cap(Cap(50.0, 1e-5, unit="user"))
+    with pytest.raises(BudgetExhausted, match="'user'"):
+        take(pages, 1)
+
+
+@pytest.mark.parametrize("values", [(0.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0)])
+def test_an_impossible_cap_is_refused(values: tuple[float, float]) -> None:
+    with pytest.raises(ConfigurationError, match="of a cap"):
+        Cap(*values)
+
+
+# -- the chain -----------------------------------------------------------------------------------------
+
+EDITS = {
+    "edited": "UPDATE dptorch_ledger_entries SET steps = 2 WHERE seq = 4",
+    "edited body": "UPDATE dptorch_ledger_entries SET body = '{}' WHERE seq = 4",
+    "moved to another data set": "UPDATE dptorch_ledger_entries SET dataset = 'b' WHERE seq = 4",
+    "deleted": "DELETE FROM dptorch_ledger_entries WHERE seq = 4",
+    "cut off": "DELETE FROM dptorch_ledger_entries WHERE seq > 4",
+    "backdated": "UPDATE dptorch_ledger_entries SET time = '2020-01-01T00:00:00' WHERE seq = 4",
+    "swapped": "UPDATE dptorch_ledger_entries SET seq = -seq WHERE seq IN (4, 5); "
+    "UPDATE dptorch_ledger_entries SET seq = 9 + seq WHERE seq < 0",
+    "appended": "INSERT INTO dptorch_ledger_entries SELECT 99, time, kind, dataset, run, session, "
+    "first, steps, body, previous, hash FROM dptorch_ledger_entries WHERE seq = 4",
+    "head set back": "UPDATE dptorch_ledger_head SET seq = 3",
+}
+
+
+def execute(location: str, *statements: str) -> None:
+    store = Store(location, create=False)
+    with store._engine.begin() as connection:
+        for statement in statements:
+            connection.execute(sa.text(statement))
+    store.close()
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_kind_of_edit_is_found(location: str, edit: str) -> None:
+    ledger = open_ledger(location)
+    take(ledger.dataset("a"), 5)
+    assert ledger.verify().problems == []
+    execute(location, *EDITS[edit].split("; "))
+    assert ledger.verify().problems
+
+
+def test_a_consistent_cut_is_found_by_a_pinned_head_only(location: str) -> None:
+    ledger = open_ledger(location)
+    take(ledger.dataset("a"), 5)
+    pin = ledger.head()
+    fourth = ledger.entries()[3]
+    execute(
+        location,
+        EDITS["cut off"],
+        f"UPDATE dptorch_ledger_head SET seq = 4, time = '{fourth.time}', hash = '{fourth.hash}'",
+    )
+    assert ledger.verify().problems == []  # nothing in the file can tell
+    assert "cut off" in ledger.verify(pin).problems[0]
+    assert ledger.verify(fourth.hash).problems == []
+
+
+def test_with_a_key_nobody_else_can_rebuild_the_chain(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    path = tmp_path / "ledger.db"
+    take(open_ledger(path, key_file=key).dataset("a"), 2)
+    assert open_ledger(path, key_file=key).verify().problems == []
+    with pytest.raises(ConfigurationError, match="--key-file"):
+        open_ledger(path)
+    key.write_bytes(b"x" * 32)
+    assert len(open_ledger(path, key_file=key).verify().problems) == 5
