@@ -53,5 +53,5 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing dptorch and its test tools into $(VENV) (a few minutes the first time)"
-	$(PIP) -e '.[report,transformers,trl,vision,prv,bench,dev]'
+	$(PIP) -e '.[report,transformers,trl,vision,prv,bench,postgres,dev]'
 	@touch $@ $(VENV)/.demo

@@ -355,8 +355,13 @@ class PrivacyEngine:
         """Write every step down in `ledger` before it is released; as the argument of that name.
 
         Raises:
-            ConfigurationError: steps were taken already, or the engine has a ledger.
+            ConfigurationError: steps were taken already, the engine has a ledger, or is not private.
         """
+        if self._mode is NON_PRIVATE:
+            raise ConfigurationError(
+                "clipping_mode='non-private' adds no noise, and no ledger can account for that. Leave "
+                "the ledger out."
+            )
         if self._ledger is not None or self._loaders or self.steps_done:
             raise ConfigurationError(
                 "give the engine its one ledger before its loader and its first step: what was "
