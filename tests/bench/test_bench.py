@@ -77,6 +77,14 @@ def test_each_workload_steps_and_ours_is_exact(name: str) -> None:
     assert gradient_error(ENGINES["dptorch/auto"], recipe) < WRONG
 
 
+@pytest.mark.parametrize("name", [n for n in ENGINES if n.startswith("dptorch/")])
+def test_each_mode_and_style_of_ours_is_measured(name: str) -> None:
+    recipe = WORKLOADS["gpt2_tied"]
+    start(ENGINES[name], recipe.make(recipe.tiny))
+    if ENGINES[name].all_layer:
+        assert gradient_error(ENGINES[name], recipe) < WRONG
+
+
 def test_a_workload_is_the_same_each_time() -> None:
     first, second = (WORKLOADS["gpt2_lora"].make(WORKLOADS["gpt2_lora"].tiny) for _ in range(2))
     assert torch.equal(first.per_example(), second.per_example())

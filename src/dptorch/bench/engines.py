@@ -24,12 +24,6 @@ Step = Callable[[], None]
 NON_PRIVATE = "non-private"
 POSITIONS = "; transformers' position_ids are given for every example, which it needs"
 
-_MODES = (
-    "auto", "non-ghost", "ghost", "MixGhostClip", "BK-ghost", "BK-MixGhostClip", "BK-MixOpt",
-    NON_PRIVATE,
-)  # fmt: skip
-_STYLES = ("layer-wise", "param-wise", "block-wise")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,19 +55,21 @@ class Engine:
 def engines(peers: Mapping[str, Path] | None = None) -> dict[str, Engine]:
     """All engines by name, those of the given checkouts included."""
     from dptorch.bench.peers import peer_engines
+    from dptorch.clipping import STYLES
+    from dptorch.tape.ways import MODES
 
     found = [Engine(NON_PRIVATE, "the same loop, nothing attached", _ordinary, all_layer=False)]
-    for mode in _MODES:
-        attach = _ours(mode, "all-layer")
-        found.append(
-            Engine(f"dptorch/{mode}", f"clipping_mode={mode!r}", attach, mode != NON_PRIVATE)
-        )
-    for style in _STYLES:
-        attach = _ours("auto", style)
-        found.append(Engine(f"dptorch/{style}", f"clipping_style={style!r}", attach, False))
-    for mode in ("hooks", "ghost", "functorch"):
-        what = f"Opacus with grad_sample_mode={mode!r}; in-place modules made ordinary{POSITIONS}"
-        found.append(Engine(f"opacus/{mode}", what, _opacus(mode)))
+    for name, mode in MODES.items():
+        what = f"clipping_mode={name!r}: {mode.source}"
+        attach = _ours(name, "all-layer")
+        found.append(Engine(f"dptorch/{name}", what, attach, name != NON_PRIVATE))
+    for style in STYLES:
+        if style != "all-layer":  # which all modes above are
+            what = f"clipping_style={style!r}, clipping_mode='auto'"
+            found.append(Engine(f"dptorch/{style}", what, _ours("auto", style), False))
+    for name in ("hooks", "ghost", "functorch"):
+        what = f"Opacus with grad_sample_mode={name!r}; in-place modules made ordinary{POSITIONS}"
+        found.append(Engine(f"opacus/{name}", what, _opacus(name)))
     found.append(Engine("torch.func/vmap", "vmap(grad) of the whole model, then clipped", _vmap))
     return {e.name: e for e in [*found, *peer_engines(peers or {})]}
 
