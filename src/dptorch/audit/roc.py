@@ -9,7 +9,15 @@ import numpy as np
 
 from dptorch.audit.evidence import Array, Evidence
 
-__all__ = ["auc", "auc_interval", "roc_band", "roc_curve", "roc_summary", "tpr_at_fpr"]
+__all__ = [
+    "auc",
+    "auc_interval",
+    "pointwise_band",
+    "roc_curve",
+    "roc_summary",
+    "tpr_at_fpr",
+    "uniform_band",
+]
 
 
 def roc_curve(evidence: Evidence) -> tuple[Array, Array]:
@@ -84,13 +92,14 @@ def tpr_at_fpr(evidence: Evidence, fpr: float) -> float:
     return float(found[alarms <= fpr + 1e-12].max())
 
 
-def roc_band(evidence: Evidence, fpr: Array, *, significance: float = 0.05) -> tuple[Array, Array]:
+def uniform_band(
+    evidence: Evidence, fpr: Array, *, significance: float = 0.05
+) -> tuple[Array, Array]:
     """A band that holds the whole true ROC curve with confidence 1 - significance.
 
     Both score distributions lie within a Dvoretzky-Kiefer-Wolfowitz band (Massart's constant) of the
     measured ones, each at half of the significance; the ROC curve then lies between the measured
-    curve shifted by both widths. Near the corners, exact limits for one threshold would be narrower;
-    this one holds at every threshold at once.
+    curve shifted by both widths. It holds at every threshold at once, and is wide near the corners.
 
     Args:
         fpr: [k] where the band is wanted.
@@ -110,6 +119,43 @@ def roc_band(evidence: Evidence, fpr: Array, *, significance: float = 0.05) -> t
     lower = np.where(fpr >= out_width, measured(fpr - out_width) - in_width, 0.0)
     upper = np.where(fpr + out_width >= 1, 1.0, measured(fpr + out_width) + in_width)
     return np.clip(lower, 0, 1), np.clip(upper, 0, 1)
+
+
+def pointwise_band(
+    evidence: Evidence, fpr: Array, *, significance: float = 0.05
+) -> tuple[Array, Array]:
+    """A band that holds the true ROC curve at any one threshold with confidence 1 - significance.
+
+    For each threshold both true rates lie within Clopper-Pearson limits; the band joins the corners.
+
+    Args:
+        fpr: [k] where the band is wanted.
+
+    Returns:
+        lower, upper: [k].
+
+    Example:
+        >>> scores = Evidence.of(np.arange(100.0) + 20, np.arange(100.0))
+        >>> low, high = pointwise_band(scores, np.array([0.1, 0.5]))
+        >>> bool((low < tpr_at_fpr(scores, 0.1)).any() and (high > tpr_at_fpr(scores, 0.5)).all())
+        True
+    """
+    from scipy.special import betaincinv
+
+    alarms, found = roc_curve(evidence)
+    tail = significance / 4  # two rates, two sides
+
+    def limits(rate: Array, n: int) -> tuple[Array, Array]:
+        k = np.round(rate * n)
+        low = np.where(k > 0, betaincinv(np.maximum(k, 1), n - k + 1, tail), 0.0)
+        high = np.where(k < n, betaincinv(k + 1, np.maximum(n - k, 1), 1 - tail), 1.0)
+        return low, high
+
+    fpr_low, fpr_high = limits(alarms, len(evidence.others))
+    tpr_low, tpr_high = limits(found, len(evidence.members))
+    lower = np.array([tpr_low[fpr_high <= a].max(initial=0.0) for a in fpr])
+    upper = np.array([tpr_high[fpr_low >= a].min(initial=1.0) for a in fpr])
+    return lower, upper
 
 
 def roc_summary(evidence: Evidence) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from dptorch.cli.audit import audit
 from dptorch.cli.bench import bench
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
@@ -71,6 +72,7 @@ app.command(rich_help_panel="Train")(check)
 app.command(rich_help_panel="Train")(release)
 app.command(rich_help_panel="Measure")(bench)
 app.add_typer(ledger, name="ledger", rich_help_panel="Plan")
+app.command(rich_help_panel="Measure")(audit)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["accuracy_against_epsilon", "diagnostic", "epsilon_against_steps"]
+__all__ = ["accuracy_against_epsilon", "canvas", "data_uri", "diagnostic", "epsilon_against_steps"]
 
 INK = "#1d2733"
 MUTED = "#66717e"
@@ -21,7 +21,7 @@ Points = Sequence[tuple[float, float]]
 
 def accuracy_against_epsilon(points: Points, chance: float) -> str:
     """Test accuracy (0 to 1) against ε; `chance` is drawn as a reference."""
-    figure, axes = _canvas("privacy spent, ε", "test accuracy")
+    figure, axes = canvas("privacy spent, ε", "test accuracy")
     _line(axes, [(e, 100 * a) for e, a in points], BLUE, "{:.1f}%")
     axes.axhline(100 * chance, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
     axes.annotate(
@@ -36,12 +36,12 @@ def accuracy_against_epsilon(points: Points, chance: float) -> str:
     )
     axes.set_ylim(0, 104)
     axes.yaxis.set_major_formatter("{x:.0f}%")
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def epsilon_against_steps(points: Points, budget: float | None) -> str:
     """ε against steps; the budget, if there was one, as a reference."""
-    figure, axes = _canvas("training step", "privacy spent, ε")
+    figure, axes = canvas("training step", "privacy spent, ε")
     _line(axes, points, BLUE, "{:.2f}")
     top = max([e for _, e in points] + [budget or 0.0])
     if budget is not None:
@@ -56,12 +56,12 @@ def epsilon_against_steps(points: Points, budget: float | None) -> str:
             fontsize=9,
         )
     axes.set_ylim(0, 1.12 * top if top > 0 else 1)
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def diagnostic(points: Points, label: str, *, percent: bool = False) -> str:
     """A statistic of private data against steps, in a colour of its own."""
-    figure, axes = _canvas("training step", label, size=(4.0, 2.7))
+    figure, axes = canvas("training step", label, size=(4.0, 2.7))
     scale = 100 if percent else 1
     _line(axes, [(s, scale * v) for s, v in points], AMBER, "{:.0f}%" if percent else "{:.2f}")
     if percent:
@@ -69,10 +69,11 @@ def diagnostic(points: Points, label: str, *, percent: bool = False) -> str:
         axes.yaxis.set_major_formatter("{x:.0f}%")
     else:
         axes.set_ylim(0, 1.15 * max(v for _, v in points) or 1)
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
-def _canvas(x_label: str, y_label: str, size: tuple[float, float] = (5.6, 3.5)) -> tuple[Any, Any]:
+def canvas(x_label: str, y_label: str, size: tuple[float, float] = (5.6, 3.5)) -> tuple[Any, Any]:
+    """A figure in the reports' style: labelled below and above, grid lines across."""
     # Figure rather than pyplot: no global state, no display needed.
     from matplotlib.figure import Figure
 
@@ -107,7 +108,8 @@ def _line(axes: Any, points: Points, color: str, label: str) -> None:
     axes.set_xlim(0, 1.03 * max(x) if max(x) > 0 else 1)
 
 
-def _data_uri(figure: Any) -> str:
+def data_uri(figure: Any) -> str:
+    """The figure as an address that holds the whole image."""
     import matplotlib
 
     text = io.StringIO()

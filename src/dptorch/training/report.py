@@ -13,7 +13,7 @@ from dptorch.errors import ConfigurationError, DataError
 from dptorch.training import charts
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 
-__all__ = ["missing_packages", "render", "wilson_interval", "write_report"]
+__all__ = ["missing_packages", "page_template", "render", "wilson_interval", "write_report"]
 
 DIAGNOSTICS = (
     ("clipped_fraction", "share of gradients clipped", True),
@@ -62,15 +62,7 @@ def render(
             release that leaves them out.
         statement: what `statement.txt` says.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    template = resources.files("dptorch.training").joinpath("report.html.j2").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        up=_rounded_up, percent=_percent, count=_count, plain=_plain, power=_power
-    )
+    template = page_template("dptorch.training")
     last = rows[-1]
     claims = about["statement"]
     epsilon, plan = claims["epsilon"], claims["plan"]
@@ -78,7 +70,7 @@ def render(
     low = high = 0.0
     if tested:
         low, high = wilson_interval(last["test_accuracy"], about["data"]["test_examples"])
-    return environment.from_string(template).render(
+    return template.render(
         name=name,
         about=about,
         last=last,
@@ -102,6 +94,23 @@ def render(
         settings=_settings(about),
         statement=statement,
     )
+
+
+def page_template(package: str) -> Any:
+    """The template `report.html.j2` of a package, with the style and the filters of all reports."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        up=_rounded_up, percent=_percent, count=_count, plain=_plain, power=_power
+    )
+    style = resources.files("dptorch.training").joinpath("page.css").read_text("utf-8")
+    environment.globals["style"] = Markup(style)
+    source = resources.files(package).joinpath("report.html.j2").read_text("utf-8")
+    return environment.from_string(source)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

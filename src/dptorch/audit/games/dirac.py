@@ -30,7 +30,7 @@ __all__ = ["DiracGame", "TiedTable", "play_dirac"]
 
 # How much larger than the clipping norm a canary's gradient is.
 _EXCESS = 100.0
-Progress = Callable[[Iterable[int]], Iterable[int]]
+Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
 class TiedTable(nn.Module):
@@ -91,7 +91,7 @@ def play_dirac(
         steps: how many of the plan's steps to play; by default all.
         seed: for tests: the engine's and the coins' randomness from a number.
         device: where the engine runs.
-        progress: wraps the iterable of steps, to show a bar.
+        progress: wraps the iterable of steps, of which it is told the number, to show a bar.
 
     Raises:
         ConfigurationError: fewer than 20 canaries, or more steps than the plan has.
@@ -147,7 +147,7 @@ def play_dirac(
                 optimizer.zero_grad()
 
     taken: Iterable[int] = steps_taken()
-    for step in taken if progress is None else progress(taken):
+    for step in taken if progress is None else progress(taken, wanted):
         assert model.table.grad is not None
         seen = model.table.grad[:, 0].double().cpu().numpy() / scale * model.sign
         scores[step] = seen

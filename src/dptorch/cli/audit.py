@@ -1,0 +1,118 @@
+"""`dptorch audit`: hold a run's claimed ε against a measurement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["audit"]
+
+
+def audit(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of a run, such as runs/demo, or a plan as JSON.", show_default=False
+        ),
+    ],
+    adversary: Annotated[
+        str,
+        typer.Option(
+            help="[bold]black-box[/]: ask the run's model about the canaries it planted. "
+            "[bold]white-box[/]: run the plan on canaries before an observer of every step. "
+            "[bold]auto[/]: the first if the run planted any."
+        ),
+    ] = "auto",
+    canaries: Annotated[
+        int | None,
+        typer.Option(help="White box: how many. More prove more.", show_default="1000"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="White box: play only the first steps of the plan.", show_default="all"),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="With which a claim is refuted; 1 - α.")] = 0.95,
+    threshold: Annotated[
+        str,
+        typer.Option(
+            help="Black box: how guesses are chosen without looking at the truth: bonferroni, split "
+            "or multi-split."
+        ),
+    ] = "bonferroni",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[
+        int | None, typer.Option(help="Make a white-box audit repeatable.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for audit.json, audit.txt and audit.html.",
+            show_default="the run's own; none for a plan",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Audit a run: a lower bound on its true ε, and whether it refutes the claim.
+
+    The verdict is REFUTED or NOT REFUTED, never more: a leak that this adversary does not see stays
+    unseen. Exit code 1 if the claim is refuted.
+
+    [bold]Examples[/]
+
+    [cyan]dptorch train --canaries 1000 --name demo[/]
+
+    [cyan]dptorch audit runs/demo[/]
+
+    [cyan]dptorch audit runs/demo --adversary white-box --confidence 0.99[/]
+
+    [cyan]dptorch audit plan.json --json[/]
+    """
+    from dptorch.audit import audit as run_audit
+    from dptorch.audit.black_box import has_canaries
+    from dptorch.audit.result import AuditResult
+    from dptorch.training.report import missing_packages
+
+    white = adversary == "white-box" or (
+        adversary == "auto" and not (target.is_dir() and has_canaries(target))
+    )
+    settings: dict[str, Any] = {"device": device}
+    if white:
+        given = {"canaries": canaries, "steps": steps, "seed": seed}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        if not as_json:
+            settings["progress"] = _bar
+    else:
+        settings |= {"threshold": threshold, "progress": not as_json}
+    result: AuditResult = run_audit(
+        target, adversary=adversary, significance=1 - confidence, **settings
+    )
+    folder = out or (target if target.is_dir() else None)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "audit.json").write_text(result.to_json(), encoding="utf-8")
+        (folder / "audit.txt").write_text(str(result), encoding="utf-8")
+        if not missing_packages():
+            result.write_report(folder / "audit.html")
+    if as_json:
+        typer.echo(result.to_json(), nl=False)
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print()
+        head, _, rest = str(result).partition("\n")
+        console.print(f"[bold {'red' if result.refuted else 'green'}]{head}[/]")
+        console.print(rest, markup=False, end="")
+        if folder is not None:
+            name = "audit.txt" if missing_packages() else "audit.html"
+            console.print(f"Report: {folder / name}")
+    if result.refuted:
+        raise typer.Exit(1)
+
+
+def _bar(steps: Any, total: int) -> Any:
+    """A line that counts steps, where there is a terminal."""
+    from rich.progress import track
+
+    return track(steps, description="Playing steps", total=total, transient=True)

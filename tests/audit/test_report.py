@@ -1,0 +1,169 @@
+"""The page about an audit, in a real browser, and what is drawn on it."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from dptorch import make_plan
+from dptorch.audit import Evidence, audit, judge
+from dptorch.audit.report import allowed_curve, posterior, render_audit, risks
+from dptorch.audit.result import AuditResult
+from dptorch.audit.roc import (
+    auc,
+    auc_interval,
+    pointwise_band,
+    roc_curve,
+    tpr_at_fpr,
+    uniform_band,
+)
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+GAUSSIAN = Evidence.of(
+    np.random.default_rng(0).normal(1, 1, 400), np.random.default_rng(1).normal(0, 1, 400)
+)
+
+
+def browser() -> str:
+    """A headless Chromium. Where there is none a laptop skips; continuous integration may not."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        if found := shutil.which(name):
+            return found
+    message = "no Chromium on this machine: apt-get install chromium"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def result() -> AuditResult:
+    plan = make_plan(
+        sample_rate=1.0, sample_size=100, steps=4, noise_multiplier=2.0, target_delta=1e-5
+    )
+    return audit(plan, canaries=400, seed=2, statement="The statement <of> the run.")
+
+
+def test_a_browser_shows_the_page(result: AuditResult, tmp_path: Path) -> None:
+    chromium = browser()
+    page = result.write_report(tmp_path / "audit.html")
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
+        "--virtual-time-budget=5000", "--window-size=1100,2600",
+    ]  # fmt: skip
+    # What the browser made of it: a script in a copy reports every image that was drawn.
+    script = (
+        "<script>addEventListener('load', () => { document.title = 'drawn ' + [...document.images]"
+        ".map(i => i.naturalWidth > 100 && i.getBoundingClientRect().width > 100).join() + ' wide ' +"
+        " (document.documentElement.scrollWidth <= innerWidth) })</script></body>"
+    )
+    copy = tmp_path / "copy.html"
+    copy.write_text(page.read_text().replace("</body>", script))
+    dom = subprocess.run(
+        [*command, "--dump-dom", copy.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert "<title>drawn true,true,true wide true</title>" in dom
+    assert result.verdict in dom
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [*command, f"--screenshot={picture}", page.as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert picture.stat().st_size > 50_000
+
+
+def test_the_page_says_what_was_found_and_loads_nothing(result: AuditResult) -> None:
+    text = render_audit(result)
+    for needed in (
+        result.verdict,
+        f"{result.epsilon_lower:.3f}",
+        "The statement &lt;of&gt; the run.",
+        "noise of single steps",
+        "at most, if the claim is true",
+        "Belief before",
+    ):
+        assert needed in text
+    assert "verified" not in text.lower()
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(addresses) == 3
+    assert all(a.startswith("data:image/svg+xml;base64,") for a in addresses)
+    assert not re.search(r"@import|url\(|<script|<link|<iframe", text)
+
+
+def test_a_refuted_claim_and_one_without_limit_are_pages_too() -> None:
+    perfect = Evidence.of(np.arange(50) + 100.0, np.arange(50.0))
+    refuted = judge(perfect, epsilon=0.1, delta=0.0, adversary="sees all")
+    assert "so the claim is false" in render_audit(refuted)
+    endless = judge(perfect, epsilon=float("inf"), delta=1e-5, adversary="sees all")
+    assert allowed_curve(endless) is None
+    assert "no limit" in render_audit(endless)
+    constant = judge(
+        Evidence.of(np.zeros(30), np.zeros(30)), epsilon=1.0, delta=0, adversary="blind"
+    )
+    assert "NOT REFUTED" in render_audit(constant)
+
+
+def test_the_drawn_limit_is_the_gaussian_trade_off(result: AuditResult) -> None:
+    # Four steps at multiplier 2 without sampling: μ = 1.
+    fpr = np.array([0.001, 0.01, 0.1, 0.5])
+    curve = allowed_curve(result, fpr)
+    assert curve is not None
+    assert curve[1] == pytest.approx(norm.cdf(norm.ppf(fpr) + 1), rel=0.01)
+
+
+def test_posterior_is_bayes(result: AuditResult) -> None:
+    assert posterior(0.1, 0.5, 0.01) == pytest.approx(0.05 / (0.05 + 0.009))
+    assert posterior(0.3, 0.0, 0.0) == 0.3
+    for risk in risks(result):
+        most = norm.cdf(norm.ppf(0.01) + 1)
+        assert risk.allowed == pytest.approx(posterior(risk.prior, most, 0.01), rel=0.01)
+
+
+def test_roc_numbers_against_counting() -> None:
+    inside, outside = GAUSSIAN.members, GAUSSIAN.others
+    pairs = (inside[:, None] > outside).mean()
+    assert auc(GAUSSIAN) == pytest.approx(pairs)
+    assert tpr_at_fpr(GAUSSIAN, 0.01) == pytest.approx(np.mean(inside > np.sort(outside)[-5]))
+    assert tpr_at_fpr(GAUSSIAN, 0.0) == pytest.approx(np.mean(inside > outside.max()))
+    fpr, tpr = roc_curve(GAUSSIAN)
+    assert np.trapezoid(tpr, fpr) == pytest.approx(pairs)
+
+
+def test_bands_and_intervals_cover() -> None:
+    # 300 measurements of a known curve. The uniform band misses at most 5 %, and so does the
+    # pointwise one at one threshold; five standard errors of that are 6.3 points.
+    rng = np.random.default_rng(0)
+    grid = np.geomspace(0.005, 0.99, 40)
+    true = norm.cdf(norm.ppf(grid) + 1)
+    area = norm.cdf(1 / np.sqrt(2))
+    missed = {"uniform": 0, "pointwise": 0, "auc": 0}
+    for _ in range(300):
+        scores = Evidence.of(rng.normal(1, 1, 150), rng.normal(0, 1, 150))
+        low, high = uniform_band(scores, grid)
+        missed["uniform"] += bool(((true < low) | (true > high)).any())
+        low, high = pointwise_band(scores, grid[20:21])
+        missed["pointwise"] += bool(not low[0] <= true[20] <= high[0])
+        low_auc, high_auc = auc_interval(scores)
+        missed["auc"] += not low_auc <= area <= high_auc
+    assert missed["uniform"] / 300 < 0.113
+    assert missed["pointwise"] / 300 < 0.113
+    assert 0.0 < missed["auc"] / 300 < 0.113
+    # Half of the width is caught.
+    narrow = 0
+    for _ in range(100):
+        scores = Evidence.of(rng.normal(1, 1, 150), rng.normal(0, 1, 150))
+        low_auc, high_auc = auc_interval(scores, significance=0.33)
+        narrow += not low_auc <= area <= high_auc
+    assert narrow / 100 > 0.15
