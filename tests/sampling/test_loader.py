@@ -507,3 +507,177 @@ def test_impossible_start_steps_are_refused(start: Any) -> None:
     loader = make_loader(list(range(10)), start_step=lambda: start)
     with pytest.raises(ConfigurationError, match="start_step"):
         iter(loader)
+
+
+# -- constant shapes, ranks, workers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("limit", "parts"), [(None, [8]), (8, [8]), (5, [5, 5]), (3, [3, 3, 3])])
+def test_a_capacity_makes_every_step_the_same_shape(
+    workers: int, limit: int | None, parts: list[int]
+) -> None:
+    batches: list[list[int]] = [[1, 2, 3], [], [0, 1, 2, 3, 4, 5, 6, 7], [9]]
+    loader = PrivateLoader(
+        torch.arange(10) + 100,
+        Scripted(10, batches),
+        steps_per_epoch=len(batches),
+        capacity=8,
+        max_physical_batch_size=limit,
+        num_workers=workers,
+    )
+    found: dict[int, list[int]] = {}
+    shapes: dict[int, list[int]] = {}
+    for batch in loader:
+        at = loader.current
+        assert at is not None
+        assert at.examples + at.padding == len(batch)
+        assert batch[at.examples :].tolist() == [0] * at.padding
+        found.setdefault(at.logical_step, []).extend((batch[: at.examples] - 100).tolist())
+        shapes.setdefault(at.logical_step, []).append(len(batch))
+    assert found == dict(enumerate(batches))
+    assert list(shapes.values()) == [parts] * 4
+
+
+@pytest.mark.parametrize("records", [Records(), [Records()[i] for i in range(5)]])
+def test_padding_up_to_a_capacity_has_the_structure_of_an_example(records: Any) -> None:
+    loader = PrivateLoader(records, Scripted(5, [[2, 4]]), steps_per_epoch=1, capacity=4)
+    (batch,) = list(loader)
+    assert batch["label"].tolist() == [3, 5, 0, 0]
+    assert batch["image"].shape == (4, 3, 4)
+    assert not batch["image"][2:].any()
+
+
+class Fetched(Records):
+    """With the fetch of many at once that `datasets` has."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[i] for i in indices]
+
+
+def test_padding_beside_a_fetch_of_many() -> None:
+    loader = PrivateLoader(Fetched(), Scripted(5, [[2], []]), steps_per_epoch=2, capacity=2)
+    assert [batch["label"].tolist() for batch in loader] == [[3, 0], [0, 0]]
+
+
+def test_a_batch_above_capacity_is_refused() -> None:
+    loader = PrivateLoader(torch.arange(10), Scripted(10, [[1, 2, 3]]), steps_per_epoch=1, capacity=2)
+    with pytest.raises(PrivacyError, match="more examples than capacity=2"):
+        list(loader)
+
+
+@pytest.mark.parametrize("capacity", [None, 40])
+@pytest.mark.parametrize("limit", [None, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_ranks_share_each_batch(world: int, limit: int | None, capacity: int | None) -> None:
+    sampler = PoissonSampler(50, 0.08, KEY)
+    seen: list[dict[int, list[list[int]]]] = []
+    for rank in range(world):
+        loader = PrivateLoader(
+            torch.arange(50),
+            sampler,
+            steps_per_epoch=30,
+            max_physical_batch_size=limit,
+            rank=rank,
+            world_size=world,
+            capacity=capacity,
+        )
+        parts: dict[int, list[list[int]]] = {}
+        for batch in loader:
+            at = loader.current
+            assert at is not None
+            assert len(batch) == at.examples + at.padding > 0
+            parts.setdefault(at.logical_step, []).append(batch[: at.examples].tolist())
+        seen.append(parts)
+    for step in range(30):
+        shares = [sum(parts[step], []) for parts in seen]
+        together = sorted(sum(shares, []))
+        assert together == sampler.draw(step).tolist(), "each example once, on one rank"
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert len({len(parts[step]) for parts in seen}) == 1, "all ranks in step"
+    if world == 7:
+        assert any(len(parts[step][-1]) == 0 for parts in seen for step in range(30))
+
+
+def test_a_rank_that_draws_its_own_batch_is_caught() -> None:
+    """Negative control: a key of its own on each rank, as samplers that seed by rank have."""
+    shares = [
+        steps_of(PrivateLoader(
+            torch.arange(50), PoissonSampler(50, 0.5, RootKey.from_seed(rank)), steps_per_epoch=1,
+            rank=rank, world_size=2,
+        ))[0]
+        for rank in range(2)
+    ]  # fmt: skip
+    assert sorted(sum(shares, [])) != PoissonSampler(50, 0.5, RootKey.from_seed(0)).draw(0).tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+        {"rank": True, "world_size": 2},
+        {"world_size": 0},
+        {"capacity": 0},
+        {"capacity": 2.5},
+    ],
+)
+def test_impossible_shares_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+        PrivateLoader(torch.arange(10), Scripted(10, [[1]]), steps_per_epoch=1, **arguments)
+
+
+class Augmented(Dataset[Any]):
+    """Each example with numbers from the three generators that augmentations use."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[int, int, int, int]:
+        return (
+            index,
+            int(torch.randint(2**62, ())),
+            random.getrandbits(62),
+            int(np.random.randint(2**62)),  # noqa: NPY002
+        )
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_workers_change_neither_batches_nor_repeat_each_others_augmentations() -> None:
+    sampler = PoissonSampler(40, 0.3, KEY)
+    for workers, persistent in ((0, False), (1, False), (4, False), (4, True)):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        loader = PrivateLoader(
+            Augmented(),
+            sampler,
+            steps_per_epoch=8,
+            total_steps=16,
+            max_physical_batch_size=5,
+            num_workers=workers,
+            persistent_workers=persistent,
+        )
+        numbers: list[list[int]] = [[], [], []]
+        for epoch in range(2):
+            drawn: dict[int, list[int]] = {}
+            for index, *augmentations in loader:
+                assert loader.current is not None
+                drawn.setdefault(loader.current.logical_step, []).extend(index.tolist())
+                if loader.current.examples:
+                    for found, new in zip(numbers, augmentations, strict=True):
+                        found += new.tolist()
+            expected = {t: sampler.draw(t).tolist() for t in range(8 * epoch, 8 * epoch + 8)}
+            assert drawn == expected
+        for found in numbers:
+            assert len(set(found)) == len(found) > 100
+
+
+def test_ranks_augment_differently() -> None:
+    found = []
+    for rank in range(2):
+        loader = PrivateLoader(
+            Augmented(), Scripted(40, [[1, 2]]), steps_per_epoch=2, num_workers=1, rank=rank,
+            world_size=2,
+        )  # fmt: skip
+        found += [int(number) for batch in loader for number in batch[1]]
+    assert len(set(found)) == len(found) == 4
