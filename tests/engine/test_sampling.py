@@ -341,7 +341,7 @@ def test_users_and_ids_belong_together() -> None:
     with pytest.raises(DataError, match="23 ids for 24 examples"):
         users_engine(make_model()).loader(make_data(), user_ids=OWNERS[:-1])
     with pytest.raises(ConfigurationError, match="7 records.*sample_size=6"):
-        users_engine(make_model()).loader(make_data(), user_ids=[*OWNERS[:-1], 9][:-1] + [8])
+        users_engine(make_model()).loader(make_data(), user_ids=[9, *OWNERS[1:]])
     model = make_model()
     with pytest.raises(ConfigurationError, match="counts examples, not users"):
         dptorch.make_private(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 from dptorch.accounting.accountants import registry
 from dptorch.accounting.accountants.protocol import check_delta, check_epsilon
@@ -16,7 +15,7 @@ from dptorch.errors import ConfigurationError
 __all__ = ["noise_multiplier_for"]
 
 _MOST_NOISE = 1e6
-_CLOSE = 1e-4  # in log σ
+_CLOSE = 2e-4  # in log ε
 
 
 def noise_multiplier_for(
@@ -27,7 +26,7 @@ def noise_multiplier_for(
     accountant: str = "pld",
     adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
 ) -> float:
-    """The smallest noise multiplier (to 0.02 %, on the safe side) that keeps an event within a target.
+    """The smallest noise multiplier that keeps an event within a target, to 0.02 % of its ε.
 
     Args:
         event: noise multiplier -> what is released.
@@ -65,29 +64,50 @@ def noise_multiplier_for(
         return 0.0
     asked = registry.get(accountant)
 
-    @cache
     def excess(log_noise: float) -> float:
-        """log ε - log target, which falls almost linearly."""
+        """log ε - log target: falls with the noise, and nearly along a line."""
         cost = asked.epsilon([event(math.exp(log_noise))], delta, adjacency=adjacency)
-        if math.isinf(cost):
-            return 50.0
         return math.log(max(cost, 1e-12)) - math.log(max(target_epsilon, 1e-12))
 
-    from scipy.optimize import brentq
-
-    low = high = 0.0
-    while excess(high) > 0:
-        if high >= math.log(_MOST_NOISE):
-            least = asked.epsilon([event(_MOST_NOISE)], delta, adjacency=adjacency)
-            raise ConfigurationError(
-                f"target_epsilon={target_epsilon} is unreachable: accountant {accountant!r} shows no "
-                f"epsilon below {least:.6g} for any noise multiplier. Take fewer steps, smaller "
-                "batches, or a larger delta or target_epsilon."
-            )
-        low, high = high, high + 1.0
-    while excess(low) <= 0:
-        low, high = low - 1.0, low
-    found = float(brentq(excess, low, high, xtol=_CLOSE))
-    while excess(found) > 0:
-        found += _CLOSE
+    found = _falling_root(excess, math.log(_MOST_NOISE))
+    if found is None:
+        least = asked.epsilon([event(_MOST_NOISE)], delta, adjacency=adjacency)
+        raise ConfigurationError(
+            f"target_epsilon={target_epsilon} is unreachable: accountant {accountant!r} shows no "
+            f"epsilon below {least:.6g} for any noise multiplier. Take fewer steps, smaller "
+            "batches, or a larger delta or target_epsilon."
+        )
     return math.exp(found)
+
+
+def _falling_root(function: Callable[[float], float], most: float) -> float | None:
+    """An x below `most` with function(x) in [-_CLOSE, 0], by secants within a bracket; or None.
+
+    Made for a costly, nearly linear `function`: five evaluations or so.
+    """
+    above: tuple[float, float] | None = None  # x too small: value > 0
+    below: tuple[float, float] | None = None
+    x, slope = 0.0, -1.2
+    for _ in range(100):
+        value = function(x)
+        if -_CLOSE <= value <= 0:
+            return x
+        before = below or above
+        if before is not None and math.isfinite(value) and math.isfinite(before[1]):
+            slope = min((value - before[1]) / (x - before[0]), -0.1)
+        if value > 0:
+            above = (x, value)
+            if x >= most:
+                return None
+        else:
+            below = (x, value)
+        # Aim at the middle of what is accepted; without a bracket, never far.
+        step = -(value + _CLOSE / 2) / slope if math.isfinite(value) else 1.0
+        aim = min(x + max(-3.0, min(3.0, step)), most)
+        if above is not None and below is not None:
+            if not above[0] < aim < below[0]:
+                aim = (above[0] + below[0]) / 2
+            if below[0] - above[0] < 1e-9:
+                return below[0]
+        x = aim
+    return below[0] if below is not None else None
