@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -561,7 +562,9 @@ def test_padding_beside_a_fetch_of_many() -> None:
 
 
 def test_a_batch_above_capacity_is_refused() -> None:
-    loader = PrivateLoader(torch.arange(10), Scripted(10, [[1, 2, 3]]), steps_per_epoch=1, capacity=2)
+    loader = PrivateLoader(
+        torch.arange(10), Scripted(10, [[1, 2, 3]]), steps_per_epoch=1, capacity=2
+    )
     with pytest.raises(PrivacyError, match="more examples than capacity=2"):
         list(loader)
 
@@ -590,8 +593,8 @@ def test_ranks_share_each_batch(world: int, limit: int | None, capacity: int | N
             parts.setdefault(at.logical_step, []).append(batch[: at.examples].tolist())
         seen.append(parts)
     for step in range(30):
-        shares = [sum(parts[step], []) for parts in seen]
-        together = sorted(sum(shares, []))
+        shares = [[i for part in parts[step] for i in part] for parts in seen]
+        together = sorted(itertools.chain(*shares))
         assert together == sampler.draw(step).tolist(), "each example once, on one rank"
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert len({len(parts[step]) for parts in seen}) == 1, "all ranks in step"
@@ -608,7 +611,10 @@ def test_a_rank_that_draws_its_own_batch_is_caught() -> None:
         ))[0]
         for rank in range(2)
     ]  # fmt: skip
-    assert sorted(sum(shares, [])) != PoissonSampler(50, 0.5, RootKey.from_seed(0)).draw(0).tolist()
+    assert (
+        sorted(itertools.chain(*shares))
+        != PoissonSampler(50, 0.5, RootKey.from_seed(0)).draw(0).tolist()
+    )
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,9 @@ def test_the_guarantee_in_words_follows_from_epsilon(finished: RunFolder) -> Non
 
 
 def test_other_sampling_is_not_called_poisson(finished: RunFolder) -> None:
-    page = page_of(finished, statement={"sampling_run": {"the user's own loader": 16}})
+    page = page_of(
+        finished, statement={"sampling_run": {"the user's own loader": 16}, "sampling_holds": False}
+    )
     assert "ε is stated without amplification" in Outline(page).text
 
 

@@ -46,7 +46,7 @@ def noise_multiplier_for(
         ...     lambda noise: EpochwiseGaussian(noise, steps_per_epoch=100, steps=1000),
         ...     target_epsilon=3.0, delta=1e-5)
         >>> round(sigma, 2)
-        4.46
+        4.4
     """
     like = event(1.0)
     if isinstance(like, SampledGaussian):

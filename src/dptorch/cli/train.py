@@ -148,6 +148,14 @@ def train(
     accountant: Annotated[
         str, typer.Option(help="Who computes ε: pld, rdp, ...", rich_help_panel=PRIVACY)
     ] = "pld",
+    sampling: Annotated[
+        str,
+        typer.Option(
+            help="How batches are drawn: poisson, truncated-poisson (constant shapes), "
+            "random-allocation, fixed-size, shuffled, ... ε is each one's own.",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = "poisson",
     epochs: Annotated[
         float | None,
         typer.Option(
@@ -350,6 +358,7 @@ def train(
             max_grad_norm=max_grad_norm,
             clipping_fn=clipping_fn,
             accountant=accountant,
+            sampling=sampling,
             learning_rate=learning_rate,
             momentum=momentum,
             max_physical_batch_size=max_physical_batch_size,

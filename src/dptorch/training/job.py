@@ -31,6 +31,7 @@ _FOR_THE_ENGINE = (
     "max_grad_norm",
     "clipping_fn",
     "accountant",
+    "sampling",
 )
 
 
@@ -48,7 +49,8 @@ class Job:
         epochs: passes over the data, in expectation.
         batch_size, sample_rate: how many examples a step draws in expectation, either way.
         target_epsilon, noise_multiplier: the budget or the noise, either way.
-        target_delta, max_grad_norm, clipping_fn, accountant: see `dptorch.plan.PrivacyPlan`.
+        target_delta, max_grad_norm, clipping_fn, accountant, sampling: see
+            `dptorch.plan.PrivacyPlan`.
         learning_rate, momentum: of SGD.
         max_physical_batch_size: most examples in memory at once; no effect on the result.
         num_workers: processes that load data.
@@ -72,6 +74,7 @@ class Job:
     max_grad_norm: float | None = None
     clipping_fn: str | None = None
     accountant: str = "pld"
+    sampling: str = "poisson"
     learning_rate: float | None = None
     momentum: float | None = None
     max_physical_batch_size: int = 512
