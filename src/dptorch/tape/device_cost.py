@@ -6,6 +6,7 @@ the result is kept on disk, so that runs on one machine choose alike.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,9 @@ import torch
 
 __all__ = ["TYPICAL", "DeviceCost", "cost_of", "free_bytes", "measure"]
 
-_FORMAT = 1
+_FORMAT = 2
+# A measured intensity further from the typical one than this factor is a disturbed measurement.
+_CREDIBLE = 4.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class DeviceCost:
 
     flops_per_second: float
     bytes_per_second: float
+
+    @property
+    def intensity(self) -> float:
+        """Flops in the time of one byte: what choices depend on."""
+        return self.flops_per_second / self.bytes_per_second
 
     def seconds(self, flops: float, moved_bytes: float) -> float:
         """Estimated time of some matrix products and some traffic.
@@ -66,10 +74,11 @@ def _cost_of(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> 
         name = f"{platform.machine()} {platform.processor()} {os.cpu_count()} {threads}"
     entry = f"{kind}: {name}, {dtype}, torch {torch.__version__}"
     path = _cache_file()
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return DeviceCost(**json.loads(path.read_text())[f"format {_FORMAT}"][entry])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = measure(device, dtype)
+    found, typical = measure(device, dtype), TYPICAL.get(kind, TYPICAL["cpu"])
+    if not typical.intensity / _CREDIBLE <= found.intensity <= typical.intensity * _CREDIBLE:
+        return typical  # the machine was busy with something else
     _remember(path, entry, found)
     return found
 
@@ -77,8 +86,9 @@ def _cost_of(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> 
 def measure(device: torch.device, dtype: torch.dtype) -> DeviceCost:
     """Time a batched product and a pass over memory on `device`: the fastest of a few tries each."""
     small = device.type != "cuda"
+    # On a CPU each try is well below a millisecond, to fit between the turns of other processes.
     b, t, d = (4, 128, 256) if small else (16, 512, 1024)
-    numel = 2**22 if small else 2**27
+    numel = 2**20 if small else 2**27
     with torch.no_grad(), torch._C.DisableTorchFunction():
         a = torch.ones(b, t, d, device=device, dtype=dtype)
         x = torch.ones(numel, device=device, dtype=dtype)
@@ -87,7 +97,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> DeviceCost:
     return DeviceCost(2 * b * t * t * d / product, 2 * x.numel() * x.element_size() / traffic)
 
 
-def _fastest(work: Callable[[], object], device: torch.device, tries: int = 5) -> float:
+def _fastest(work: Callable[[], object], device: torch.device, tries: int = 20) -> float:
     times = []
     for _ in range(tries):
         _wait(device)

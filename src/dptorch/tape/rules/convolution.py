@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dptorch.tape.calls import Call
-from dptorch.tape.gradients import Convolution, Dense, Geometry, PerExampleGradient
+from dptorch.tape.gradients import Convolution, Dense, Geometry, Outer, PerExampleGradient
 from dptorch.tape.provenance import rows
 from dptorch.tape.rules.registry import rule
 
@@ -59,13 +61,32 @@ def convolution(call: Call, recording: Recording) -> Any:
         assert grads[0] is not None
         g = rows(grads[0], tag, n)  # [B, m, P, ...]
         if want_w:
-            inputs = F.pad(saved[0], pads) if any(pads) else saved[0]
-            yield w, Convolution(rows(inputs, tag, n), g, w.shape, geometry)
+            inputs = rows(F.pad(saved[0], pads) if any(pads) else saved[0], tag, n)
+            yield w, _form(inputs, g, w.shape, geometry)
         if want_b:
             assert b is not None
             yield b, Dense(g.flatten(3).sum((1, 3)))
 
     return recording.tap(call, out, [tag], (x.detach(),) if want_w else (), gradients)
+
+
+def _form(inputs: Tensor, g: Tensor, shape: torch.Size, geometry: Geometry) -> PerExampleGradient:
+    """A convolution; or a linear layer, where the windows tile the input without overlap (a patch
+    embedding): inputs [B, m, C, ...], g [B, m, P, ...]."""
+    rank, kernel = len(geometry.stride), shape[2:]
+    tiles = not geometry.transposed and geometry.groups == 1 and math.prod(kernel) > 1
+    if not tiles or geometry.stride != tuple(kernel) or any(geometry.padding):
+        return Convolution(inputs, g, shape, geometry)
+    if any(d != 1 for d, k in zip(geometry.dilation, kernel, strict=True) if k > 1):
+        return Convolution(inputs, g, shape, geometry)
+    x = inputs
+    for i, (n, k) in enumerate(zip(g.shape[3:], kernel, strict=True)):
+        # Each spatial dimension becomes two: the window, and the place in it.
+        x = x.narrow(3 + 2 * i, 0, n * k).unflatten(3 + 2 * i, (n, k))
+    windows, places = [3 + 2 * i for i in range(rank)], [4 + 2 * i for i in range(rank)]
+    columns = x.permute(0, 1, *windows, 2, *places).flatten(2 + rank).flatten(1, 1 + rank)
+    left = g.permute(0, 1, *range(3, 3 + rank), 2).flatten(1, 1 + rank)
+    return Outer(left, columns, shape)
 
 
 def _resolve(

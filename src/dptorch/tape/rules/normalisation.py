@@ -1,7 +1,8 @@
 """Scales and shifts of layer, group, instance, RMS and (frozen) batch normalisation.
 
 The gradient of the scale is the output gradient times the normalised input, summed over whatever
-the scale is broadcast over; the input is normalised again in the backward rather than kept.
+the scale is broadcast over. The normalised input is not kept: layer and group norms save each row's
+mean and inverse deviation, which is all it takes; the others normalise again in the backward.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from dptorch.errors import ExamplesMixError
 from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.provenance import Tag, rows
-from dptorch.tape.rules.registry import rule
+from dptorch.tape.rules.registry import detached, rule
 
 if TYPE_CHECKING:
     from dptorch.tape.recording import Recording
@@ -51,6 +53,17 @@ def _record(
     return recording.tap(call, out, [tag], (x.detach(),) if want_w else (), gradients)
 
 
+def _saves_statistics(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the native op, which returns its statistics, does what the functional one does: autocast
+    and mixed precision are left to the latter."""
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(t is None or t.dtype == x.dtype for t in others) and x.dtype in _FULL
+
+
+_FULL = (torch.float32, torch.float64)
+
+
 @rule("layer_norm rms_norm")
 def last_dims(call: Call, recording: Recording) -> Any:
     """LayerNorm and RMSNorm: the scale has the shape of the last dimensions."""
@@ -65,6 +78,9 @@ def last_dims(call: Call, recording: Recording) -> Any:
     if tag.dim is not None and tag.dim >= x.dim() - inner:
         return NotImplemented
 
+    if layer and weight is not None and inner == 1 and _saves_statistics(x, weight, bias):
+        return _layer_norm(call, recording, x, tag, weight, bias, shape, eps)
+
     def normalise(a: Tensor) -> Tensor:
         return F.layer_norm(a, shape, None, None, eps) if layer else F.rms_norm(a, shape, None, eps)
 
@@ -72,6 +88,39 @@ def last_dims(call: Call, recording: Recording) -> Any:
         return rows(t, tag, call.batch_size).flatten(1, -1 - inner).sum(1)
 
     return _record(call, recording, x, tag, weight, bias, normalise, per_example)
+
+
+def _layer_norm(
+    call: Call,
+    recording: Recording,
+    x: Tensor,
+    tag: Tag,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    eps: float,
+) -> Any:
+    n = call.batch_size
+    want_w, want_b = call.is_parameter(weight), bias is not None and call.is_parameter(bias)
+    out, mean, rstd = torch.native_layer_norm(x, shape, detached(weight), detached(bias), eps)
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        assert grads[0] is not None
+        g_BTD = rows(grads[0], tag, n).flatten(1, -2)
+        if want_w:
+            x_BTD, mean_BT, rstd_BT = (rows(t, tag, n).flatten(1, -2) for t in saved)
+            # sum_t g (x - mean) rstd, as two products of a row with a matrix
+            scaled = torch.bmm(rstd_BT.transpose(1, 2), g_BTD * x_BTD)
+            scaled -= torch.bmm((mean_BT * rstd_BT).transpose(1, 2), g_BTD)
+            yield weight, Dense(scaled[:, 0])
+        if want_b:
+            assert bias is not None
+            yield bias, Dense(g_BTD.sum(1))
+
+    saved = (x.detach(), mean.detach(), rstd.detach()) if want_w else ()
+    return recording.tap(call, out, [tag], saved, gradients)
 
 
 def _channels(t: Tensor, tag: Tag, n: int) -> Tensor:
@@ -88,6 +137,8 @@ def group_norm(call: Call, recording: Recording) -> Any:
     tag = call.tag_of(x)
     if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
+    if weight is not None and x.dim() > 2 and _saves_statistics(x, weight, bias):
+        return _group_norm(call, recording, x, tag, groups, weight, bias, eps)
     return _record(
         call,
         recording,
@@ -98,6 +149,42 @@ def group_norm(call: Call, recording: Recording) -> Any:
         lambda a: F.group_norm(a, groups, None, None, eps),
         lambda t: _channels(t, tag, call.batch_size),
     )
+
+
+def _group_norm(
+    call: Call,
+    recording: Recording,
+    x: Tensor,
+    tag: Tag,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Any:
+    n, (images, channels) = call.batch_size, x.shape[:2]
+    want_w, want_b = call.is_parameter(weight), bias is not None and call.is_parameter(bias)
+    out, mean, rstd = torch.native_group_norm(
+        x, detached(weight), detached(bias), images, channels, x[0, 0].numel(), groups, eps
+    )
+
+    def gradients(
+        grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
+        assert grads[0] is not None
+        g = grads[0].flatten(2)  # [B * m, C, positions]
+        total = g.sum(2)
+        if want_w:
+            # rstd * (sum g x - mean * sum g), of each channel
+            x, mean, rstd = saved
+            mean, rstd = (t.repeat_interleave(channels // groups, 1) for t in (mean, rstd))
+            scaled = rstd * ((g * x.flatten(2)).sum(2) - mean * total)
+            yield weight, Dense(rows(scaled, tag, n).sum(1))
+        if want_b:
+            assert bias is not None
+            yield bias, Dense(rows(total, tag, n).sum(1))
+
+    saved = (x.detach(), mean.detach(), rstd.detach()) if want_w else ()
+    return recording.tap(call, out, [tag], saved, gradients)
 
 
 @rule("instance_norm")
