@@ -79,11 +79,11 @@ def _kernel() -> Any:
 
 
 def gram_norm_triton(left: Tensor, right: Tensor) -> Tensor:
-    """`dptorch.tape.gradients.gram.gram_norm` for float32, bfloat16 or float16 factors on a GPU.
+    """`dptorch.tape.gradients.gram.gram_norm` for float32 factors on a GPU.
 
-    Every product is accumulated in float32. Float32 factors are multiplied in full precision unless
-    ``torch.backends.cuda.matmul.allow_tf32`` says otherwise, as in PyTorch's own products; the
-    partial sums are added up in a fixed order, so that the result is the same each time.
+    Products are accumulated in float32, and multiplied in full precision unless
+    ``torch.backends.cuda.matmul.allow_tf32`` says otherwise, as PyTorch's own are. The partial sums
+    are added up in a fixed order, so that the result is the same each time.
 
     Args:
         left: [B, T, P], any strides.

@@ -1,0 +1,105 @@
+"""Which way a mode takes, and what a device is judged by."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dptorch.errors import ConfigurationError
+from dptorch.tape import device_cost
+from dptorch.tape.device_cost import TYPICAL, DeviceCost, cost_of, free_bytes, measure
+from dptorch.tape.gradients import Convolution, Geometry, Outer
+from dptorch.tape.ways import MODES, mode_of
+
+CPU = torch.device("cpu")
+
+
+def outer(b: int, t: int, p: int, d: int) -> Outer:
+    left, right = torch.empty(b, t, p, device="meta"), torch.empty(b, t, d, device="meta")
+    return Outer(left, right, torch.Size((p, d)))
+
+
+def conv(b: int, c: int, p: int, side: int) -> Convolution:
+    geometry = Geometry((1, 1), (1, 1), (1, 1), (0, 0), False, 1)
+    inputs = torch.empty(b, 1, c, side, side, device="meta")
+    grads = torch.empty(b, 1, p, side, side, device="meta")
+    return Convolution(inputs, grads, torch.Size((p, c, 3, 3)), geometry)
+
+
+@pytest.mark.parametrize(
+    ("form", "way"),
+    [
+        (outer(256, 1, 1024, 1024), "gram"),  # an MLP: forming would write 1 GiB
+        (outer(8, 64, 768, 768), "gram"),
+        (outer(8, 2048, 256, 256), "keep"),  # a long sequence: the gradient is smaller than it
+        (conv(64, 32, 32, 32), "keep"),  # an early convolution
+        (conv(64, 512, 512, 4), "gram"),  # a late one
+    ],
+)
+def test_auto_takes_the_way_that_is_known_to_be_fast(form: Outer | Convolution, way: str) -> None:
+    assert MODES["auto"].choose(form.ways(), TYPICAL["cpu"]).name == way
+
+
+def test_auto_never_keeps_much_more_than_the_factors() -> None:
+    for t in (1, 16, 64, 256, 1024):
+        for p in (16, 256, 1024):
+            ways = outer(8, t, p, 256).ways()
+            factors = next(w.kept_bytes for w in ways if w.name == "form")
+            assert MODES["auto"].choose(ways, TYPICAL["cpu"]).kept_bytes <= 1.25 * factors
+
+
+def test_the_papers_rule_is_of_space_and_not_of_time() -> None:
+    """2 T^2 <= p d, where T (p + d) <= p d would say the other way."""
+    ways = outer(8, 150, 256, 256).ways()  # 45,000 <= 65,536, but 76,800 > 65,536
+    assert MODES["MixGhostClip"].choose(ways, TYPICAL["cpu"]).name == "gram"
+    ways = outer(8, 200, 256, 256).ways()
+    assert MODES["MixGhostClip"].choose(ways, TYPICAL["cpu"]).name == "form"
+    assert MODES["BK-MixOpt"].choose(ways, TYPICAL["cpu"]).name == "keep"
+
+
+def test_names_of_other_libraries() -> None:
+    assert mode_of("default") is mode_of("non-ghost")
+    assert mode_of("ghost_mixed") is mode_of("MixGhostClip")
+    assert mode_of("MixOpt") is mode_of("BK-MixOpt")
+    with pytest.raises(ConfigurationError, match="ghost"):
+        mode_of("gost")
+
+
+def test_a_device_is_measured_once_and_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = DeviceCost(2e11, 2e10)
+    calls = []
+
+    def fake(device: torch.device, dtype: torch.dtype) -> DeviceCost:
+        calls.append(device)
+        return found
+
+    monkeypatch.setattr(device_cost, "measure", fake)
+    for _ in range(2):
+        device_cost._cost_of.cache_clear()  # as in a new process
+        assert cost_of(CPU, torch.float32) == found
+    assert len(calls) == 1
+    [entries] = json.loads((tmp_path / "dptorch" / "device_cost.json").read_text()).values()
+    assert list(entries.values()) == [{"flops_per_second": 2e11, "bytes_per_second": 2e10}]
+    device_cost._cost_of.cache_clear()
+
+
+def test_a_disturbed_measurement_is_neither_believed_nor_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(device_cost, "measure", lambda *_: DeviceCost(1e9, 1e9))
+    device_cost._cost_of.cache_clear()
+    assert cost_of(CPU, torch.float32) == TYPICAL["cpu"]
+    assert not list(tmp_path.iterdir())
+    device_cost._cost_of.cache_clear()
+
+
+def test_a_measurement_is_of_this_world() -> None:
+    found = measure(CPU, torch.float32)
+    assert 1e8 < found.flops_per_second < 1e14
+    assert 1e7 < found.bytes_per_second < 1e13
+    assert free_bytes(CPU) > 2**20
