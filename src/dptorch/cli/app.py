@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from dptorch.cli.audit import audit
 from dptorch.cli.bench import bench
+from dptorch.cli.blogs import blogs
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
@@ -73,6 +74,7 @@ app.command(rich_help_panel="Train")(release)
 app.command(rich_help_panel="Measure")(bench)
 app.add_typer(ledger, name="ledger", rich_help_panel="Plan")
 app.command(rich_help_panel="Measure")(audit)
+app.command(rich_help_panel="Measure")(blogs)
 
 
 def _print_version(wanted: bool) -> None:
