@@ -16,6 +16,8 @@ from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import SCORES, audit_step
 from dptorch.audit.result import judge
 from dptorch.blogs import BloGSPrivacyEngine
+from dptorch.engine import PrivacyEngine
+from dptorch.noise import GaussianNoise
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 
@@ -114,3 +116,72 @@ def test_one_run_of_blogs_refutes_its_index(index):
     assert float(world.engine.get_privacy_spent()) <= 1.0
     assert result.refuted
     assert result.epsilon_lower > 2
+
+
+def _gaussian_world(**settings):
+    return World(
+        dataset_size=RECORDS, mechanism="gaussian", on_budget_exhausted="raise", **settings
+    )
+
+
+def _one_step(world, member, *, seed):
+    """A step of a new run of the sibling's plan; its engine is the one engine of dptorch."""
+    plan = world.engine._steps.engine.plan
+    world.engine.detach()
+    engine = PrivacyEngine(world.model, plan=plan, self_check=False, seed=seed)
+    try:
+        optimizer = engine.attach(torch.optim.SGD(world.model.parameters(), lr=0.0))
+        world.loss(0, member).backward()
+        optimizer.step()
+        return [p.grad.clone() for p in world.model.parameters()]
+    finally:
+        engine.detach()
+
+
+def _step_game(world, *, games=150):
+    # Two runs with one seed have the same noise: the difference is the canary's contribution.
+    inside, outside = (_one_step(world, member, seed=0) for member in (True, False))
+    share = [a - b for a, b in zip(inside, outside, strict=True)]
+    return audit_step(
+        lambda member: _one_step(world, member, seed=None),
+        inside=share,
+        outside=[torch.zeros_like(d) for d in share],
+        epsilon=1.0,
+        delta=DELTA,
+        score="projection",
+        games=games,
+    )
+
+
+def test_a_step_of_the_gaussian_sibling_does_not_refute_its_epsilon():
+    """The hardest case for it: one step at ε = 1, without amplification, and the best test there is.
+    The audit of a true claim says REFUTED in at most one case of twenty."""
+    world = _gaussian_world(steps=1, canaries=1)
+    assert world.engine._steps.engine.plan.sample_rate == 1.0
+    assert not _step_game(world).refuted
+
+
+def test_the_same_game_refutes_noise_that_is_too_small(monkeypatch):
+    """Negative control: a tenth of the noise is found."""
+    privatize = GaussianNoise.privatize
+
+    def too_small(self, *args, **kwargs):
+        return privatize(GaussianNoise(self.noise_multiplier / 10), *args, **kwargs)
+
+    monkeypatch.setattr(GaussianNoise, "privatize", too_small)
+    assert _step_game(_gaussian_world(steps=1, canaries=1)).refuted
+
+
+@pytest.mark.parametrize("score", ["exact-match", "projection"])
+def test_one_run_of_the_gaussian_sibling_does_not_refute_its_epsilon(score):
+    """The game that refutes BloGS: as many canaries and steps, the same adversary."""
+    world = _gaussian_world(steps=100, canaries=100)
+    plain = World(steps=100, canaries=100, index="2024")
+
+    def known(canary):
+        inside, outside = plain.clipped(canary, True), plain.clipped(canary, False)
+        return inside, outside
+
+    result = _one_run(world, score, known)
+    assert float(world.engine.get_privacy_spent()) <= 1.0
+    assert not result.refuted

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from dptorch.blogs.gaussian import NoisySteps
 from dptorch.blogs.statement import BloGSSpent, BloGSStatement
 from dptorch.blogs.steps import ShuffledSteps
 from dptorch.errors import one_of
+from dptorch.sampling import PrivateLoader
 from dptorch.statement import Statement
-from dptorch.stepping import OptimizerBinding, check_parameters
+from dptorch.stepping import check_parameters
 
-__all__ = ["MECHANISMS", "BloGSPrivacyEngine"]
+__all__ = ["MECHANISMS", "BloGSPrivacyEngine", "make_steps"]
 
 MECHANISMS = ("shuffle", "gaussian")
 
@@ -34,12 +38,13 @@ class BloGSPrivacyEngine:
         target_epsilon: index, or ε, at which the run stops.
         delta: δ of the index, or of the guarantee.
         clip_value: largest norm of each tensor of the batch gradient; for "gaussian", of each
-            layer's gradient of each example.
+            layer's gradient of each example, or {layer: norm}.
         steps: optimizer steps planned.
         batch_size: records in a step; for "gaussian", the expected number.
         dataset_size: number of records; for "gaussian" and for ``index="0.1.21"``.
         mechanism: "shuffle" or "gaussian".
-        index, allocation, on_unattainable: for "shuffle", see `ShuffledSteps`.
+        options: for "shuffle" index, allocation, on_unattainable, see `ShuffledSteps`; for
+            "gaussian" allocation, weights, shuffle_blocks, see `NoisySteps`.
         on_budget_exhausted: what a step past the target does: "stop" warns once and leaves the
             model as it is, "raise" raises `BudgetExhausted`.
         seed: for tests: randomness from a number.
@@ -70,43 +75,38 @@ class BloGSPrivacyEngine:
         model: nn.Module,
         target_epsilon: float,
         delta: float,
-        clip_value: float,
+        clip_value: float | Mapping[str, float],
         steps: int,
         batch_size: int,
         dataset_size: int | None = None,
         *,
         mechanism: str = "shuffle",
-        index: str = "2024",
-        allocation: str = "layer",
-        on_unattainable: str = "raise",
         on_budget_exhausted: str = "stop",
         seed: int | None = None,
+        **options: Any,
     ) -> None:
         self.mechanism = one_of("mechanism", mechanism, MECHANISMS)
         self.model = model
         self.optimizer = optimizer
         check_parameters({n: p for n, p in model.named_parameters() if p.requires_grad}, optimizer)
-        self._steps = ShuffledSteps(
+        self._steps = make_steps(
             model,
+            mechanism,
             target_epsilon=target_epsilon,
             delta=delta,
             clip_value=clip_value,
             steps=steps,
             batch_size=batch_size,
             dataset_size=dataset_size,
-            index=index,
-            allocation=allocation,
-            on_unattainable=on_unattainable,
             on_budget_exhausted=on_budget_exhausted,
             seed=seed,
+            **options,
         )
-        self._binding = OptimizerBinding(
-            optimizer,
-            prepare=lambda: self._steps.shuffle(optimizer),
-            hold=lambda: None,
-            discard=lambda: None,
-            owner=self,
-        )
+        try:
+            self._steps.attach(optimizer)
+        except BaseException:
+            self._steps.detach()
+            raise
 
     def step(self) -> BloGSSpent:
         """Clip, shuffle and step; returns what is spent, which unpacks as (epsilon, delta).
@@ -123,6 +123,14 @@ class BloGSPrivacyEngine:
     def get_privacy_spent(self) -> BloGSSpent:
         """What is spent so far: formats as a float, unpacks as (epsilon, delta)."""
         return self._steps.spent()
+
+    def loader(self, dataset: Any, **kwargs: Any) -> PrivateLoader:
+        """Poisson batches of `dataset`, for ``mechanism="gaussian"``; see `PrivacyEngine.loader`.
+
+        Raises:
+            ConfigurationError: for the shuffle, which any DataLoader serves.
+        """
+        return self._steps.loader(dataset, **kwargs)
 
     @property
     def steps_done(self) -> int:
@@ -151,5 +159,19 @@ class BloGSPrivacyEngine:
         self._steps.load_state_dict(state)
 
     def detach(self) -> None:
-        """Give the optimizer its own methods back."""
-        self._binding.restore()
+        """Take the engine off model and optimizer; both are then as before."""
+        self._steps.detach()
+
+
+def make_steps(model: nn.Module, mechanism: str, **settings: Any) -> ShuffledSteps | NoisySteps:
+    """The steps of a run under the named mechanism.
+
+    Raises:
+        ConfigurationError: an unknown name or setting; the nearest is named.
+    """
+    made = {"shuffle": ShuffledSteps, "gaussian": NoisySteps}
+    kind = made[one_of("mechanism", mechanism, MECHANISMS)]
+    known = [n for n in inspect.signature(kind).parameters if n != "model"]
+    for name in settings:
+        one_of(f"argument for mechanism={mechanism!r}", name, known)
+    return kind(model, **settings)

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dptorch.blogs.allocation import equal_share, per_step, trainable_groups
 from dptorch.blogs.index import make_index
@@ -25,6 +26,8 @@ from dptorch.errors import (
     one_of,
 )
 from dptorch.randomness import FROM_SEED, RootKey
+from dptorch.sampling import PrivateLoader
+from dptorch.stepping import OptimizerBinding
 
 __all__ = ["ShuffledSteps", "check_settings"]
 
@@ -109,7 +112,7 @@ class ShuffledSteps:
                 f"BloGS index of {attained:.4g} after {steps} steps. The run uses them and stops "
                 "there.",
                 PrivacyWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         self._names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
         block_sizes = {
@@ -123,11 +126,12 @@ class ShuffledSteps:
         self._shuffle = BlockShuffle(
             {**dict.fromkeys(self.unshuffled, 1), **block_sizes}, clip_value, key
         )
+        self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
         warnings.warn(
             warning_text(self.unshuffled, self.buffers, key.provenance == FROM_SEED),
             PrivacyWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
     @property
@@ -167,6 +171,33 @@ class ShuffledSteps:
         self._shuffle.apply(gradients, self.steps_done)
         self.steps_done += 1
         return True
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Make `optimizer` shuffle whenever it steps, until `detach`."""
+        self._binding = OptimizerBinding(
+            optimizer,
+            prepare=lambda: self.shuffle(optimizer),
+            hold=lambda: None,
+            discard=lambda: None,
+            owner=self,
+        )
+
+    def detach(self) -> None:
+        """Give the optimizer its own methods back."""
+        if self._binding is not None:
+            self._binding.restore()
+            self._binding = None
+
+    def loader(self, dataset: Any, **kwargs: Any) -> PrivateLoader:
+        """There is none.
+
+        Raises:
+            ConfigurationError: always; any DataLoader serves.
+        """
+        raise ConfigurationError(
+            "the block shuffle takes batches from any DataLoader; loader() is for "
+            'mechanism="gaussian", which must draw them itself.'
+        )
 
     def _stop(self) -> None:
         message = (

@@ -151,6 +151,7 @@ METHODS: dict[str, Method] = {
     "blogs-2024": Method("BloGS, index 2024", "shuffle", _blogs("2024")),
     "blogs-0.1.21": Method("BloGS, index 0.1.21", "shuffle", _blogs("0.1.21")),
     "dp-sgd": Method("DP-SGD", "noise", _dpsgd),
+    "gaussian": Method("Gaussian sibling", "noise", _gaussian),
 }
 
 
