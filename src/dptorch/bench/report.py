@@ -264,7 +264,8 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     fits = any(r.largest_batch is not None for r in rows)
     heads = ("engine", "largest batch") if fits else _HEAD[:-1]
     for head in heads:
-        table.add_column(head, justify="left" if head == "engine" else "right", no_wrap=True)
+        first = head == "engine"  # the one to be broken where the terminal is narrow
+        table.add_column(head, justify="left" if first else "right", no_wrap=not first)
     for row in rows:
         if fits:
             table.add_row(
