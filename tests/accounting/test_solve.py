@@ -124,8 +124,27 @@ def test_no_noise_is_infinite_and_no_steps_are_free():
 
 
 @pytest.mark.parametrize("adjacency", ["zero-out", "replace-one"])
-@pytest.mark.parametrize("target", [1e-9, 9e-4])
-def test_a_tiny_target_is_met_at_once(target: float, adjacency: str) -> None:
+@pytest.mark.parametrize("target", [1e-9, 9e-5])
+def test_a_tiny_target_is_met_at_once(target, adjacency):
+    """`pld` bounds δ(0) in closed form there: safe by `exact`, and no more than twice too much."""
     question = {"sample_rate": 0.256, "steps": 80, "delta": 1e-6, "adjacency": adjacency}
     sigma = accounting.noise_multiplier(target_epsilon=target, **question)
     assert accounting.epsilon(noise_multiplier=sigma, **question) <= target
+    run = {"sample_rate": 0.256, "steps": 80, "adjacency": adjacency, "accountant": "exact"}
+    assert accounting.delta(epsilon=0.0, noise_multiplier=sigma, **run) <= 1e-6
+    assert accounting.delta(epsilon=0.0, noise_multiplier=sigma / 2, **run) > 1e-6
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(0.05, 200), (0.256, 80), (1.0, 10), (0.1, 1)])
+@pytest.mark.parametrize("target", [1e-3, 1e-4, 1e-6])
+def test_exact_calibrates_to_tiny_targets(target, rate, steps):
+    question = {"sample_rate": rate, "steps": steps, "delta": 1e-6, "accountant": "exact"}
+    sigma = accounting.noise_multiplier(target_epsilon=target, **question)
+    assert accounting.epsilon(noise_multiplier=sigma, **question) <= target
+    assert accounting.epsilon(noise_multiplier=sigma * 0.99, **question) > target
+
+
+def test_pld_is_closed_form_without_sampling():
+    question = {"sample_rate": 1.0, "steps": 10, "delta": 1e-6, "target_epsilon": 1e-5}
+    exact, pld = (accounting.noise_multiplier(accountant=a, **question) for a in ("exact", "pld"))
+    assert exact <= pld * (1 + 1e-7) <= exact * (1 + 1e-5)

@@ -1,9 +1,10 @@
-"""`dptorch --version`, `dptorch epsilon`, `dptorch calibrate`."""
+"""`dptorch --version`, `dptorch epsilon`, `dptorch calibrate`, `dptorch plan`."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -77,3 +78,95 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...]) -> None:
     assert code == 2
     assert err.startswith("Error: ")
     assert len(err.strip().splitlines()) == 1
+
+
+RUN = ("--sample-rate", "0.05", "--steps", "100", "--delta", "1e-5")
+
+
+def test_samplers_and_adjacency_change_the_number() -> None:
+    noise = ("--noise-multiplier", "2", "--delta", "1e-5")
+    sizes = ("--batch-size", "50", "--sample-size", "1000", "--epochs", "2")
+    costs = {}
+    for sampling in ("poisson", "random-allocation", "shuffled"):
+        code, out, err = run("epsilon", *noise, *sizes, "--sampling", sampling)
+        assert code == 0, err
+        costs[sampling] = number(out)
+    assert costs["random-allocation"] < costs["poisson"] < costs["shuffled"]
+    assert (
+        number(run("epsilon", *noise, *sizes, "--adjacency", "replace-one")[1]) > costs["poisson"]
+    )
+
+
+def test_tuning_is_paid_for() -> None:
+    code, out, _ = run("epsilon", "--noise-multiplier", "2", *RUN, "--runs", "10")
+    one, tuned = (number(line) for line in out.strip().splitlines())
+    assert code == 0
+    assert one < tuned
+    found = json.loads(run("epsilon", "--noise-multiplier", "2", *RUN, "--runs", "10", "--json")[1])
+    assert found["epsilon"] <= one
+    assert found["epsilon_with_tuning"] == pytest.approx(tuned, abs=1e-4)
+
+
+def test_calibrate_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "eps.svg"
+    code, out, _ = run("calibrate", "--epsilon", "2", *RUN, "--plot", str(picture))
+    assert code == 0
+    assert str(picture) in out.replace("\n", "")
+    svg = picture.read_text()
+    assert svg.count('id="line2d_') > 5
+
+
+@pytest.mark.parametrize("name", ["eps.txt", "missing/eps.png"])
+def test_a_plot_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    code, out, err = run("calibrate", "--epsilon", "2", *RUN, "--plot", str(tmp_path / name))
+    assert (code, out) == (2, "")
+    assert "--plot" in err
+
+
+def test_plan_shows_the_best_first() -> None:
+    asked = ("--sample-size", "60000", "--epsilon", "3", "--hours", "1")
+    machine = ("--examples-per-second", "300", "--bytes-per-example", "1e6")
+    sizes = ("--batch-size", "256", "--batch-size", "1024")
+    code, out, err = run("plan", *asked, *machine, *sizes)
+    assert code == 0, err
+    assert out.index("1,024") < out.index("256")
+    assert "GiB" in out
+    found = json.loads(run("plan", *asked, *machine, *sizes, "--json")[1])
+    best = found["choices"][0]
+    assert (best["batch_size"], best["steps"]) == (1024, 1054)
+    assert best["hours"] == pytest.approx(1.0, abs=1e-3)
+    assert found["delta"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("epsilon", "--noise-multiplier", "1", "--sample-rate", "7", *RUN[2:]),
+            "--sample-rate 7.0",
+        ),
+        (("epsilon", "--noise-multiplier", "1", *RUN[:4]), "--delta is missing"),
+        (("calibrate", "--epsilon", "-1", *RUN), "--epsilon -1.0"),
+        (("calibrate", "--epsilon", "1", *RUN, "--accountant", "exat"), "--accountant 'exat'"),
+        (("plan", "--sample-size", "10", "--epsilon", "1"), "--epochs (not given)"),
+        (
+            ("plan", "--sample-size", "1000", "--epsilon", "1", "--hours", "1"),
+            "--examples-per-second",
+        ),
+        (("plan", "--sample-size", "0", "--epsilon", "1", "--steps", "9"), "--sample-size 0"),
+    ],
+)
+def test_errors_speak_of_flags(arguments: tuple[str, ...], words: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert words in err
+    assert not re.search(r"[a-z]+_[a-z_]+=", err), "no Python argument is named"
+
+
+def test_help_teaches_and_shows_no_python_types_for_switches() -> None:
+    for command in ("epsilon", "calibrate", "plan"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert "Examples" in out
+        assert not re.search(r"--json\s+<?bool", out, re.IGNORECASE)

@@ -22,12 +22,16 @@ from dptorch.accounting.events import (
     TruncatedPoissonGaussian,
     merge,
 )
+from dptorch.accounting.planning import Choice, plan_budget
 from dptorch.accounting.solve import delta, epsilon, noise_multiplier, sample_rate, steps
 from dptorch.accounting.tradeoff import GaussianFit, gaussian_fit, trade_off_curve
+from dptorch.accounting.tuning import RUN_LAWS, RunLaw, tuned_epsilon
 
 __all__ = [
+    "RUN_LAWS",
     "Accountant",
     "Adjacency",
+    "Choice",
     "CorrelatedGaussian",
     "EpochwiseGaussian",
     "Event",
@@ -35,6 +39,7 @@ __all__ = [
     "GaussianFit",
     "History",
     "RandomAllocationGaussian",
+    "RunLaw",
     "SampledGaussian",
     "TruncatedPoissonGaussian",
     "delta",
@@ -45,7 +50,9 @@ __all__ = [
     "names",
     "noise_multiplier",
     "noise_multiplier_for",
+    "plan_budget",
     "sample_rate",
     "steps",
     "trade_off_curve",
+    "tuned_epsilon",
 ]

@@ -33,6 +33,9 @@ from dptorch.errors import PrivacyError
 __all__ = ["Reduced", "can_reduce", "directions", "pair_of", "reduced"]
 
 
+# Below this noise a lognormal sum spans too many orders of magnitude to be composed.
+_LEAST_NOISE = 0.4
+
 _PAIRS: dict[type[Event], type] = {
     SampledGaussian: SampledPair,
     TruncatedPoissonGaussian: SampledPair,
@@ -126,6 +129,9 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
         case RandomAllocationGaussian() if direction != "replace":
             block = event.steps_per_epoch // event.selections
             releases = event.epochs * event.selections
+            if event.noise_multiplier < _LEAST_NOISE:
+                # Knowing the step only adds: H is jointly convex in the position.
+                return SampledPair(direction, event.noise_multiplier, 1.0, releases)
             return AllocationPair(direction, event.noise_multiplier, block, releases)
         case RandomAllocationGaussian():
             raise PrivacyError(

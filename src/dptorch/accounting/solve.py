@@ -23,8 +23,8 @@ from dptorch.errors import ConfigurationError, PrivacyError
 __all__ = ["delta", "epsilon", "noise_multiplier", "sample_rate", "steps"]
 
 _LEAST_NOISE, _MOST_NOISE = 1e-2, 1e7
-# Below this ε nothing is composed: the noise is set so that ε is 0.
-_TINY_EPSILON = 1e-3
+# Below this ε the grids of `pld` grow too long: the noise is then set so that ε is 0.
+_TINY_EPSILON = 1e-4
 _LEAST_RATE = 1e-12
 _MOST_STEPS = 10**12
 _CLOSE = 1e-5  # in log δ: about as far in ε, relative to ε
@@ -107,7 +107,7 @@ def noise_multiplier(
     question = _Question.of(target_epsilon, delta, accountant, adjacency)
     if SampledGaussian(1.0, sample_rate, steps).steps == 0:
         return 0.0
-    if 0 < target_epsilon < _TINY_EPSILON and accountant in ("exact", "pld"):
+    if 0 < target_epsilon < _TINY_EPSILON and accountant == "pld" and sample_rate < 1:
         return _noise_for_no_epsilon(delta, sample_rate, steps, Adjacency.of(adjacency))
     return question.solve(
         lambda sigma: SampledGaussian(sigma, sample_rate, steps),
@@ -122,12 +122,17 @@ def noise_multiplier(
 def _noise_for_no_epsilon(
     delta: float, sample_rate: float, steps: int, adjacency: Adjacency
 ) -> float:
-    """Noise at which the total variations of all steps add up to at most delta: (0, delta)-DP.
+    """Noise at which the total variation of the whole run is at most delta: (0, delta)-DP.
 
-    One step's is ``q (2 Phi(s / (2 sigma)) - 1)`` for a sensitivity s, and they add up.
+    Two bounds, of which the better: the steps' total variations q (2 Φ(1 / (2σ)) - 1) add up; and
+    their divergences do, so that by Pinsker, and KL <= χ² = q² (e^{1/σ²} - 1), the total variation is
+    at most q sqrt(steps (e^{1/σ²} - 1) / 2). Replace-one is two such changes.
     """
-    share = min(delta * (1 - 1e-9) / (sample_rate * steps), 1 - 1e-12)
-    return adjacency.sensitivity_factor / (2 * NormalDist().inv_cdf((1 + share) / 2))
+    share = delta * (1 - 1e-9) / (sample_rate * adjacency.sensitivity_factor)
+    summed = min(share / steps, 1 - 1e-12)
+    by_sum = 1 / (2 * NormalDist().inv_cdf((1 + summed) / 2))
+    by_divergence = 1 / math.sqrt(math.log1p(2 * share**2 / steps))
+    return min(by_sum, by_divergence)
 
 
 def sample_rate(

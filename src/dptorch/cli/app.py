@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
 from dptorch.cli.ledger import ledger
+from dptorch.cli.plan import plan
 from dptorch.cli.release import release
 from dptorch.cli.train import train
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
@@ -36,11 +38,36 @@ class ReadableErrors(TyperGroup):
             try:
                 return super().invoke(ctx)
             except (ConfigurationError, DataError, PrivacyError) as error:
-                console.print(f"[bold red]Error:[/] {escape(_one_line(error))}")
+                command = self.commands.get(ctx.invoked_subcommand or "")
+                text = with_flags(_one_line(error), command.params if command else [])
+                console.print(f"[bold red]Error:[/] {escape(text)}")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 console.print("Interrupted.")
                 raise typer.Exit(130) from None
+
+
+def with_flags(message: str, parameters: Iterable[Any]) -> str:
+    """Speak of an error's arguments as the command line does: `sample_rate=7.0` is --sample-rate 7.0.
+
+    Example:
+        >>> import click
+        >>> rate = click.Option(["--sample-rate"])
+        >>> with_flags("sample_rate=7.0 must be in (0, 1].", [rate])
+        '--sample-rate 7.0 must be in (0, 1].'
+    """
+    for parameter in parameters:
+        if not parameter.name or not parameter.opts or not parameter.opts[0].startswith("-"):
+            continue
+        flag = max(parameter.opts, key=len)
+        # The library's name for the command line's --delta.
+        name = f"(?:target_)?{re.escape(parameter.name)}"
+        message = re.sub(rf"(?<![\w.-]){name}=None\b", f"{flag} (not given)", message)
+        message = re.sub(rf"(?<![\w.-]){name}=(?=\S)", f"{flag} ", message)
+        if "_" in parameter.name or parameter.name == "delta":
+            bare = name if "_" in parameter.name else f"target_{re.escape(parameter.name)}"
+            message = re.sub(rf"(?<![\w.-]){bare}\b(?!\()", flag, message)
+    return message
 
 
 def _one_line(error: BaseException | Warning) -> str:
@@ -69,6 +96,7 @@ app = typer.Typer(
 app.command(rich_help_panel="Train")(train)
 app.command(rich_help_panel="Plan")(epsilon)
 app.command(rich_help_panel="Plan")(calibrate)
+app.command(rich_help_panel="Plan")(plan)
 app.command(rich_help_panel="Train")(check)
 app.command(rich_help_panel="Train")(release)
 app.command(rich_help_panel="Measure")(bench)

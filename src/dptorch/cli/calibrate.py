@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dptorch.cli.options import (
-    Accountant,
-    AsJson,
-    BatchSize,
-    Delta,
-    Epochs,
-    SampleRate,
-    SampleSize,
-    Steps,
-)
+from dptorch.cli.options import AsJson, takes_run
+
+if TYPE_CHECKING:
+    from dptorch.plan import PrivacyPlan
 
 __all__ = ["calibrate"]
 
 
+@takes_run
 def calibrate(
     target_epsilon: Annotated[float, typer.Option("--epsilon", help="Budget of the whole run.")],
-    sample_rate: SampleRate = None,
-    batch_size: BatchSize = None,
-    sample_size: SampleSize = None,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    delta: Delta = None,
-    accountant: Accountant = "pld",
+    run: dict[str, Any],
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also draw ε against steps, for several noise multipliers, into this file "
+            "(.png, .svg, .pdf).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest noise multiplier that keeps DP-SGD within a budget.
@@ -38,20 +36,15 @@ def calibrate(
 
     [cyan]dptorch calibrate --epsilon 3 --batch-size 256 --sample-size 60000 --epochs 20[/]
 
-    [cyan]dptorch calibrate --epsilon 8 --sample-rate 0.01 --steps 2000 --delta 1e-6[/]
+    [cyan]dptorch calibrate --epsilon 8 --sample-rate 0.01 --steps 2000 --delta 1e-6 --plot eps.png[/]
     """
-    from dptorch.cli.planning import plan_from
+    from dptorch.plan import make_plan
 
-    plan = plan_from(
-        target_epsilon=target_epsilon,
-        sample_rate=sample_rate,
-        batch_size=batch_size,
-        sample_size=sample_size,
-        epochs=epochs,
-        steps=steps,
-        target_delta=delta,
-        accountant=accountant,
-    )
+    if plot is not None:
+        _check_plot(plot)
+    plan = make_plan(target_epsilon=target_epsilon, **run)
+    if plot is not None:
+        _draw(plan, target_epsilon, plot)
     if as_json:
         typer.echo(plan.to_json().rstrip())
         return
@@ -61,3 +54,67 @@ def calibrate(
         f"noise multiplier {shown:.4f} for epsilon {target_epsilon:g} at delta "
         f"{plan.target_delta:g} over {plan.steps:,} steps"
     )
+    if plot is not None:
+        typer.echo(f"plot {plot}")
+
+
+def _check_plot(path: Path) -> None:
+    from dptorch.errors import ConfigurationError
+
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as problem:
+        raise ConfigurationError(
+            "--plot needs matplotlib, which is not installed. Run: pip install 'dptorch[report]'."
+        ) from problem
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigurationError(f"plot={str(path)!r} must end in .png, .svg or .pdf.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigurationError(
+            f"plot={str(path)!r}: there is no folder {path.absolute().parent}."
+        )
+
+
+def _draw(plan: PrivacyPlan, target: float, path: Path) -> None:
+    """ε after 1 .. 2T steps, for the noise found and for more and less of it."""
+    from matplotlib.figure import Figure
+
+    from dptorch import accounting
+
+    last = 2 * plan.steps
+    counts = sorted({max(1, round(last * (k / 24) ** 2)) for k in range(1, 25)})
+    # Planning accuracy will do for a curve; where `exact` does not cover the sampler, `pld` does.
+    accountant = accounting.get("exact")
+    if not accountant.covers(plan.event(1)):
+        accountant = accounting.get("pld")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for factor in (0.7, 0.85, 1.0, 1.25, 1.6):
+        sigma = plan.noise_multiplier * factor
+        costs = [
+            accountant.epsilon(
+                [_scaled(plan, sigma, n)], plan.target_delta, adjacency=plan.adjacency
+            )
+            for n in counts
+        ]
+        axes.plot(counts, costs, label=f"{sigma:.3g}", linewidth=2.5 if factor == 1 else 1.2)
+    axes.axhline(target, color="black", linestyle="--", linewidth=1)
+    axes.axvline(plan.steps, color="black", linestyle=":", linewidth=1)
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+    axes.annotate(f"target ε = {target:g}", (0.99, target), fontsize=9, **place)
+    axes.set(
+        xlabel="steps",
+        ylabel=f"ε at δ = {plan.target_delta:g}",
+        title=f"{plan.sampling} sampling, rate {plan.sample_rate:.4g}, {plan.adjacency.value}",
+        xlim=(0, last),
+        ylim=(0, None),
+    )
+    axes.legend(title="noise multiplier", frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _scaled(plan: PrivacyPlan, sigma: float, steps: int) -> Any:
+    from dataclasses import replace
+
+    return replace(plan, noise_multiplier=sigma).event(steps)

@@ -14,13 +14,21 @@ from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.allocation import AllocationPair
 from dptorch.accounting.composition import composed_delta, composed_epsilon
-from dptorch.accounting.dominating import Array, Pair, SampledPair
+from dptorch.accounting.dominating import (
+    Array,
+    Pair,
+    SampledPair,
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_mu,
+)
 from dptorch.accounting.events import History
 from dptorch.accounting.fixed_size import FixedSizePair, WithReplacementPair
 
 __all__ = ["PLDAccountant"]
 
 _LARGEST_WINDOW = 2**22
+_ROUNDING = 1e-11  # a margin over the closed form's own rounding
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class PLDAccountant(PairAccountant):
         target = math.log(delta)
         epsilon = 0.0
         for pairs in compositions:
+            mu = gaussian_mu(pairs)
+            if mu is not None:
+                epsilon = max(epsilon, gaussian_epsilon(delta, mu) * (1 + _ROUNDING))
+                continue
             tail = contour.negligible_tail(pairs, target)
             # The margin covers the tail that the bound leaves out.
             bound = contour.moments_bound(pairs, target - 1e-9, tail)[1]
@@ -80,6 +92,10 @@ class PLDAccountant(PairAccountant):
     def _delta(self, compositions: Compositions, epsilon: float) -> float:
         delta = 0.0
         for pairs in compositions:
+            mu = gaussian_mu(pairs)
+            if mu is not None:
+                delta = max(delta, gaussian_delta(epsilon, mu) * (1 + _ROUNDING))
+                continue
             try:
                 near = composed_delta(pairs, epsilon, floor=delta)
             except contour.Unsettled:

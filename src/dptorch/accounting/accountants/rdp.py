@@ -9,8 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
+from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.contour import log_mgf
 from dptorch.accounting.dominating import Array, Pair, SampledPair
+from dptorch.accounting.events import History
 from dptorch.accounting.fixed_size import FixedSizePair
 
 __all__ = ["RDPAccountant"]
@@ -41,6 +43,19 @@ class RDPAccountant(PairAccountant):
     name: str = "rdp"
     is_upper_bound: bool = True
 
+    def divergences(
+        self, history: History, *, adjacency: Adjacency | str = Adjacency.ADD_REMOVE
+    ) -> tuple[Array, Array]:
+        """([n] orders, [n] Rényi divergences of `history`); inf without noise.
+
+        Raises:
+            PrivacyError: an event that it does not cover.
+        """
+        run = self._reduced(history, adjacency)
+        if run.noiseless or run.overflow:
+            return _orders(), np.full(_orders().size, np.inf)
+        return _orders(), _divergences(run.compositions)
+
     def _epsilon(self, compositions: Compositions, delta: float) -> float:
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
@@ -55,7 +70,7 @@ class RDPAccountant(PairAccountant):
 
 def _divergences(compositions: Compositions) -> Array:
     """The largest over the directions, at every order."""
-    totals = []
+    totals = [np.zeros_like(_orders())]
     for pairs in compositions:
         total = np.zeros_like(_orders())
         for pair in pairs:

@@ -1,0 +1,178 @@
+"""`dptorch plan`: how best to spend a budget."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dptorch.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from dptorch.accounting import Choice
+
+__all__ = ["plan"]
+
+LIMIT = "What limits the run: one of these"
+MACHINE = "Your machine, as measured"
+
+
+def plan(
+    sample_size: Annotated[int, typer.Option(help="Number of training examples.")],
+    target_epsilon: Annotated[float, typer.Option("--epsilon", help="Budget of the whole run.")],
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability that the guarantee fails.",
+            show_default="1 / (10 N), at most 1e-5, as a power of ten",
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the data.", show_default=False, rich_help_panel=LIMIT),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Training steps, whatever the batch size.",
+            show_default=False,
+            rich_help_panel=LIMIT,
+        ),
+    ] = None,
+    examples: Annotated[
+        float | None,
+        typer.Option(
+            help="Examples processed, all steps together.",
+            show_default=False,
+            rich_help_panel=LIMIT,
+        ),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            help="Time; needs --examples-per-second.", show_default=False, rich_help_panel=LIMIT
+        ),
+    ] = None,
+    examples_per_second: Annotated[
+        float | None,
+        typer.Option(
+            help="Speed of private training.", show_default=False, rich_help_panel=MACHINE
+        ),
+    ] = None,
+    bytes_per_example: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory that one more example in a physical batch takes.",
+            show_default=False,
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    batch_sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch-size",
+            help="Batch size to compare; repeat. By default powers of 2.",
+            show_default=False,
+        ),
+    ] = None,
+    least_steps: Annotated[
+        int, typer.Option(help="Leave out choices with fewer steps than this.")
+    ] = 100,
+    runs: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean number of runs, of which the best by a private score is published: the "
+            "budget then covers the choice.",
+            show_default=False,
+        ),
+    ] = None,
+    run_law: Annotated[
+        str, typer.Option(help="How the number of runs is drawn: geometric, logarithmic, fixed.")
+    ] = "geometric",
+    accountant: Annotated[str, typer.Option(help="Who calibrates: exact, pld, rdp.")] = "exact",
+    adjacency: Annotated[
+        str, typer.Option(help="zero-out, add-remove or replace-one.")
+    ] = "zero-out",
+    as_json: AsJson = False,
+) -> None:
+    """Compare batch sizes, steps and noise that spend a budget; best first.
+
+    Sorted by signal-to-noise, sqrt(steps) · batch size / noise multiplier: the sum of a run's
+    gradients over the sum of its noise. It knows nothing of your model: very large batches leave few
+    steps, and how few are too few only training tells.
+
+    [bold]Examples[/]
+
+    [cyan]dptorch plan --sample-size 60000 --epsilon 3 --epochs 20[/]
+
+    [cyan]dptorch plan --sample-size 1000000 --epsilon 8 --hours 5 --examples-per-second 900[/]
+
+    A budget that also covers choosing among ten runs by a private score:
+
+    [cyan]dptorch plan --sample-size 60000 --epsilon 3 --epochs 20 --runs 10[/]
+    """
+    from dptorch.accounting import RunLaw, plan_budget
+    from dptorch.accounting.events import positive_int
+
+    positive_int("sample_size", sample_size)
+    if delta is None:
+        delta = min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
+    choices = plan_budget(
+        sample_size=sample_size,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        steps=steps,
+        epochs=epochs,
+        examples=examples,
+        hours=hours,
+        examples_per_second=examples_per_second,
+        bytes_per_example=bytes_per_example,
+        batch_sizes=batch_sizes or None,
+        least_steps=least_steps,
+        runs=None if runs is None else RunLaw(run_law, runs),
+        accountant=accountant,
+        adjacency=adjacency,
+    )
+    if as_json:
+        budget = {"epsilon": target_epsilon, "delta": delta, "sample_size": sample_size}
+        typer.echo(json.dumps({**budget, "choices": [asdict(c) for c in choices]}, indent=2))
+        return
+    _show(choices, f"epsilon {target_epsilon:g} at delta {delta:g}, {sample_size:,} examples")
+
+
+def _show(choices: list[Choice], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    caption = (
+        "σ: noise multiplier; σ/B: noise in the averaged gradient, in units of max_grad_norm; "
+        "SNR: sqrt(steps) B/σ"
+    )
+    table = Table(title=title, caption=caption)
+    for name in ("batch B", "steps", "epochs", "σ", "σ/B", "SNR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    with_memory = choices[0].memory_bytes is not None
+    with_hours = choices[0].hours is not None
+    if with_memory:
+        table.add_column("batch memory", justify="right", no_wrap=True)
+    if with_hours:
+        table.add_column("hours", justify="right", no_wrap=True)
+    for choice in choices:
+        row = [
+            f"{choice.batch_size:,}",
+            f"{choice.steps:,}",
+            f"{choice.epochs:.3g}",
+            # Rounded up: the noise printed must be enough.
+            f"{math.ceil(choice.noise_multiplier * 1e4) / 1e4:.4f}",
+            f"{choice.noise_per_gradient:.3g}",
+            f"{choice.signal_to_noise:,.0f}",
+        ]
+        if with_memory:
+            row.append(f"{(choice.memory_bytes or 0) / 2**30:.3g} GiB")
+        if with_hours:
+            row.append(f"{choice.hours or 0:.3g}")
+        table.add_row(*row, style="bold" if choice is choices[0] else None)
+    Console().print(table)
