@@ -264,8 +264,9 @@ class DatasetLedger:
             LedgerError: there is no run, or the runs protect different units.
         """
         runs, cap = self.runs(), self.cap
-        if not runs and cap is None:
-            known = ", ".join(self.ledger.datasets()) or "none"
+        datasets = self.ledger.datasets()
+        if self.dataset not in datasets:
+            known = ", ".join(datasets) or "none"
             raise LedgerError(
                 f"the ledger {self.store.location} has no run on {self.dataset!r}. It knows: {known}."
             )
@@ -276,7 +277,7 @@ class DatasetLedger:
                 "their costs cannot be added up."
             )
         if delta is None:
-            delta = cap.delta if cap else max(run.plan.target_delta for run in runs)
+            delta = cap.delta if cap else max((r.plan.target_delta for r in runs), default=1e-5)
         if adjacency is None:
             adjacency = cap.adjacency if cap else _strictest(runs)
         adjacency = Adjacency.of(adjacency)
@@ -319,7 +320,9 @@ def _strictest(runs: list[RunSummary]) -> Adjacency:
     relations = {run.plan.adjacency for run in runs}
     if Adjacency.REPLACE_ONE in relations:
         return Adjacency.REPLACE_ONE
-    return relations.pop() if len(relations) == 1 else Adjacency.ZERO_OUT
+    return (
+        relations.pop() if len(relations) == 1 else Adjacency.ZERO_OUT
+    )  # costs as add/remove does
 
 
 def _notes(runs: list[RunSummary]) -> list[str]:

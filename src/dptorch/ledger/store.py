@@ -365,7 +365,14 @@ def _parse(location: str | Path) -> tuple[Path | None, sa.URL]:
 
 
 def _without_password(url: sa.URL) -> str:
-    return url.set(drivername="postgresql", password=None).render_as_string(hide_password=False)
+    # `set(password=None)` would leave it as it is.
+    return sa.URL.create(
+        "postgresql",
+        username=url.username,
+        host=url.host,
+        port=url.port,
+        database=url.database,
+    ).render_as_string(hide_password=False)
 
 
 def _connect_to(url: sa.URL, path: Path | None, timeout_s: float) -> sa.Engine:

@@ -1,0 +1,161 @@
+"""The engine and its ledger: what is written down is what was released, and before it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dptorch
+from dptorch.accounting import SampledGaussian
+from dptorch.engine import GaussianNoise, PrivacyEngine
+from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
+from dptorch.ledger import Cap, DatasetLedger, open_ledger
+from tests.engine.setup import SIZE, make_data, make_model, train
+
+SETTINGS: dict[str, Any] = {
+    "sample_rate": 0.25,
+    "sample_size": SIZE,
+    "steps": 8,
+    "noise_multiplier": 2.0,
+    "target_delta": 1e-3,
+    "accountant": "exact",
+}
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> DatasetLedger:
+    return open_ledger(tmp_path / "ledger.db").dataset("data")
+
+
+def make(pages: DatasetLedger | None, **changes: Any) -> tuple[PrivacyEngine, Any]:
+    model = make_model()
+    engine = dptorch.PrivacyEngine(model, ledger=pages, **SETTINGS | changes)
+    return engine, engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_every_step_is_on_disk_before_its_noise_is_drawn(
+    pages: DatasetLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    privatize, seen = GaussianNoise.privatize, []
+
+    def spy(self: GaussianNoise, clipped: Any, key: Any, step: int, **kwargs: Any) -> Any:
+        seen.append((step, pages.runs()[0].steps))
+        return privatize(self, clipped, key, step, **kwargs)
+
+    monkeypatch.setattr(GaussianNoise, "privatize", spy)
+    engine, optimizer = make(pages)
+    loader = engine.loader(make_data())
+    for _ in range(2):
+        train(engine.model, optimizer, loader)
+    assert seen == [(step, step + 1) for step in range(8)]
+    (run,) = pages.runs()
+    assert run.history == [engine.plan.event(8)]
+    assert engine.statement().ledger == {"run": run.run, "dataset": "data"}
+    assert engine.ledger_run is not None
+    assert engine.ledger_run["head"] == pages.ledger.head()
+
+
+def test_a_ledger_changes_nothing_in_the_training(pages: DatasetLedger) -> None:
+    results = []
+    for ledger in (None, pages):
+        engine, optimizer = make(ledger, seed=3)
+        results.append(train(engine.model, optimizer, engine.loader(make_data())))
+    assert torch.equal(*results)
+
+
+def test_batches_of_another_loader_are_written_down_without_amplification(
+    pages: DatasetLedger,
+) -> None:
+    engine, optimizer = make(pages)
+    x, y = make_data().tensors
+    train(engine.model, optimizer, engine.loader(make_data()))
+    F.cross_entropy(engine.model(x), y).backward()
+    with pytest.warns(PrivacyWarning, match="without amplification"):
+        optimizer.step()
+    (run,) = pages.runs()
+    assert run.history == [engine.plan.event(4), SampledGaussian(2.0, 1.0, 1)]
+
+
+def test_a_dear_step_that_does_not_fit_under_the_cap_is_not_taken(pages: DatasetLedger) -> None:
+    """The plan fits, a step without amplification does not: refused before it is released."""
+    engine, optimizer = make(pages)
+    pages.set_cap(Cap(engine.plan.epsilon() * 1.05, 1e-3, engine.plan.adjacency))
+    train(engine.model, optimizer, engine.loader(make_data()))
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    x, y = make_data().tensors
+    F.cross_entropy(engine.model(x), y).backward()
+    with pytest.raises(BudgetExhausted, match="Nothing was spent"):
+        optimizer.step()
+    assert engine.steps_done == pages.runs()[0].steps == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+
+
+def test_a_plan_above_the_cap_is_refused_before_the_first_step(pages: DatasetLedger) -> None:
+    pages.set_cap(Cap(0.1, 1e-3))
+    engine, _ = make(pages)
+    with pytest.raises(BudgetExhausted, match=r"cap is epsilon=0\.1"):
+        engine.loader(make_data())
+    assert pages.runs() == []
+
+
+def test_resuming_counts_what_the_checkpoint_does_not_know(
+    pages: DatasetLedger, tmp_path: Path
+) -> None:
+    engine, optimizer = make(pages)
+    loader = engine.loader(make_data())
+    train(engine.model, optimizer, loader)
+    engine.save_checkpoint(tmp_path / "run.pt")
+    train(engine.model, optimizer, loader)  # four more steps
+    resumed, optimizer = make(pages)
+    with pytest.warns(PrivacyWarning, match="4 steps were released after this checkpoint"):
+        resumed.load_checkpoint(tmp_path / "run.pt")
+    at_once = resumed.get_privacy_spent().epsilon
+    assert at_once == pytest.approx(engine.get_privacy_spent().epsilon)
+    train(resumed.model, optimizer, resumed.loader(make_data()))
+    statement = resumed.statement()
+    assert (statement.steps, statement.repeated) == (8, 4)
+    assert statement.epsilon > engine.statement().epsilon
+    assert "4 repeated after a kill" in str(statement)
+    assert statement.epsilon_unamplified > engine.statement().epsilon_unamplified
+
+
+def test_going_on_without_the_ledger_warns(pages: DatasetLedger, tmp_path: Path) -> None:
+    engine, _ = make(pages)
+    engine.loader(make_data())
+    engine.save_checkpoint(tmp_path / "run.pt")
+    without, _ = make(None)
+    with pytest.warns(PrivacyWarning, match="goes on without it"):
+        without.load_checkpoint(tmp_path / "run.pt")
+
+
+def test_a_ledger_comes_once_and_first(pages: DatasetLedger) -> None:
+    engine, _ = make(pages)
+    with pytest.raises(ConfigurationError, match="one ledger"):
+        engine.use_ledger(pages)
+    late, _ = make(None)
+    late.loader(make_data())
+    with pytest.raises(ConfigurationError, match="before its loader"):
+        late.use_ledger(pages)
+    with pytest.raises(ConfigurationError, match="non-private"):
+        make(pages, clipping_mode="non-private")
+
+
+def test_detaching_gives_back_what_was_reserved(pages: DatasetLedger) -> None:
+    engine, _ = make(pages)
+    engine.loader(make_data())
+    assert pages.runs()[0].open
+    engine.detach()
+    assert not pages.runs()[0].open
+    assert pages.runs()[0].committed == []
+
+
+def test_importing_dptorch_imports_no_database() -> None:
+    import subprocess
+    import sys
+
+    code = "import dptorch, dptorch.ledger, sys; sys.exit('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,111 @@
+"""32 processes that write to one capped data set at once: never over the cap, nothing lost."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dptorch
+from dptorch.accounting import Event
+from dptorch.errors import BudgetExhausted
+from dptorch.ledger import Cap, open_ledger, record
+from dptorch.ledger.budget import adaptive_epsilon
+from tests.ledger.processes import kill, shared, spawn, wait
+
+WRITERS, KILLED = 32, 8
+PLAN = dptorch.make_plan(
+    sample_rate=1.0, sample_size=100, steps=5, noise_multiplier=6.0, target_delta=1e-5
+)
+STEPS, REFUSED = 0, 1  # columns of the table: what each writer did
+
+
+def cap_for(runs: int) -> Cap:
+    return Cap(adaptive_epsilon([PLAN.event(PLAN.steps * runs)], 1e-5) * 1.0001, 1e-5)
+
+
+def writer(location: str, row: np.ndarray, seed: int) -> None:
+    """Begin run after run, each of some of its planned steps, until the budget is gone."""
+    chance = random.Random(seed)
+    pages = open_ledger(location, timeout_s=120).dataset("shared")
+    for _ in range(4):
+        run = pages.run(PLAN, "operating system")
+        try:
+            for step in range(chance.randrange(1, PLAN.steps + 1)):
+                run.count(step, PLAN.event(1))
+                row[STEPS] += 1
+            run.close()
+        except BudgetExhausted:
+            row[REFUSED] += 1
+            return
+
+
+def committed_over_time(location: str) -> Iterator[float]:
+    """What was spent or reserved after each entry."""
+    committed: dict[str, list[Event]] = {}
+    for entry in open_ledger(location).entries(dataset="shared"):
+        if entry.kind in ("begin", "reserve", "close"):
+            committed[str(entry.run)] = [Event.from_dict(e) for e in entry.detail["committed"]]
+            steps = sum(e.steps for events in committed.values() for e in events)
+            yield adaptive_epsilon([PLAN.event(steps)], 1e-5)
+
+
+def test_32_writers_stay_below_the_cap_and_lose_nothing(location: str) -> None:
+    cap = cap_for(20)
+    open_ledger(location).dataset("shared").set_cap(cap)
+    table = shared((WRITERS, 2))
+    children = [
+        spawn(lambda row=row, seed=seed: writer(location, row, seed))  # type: ignore[misc]
+        for seed, row in enumerate(table)
+    ]
+    time.sleep(0.5)
+    killed = [kill(pid) for pid in children[:KILLED]]
+    assert set(killed) <= {0, -9}
+    assert [wait(pid) for pid in children[KILLED:]] == [0] * (WRITERS - KILLED)
+    book = open_ledger(location)
+    total = book.dataset("shared").total()
+    # A killed writer may have died between the ledger's entry and its own note of it.
+    assert 0 <= total.steps - table[:, STEPS].sum() <= KILLED
+    assert max(committed_over_time(location)) <= cap.epsilon
+    assert total.adaptive <= total.committed <= cap.epsilon
+    assert table[:, REFUSED].sum() > 0, "the cap was never reached: the test says nothing"
+    assert book.verify().problems == []
+    kept = {run.run: run.steps for run in book.runs()}
+    assert sum(kept.values()) == total.steps
+
+
+def test_looking_before_locking_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a writer that decides on what it read before it had the lock."""
+    location = str(tmp_path / "ledger.db")
+    cap = cap_for(6)
+    open_ledger(location).dataset("shared").set_cap(cap)
+    read = record.committed_in
+
+    def stale(transaction: Any, dataset: str) -> dict[str, list[Event]]:
+        return seen
+
+    seen: dict[str, list[Event]] = {}
+
+    def hasty(row: np.ndarray) -> None:
+        book = open_ledger(location)
+        while not row[REFUSED]:
+            with book.store.read() as transaction:
+                seen.clear()
+                seen.update(read(transaction, "shared"))
+            time.sleep(0.05)
+            run = book.dataset("shared").run(PLAN, "operating system")
+            try:
+                run.open()
+            except BudgetExhausted:
+                row[REFUSED] = 1
+
+    monkeypatch.setattr(record, "committed_in", stale)
+    table = shared((8, 2))
+    children = [spawn(lambda row=row: hasty(row)) for row in table]  # type: ignore[misc]
+    assert [wait(pid) for pid in children] == [0] * 8
+    assert max(committed_over_time(location)) > cap.epsilon
