@@ -36,6 +36,7 @@ GOOD = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 10, "delta": 1e-5
         {"delta": -1e-5},
         {"delta": math.nan},
         {"delta": "1e-5"},
+        {"delta": None},
         {"accountant": "moments"},
         {"adjacency": "swap"},
     ],

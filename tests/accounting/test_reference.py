@@ -8,6 +8,7 @@ import csv
 import math
 from pathlib import Path
 
+import mpmath as mp
 import pytest
 
 from dptorch import accounting
@@ -80,3 +81,36 @@ def test_the_table_catches_one_percent_less_noise():
 def test_every_row_is_there():
     assert len(ROWS) == 14
     assert all(math.isfinite(float(row["eps_reference"])) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "steps", "delta"),
+    [(1.0, 1, 1e-5), (5.0, 1000, 1e-6), (0.3, 3, 1e-8), (100.0, 50, 1e-4), (30.0, 10**5, 1e-12)],
+)
+def test_exact_meets_rows_from_the_gaussian_closed_form(sigma, steps, delta):
+    """Sampling nothing: δ(ε) = Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ), solved in 60 digits."""
+    with mp.workdps(60):
+        mu = mp.sqrt(steps) / mp.mpf(sigma)
+        gap = lambda e: (
+            mp.log(mp.ncdf(mu / 2 - e / mu) - mp.e**e * mp.ncdf(-mu / 2 - e / mu)) - mp.log(delta)
+        )
+        guess = mu**2 / 2 + mu * mp.sqrt(-2 * mp.log(delta))
+        truth = float(mp.findroot(gap, (guess * 0.5, guess), solver="anderson", tol=1e-20))
+    run = [SampledGaussian(sigma, 1.0, steps)]
+    assert accounting.get("exact").epsilon(run, delta) == pytest.approx(truth, abs=1e-6)
+
+
+@pytest.mark.parametrize(("sigma", "rate", "delta"), [(1.0, 0.1, 1e-4), (0.7, 0.01, 1e-6)])
+def test_exact_meets_rows_from_one_steps_closed_form(sigma, rate, delta):
+    """One step: q times the Gaussian's δ at log(1 + (e^ε - 1) / q), solved in 40 digits."""
+    with mp.workdps(40):
+        mu, q = 1 / mp.mpf(sigma), mp.mpf(rate)
+
+        def gap(e):
+            inner = mp.log(1 + (mp.e**e - 1) / q)
+            gaussian = mp.ncdf(mu / 2 - inner / mu) - mp.e**inner * mp.ncdf(-mu / 2 - inner / mu)
+            return mp.log(q * gaussian) - mp.log(delta)
+
+        truth = float(mp.findroot(gap, (0.01, 3.0), solver="anderson", tol=1e-20))
+    found = accounting.get("exact").epsilon([SampledGaussian(sigma, rate, 1)], delta)
+    assert found == pytest.approx(truth, abs=1e-6)

@@ -11,6 +11,7 @@ from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.accounting.accountants.registry import get, names
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.calibration import noise_multiplier_for
+from dptorch.accounting.correlated import strategy_sensitivity
 from dptorch.accounting.events import (
     CorrelatedGaussian,
     EpochwiseGaussian,
@@ -53,6 +54,7 @@ __all__ = [
     "plan_budget",
     "sample_rate",
     "steps",
+    "strategy_sensitivity",
     "trade_off_curve",
     "tuned_epsilon",
 ]

@@ -66,7 +66,7 @@ class Pair(Hashable, Protocol):
     def largest_loss(self) -> float: ...
 
     def one_step_delta(self, epsilon: float) -> float:
-        """H_{e^ε}(P, Q) of one pair, for ε >= 0; 1.0 where there is no closed form."""
+        """H_{e^ε}(P, Q) of one pair, for ε >= 0; in closed form where there is one."""
 
     def loss_ends(self, tail: float) -> tuple[float, float]:
         """Where one pair's loss lies, but for e^`tail` of its mass at either end."""

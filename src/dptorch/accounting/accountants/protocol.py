@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
@@ -181,7 +182,7 @@ def check_delta(delta: float) -> float:
         dptorch.errors.ConfigurationError: delta=1.5 must lie strictly between 0 and 1. A common \
 choice is below 1 / (number of records), such as 1e-5.
     """
-    if isinstance(delta, (bool, str)) or not 0 < delta < 1:
+    if not _is_number(delta) or not 0 < delta < 1:
         raise ConfigurationError(
             f"delta={delta!r} must lie strictly between 0 and 1. "
             "A common choice is below 1 / (number of records), such as 1e-5."
@@ -198,6 +199,10 @@ def check_epsilon(epsilon: float, *, name: str = "epsilon") -> float:
         ...
         dptorch.errors.ConfigurationError: epsilon=nan must be finite and at least 0, such as 3.0.
     """
-    if isinstance(epsilon, (bool, str)) or not (epsilon >= 0 and math.isfinite(epsilon)):
+    if not _is_number(epsilon) or not 0 <= epsilon < math.inf:
         raise ConfigurationError(f"{name}={epsilon!r} must be finite and at least 0, such as 3.0.")
     return float(epsilon)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
