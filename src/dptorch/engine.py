@@ -28,7 +28,7 @@ from dptorch.errors import (
     one_of,
 )
 from dptorch.logical_batch import LogicalBatch, StepDiagnostics
-from dptorch.noise import GaussianNoise
+from dptorch.noise import MECHANISMS
 from dptorch.plan import PrivacyPlan, PrivacySpent, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.release import ClippedSum
@@ -64,7 +64,7 @@ class PrivacyEngine:
         model: any module; unmodified. Parameters that should not be trained are frozen before.
         batch_size, sample_rate, sample_size, epochs, steps, target_epsilon, noise_multiplier,
         target_delta, max_grad_norm, clipping_fn, clipping_style, accountant, adjacency,
-        loss_reduction, unit, sampling, capacity, max_examples_per_user: see
+        loss_reduction, unit, sampling, capacity, max_examples_per_user, mechanism: see
         `dptorch.plan.make_plan`.
         plan: a plan made before, instead of all of the above.
         adaptive_clipping: see `dptorch.plan.make_plan`.
@@ -79,6 +79,8 @@ class PrivacyEngine:
         self_check: look at the first batch for modules that mix examples.
         ledger: where every step is written down before its noise is added, beside the other runs
             on the data set: ``dptorch.ledger.open_ledger("ledger.db").dataset("patients")``.
+        secure_rng: make the noise from the cryptographic keystream on every device. On the CPU it
+            always is; a GPU's own generator is faster, but no cipher.
         seed: for tests: randomness from a number, which is not private.
 
     Guarantees:
@@ -135,10 +137,12 @@ class PrivacyEngine:
         sampling: str = "poisson",
         capacity: int | None = None,
         max_examples_per_user: int | None = None,
+        mechanism: str = "gaussian",
         on_budget_exhausted: str = "raise",
         batch_dims: BatchDims = 0,
         self_check: bool = True,
         ledger: DatasetLedger | None = None,
+        secure_rng: bool = False,
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
@@ -180,6 +184,7 @@ class PrivacyEngine:
             sampling=sampling,
             capacity=capacity,
             max_examples_per_user=max_examples_per_user,
+            mechanism=mechanism,
         )
         if self._mode is NON_PRIVATE:  # its epsilon is infinite
             self._plan = replace(self._plan, noise_multiplier=0.0, target_epsilon=None)
@@ -198,6 +203,12 @@ class PrivacyEngine:
             self._plan.clipping_groups,
             self._plan.max_grad_norm,
         )
+        self._secure_rng = secure_rng
+        if self._plan.mechanism == "discrete_gaussian" and self._mode.passes != 1:
+            raise ConfigurationError(
+                f"clipping_mode={clipping_mode!r} never holds the gradients of examples, which "
+                "mechanism='discrete_gaussian' rounds one by one. Use clipping_mode='auto'."
+            )
         self._batch = LogicalBatch(self._plan, groups)
         self._loaders = 0
         self._binding: OptimizerBinding | None = None
@@ -420,7 +431,8 @@ class PrivacyEngine:
         self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
         if not sampled:
             self._warn_of_own_loader()
-        noise = GaussianNoise(self.plan.noise_multiplier)
+        mechanism = MECHANISMS[self.plan.mechanism]
+        noise = mechanism(self.plan.noise_multiplier, secure_rng=self._secure_rng)
         # A seed is for repeating a run, in other physical batches too, which differ by rounding.
         context = _fingerprint(clipped) if self._key.provenance == FROM_OS else 0
         noisy = noise.privatize(clipped, self._key, step, context=context)

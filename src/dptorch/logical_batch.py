@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
+from dptorch.clipping.rounding import rounded_sum
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
-from dptorch.release import ClippedSum
+from dptorch.release import ClippedSum, RoundedSum
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Recording, Tape
 from dptorch.tape.explain import Explanation
@@ -87,6 +88,7 @@ class LogicalBatch:
 
     def __init__(self, plan: PrivacyPlan, groups: Sequence[ClippingGroup]) -> None:
         self.plan = plan
+        self._discrete = plan.mechanism == "discrete_gaussian"
         self.groups = tuple(groups)
         self.clipping_norms = [group.max_grad_norm for group in groups]
         # Of a user's bound, what each of its rows may use.
@@ -202,6 +204,11 @@ class LogicalBatch:
             c = batch.coefficients[i] * self._weights(batch).to(batch.coefficients[i])
         else:
             c = self._measure(batch, i)
+        if self._discrete:
+            scales = dict.fromkeys(names, self.plan.max_grad_norm)
+            gradients = batch.tape.per_example_gradients()
+            batch.sums |= rounded_sum(gradients, c, scales, share=self._row_share)
+            return
         batch.sums |= batch.tape.clipped_sum(c, None if len(self.groups) == 1 else names)
         if len(self.groups) > 1:
             batch.tape.release(names)
@@ -323,7 +330,8 @@ class LogicalBatch:
             plan.noise_multiplier,
             plan.expected_batch_size,
         )
-        clipped = ClippedSum(self._sums, math.hypot(*norms), scales)
+        kind = RoundedSum if self._discrete else ClippedSum
+        clipped = kind(self._sums, math.hypot(*norms), scales)
         self._sums = None
         self._summarise()
         return clipped

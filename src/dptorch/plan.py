@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dptorch import accounting
-from dptorch.accounting import Adjacency, Event, SampledGaussian
+from dptorch.accounting import Adjacency, Event, SampledDiscreteGaussian, SampledGaussian
 from dptorch.clipping import FUNCTIONS, AdaptiveClipping, GroupSpec, joint_norm, read_style
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
+from dptorch.noise import MECHANISMS
 from dptorch.sampling import Scheme, Terms, scheme_named
 
 __all__ = ["LOSS_REDUCTIONS", "UNITS", "PrivacyPlan", "PrivacySpent", "make_plan"]
@@ -72,6 +73,8 @@ class PrivacyPlan:
         sampling: name in `dptorch.sampling.SCHEMES`: how batches are drawn.
         capacity: most records in a batch, for truncated Poisson sampling.
         max_examples_per_user: most examples of one user in a step, for the unit "user".
+        mechanism: "gaussian", or "discrete_gaussian": contributions rounded to integers, with integer
+            noise; see docs/noise.md. It forms every example's gradient, and is accounted by "rdp".
     """
 
     sample_rate: float
@@ -93,6 +96,7 @@ class PrivacyPlan:
     max_examples_per_user: int | None = None
     clipping_groups: tuple[GroupSpec, ...] = ()
     adaptive_clipping: AdaptiveClipping | None = None
+    mechanism: str = "gaussian"
 
     def __post_init__(self) -> None:
         one_of("clipping_fn", self.clipping_fn, FUNCTIONS)
@@ -108,6 +112,14 @@ class PrivacyPlan:
         object.__setattr__(self, "adjacency", Adjacency.of(self.adjacency))
         accounting.get(self.accountant)
         one_of("unit", self.unit, UNITS)
+        one_of("mechanism", self.mechanism, MECHANISMS)
+        if self.mechanism == "discrete_gaussian" and (
+            self.clipping_groups or self.clipping_style != "all-layer" or self.adaptive_clipping
+        ):
+            raise ConfigurationError(
+                f"mechanism={self.mechanism!r} is for one fixed norm over all parameters: use "
+                "clipping_style='all-layer' without adaptive_clipping, or mechanism='gaussian'."
+            )
         if (self.unit == "user") != (self.max_examples_per_user is not None):
             raise ConfigurationError(
                 f"unit={self.unit!r} and max_examples_per_user={self.max_examples_per_user!r}: the "
@@ -153,7 +165,7 @@ class PrivacyPlan:
 
     def event(self, steps: int) -> Event:
         """What the first `steps` steps of this plan release, for an accountant."""
-        return self.scheme.event(self.terms, self.noise_multiplier, steps)
+        return event_of(self.scheme, self.mechanism, self.terms, self.noise_multiplier, steps)
 
     def history(self, steps: int, *, own_loader_steps: int = 0) -> list[Event]:
         """What a run of `steps` steps released, some of them on batches of a loader of the user's own.
@@ -163,7 +175,9 @@ class PrivacyPlan:
         """
         if not own_loader_steps:
             return [self.event(steps)]
-        own = SampledGaussian(self.noise_multiplier, 1.0, own_loader_steps)
+        own: Event = SampledGaussian(self.noise_multiplier, 1.0, own_loader_steps)
+        if self.mechanism == "discrete_gaussian":
+            own = SampledDiscreteGaussian(self.noise_multiplier, 1.0, own_loader_steps)
         return [own] if own_loader_steps == steps else [self.event(steps), own]
 
     def epsilon(
@@ -235,6 +249,7 @@ def make_plan(
     sampling: str = "poisson",
     capacity: int | None = None,
     max_examples_per_user: int | None = None,
+    mechanism: str = "gaussian",
 ) -> PrivacyPlan:
     """A plan from what a user knows: two of (batch size, rate, number of records), a length, and
     either the ε wanted or the noise.
@@ -318,7 +333,7 @@ def make_plan(
         assert target_epsilon is not None
         one_of("accountant", accountant, [*accounting.names(), "glw"])
         noise_multiplier = accounting.noise_multiplier_for(
-            lambda noise: scheme.event(terms, noise, steps),
+            lambda noise: event_of(scheme, mechanism, terms, noise, steps),
             target_epsilon=target_epsilon,
             delta=delta,
             accountant=accountant,
@@ -344,7 +359,27 @@ def make_plan(
         sampling=sampling,
         capacity=terms.capacity,
         max_examples_per_user=max_examples_per_user,
+        mechanism=mechanism,
     )
+
+
+def event_of(
+    scheme: Scheme, mechanism: str, terms: Terms, noise_multiplier: float, steps: int
+) -> Event:
+    """What steps of a sampling scheme with a mechanism release.
+
+    Raises:
+        ConfigurationError: no event stands for the two together.
+    """
+    event = scheme.event(terms, noise_multiplier, steps)
+    if one_of("mechanism", mechanism, MECHANISMS) == "gaussian":
+        return event
+    if not isinstance(event, SampledGaussian):
+        raise ConfigurationError(
+            f"mechanism={mechanism!r} with sampling={scheme.name!r}: no theorem here covers the two "
+            "together. Use sampling='poisson', or mechanism='gaussian'."
+        )
+    return SampledDiscreteGaussian(event.noise_multiplier, event.sample_rate, event.steps)
 
 
 def _rate(

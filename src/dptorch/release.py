@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-__all__ = ["ClippedSum", "NoisyGradient"]
+__all__ = ["ClippedSum", "NoisyGradient", "RoundedSum"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,20 @@ class ClippedSum:
     def scale(self, name: str) -> float:
         """Standard deviation of the noise of parameter `name` per unit of noise multiplier."""
         return float(self.max_norm if self.scales is None else self.scales[name])
+
+
+@dataclass(frozen=True)
+class RoundedSum(ClippedSum):
+    """A clipped sum of integer vectors, for discrete noise; made by `dptorch.clipping.rounding`.
+
+    One unit of parameter n stands for ``scale(n) / UNITS``. In units, one example's contribution is an
+    integer vector, over all parameters together, of norm at most UNITS: exactly, no rounding apart.
+
+    Attributes:
+        values: parameter name -> int64 tensor of the parameter's shape.
+    """
+
+    UNITS: ClassVar[int] = 2**24
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ NOT_COVERED = (
     "metrics computed on private data, and any preprocessing that used statistics of it",
     "buffers of the model, and parameters written by anything but the optimizer's steps",
     "other engines and other runs on the same data: their epsilons add up",
-    "attacks on floating-point arithmetic: noise and sums are floating-point numbers",
 )
+FLOATING_POINT = "attacks on floating-point arithmetic: noise and sums are floating-point numbers"
+_MECHANISMS = {"gaussian": "Gaussian noise", "discrete_gaussian": "discrete Gaussian noise"}
 ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
     "dataset, the collate function or the loop",
@@ -127,7 +128,18 @@ class Statement:
                 f"the number {plan.sample_size} was not taken from the private data: under add/remove "
                 "the number of records is protected"
             )
+        if plan.mechanism == "discrete_gaussian":
+            assumed.append(
+                "the gradient of one example, a floating-point number before it is rounded, is the "
+                "same in any batch (it is where examples go through the model one at a time)"
+            )
         return assumed
+
+    @property
+    def not_covered(self) -> list[str]:
+        """What the guarantee says nothing of."""
+        floats = [FLOATING_POINT] if self.plan.mechanism == "gaussian" else []
+        return [*NOT_COVERED, *floats]
 
     @property
     def unit_text(self) -> str:
@@ -173,7 +185,7 @@ class Statement:
             "released": RELEASED,
             "public": self.public,
             "assumed": self.assumed,
-            "not_covered": list(NOT_COVERED),
+            "not_covered": self.not_covered,
             "versions": dict(self.versions),
         }
 
@@ -188,8 +200,9 @@ class Statement:
             f"Unit of privacy      {self.unit_text}",
             f"Adjacency            {plan.adjacency.value}: {adjacency}",
             f"delta                {plan.target_delta:g}",
-            f"Mechanism            Gaussian noise, multiplier {plan.noise_multiplier:.6g}, on sums of "
-            f"gradients clipped to {plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})",
+            f"Mechanism            {_MECHANISMS[plan.mechanism]}, multiplier "
+            f"{plan.noise_multiplier:.6g}, on sums of gradients clipped to "
+            f"{plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})",
             f"Steps                {self.steps} of {plan.steps} planned, empty batches included"
             + (f"; resumed {self.resumed} times" if self.resumed else "")
             + (f"; {self.repeated} repeated after a kill, and counted" if self.repeated else ""),
@@ -207,7 +220,7 @@ class Statement:
             "Treated as public, so that none of it may come from the private data:",
             *(f"  - {item}" for item in self.public),
             "Not covered:",
-            *(f"  - {item}" for item in NOT_COVERED),
+            *(f"  - {item}" for item in self.not_covered),
             "",
             "Software: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()),
         ]

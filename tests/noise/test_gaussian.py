@@ -10,7 +10,7 @@ import torch
 
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise import GaussianNoise
-from dptorch.noise.gaussian import DEVICE_BLOCK, _add_on_device, _Span
+from dptorch.noise.gaussian import DEVICE_BLOCK, Span, _add_on_device
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum, NoisyGradient
 
@@ -197,7 +197,7 @@ def test_other_devices_use_seeded_blocks() -> None:
     def run(cuts: list[int], step: int) -> torch.Tensor:
         flat = torch.zeros(size)
         spans = [
-            _Span(a, flat[a:b], flat[a:b], 2.0)
+            Span(a, flat[a:b], flat[a:b], 2.0)
             for a, b in zip([0, *cuts], [*cuts, size], strict=True)
         ]
         _add_on_device(spans, KEY, (step, 0), device, torch.float32)

@@ -8,6 +8,7 @@ dominating pairs stand for it, and an accountant that does not know those refuse
 adding an event cannot silently change a number. In all of them `noise_multiplier` is the noise's
 standard deviation over C = max_grad_norm, the bound on one record's contribution to one sum.
 
+    SampledDiscreteGaussian   Poisson sampling, integer sums and integer noise
     SampledGaussian           Poisson sampling; sample_rate 1 is the plain Gaussian mechanism
     TruncatedPoissonGaussian  the same, but batches above a capacity lose records
     RandomAllocationGaussian  each record in a random step of each epoch
@@ -34,6 +35,7 @@ __all__ = [
     "FixedSizeGaussian",
     "History",
     "RandomAllocationGaussian",
+    "SampledDiscreteGaussian",
     "SampledGaussian",
     "TruncatedPoissonGaussian",
     "merge",
@@ -128,6 +130,37 @@ record has no steps: pass steps=0, or the rate that the sampler really uses.
     @property
     def kind(self) -> str:
         return "Poisson-sampled Gaussian"
+
+
+@dataclass(frozen=True)
+class SampledDiscreteGaussian(Event):
+    """`steps` releases of an integer sum over a Poisson sample with discrete Gaussian noise.
+
+    As `SampledGaussian`, but contributions are integer vectors of norm at most D and every coordinate
+    gets a draw of N_Z(0, (noise_multiplier · D)²). What is known of its cost, and why:
+    `dptorch.accounting.discrete`.
+
+    Attributes:
+        noise_multiplier: scale of the noise over D; 0 means no noise (ε = inf).
+        sample_rate: probability of drawing a record, in (0, 1].
+        steps: number of releases, empty batches included.
+
+    Raises:
+        ConfigurationError: a value out of range, NaN, or `steps` that is not a whole number.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", _rate(self.sample_rate))
+        object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
+
+    @property
+    def kind(self) -> str:
+        return "Poisson-sampled discrete Gaussian"
 
 
 @dataclass(frozen=True)

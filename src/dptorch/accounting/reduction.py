@@ -5,6 +5,7 @@ One case per event class; a history's cost is the largest over its directions, e
 | event | add/remove, zero-out | replace-one |
 |---|---|---|
 | SampledGaussian, TruncatedPoissonGaussian | `remove` and `add` | `replace` |
+| SampledDiscreteGaussian | Rényi divergences only | the same, without sampling only |
 | EpochwiseGaussian, CorrelatedGaussian | a Gaussian | a Gaussian, sensitivity doubled |
 | RandomAllocationGaussian | `allocation` | refused |
 | FixedSizeGaussian | zero-out: as replace-one; add/remove refused | `fixed_size` |
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.allocation import AllocationPair
+from dptorch.accounting.discrete import DiscretePair
 from dptorch.accounting.dominating import Direction, Pair, SampledPair
 from dptorch.accounting.events import (
     CorrelatedGaussian,
@@ -24,6 +26,7 @@ from dptorch.accounting.events import (
     Event,
     FixedSizeGaussian,
     RandomAllocationGaussian,
+    SampledDiscreteGaussian,
     SampledGaussian,
     TruncatedPoissonGaussian,
 )
@@ -38,6 +41,7 @@ _LEAST_NOISE = 0.4
 
 _PAIRS: dict[type[Event], type] = {
     SampledGaussian: SampledPair,
+    SampledDiscreteGaussian: DiscretePair,
     TruncatedPoissonGaussian: SampledPair,
     EpochwiseGaussian: SampledPair,
     CorrelatedGaussian: SampledPair,
@@ -121,6 +125,10 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
     match event:
         case SampledGaussian() | TruncatedPoissonGaussian():
             return SampledPair(direction, event.noise_multiplier, event.sample_rate, event.steps)
+        case SampledDiscreteGaussian() if direction != "replace" or event.sample_rate == 1:
+            # Known by its divergences alone: accountants that need more do not list it.
+            noise, rate = event.noise_multiplier, event.sample_rate
+            return DiscretePair(direction, noise, rate, event.steps)  # type: ignore[return-value]
         case EpochwiseGaussian():
             return SampledPair(direction, event.noise_multiplier, 1.0, event.epochs)
         case CorrelatedGaussian():

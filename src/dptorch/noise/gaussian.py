@@ -24,7 +24,7 @@ from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, K
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum, NoisyGradient
 
-__all__ = ["GaussianNoise"]
+__all__ = ["GaussianNoise", "Piece", "Span", "pieces_by_block", "place_spans"]
 
 PURPOSE: Final = "noise"
 DEVICE_PURPOSE: Final = "noise on a device"
@@ -139,10 +139,10 @@ class GaussianNoise:
             )
         stddevs = self._stddevs(clipped)
         _check_tensors(clipped.values)
-        starts = _starts(clipped.values, offsets)
+        spans = place_spans(clipped.values, stddevs, offsets)
         if self.noise_multiplier > 0.0:
             with torch.no_grad():
-                self._add(clipped.values, key, (step, context), stddevs, starts)
+                self._add(spans, key, (step, context))
         return NoisyGradient(dict(clipped.values), stddevs, float(clipped.max_norm))
 
     def _stddevs(self, clipped: ClippedSum) -> dict[str, float]:
@@ -168,31 +168,25 @@ class GaussianNoise:
 
     def _add(
         self,
-        values: Mapping[str, Tensor],
+        spans: list[Span],
         key: RootKey,
         place: tuple[int, int],
-        stddevs: Mapping[str, float],
-        starts: Mapping[str, int],
     ) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[_Span]] = {}
-        for name in sorted(values, key=starts.__getitem__):
-            tensor = values[name]
-            if tensor.numel():
-                flat = tensor.detach().contiguous().view(-1)
-                span = _Span(starts[name], flat, tensor, stddevs[name])
-                groups.setdefault((tensor.device, tensor.dtype), []).append(span)
-        for (device, dtype), spans in groups.items():
+        groups: dict[tuple[torch.device, torch.dtype], list[Span]] = {}
+        for span in spans:
+            groups.setdefault((span.flat.device, span.flat.dtype), []).append(span)
+        for (device, dtype), group in groups.items():
             if device.type == "cpu":
-                _add_on_cpu(spans, key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
+                _add_on_cpu(group, key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
             elif self.secure_rng:
                 stream, number = key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype]
                 normals = KeystreamNormals(stream, number, compiled_transform())
-                for index, pieces in _by_block(spans, KEYSTREAM_BLOCK):
+                for index, pieces in pieces_by_block(group, KEYSTREAM_BLOCK):
                     block = torch.from_numpy(normals.block(index)).to(device)
                     _add_pieces(pieces, block)
             else:
-                _add_on_device(spans, key, place, device, dtype)
-            for span in spans:
+                _add_on_device(group, key, place, device, dtype)
+            for span in group:
                 span.write_back()
 
     def __repr__(self) -> str:
@@ -202,7 +196,7 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """The coordinates [start, start + flat.numel()) of the whole gradient, as a flat tensor."""
 
     start: int
@@ -220,18 +214,18 @@ class _Span:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """`size` coordinates of a span from `in_span` on, and where in a block their numbers begin."""
 
-    span: _Span
+    span: Span
     in_span: int
     in_block: int
     size: int
 
 
-def _by_block(spans: list[_Span], block: int) -> Iterator[tuple[int, list[_Piece]]]:
+def pieces_by_block(spans: list[Span], block: int) -> Iterator[tuple[int, list[Piece]]]:
     """Every block that the spans (in order, disjoint) need, with the pieces that read from it."""
-    index, pieces = -1, list[_Piece]()
+    index, pieces = -1, list[Piece]()
     for span in spans:
         at = span.start
         while at < span.stop:
@@ -240,18 +234,18 @@ def _by_block(spans: list[_Span], block: int) -> Iterator[tuple[int, list[_Piece
                     yield index, pieces
                 index, pieces = at // block, []
             size = min(span.stop, (index + 1) * block) - at
-            pieces.append(_Piece(span, at - span.start, at - index * block, size))
+            pieces.append(Piece(span, at - span.start, at - index * block, size))
             at += size
     if pieces:
         yield index, pieces
 
 
-def _add_on_cpu(spans: list[_Span], key: bytes, dtype: np.dtype[Any]) -> None:
-    blocks = list(_by_block(spans, KEYSTREAM_BLOCK))
+def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any]) -> None:
+    blocks = list(pieces_by_block(spans, KEYSTREAM_BLOCK))
     transform = compiled_transform() if len(blocks) >= _COMPILE_BLOCKS else None
     flats: dict[int, NDArray[Any]] = {span.start: span.flat.numpy() for span in spans}
 
-    def work(mine: list[tuple[int, list[_Piece]]]) -> None:
+    def work(mine: list[tuple[int, list[Piece]]]) -> None:
         normals = KeystreamNormals(key, dtype, transform)
         for index, pieces in mine:
             block = normals.block(index)
@@ -272,7 +266,7 @@ def _add_on_cpu(spans: list[_Span], key: bytes, dtype: np.dtype[Any]) -> None:
 
 
 def _add_on_device(
-    spans: list[_Span],
+    spans: list[Span],
     key: RootKey,
     place: tuple[int, int],
     device: torch.device,
@@ -282,11 +276,11 @@ def _add_on_device(
         return int.from_bytes(key.derive(DEVICE_PURPOSE, *place, block)[:8], "little")
 
     normals = DeviceNormals(seed_of, device, dtype)
-    for index, pieces in _by_block(spans, DEVICE_BLOCK):
+    for index, pieces in pieces_by_block(spans, DEVICE_BLOCK):
         _add_pieces(pieces, normals.block(index))
 
 
-def _add_pieces(pieces: list[_Piece], block: Tensor) -> None:
+def _add_pieces(pieces: list[Piece], block: Tensor) -> None:
     for piece in pieces:
         part = piece.span.flat[piece.in_span : piece.in_span + piece.size]
         noise = block[piece.in_block : piece.in_block + piece.size]
@@ -299,6 +293,18 @@ def _refuse_no_scale(name: str, value: float) -> None:
             f"{name}={value!r} of the clipped sum must be finite and positive: it is the scale of "
             "the noise"
         )
+
+
+def place_spans(
+    values: Mapping[str, Tensor], stddevs: Mapping[str, float], offsets: Mapping[str, int] | None
+) -> list[Span]:
+    """The tensors as spans of the whole gradient, in its order; see `GaussianNoise.privatize`."""
+    starts = _starts(values, offsets)
+    return [
+        Span(starts[name], flat, values[name], stddevs[name])
+        for name in sorted(values, key=starts.__getitem__)
+        if (flat := values[name].detach().contiguous().view(-1)).numel()
+    ]
 
 
 def _starts(values: Mapping[str, Tensor], offsets: Mapping[str, int] | None) -> dict[str, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.contour import log_mgf
+from dptorch.accounting.discrete import DiscretePair
 from dptorch.accounting.dominating import Array, Pair, SampledPair
 from dptorch.accounting.events import History
 from dptorch.accounting.fixed_size import FixedSizePair
@@ -39,7 +40,7 @@ class RDPAccountant(PairAccountant):
         2.1014
     """
 
-    pairs: ClassVar[tuple[type, ...]] = (SampledPair, FixedSizePair)
+    pairs: ClassVar[tuple[type, ...]] = (SampledPair, FixedSizePair, DiscretePair)
     name: str = "rdp"
     is_upper_bound: bool = True
 
@@ -93,7 +94,11 @@ def _one_step(pair: Pair) -> Array:
     Rounding can leave a divergence of 1e-16 below 0, which `dp-accounting` takes for a proof of
     ε = 0 or δ = 0; hence the small surcharge.
     """
-    if isinstance(pair, SampledPair) and pair.direction != "replace":
+    if isinstance(pair, DiscretePair):
+        # The bound holds at integer orders (dptorch.accounting.discrete); the others say nothing.
+        of_gaussian = _dp_accounting_divergences(pair.gaussian_noise, pair.sample_rate)
+        found = np.where(_orders() == np.floor(_orders()), of_gaussian, np.inf)
+    elif isinstance(pair, SampledPair) and pair.direction != "replace":
         # The divergence of `remove` is the larger (Mironov, Talwar, Zhang 2019, Theorem 5).
         found = _dp_accounting_divergences(pair.noise_multiplier, pair.sample_rate)
     else:
