@@ -300,8 +300,9 @@ class PrivacyEngine:
                 max_examples_per_user examples each.
             max_physical_batch_size: most examples to go through the model at once. A larger batch
                 arrives in parts; ``optimizer.step()`` then waits for the last of them.
-            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader; rank and
-                world_size as in `PrivateLoader`.
+            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader. With rank and
+                world_size this process gets its share of each batch; the shares' sums have to be
+                added up before noise is.
 
         Raises:
             ConfigurationError, DataError: for a dataset or arguments that cannot be sampled.

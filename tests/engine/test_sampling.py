@@ -143,6 +143,12 @@ def test_a_user_moves_a_sum_by_at_most_the_bound() -> None:
         assert distance(owner) <= 2.0 * (1 + 1e-5)
     assert distance(0) > 1.5
     assert distance(0, sampling="fixed-size", sample_rate=1.0) <= 2.0 * (1 + 1e-5)
+    for settings in (
+        {"clipping_style": "layer-wise"},
+        {"clipping_style": {"0": 0.6, "2": 0.8}},
+        {"clipping_fn": "automatic"},
+    ):
+        assert distance(0, **settings) <= 2.0 * (1 + 1e-5)
 
 
 def test_a_user_left_out_moves_a_sum_by_at_most_c() -> None:

@@ -208,12 +208,20 @@ def test_what_was_left_open_is_decided(job: Job) -> None:
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"clipping_fn": "abbadi"}, "'abadi'"),
         ({"accountant": "pdl"}, "'pld'"),
+        ({"sampling": "shufled"}, "'shuffled'"),
         ({"device": "no-such-device"}, "--device no-such-device cannot be used"),
     ],
 )
 def test_impossible_jobs_are_refused(job: Job, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         prepare(replace(job, **change))
+
+
+def test_the_sampling_of_a_job_is_its_plans(job: Job) -> None:
+    plan = prepare(replace(job, sampling="truncated-poisson")).engine.plan
+    assert plan.sampling == "truncated-poisson"
+    assert plan.capacity is not None
+    assert plan.capacity > plan.expected_batch_size
 
 
 def test_a_job_of_another_version_is_refused() -> None:
