@@ -1,16 +1,32 @@
 """Measure what a run leaks, and hold it against what it claims.
 
+audit       one call for a plan or a run: white_box, black_box
 evidence    scores of canaries, and whether each was in
 bounds      what such scores prove: a lower bound on ε, one argument a file
 thresholds  how to choose a threshold without looking at the labels it is judged on
-games       adversaries: the step game
+games       adversaries: Dirac canaries on the engine, the step game, new tokens
+scores      signs of membership, one family a file
+membership  trained attacks: LanguageMIA, ImageMIA
 result      claim, measurement and verdict
-roc         curves and the numbers people read off them
+roc, charts, report
+            curves, numbers people read off them, and the page
 """
 
 from dptorch.audit.audit import audit
 from dptorch.audit.evidence import Evidence
-from dptorch.audit.games import audit_step, play_steps
+from dptorch.audit.games import audit_step, new_token_canaries, play_dirac, play_steps
+from dptorch.audit.membership import ImageMIA, LanguageMIA
 from dptorch.audit.result import AuditResult, judge
 
-__all__ = ["AuditResult", "Evidence", "audit", "audit_step", "judge", "play_steps"]
+__all__ = [
+    "AuditResult",
+    "Evidence",
+    "ImageMIA",
+    "LanguageMIA",
+    "audit",
+    "audit_step",
+    "judge",
+    "new_token_canaries",
+    "play_dirac",
+    "play_steps",
+]

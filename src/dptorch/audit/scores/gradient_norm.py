@@ -21,7 +21,9 @@ from dptorch.audit.scores.signals import (
 )
 from dptorch.tape import record
 
-__all__ = ["class_gradient_norm", "text_gradient_norm"]
+__all__ = ["class_gradient_norm", "text_gradient_norm", "text_parameter_norms"]
+
+_TEXTS = 8  # in one backward
 
 
 def class_gradient_norm(
@@ -62,30 +64,48 @@ def text_gradient_norm(
 ) -> Array:
     """Minus the L2 norm of each text's gradient of its mean next-token loss, [N].
 
-    Texts of one length go together, so that no padding enters.
-
     Args:
         ids: the tokens of each text; at least two of each.
+    """
+    _, norms = text_parameter_norms(model, ids, progress=progress)
+    return -np.sqrt((norms**2).sum(axis=1))
+
+
+def text_parameter_norms(
+    model: nn.Module, ids: Sequence[Sequence[int]], *, progress: bool = False
+) -> tuple[list[str], Array]:
+    """The L2 norm of each text's gradient of its mean next-token loss, by parameter.
+
+    Texts of one length go together, so that no padding enters.
+
+    Returns:
+        names of the parameters that a gradient reached, and norms [N, P].
     """
     device = device_of(model)
     lengths: dict[int, list[int]] = {}
     for i, row in enumerate(ids):
         lengths.setdefault(len(row), []).append(i)
-    groups = [chosen[at : at + 8] for chosen in lengths.values() for at in range(0, len(chosen), 8)]
-    found = np.zeros(len(ids))
+    groups = [
+        chosen[at : at + _TEXTS]
+        for chosen in lengths.values()
+        for at in range(0, len(chosen), _TEXTS)
+    ]
+    found: dict[str, Array] = {}
     with evaluating(model):
         for chosen in with_progress(groups, progress, "Gradients"):
             batch = torch.tensor([list(ids[i]) for i in chosen], device=device)
-
-            def loss(batch: Tensor = batch) -> Tensor:
+            with record(model) as tape:
                 logits = logits_of(model(input_ids=batch))[:, :-1]
                 each = nn.functional.cross_entropy(
                     logits.transpose(1, 2), batch[:, 1:], reduction="none"
                 )
-                return each.mean(1).sum()
-
-            found[chosen] = _norms(model, loss)
-    return -found
+                loss = each.mean(1).sum()
+            loss.backward()
+            for name, squared in tape.squared_norms().items():
+                column = found.setdefault(name, np.zeros(len(ids)))
+                column[chosen] = squared.detach().double().clamp_min(0).sqrt().cpu().numpy()
+            tape.close()
+    return list(found), np.stack(list(found.values()), axis=1)
 
 
 def _norms(model: nn.Module, loss: Callable[[], Tensor]) -> Array:
