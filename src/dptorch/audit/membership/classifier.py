@@ -46,7 +46,7 @@ def _families(names: Sequence[str], seed: int) -> dict[str, _Family]:
     linear = LogisticRegression(max_iter=1000)
     every = {
         "Random Forest": _Family(forest, {"min_samples_leaf": (3, 10)}),
-        "Logistic Regression": _Family(linear, {"C": (0.01, 0.1, 1.0)}),
+        "Logistic Regression": _Family(linear, {"C": (0.01, 0.3)}),
         "Neural Network": _Family(
             MLPClassifier((32,), max_iter=300, random_state=seed), {"alpha": (0.1, 3.0)}
         ),
