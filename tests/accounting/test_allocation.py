@@ -57,9 +57,9 @@ def test_two_steps_by_integration(sigma, epsilon):
 
 @pytest.mark.parametrize(("choices", "epochs"), [(3, 1), (3, 2), (100, 10)])
 def test_no_simulation_is_above_the_bound(choices, epochs):
-    """200,000 runs of each direction: δ(ε) lies within 4.5 standard errors (false alarm 1e-5)."""
+    """60,000 runs of each direction: δ(ε) lies within 4.5 standard errors (false alarm 1e-5)."""
     rng = np.random.default_rng(7)
-    sigma, n = 1.0, 200_000
+    sigma, n = 1.0, 60_000
     for direction in ("remove", "add"):
         losses = np.zeros(n)
         for _ in range(epochs):
