@@ -413,6 +413,9 @@ def merge(history: Iterable[Event]) -> list[Event]:
         >>> step = SampledGaussian(1.0, 0.01, 1)
         >>> [event.steps for event in merge([step, step, SampledGaussian(2.0, 0.01, 5), step])]
         [2, 5, 1]
+        >>> half = EpochwiseGaussian(1.0, steps_per_epoch=10, steps=5)
+        >>> [event.epochs for event in merge([half, half])]  # perhaps of two runs
+        [1, 1]
     """
     merged: list[Event] = []
     for event in history:
@@ -491,6 +494,9 @@ def _binomial_tail(event: TruncatedPoissonGaussian) -> float:
 
 
 def _alike(left: Event, right: Event) -> bool:
+    # A part of an epoch costs the whole, and the next event need not go on with it.
+    if left.steps % getattr(left, "steps_per_epoch", 1):
+        return False
     return type(left) is type(right) and _with_steps(left, 1) == _with_steps(right, 1)
 
 
