@@ -7,6 +7,7 @@ with fresh seeds, one of the eight statistics would be rejected in at most 8 of 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from scipy import stats
 from dptorch.noise import GaussianNoise
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum
+from tests.noise.repeated_blocks import repeated_blocks, step_key
 
 FALSE_ALARM = 1e-7
 STEPS, SIZE = 4, 300_000
@@ -156,6 +158,31 @@ def repeated_windows(mechanism: Mechanism, steps: int = 3, size: int = 500_000) 
     mixed = windows[:, 0] * np.uint64(0x9E3779B97F4A7C15) + windows[:, 1]
     # 64-bit hashes of 7.5 * 10**5 windows: one accidental pair in 6 * 10**7 runs.
     return len(mixed) - len(np.unique(mixed))
+
+
+def test_no_block_of_the_keystream_occurs_twice() -> None:
+    """The fast version of ``python -m tests.noise.repeated_blocks 1e9``. False alarm: one in 3 * 10**6
+    runs, by accidental agreement of 8 bytes."""
+    assert repeated_blocks(30_000_000) == 0
+
+
+def test_a_counter_that_wraps_or_a_key_used_twice_is_found() -> None:
+    """Negative controls: two steps under one key; a context that is not part of the key."""
+    assert repeated_blocks(1_000_000, lambda step: step_key(step // 2)) > 150_000
+    assert repeated_blocks(1_000_000, lambda step: step_key(0)) > 300_000
+
+
+def test_noise_of_ranks_is_independent() -> None:
+    """Shards of one gradient, as ranks hold them. False alarm: 3 * 10**-7."""
+    size, found = 400_000, []
+    for rank in range(3):
+        shard = ClippedSum({"w": torch.zeros(size)}, 1.0)
+        offsets = {"w": rank * size}
+        noisy = GaussianNoise(1.0).privatize(shard, RootKey.from_seed(2024), 0, offsets=offsets)
+        found.append(noisy.values["w"].numpy().astype(np.float64))
+    for a, b in itertools.combinations(found, 2):
+        assert _uncorrelated(a, b) > FALSE_ALARM
+    assert _uncorrelated(found[0], found[0]) < FALSE_ALARM, "ranks with one offset must be caught"
 
 
 def test_no_noise_is_used_twice() -> None:
