@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dptorch import accounting, checkpoint
-from dptorch.accounting import Adjacency, SampledGaussian
+from dptorch.accounting import Adjacency
 from dptorch.clipping import COUNTS, AdaptiveClipping, groups_of
 from dptorch.errors import (
     BudgetExhausted,
@@ -425,8 +425,8 @@ class PrivacyEngine:
         step = self._steps_done
         sampled = part is not None and part.logical_step == step
         if self._record is not None:
-            own = SampledGaussian(self.plan.noise_multiplier, 1.0, 1)
-            self._record.count(step, self.plan.event(1) if sampled else own)
+            (released,) = self.plan.history(1, own_loader_steps=0 if sampled else 1)
+            self._record.count(step, released)
         # Counted before it is visible: whatever happens from here on, the step has been spent.
         self._steps_done += 1
         self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 import dptorch
 from dptorch.accounting import SampledGaussian
-from dptorch.engine import GaussianNoise, PrivacyEngine
+from dptorch.engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 from dptorch.ledger import Cap, DatasetLedger, open_ledger
+from dptorch.noise import GaussianNoise
 from tests.engine.setup import SIZE, make_data, make_model, train
 
 SETTINGS: dict[str, Any] = {

@@ -11,7 +11,11 @@ import sqlalchemy as sa
 import dptorch
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
-from dptorch.accounting.events import CorrelatedGaussian, RandomAllocationGaussian
+from dptorch.accounting.events import (
+    CorrelatedGaussian,
+    RandomAllocationGaussian,
+    SampledDiscreteGaussian,
+)
 from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyError
 from dptorch.ledger import Cap, DatasetLedger, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon, planned_epsilon
@@ -109,6 +113,17 @@ def test_a_repeated_step_of_an_epoch_repeats_the_epoch() -> None:
     assert [(e.noise_multiplier, e.epochs) for e in attempts.events()] == [
         (2.0, 2),
         (2.0 / 2**0.5, 1),
+    ]
+
+
+def test_a_repeated_discrete_step_is_counted_without_sampling() -> None:
+    event = SampledDiscreteGaussian(2.0, 0.1, 1)
+    attempts = Attempts()
+    attempts.add(event, first=0, steps=5)
+    attempts.add(event, first=3, steps=2)
+    assert attempts.events() == [
+        SampledDiscreteGaussian(2.0, 0.1, 3),
+        SampledDiscreteGaussian(2.0, 1.0, 4),
     ]
 
 

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 import dptorch
 from dptorch import accounting
 from dptorch.accounting import SampledGaussian
-from dptorch.engine import GaussianNoise
 from dptorch.errors import PrivacyWarning
 from dptorch.ledger import DatasetLedger, RunRecord, open_ledger
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import Entry
+from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan
 from tests.engine.setup import SIZE, make_data, make_model
 from tests.ledger.processes import kill, shared, spawn, wait

@@ -12,6 +12,7 @@ from dptorch.accounting.events import (
     Event,
     FixedSizeGaussian,
     RandomAllocationGaussian,
+    SampledDiscreteGaussian,
     SampledGaussian,
     TruncatedPoissonGaussian,
 )
@@ -117,6 +118,12 @@ class Attempts:
 
 
 def _history(event: Event, times: Counter[int]) -> list[Event]:
+    if isinstance(event, SampledDiscreteGaussian):
+        # Its sums of noise are not its noise at another scale: repeated steps go without sampling.
+        once = sum(n == 1 for n in times.values())
+        again = sum(n for n in times.values() if n > 1)
+        split = [replace(event, steps=once), replace(event, sample_rate=1.0, steps=again)]
+        return [part for part in split if part.steps]
     if isinstance(event, _BY_STEP):
         groups = Counter(n for n in times.values() if n)
     elif isinstance(event, _BY_EPOCH):
