@@ -34,7 +34,7 @@ from dptorch.randomness import FROM_OS, RootKey
 from dptorch.release import ClippedSum
 from dptorch.sampling import NOT_COVERED, PrivateLoader, Sampler, Users, UserSampler, dataset_size
 from dptorch.statement import OWN_LOADER, Statement, make_statement
-from dptorch.stepping import OptimizerBinding, check_parameters
+from dptorch.stepping import OptimizerBinding, check_parameters, write_gradients
 from dptorch.tape import Recording
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.device_cost import cost_of, free_bytes
@@ -440,9 +440,7 @@ class PrivacyEngine:
         if self.plan.adaptive_clipping is not None:
             self._batch.follow(noisy.values[COUNTS])
         divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
-        with torch.no_grad():
-            for name, p in self._parameters.items():
-                p.grad = noisy.values[name].div_(divisor).to(p.dtype)
+        write_gradients(self._parameters, noisy, divisor)
         return True
 
     def _refuse_changed_parameters(self) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dptorch.errors import ConfigurationError
+from dptorch.release import NoisyGradient
 
-__all__ = ["OptimizerBinding", "check_parameters"]
+__all__ = ["OptimizerBinding", "check_parameters", "write_gradients"]
 
 Closure = Callable[[], Any]
 
@@ -119,6 +120,22 @@ class OptimizerBinding:
                     setattr(self.optimizer, name, self._own[name])
         for name in ("virtual_step", "privacy_engine"):
             self.optimizer.__dict__.pop(name, None)
+
+
+def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient, divisor: float) -> None:
+    """Hand a noisy sum, divided, to the optimizer: the only place where ``.grad`` is written.
+
+    Raises:
+        TypeError: `noisy` is anything but a `NoisyGradient`, whose noise nobody vouches for.
+    """
+    if not isinstance(noisy, NoisyGradient):
+        raise TypeError(
+            f"an optimizer steps on a NoisyGradient, not on a {type(noisy).__name__}: without noise "
+            "it would release the data. A mechanism's privatize() returns one"
+        )
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.grad = noisy.values[name].div_(divisor).to(p.dtype)
 
 
 def check_parameters(model_parameters: dict[str, Tensor], optimizer: Optimizer) -> None:

@@ -26,6 +26,7 @@ from dptorch.noise import GaussianNoise
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum
 from dptorch.sampling import PoissonSampler, PrivateLoader
+from dptorch.stepping import write_gradients
 from tests.engine.setup import make_data, make_engine, make_model, parameters, train
 
 C = 0.1
@@ -515,3 +516,14 @@ def test_the_measurement_does_see_a_violation(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(functions.FUNCTIONS, "abadi", lambda norms, bound: torch.ones_like(norms))
     x, y = (t[:4] for t in make_data().tensors)
     assert min(contributions(make_model(), x * 50, y)) > 2 * C
+
+
+@pytest.mark.parametrize("kind", ["clipped sum", "dict", "tensor"])
+def test_the_step_refuses_what_has_no_noise(kind: str) -> None:
+    """A raw or merely clipped gradient reaches no optimizer, whichever way it comes."""
+    model = make_model()
+    values = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    given: Any = {"clipped sum": ClippedSum(values, 1.0), "dict": values, "tensor": torch.ones(3)}
+    with pytest.raises(TypeError, match="NoisyGradient"):
+        write_gradients(dict(model.named_parameters()), given[kind], 1.0)
+    assert all(p.grad is None for p in model.parameters())
