@@ -55,6 +55,9 @@ def folder(tmp_path_factory):
         n_layer=1,
         n_head=2,
         n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=1,
         eos_token_id=1,
     )
@@ -79,9 +82,11 @@ def _trainer(folder, tmp_path, *, arguments=None, config=SFTConfig, **kwargs):
         "train_dataset": Dataset.from_dict({"text": TEXTS}),
         "tokenizer": AutoTokenizer.from_pretrained(folder),
         "target_epsilon": 1.0,
-        "index": "0.1.21",
+        "mechanism_options": {"index": "0.1.21"},
         "seed": 0,
     }
+    if kwargs.get("mechanism") == "gaussian":
+        del defaults["mechanism_options"]
     return BloGSSFTTrainer(
         args=config(str(tmp_path), **{**settings, **(arguments or {})}), **{**defaults, **kwargs}
     )
@@ -222,3 +227,75 @@ def test_bad_arguments_are_refused(folder, tmp_path):
     stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
     with pytest.raises(ValueError, match="max_steps"):
         _trainer(folder, tmp_path, train_dataset=stream)
+
+
+GAUSSIAN = {"mechanism": "gaussian", "target_epsilon": 8.0}
+
+
+@pytest.mark.filterwarnings("error:a batch did not come:dptorch.errors.PrivacyWarning")
+def test_noise_under_the_same_call(folder, tmp_path):
+    """Poisson batches of 8 in the mean in parts of at most 4; 10 steps for two epochs of 37."""
+    trainer = _trainer(
+        folder, tmp_path, eval_dataset=Dataset.from_dict({"text": TEXTS[:5]}), **GAUSSIAN
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    spent = trainer.get_privacy_spent()
+    assert trainer.state.global_step == trainer._blogs.steps_done == 10
+    assert spent.formal_epsilon == float(spent) <= 8.0
+    assert trainer._blogs.engine.sampling_run == {"poisson": 10}
+    assert not any(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    assert [e["epsilon"] for e in entries] == sorted({e["epsilon"] for e in entries})
+    assert entries[-1]["epsilon"] == pytest.approx(float(spent))
+    assert "differentially private" in str(trainer.privacy_statement())
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_noisy_steps_clip_each_record_whatever_its_parts(folder, tmp_path):
+    """The same seed whole or in parts of 2: the same run, so noise is added once a step."""
+    runs = []
+    for rows, parts in ((8, 1), (2, 4)):
+        arguments = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
+        trainer = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
+        trainer.train()
+        runs.append([p.detach().clone() for p in trainer.model.parameters()])
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_noise_on_adapters_alone(folder, tmp_path):
+    trainer = _trainer(
+        folder,
+        tmp_path,
+        peft_config=LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"),
+        **GAUSSIAN,
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all("lora" in name for name in moved)
+
+
+def test_a_resumed_private_run_goes_on_with_its_steps(folder, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 6}
+    whole = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
+    whole.train()
+    resumed = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed._blogs.steps_done == 10
+    assert float(resumed.get_privacy_spent()) == float(whole.get_privacy_spent())
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    (tmp_path / "checkpoint-6" / "dptorch_engine.pt").unlink()
+    other = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
+    with pytest.raises(ConfigurationError, match="not known what the checkpoint"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("setting", ["packing", "padding_free"])
+def test_joined_records_are_refused(folder, tmp_path, setting):
+    with pytest.raises(ConfigurationError, match=setting):
+        _trainer(folder, tmp_path, arguments={setting: True}, **GAUSSIAN)
