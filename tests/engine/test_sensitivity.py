@@ -182,7 +182,7 @@ def _not_clipped(norms: Tensor, bound: float) -> Tensor:
 
 
 def _clipped_after_the_mean(norms: Tensor, bound: float) -> Tensor:
-    return torch.full_like(norms, min(1.0, bound / norms.mean().item()))
+    return torch.full_like(norms, min(1.0, bound / max(1e-9, norms.mean().item())))
 
 
 def _twice_the_bound(norms: Tensor, bound: float) -> Tensor:
