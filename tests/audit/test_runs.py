@@ -155,7 +155,13 @@ def test_the_command(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert plan.exit_code == 0, plan.output
     assert "first 3 of 8 steps" in plan.output
     # Noise that is not added: exit code 1.
-    monkeypatch.setattr(GaussianNoise, "_add", lambda *_: None)
+    plain = GaussianNoise.privatize
+
+    def privatize(self: GaussianNoise, *arguments: object, **more: object) -> object:
+        self.noise_multiplier = 0.0
+        return plain(self, *arguments, **more)
+
+    monkeypatch.setattr(GaussianNoise, "privatize", privatize)
     refuted = invoke("audit", "runs/one/plan.json", "--canaries", "200", "--json")
     assert refuted.exit_code == 1
     assert json.loads(refuted.output)["verdict"] == "REFUTED"
@@ -182,5 +188,7 @@ def test_damaged_files(blobs: Path, tmp_path: Path) -> None:
     wrong = TrainTest(data.train, data.test, data.classes, (7,), "")
     with pytest.raises(DataError, match="another run"):
         plant(wrong, canaries)
+    with pytest.raises(ConfigurationError, match="share a model"):
+        audit(path, bound="clopper-pearson")
     with pytest.raises(ConfigurationError, match="adversary"):
         audit(path, adversary="nobody")

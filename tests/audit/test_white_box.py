@@ -23,7 +23,7 @@ from dptorch.errors import ConfigurationError
 from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PoissonSampler
-from dptorch.tape import tape as tape_module
+from dptorch.tape import Tape
 
 
 def small_plan(**changes: Any) -> PrivacyPlan:
@@ -50,20 +50,22 @@ def test_the_right_engine_is_not_refuted(changes: dict[str, Any]) -> None:
     assert 0.7 < result.epsilon_lower < plan.epsilon()
 
 
+def scaled_noise(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    plain = GaussianNoise.privatize
+
+    def privatize(self: GaussianNoise, *arguments: Any, **more: Any) -> Any:
+        self.noise_multiplier *= factor
+        return plain(self, *arguments, **more)
+
+    monkeypatch.setattr(GaussianNoise, "privatize", privatize)
+
+
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GaussianNoise, "_add", lambda *_: None)
+    scaled_noise(monkeypatch, 0.0)
 
 
 def noise_over_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = GaussianNoise._add
-
-    def add(self: Any, values: Any, key: Any, place: Any, stddev: Any, *more: Any) -> None:
-        smaller = (
-            {k: v / 100 for k, v in stddev.items()} if isinstance(stddev, dict) else stddev / 100
-        )
-        plain(self, values, key, place, smaller, *more)
-
-    monkeypatch.setattr(GaussianNoise, "_add", add)
+    scaled_noise(monkeypatch, 1 / 50)
 
 
 def clip_after_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,22 +81,22 @@ def repeated_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reused_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = GaussianNoise._add
+    plain = GaussianNoise.privatize
 
-    def add(self: Any, values: Any, key: Any, place: Any, *more: Any) -> None:
-        plain(self, values, key, (0, 0), *more)
+    def privatize(self: GaussianNoise, clipped: Any, key: Any, step: int, **_: Any) -> Any:
+        return plain(self, clipped, key, 0)
 
-    monkeypatch.setattr(GaussianNoise, "_add", add)
+    monkeypatch.setattr(GaussianNoise, "privatize", privatize)
 
 
 def tied_weight_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tape_module, "_squared_norm_of_sum", lambda forms: forms[0].squared_norm())
+    first = lambda self, key: self._forms[key][0].squared_norm()
+    monkeypatch.setattr(Tape, "_squared_norm_of_sum", first)
 
 
 def without_cross_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        tape_module, "_squared_norm_of_sum", lambda forms: sum(f.squared_norm() for f in forms)
-    )
+    apart = lambda self, key: sum(form.squared_norm() for form in self._forms[key])
+    monkeypatch.setattr(Tape, "_squared_norm_of_sum", apart)
 
 
 TWINS = [

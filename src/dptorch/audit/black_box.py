@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from dptorch.audit import bounds
 from dptorch.audit.bounds import Bound
 from dptorch.audit.evidence import Evidence
 from dptorch.audit.result import AuditResult, judge
 from dptorch.audit.scores import class_log_probabilities, logit_confidence
 from dptorch.audit.thresholds import Threshold
-from dptorch.errors import DataError
+from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import PrivacyPlan
 from dptorch.training.canaries import CANARY_FILE, Canaries
 from dptorch.training.run_folder import RunFolder, load_model
@@ -48,6 +49,12 @@ def audit_run(
     Raises:
         DataError: the folder holds no finished run, or one without canaries.
     """
+    argument = bounds.get(bound) if isinstance(bound, str) else bound
+    if argument.needs_independent_scores:
+        raise ConfigurationError(
+            f"bound={bound!r} is for independent games; the canaries of one run share a model. Use "
+            "bound='one-run'."
+        )
     run = RunFolder(Path(folder))
     about = run.read_json("run.json")
     if not has_canaries(run.path):
@@ -72,7 +79,7 @@ def audit_run(
         epsilon=float(claims["epsilon"]),
         delta=float(claims["delta"]),
         adversary="black box: sees the finished model's confidence in the made-up examples",
-        bound=bound,
+        bound=argument,
         threshold=threshold,
         significance=significance,
         notes=notes,

@@ -137,8 +137,8 @@ def pointwise_band(
     Example:
         >>> scores = Evidence.of(np.arange(100.0) + 20, np.arange(100.0))
         >>> low, high = pointwise_band(scores, np.array([0.1, 0.5]))
-        >>> bool((low < tpr_at_fpr(scores, 0.1)).any() and (high > tpr_at_fpr(scores, 0.5)).all())
-        True
+        >>> low.round(2).tolist(), high.round(2).tolist()
+        ([0.14, 0.46], [0.5, 0.9])
     """
     from scipy.special import betaincinv
 

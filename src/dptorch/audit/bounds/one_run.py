@@ -9,6 +9,7 @@ Binomial(r, e^ε / (1 + e^ε)), up to a correction for δ.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -52,6 +53,7 @@ def one_run_p_value(
     return min(1.0, beta + 2.0 * canaries * delta * alpha)
 
 
+@functools.lru_cache(maxsize=4096)
 def one_run_epsilon(
     canaries: int, guesses: int, correct: int, *, delta: float = 0.0, significance: float = 0.05
 ) -> float:

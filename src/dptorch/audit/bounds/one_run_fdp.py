@@ -7,6 +7,8 @@ one run proves more than (ε, δ) alone lets it.
 
 from __future__ import annotations
 
+import functools
+
 from dptorch.accounting.dominating import gaussian_delta
 from dptorch.audit.bounds.search import largest_refuted
 
@@ -55,6 +57,7 @@ def gaussian_mu_of(epsilon: float, delta: float) -> float:
     return low
 
 
+@functools.lru_cache(maxsize=4096)
 def one_run_fdp_epsilon(
     canaries: int, guesses: int, correct: int, *, delta: float, significance: float = 0.05
 ) -> float:
