@@ -36,6 +36,7 @@ class AdaptiveClipping:
         learning_rate: the norm is multiplied by ``exp(-learning_rate * (fraction - quantile))``.
         count_stddev: standard deviation of the noise on each count of examples; by default a
             twentieth of the expected batch size.
+        min_norm, max_norm: the norm does not move out of these; None for no bound.
 
     Example:
         >>> AdaptiveClipping().follow([1.0], torch.tensor([50.0]), expected_batch_size=100)[0] < 1
@@ -45,12 +46,16 @@ class AdaptiveClipping:
     quantile: float = 0.5
     learning_rate: float = 0.2
     count_stddev: float | None = None
+    min_norm: float | None = None
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
             ("quantile", self.quantile, 0, 1),
             ("learning_rate", self.learning_rate, 0, math.inf),
             ("count_stddev", self.count_stddev, 0, math.inf),
+            ("min_norm", self.min_norm, 0, math.inf),
+            ("max_norm", self.max_norm, self.min_norm or 0, math.inf),
         ):
             if value is not None and not low < value < high:
                 raise ConfigurationError(
@@ -84,10 +89,11 @@ class AdaptiveClipping:
             expected_batch_size: the public number that makes a fraction of it.
         """
         fractions = (noisy_counts.double() / expected_batch_size + 0.5).clamp(0, 1).tolist()
-        rate = self.learning_rate
-        return [
+        rate, low, high = self.learning_rate, self.min_norm or 0.0, self.max_norm or math.inf
+        moved = (
             n * math.exp(-rate * (f - self.quantile)) for n, f in zip(norms, fractions, strict=True)
-        ]
+        )
+        return [min(max(n, low), high) for n in moved]
 
 
 def noise_scales(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 
-from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
+from dptorch.accounting.accountants.protocol import Compositions, PairAccountant, check_delta
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.contour import log_mgf
 from dptorch.accounting.discrete import DiscretePair
@@ -62,6 +63,22 @@ class RDPAccountant(PairAccountant):
 
         divergences = _divergences(compositions)
         return float(rdp.compute_epsilon(_orders(), divergences, delta)[0])
+
+    def best_order(
+        self,
+        history: History,
+        delta: float,
+        *,
+        adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    ) -> float:
+        """The Rényi order that gives `epsilon`; infinite where nothing, or no noise, was released."""
+        from dp_accounting.rdp import rdp_privacy_accountant as rdp
+
+        run = self._reduced(history, adjacency)
+        if run.noiseless or not run.compositions:
+            return math.inf
+        divergences = _divergences(run.compositions)
+        return float(rdp.compute_epsilon(_orders(), divergences, check_delta(delta))[1])
 
     def _delta(self, compositions: Compositions, epsilon: float) -> float:
         from dp_accounting.rdp import rdp_privacy_accountant as rdp

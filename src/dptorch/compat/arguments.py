@@ -1,0 +1,44 @@
+"""Arguments that a call does not know are errors, with the nearest name that it does."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from dptorch.errors import one_of
+
+__all__ = ["known_arguments"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate `function` to name the nearest valid argument where an unknown one is given.
+
+    Raises:
+        ConfigurationError: on calls with an unknown keyword.
+
+    Example:
+        >>> @known_arguments
+        ... def train(*, max_grad_norm): ...
+        >>> try:
+        ...     train(max_gradnorm=1.0)
+        ... except ValueError as error:
+        ...     print(error)
+        argument of train='max_gradnorm' is not known. Valid: 'max_grad_norm'. \
+Did you mean 'max_grad_norm'?
+    """
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds and p.name not in ("self", "cls")]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            one_of(f"argument of {function.__qualname__}", name, names)
+        return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,498 @@
+"""`PrivacyEngine` of Opacus 1.x: takes model, optimizer and loader, and returns them private."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+from dptorch import checkpoint
+from dptorch.accounting import Event
+from dptorch.clipping import AdaptiveClipping
+from dptorch.compat.arguments import known_arguments
+from dptorch.compat.opacus.accountants import create_accountant
+from dptorch.compat.opacus.data_loader import DPDataLoader
+from dptorch.compat.opacus.grad_sample import GradSampleModule
+from dptorch.compat.opacus.optimizers import as_dp_optimizer
+from dptorch.compat.opacus.run import OPEN_END, Run
+from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from dptorch.compat.opacus.validators import ModuleValidator
+from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
+from dptorch.plan import PrivacyPlan, make_plan
+from dptorch.sampling import NOT_COVERED, dataset_size
+
+__all__ = ["PrivacyEngine"]
+
+# All of them give the same gradients here; what they cost is the engine's choice.
+_MODES = {"hooks": "auto", "ew": "auto", "functorch": "auto", "ghost": "ghost"}
+_NO_MODES = {
+    "no_op": "gradients that the user computes cannot be vouched for",
+    "ghost_fsdp": "models sharded over devices are not covered",
+    "ghost_tp": "models sharded over devices are not covered",
+}
+_CLIPPING = ("flat", "per_layer", "adaptive")
+
+
+class PrivacyEngine:
+    """Makes models, optimizers and loaders private, and adds up what they spend.
+
+    Args:
+        accountant: "prv" (dptorch's "pld": composed numerically, a certified upper bound), "rdp", or
+            "gdp" (no bound, and every answer warns).
+        secure_mode: accepted: noise always comes from a cryptographic generator.
+
+    Attributes:
+        accountant: counts all that was made private here.
+        runs: one for each ``make_private``.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        >>> model = nn.Linear(4, 2)
+        >>> privacy_engine = PrivacyEngine()
+        >>> model, optimizer, loader = privacy_engine.make_private(
+        ...     module=model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=DataLoader(data, batch_size=16),
+        ...     noise_multiplier=1.0,
+        ...     max_grad_norm=1.0,
+        ... )
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     nn.functional.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
+        >>> round(privacy_engine.get_epsilon(1e-5), 1)
+        4.2
+    """
+
+    @known_arguments
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
+        self.accountant = create_accountant(accountant)
+        self.secure_mode = secure_mode
+        self.runs: list[Run] = []
+
+    # -- making things private ---------------------------------------------------------------------
+
+    @known_arguments
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any] | DPDataLoader,
+        noise_multiplier: float,
+        max_grad_norm: float | Sequence[float],
+        criterion: nn.Module | None = None,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        target_unclipped_quantile: float | None = None,
+        clipbound_learning_rate: float | None = None,
+        max_clipbound: float | None = None,
+        min_clipbound: float | None = None,
+        unclipped_num_std: float | None = None,
+    ) -> tuple[Any, ...]:
+        """Model, optimizer and loader for a loop that is as it was.
+
+        Args:
+            module: any model that `ModuleValidator` finds valid.
+            optimizer: over exactly its trainable parameters; the object itself becomes private.
+            data_loader: its dataset, and its length: the sampling rate is ``1 / len(data_loader)``.
+            noise_multiplier: standard deviation of the noise over max_grad_norm.
+            max_grad_norm: bound on one example's gradient; for "per_layer" one for each trainable
+                parameter, in order.
+            criterion: returned as it is, in the "ghost" mode.
+            batch_first: whether examples are dimension 0 of the inputs, or 1.
+            loss_reduction: how the loss joins the examples, "mean" or "sum".
+            poisson_sampling: False keeps the order of `data_loader`, shuffled or not; the steps are
+                then accounted without amplification by sampling.
+            clipping: "flat", "per_layer", or "adaptive".
+            noise_generator: its seed makes the run that of the seed: for tests, not private.
+            grad_sample_mode: "hooks", "ew", "functorch" or "ghost": the same gradients.
+            wrap_model: whether to return the model as a `GradSampleModule`.
+            rand_on_empty: accepted: an empty batch is one row of zeros without weight.
+            target_unclipped_quantile, clipbound_learning_rate, max_clipbound, min_clipbound, \
+unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClipping`.
+
+        Returns:
+            (model, optimizer, loader); in the "ghost" mode (model, optimizer, criterion, loader).
+
+        Raises:
+            UnsupportedModuleError: a module mixes examples.
+            ConfigurationError: an argument that cannot be honoured.
+        """
+        return self._make_private(
+            module,
+            optimizer,
+            data_loader,
+            criterion,
+            length={"noise_multiplier": noise_multiplier, "steps": OPEN_END},
+            max_grad_norm=max_grad_norm,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling,
+            clipping=clipping,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            adaptive={
+                "quantile": target_unclipped_quantile,
+                "learning_rate": clipbound_learning_rate,
+                "max_norm": max_clipbound,
+                "min_norm": min_clipbound,
+                "count_stddev": unclipped_num_std,
+            },
+        )
+
+    @known_arguments
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any] | DPDataLoader,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float | Sequence[float],
+        criterion: nn.Module | None = None,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        target_unclipped_quantile: float | None = None,
+        clipbound_learning_rate: float | None = None,
+        max_clipbound: float | None = None,
+        min_clipbound: float | None = None,
+        unclipped_num_std: float | None = None,
+        epsilon_tolerance: float = 0.01,
+        eps_error: float | None = None,
+        delta_error: float | None = None,
+        alphas: Any = None,
+    ) -> tuple[Any, ...]:
+        """As `make_private`, with the noise that keeps `epochs` epochs within `target_epsilon`.
+
+        The target is that of this run: what was spent before in this engine comes on top. After the
+        last of the epochs the loader has no more batches, and a further step raises
+        `BudgetExhausted`.
+
+        Args:
+            target_epsilon, target_delta: the guarantee at the end.
+            epochs: passes over the loader.
+            epsilon_tolerance, eps_error, delta_error, alphas: accepted: the search is finer than
+                any, and the accountants have errors and orders of their own.
+            others: see `make_private`.
+        """
+        if self.accountant.all_events():
+            warnings.warn(
+                f"this engine has spent privacy before: epsilon={target_epsilon:g} is what the new run "
+                "will spend by itself, and get_epsilon() tells what all have spent together. Use a "
+                "new PrivacyEngine for other data.",
+                PrivacyWarning,
+                stacklevel=3,
+            )
+        return self._make_private(
+            module,
+            optimizer,
+            data_loader,
+            criterion,
+            length={
+                "target_epsilon": target_epsilon,
+                "target_delta": target_delta,
+                "steps": epochs * len(data_loader),
+            },
+            max_grad_norm=max_grad_norm,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling,
+            clipping=clipping,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            adaptive={
+                "quantile": target_unclipped_quantile,
+                "learning_rate": clipbound_learning_rate,
+                "max_norm": max_clipbound,
+                "min_norm": min_clipbound,
+                "count_stddev": unclipped_num_std,
+            },
+        )
+
+    def _make_private(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any] | DPDataLoader,
+        criterion: nn.Module | None,
+        *,
+        length: Mapping[str, Any],
+        max_grad_norm: float | Sequence[float],
+        batch_first: bool,
+        loss_reduction: str,
+        poisson_sampling: bool,
+        clipping: str,
+        noise_generator: torch.Generator | None,
+        grad_sample_mode: str,
+        wrap_model: bool,
+        adaptive: Mapping[str, float | None],
+    ) -> tuple[Any, ...]:
+        if grad_sample_mode in _NO_MODES:
+            raise ConfigurationError(
+                f"grad_sample_mode={grad_sample_mode!r}: {_NO_MODES[grad_sample_mode]}. Use 'hooks'."
+            )
+        one_of("grad_sample_mode", grad_sample_mode, _MODES)
+        model = module._module if isinstance(module, GradSampleModule) else module
+        ModuleValidator.validate(model, strict=True)
+        loader = _loader_of(data_loader)
+        seed = None
+        if noise_generator is not None:
+            if self.secure_mode:
+                raise ConfigurationError(
+                    "noise_generator and secure_mode=True: noise whose seed is known protects nobody. "
+                    "Leave one out."
+                )
+            seed = noise_generator.initial_seed()
+            warnings.warn(
+                "noise_generator: batches and noise follow from its seed, so whoever knows it can "
+                "take the noise off. This run is for tests, and not private.",
+                PrivacyWarning,
+                stacklevel=4,
+            )
+        plan = make_plan(
+            sample_rate=loader.sample_rate,
+            sample_size=dataset_size(loader.dataset),
+            sampling="poisson" if poisson_sampling else _order_of(data_loader),
+            accountant=self.accountant.name,
+            loss_reduction=loss_reduction,
+            **_clipping(model, clipping, max_grad_norm, adaptive),
+            **length,
+        )
+        run = Run(
+            model,
+            optimizer,
+            plan,
+            clipping_mode=_MODES[grad_sample_mode],
+            batch_dims=0 if batch_first else 1,
+            seed=seed,
+        )
+        self.runs.append(run)
+        self.accountant.runs.append(run)
+        if not poisson_sampling:
+            warnings.warn(
+                f"poisson_sampling=False: batches of a {plan.sampling} loader are not amplified by "
+                "sampling, so epsilon counts every epoch as a release of every example, and is "
+                "larger than the accountant of Poisson batches would say. Use poisson_sampling=True.",
+                PrivacyWarning,
+                stacklevel=4,
+            )
+        private = GradSampleModule(model) if wrap_model else model
+        dp_optimizer = as_dp_optimizer(optimizer, run)
+        if grad_sample_mode == "ghost":
+            criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+            return private, dp_optimizer, criterion, loader.of_run(run)
+        return private, dp_optimizer, loader.of_run(run)
+
+    # -- what it costs -----------------------------------------------------------------------------
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε spent so far by all that was made private here; 0 before the first step."""
+        return self.accountant.get_epsilon(delta)
+
+    # -- compatibility -----------------------------------------------------------------------------
+
+    @known_arguments
+    def is_compatible(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        data_loader: DataLoader[Any] | DPDataLoader | None = None,
+    ) -> bool:
+        """Whether `validate` raises nothing."""
+        try:
+            self.validate(module=module, optimizer=optimizer, data_loader=data_loader)
+        except ConfigurationError:
+            return False
+        return True
+
+    @known_arguments
+    def validate(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        data_loader: DataLoader[Any] | DPDataLoader | None = None,
+    ) -> None:
+        """Raise what ``make_private`` would about the model and the loader.
+
+        Raises:
+            UnsupportedModuleError, ConfigurationError: naming what is not compatible.
+        """
+        ModuleValidator.validate(module, strict=True)
+        if data_loader is not None:
+            _loader_of(data_loader)
+
+    @classmethod
+    def get_compatible_module(cls, module: nn.Module) -> nn.Module:
+        """A copy of `module` with what mixes examples replaced; see `ModuleValidator.fix`."""
+        return ModuleValidator.fix_and_validate(module)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    @known_arguments
+    def save_checkpoint(
+        self,
+        *,
+        path: str | Path,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        checkpoint_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write all that the run of `module` needs to go on: `dptorch.PrivacyEngine.save_checkpoint`.
+
+        The optimizer that the run was made with is saved with it, given here or not. The file holds
+        the secret key of the noise: keep it as safe as the data.
+
+        Args:
+            path: the file.
+            module: what ``make_private`` returned.
+            optimizer: accepted.
+            noise_scheduler, grad_clip_scheduler: saved, if given.
+            checkpoint_dict: plain values of your own, which ``load_checkpoint`` returns.
+        """
+        run = self._run_of(module)
+        extra = {
+            "past": [event.to_dict() for event in run.history_before()],
+            "by_hand": [event.to_dict() for event in self.accountant.events],
+            "own": dict(checkpoint_dict or {}),
+        }
+        run.engine.save_checkpoint(
+            path, extra=extra, **_schedulers(noise_scheduler, grad_clip_scheduler)
+        )
+
+    @known_arguments
+    def load_checkpoint(
+        self,
+        *,
+        path: str | Path,
+        module: nn.Module,
+        optimizer: Optimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+    ) -> dict[str, Any]:
+        """Go on with the run that was saved, after the same ``make_private``, before the first batch.
+
+        Returns:
+            The `checkpoint_dict` of ``save_checkpoint``.
+
+        Raises:
+            DataError, ConfigurationError, PrivacyError: as `dptorch.PrivacyEngine.load_checkpoint`.
+        """
+        run = self._run_of(module)
+        saved = checkpoint.read(path)
+        extra = saved.get("extra")
+        if not isinstance(extra, Mapping) or set(extra) != {"past", "by_hand", "own"}:
+            raise ConfigurationError(
+                f"{path} was not written by save_checkpoint of dptorch.compat.opacus. Load it with "
+                "dptorch.PrivacyEngine.load_checkpoint."
+            )
+        if extra["past"]:  # a schedule has left the first plan behind
+            run.take_up(PrivacyPlan.from_json(saved["engine"]["plan"]))
+        run.engine.load_checkpoint(path, **_schedulers(noise_scheduler, grad_clip_scheduler))
+        run.past = [Event.from_dict(values) for values in extra["past"]]
+        self.accountant.events = [Event.from_dict(values) for values in extra["by_hand"]]
+        return dict(extra["own"])
+
+    def _run_of(self, module: nn.Module) -> Run:
+        model = module._module if isinstance(module, GradSampleModule) else module
+        for run in self.runs:
+            if run.model is model:
+                return run
+        raise ConfigurationError(
+            "this engine has not made that module private: pass the one that make_private returned, "
+            "or call make_private first."
+        )
+
+
+def _loader_of(data_loader: DataLoader[Any] | DPDataLoader) -> DPDataLoader:
+    """The Poisson loader in the place of the user's."""
+    if isinstance(data_loader, DPDataLoader):
+        return data_loader
+    sampler = data_loader.batch_sampler
+    if not isinstance(sampler, UniformWithReplacementSampler):
+        if type(sampler) is not BatchSampler:
+            name = "no batches" if sampler is None else type(sampler).__name__
+            raise ConfigurationError(
+                f"the loader has {name}, so the number of examples in a batch is not known. Pass a "
+                f"DataLoader with batch_size=. {NOT_COVERED}"
+            )
+        _order_of(data_loader)
+    return DPDataLoader.from_data_loader(data_loader)
+
+
+def _order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
+    """Name of the scheme that goes through the data as `data_loader` does."""
+    if isinstance(data_loader, DPDataLoader):
+        return "poisson"
+    sampler = data_loader.sampler
+    if isinstance(data_loader.batch_sampler, UniformWithReplacementSampler):
+        return "poisson"
+    if type(sampler) not in (RandomSampler, SequentialSampler):
+        raise ConfigurationError(
+            f"the loader draws with {type(sampler).__name__}, which the private loader would "
+            "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights to "
+            f"the loss. {NOT_COVERED}"
+        )
+    return "shuffled" if type(sampler) is RandomSampler else "sequential"
+
+
+def _clipping(
+    model: nn.Module,
+    clipping: str,
+    max_grad_norm: float | Sequence[float],
+    adaptive: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """The arguments of `make_plan` about clipping."""
+    one_of("clipping", clipping, _CLIPPING)
+    given = {name: value for name, value in adaptive.items() if value is not None}
+    if given and clipping != "adaptive":
+        raise ConfigurationError(
+            f"clipping={clipping!r} with arguments of adaptive clipping: use clipping='adaptive', or "
+            "leave them out."
+        )
+    if clipping != "per_layer":
+        if not isinstance(max_grad_norm, (int, float)):
+            raise ConfigurationError(
+                f"max_grad_norm is a list and clipping={clipping!r}: one norm for each parameter "
+                "goes with clipping='per_layer'."
+            )
+        settings = AdaptiveClipping(**given) if clipping == "adaptive" else None
+        return {"max_grad_norm": max_grad_norm, "adaptive_clipping": settings}
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if isinstance(max_grad_norm, (int, float)) or len(max_grad_norm) != len(names):
+        raise ConfigurationError(
+            f"clipping='per_layer' needs max_grad_norm as a list of {len(names)} norms, one for each "
+            f"trainable parameter; it is {max_grad_norm!r}. For a total norm of C give "
+            f"[C / {len(names)} ** 0.5] * {len(names)}."
+        )
+    return {"clipping_style": dict(zip(names, map(float, max_grad_norm), strict=True))}
+
+
+def _schedulers(noise: Any, clip: Any) -> dict[str, Any]:
+    both = {"noise_scheduler": noise, "grad_clip_scheduler": clip}
+    return {name: scheduler for name, scheduler in both.items() if scheduler is not None}

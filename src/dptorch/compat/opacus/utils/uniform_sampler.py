@@ -1,0 +1,58 @@
+"""`UniformWithReplacementSampler`: Poisson draws as a batch sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dptorch.compat.arguments import known_arguments
+from dptorch.randomness import RootKey
+from dptorch.sampling import PoissonSampler
+
+__all__ = ["UniformWithReplacementSampler"]
+
+
+class UniformWithReplacementSampler:
+    """Index lists of batches in which every example is with probability `sample_rate`.
+
+    Args:
+        num_samples: number of examples.
+        sample_rate: probability of drawing an example.
+        generator: its seed makes the draws those of that seed: for tests, not private.
+        steps: batches of an iteration; by default ``1 / sample_rate``, rounded.
+
+    Attributes:
+        poisson: what draws.
+
+    Example:
+        >>> sampler = UniformWithReplacementSampler(num_samples=93, sample_rate=1 / 93)
+        >>> len(sampler), len(list(sampler))
+        (93, 93)
+    """
+
+    @known_arguments
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        sample_rate: float,
+        generator: torch.Generator | None = None,
+        steps: int | None = None,
+    ) -> None:
+        seed = None if generator is None else generator.initial_seed()
+        key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
+        self.poisson = PoissonSampler(num_samples, sample_rate, key)
+        self.num_samples = num_samples
+        self.sample_rate = sample_rate
+        self.generator = generator
+        self.steps = max(1, round(1 / sample_rate)) if steps is None else steps
+        self.drawn = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            self.drawn += 1
+            yield self.poisson.draw(self.drawn - 1).tolist()
