@@ -141,7 +141,7 @@ def _results_table(rows: Iterable[Result]) -> str:
             verdict = "**REFUTED**" if r.refuted else "not refuted"
         lines.append(
             f"| {r.method} | {_plain(r.target)} | {_reported(r)} | {100 * r.accuracy:.1f} % | "
-            f"{_plain(round(r.step_claim, 2))} | ε ≥ {r.step_lower:.2f} | "
+            f"{_plain(float(f'{r.step_claim:.2g}'))} | ε ≥ {r.step_lower:.2f} | "
             f"ε ≥ {r.final_lower:.2f} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
@@ -217,7 +217,7 @@ def _leakage_plot(study: Study) -> Any:
     figure, panels = _panels(len(study.about), "ε proved from a single step, at 95 % confidence")
     claimed = [r for r in study.results if math.isfinite(r.target)]
     high = 1.5 * max(r.step_claim for r in claimed)
-    low = min(0.7 * min(r.step_claim for r in claimed), 0.1)
+    low = min(0.7 * min(r.step_claim or 1e-3 for r in claimed), 0.1)
     top = 1.15 * max(r.step_ceiling for r in study.results)
     line = np.geomspace(low, high, 200)
     for axes, task in zip(panels, study.about, strict=True):
