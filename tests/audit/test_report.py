@@ -123,6 +123,16 @@ def test_the_drawn_limit_is_the_gaussian_trade_off(result: AuditResult) -> None:
     assert curve[1] == pytest.approx(norm.cdf(norm.ppf(fpr) + 1), rel=0.01)
 
 
+def test_the_example_of_the_documentation_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs/audit.md").read_text()
+    exec(compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "audit.md", "exec"), {})
+    assert "REFUTED at confidence 95 %" in capsys.readouterr().out
+    assert (tmp_path / "audit.html").exists()
+
+
 def test_posterior_is_bayes(result: AuditResult) -> None:
     assert posterior(0.1, 0.5, 0.01) == pytest.approx(0.05 / (0.05 + 0.009))
     assert posterior(0.3, 0.0, 0.0) == 0.3

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from dptorch.audit.evidence import Array, Evidence
+from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import pointwise_band, roc_curve, uniform_band
 from dptorch.training.charts import AMBER, BLUE, GRID, INK, MUTED, canvas, data_uri
 
-__all__ = ["epsilon_bars", "roc_chart", "score_histogram"]
+__all__ = ["epsilon_bars", "every", "roc_chart", "score_histogram"]
 
 _WASH = "#c9dbf0"
 
@@ -99,7 +99,7 @@ def epsilon_bars(measured: float, claimed: float, ceiling: float) -> str:
     return data_uri(figure)
 
 
-def every(result: Any, allowed: tuple[Array, Array] | None) -> dict[str, str]:
+def every(result: AuditResult, allowed: tuple[Array, Array] | None) -> dict[str, str]:
     """All charts of a result, by name."""
     return {
         "roc": roc_chart(result.evidence, allowed, 1 - result.significance),

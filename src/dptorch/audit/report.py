@@ -13,6 +13,7 @@ from dptorch.audit import charts
 from dptorch.audit.evidence import Array
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import auc, auc_interval, tpr_at_fpr
+from dptorch.durable import replacing
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.training.report import missing_packages, page_template
 
@@ -122,10 +123,6 @@ def render_audit(result: AuditResult) -> str:
 def write_audit_report(result: AuditResult, path: Path) -> Path:
     """Write the page; whole or not at all."""
     text = render_audit(result)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

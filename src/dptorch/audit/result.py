@@ -140,7 +140,7 @@ class AuditResult:
             conclusion = (
                 f"At least {number(self.epsilon_lower)} was measured where "
                 f"{number(self.claimed_epsilon)} is claimed: the claim is false, or an event of "
-                f"probability {self.significance:g} happened."
+                f"probability {self.significance:g} at most happened."
             )
         else:
             conclusion = (

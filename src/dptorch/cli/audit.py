@@ -73,6 +73,7 @@ def audit(
     from dptorch.audit import audit as run_audit
     from dptorch.audit.black_box import has_canaries
     from dptorch.audit.result import AuditResult
+    from dptorch.durable import replacing
     from dptorch.training.report import missing_packages
 
     white = adversary == "white-box" or (
@@ -92,8 +93,9 @@ def audit(
     folder = out or (target if target.is_dir() else None)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "audit.json").write_text(result.to_json(), encoding="utf-8")
-        (folder / "audit.txt").write_text(str(result), encoding="utf-8")
+        for name, text in (("audit.json", result.to_json()), ("audit.txt", str(result))):
+            with replacing(folder / name) as partial:
+                partial.write_text(text, encoding="utf-8")
         if not missing_packages():
             result.write_report(folder / "audit.html")
     if as_json:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from dptorch.durable import replacing
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.randomness import RootKey
 from dptorch.training.data import Examples, TrainTest
@@ -47,18 +48,13 @@ class Canaries:
 
     def save(self, path: Path) -> None:
         """Write an `.npz` file; whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    inputs=self.inputs.numpy(),
-                    labels=self.labels.numpy(),
-                    member=self.member.numpy(),
-                )
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                inputs=self.inputs.numpy(),
+                labels=self.labels.numpy(),
+                member=self.member.numpy(),
+            )
 
     @classmethod
     def read(cls, path: Path) -> Canaries:

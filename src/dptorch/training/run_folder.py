@@ -7,6 +7,7 @@
     report.html         all of it on one page
     run.json            settings and versions
     canaries.npz        what the run planted in its data for an audit, if it did
+    audit.*             what an audit of the run found: json, txt, html
     checkpoint.pt       only while the run is unfinished: what --resume needs
 
 Files are replaced atomically, so a crash leaves the old file or the new one, never half of one.
