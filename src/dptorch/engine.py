@@ -422,6 +422,8 @@ class PrivacyEngine:
             return False
         self._refuse_changed_parameters()
         clipped = self._batch.take()
+        if self._batch.diagnostics is not None and self._batch.diagnostics.dropped:
+            checkpoint.refuse_not_finite(self._parameters)
         step = self._steps_done
         sampled = part is not None and part.logical_step == step
         if self._record is not None:
@@ -444,8 +446,7 @@ class PrivacyEngine:
         return True
 
     def _refuse_changed_parameters(self) -> None:
-        """What is trained must still be what the engine follows and the optimizer holds, and finite."""
-        checkpoint.refuse_not_finite(self._parameters)
+        """What is trained must still be what the engine follows and the optimizer holds."""
         now = {id(p) for p in self.model.parameters() if p.requires_grad}
         if now != {id(p) for p in self._parameters.values()}:
             raise PrivacyError(
