@@ -76,7 +76,7 @@ def test_the_plan_does_not_tell_how_many_are_in(blobs: Path) -> None:
     plans = [prepare(job_on(blobs, seed=s)).engine.plan for s in (1, 2, 3)]
     assert plans[0] == plans[1] == plans[2]
     assert plans[0].sample_size is None
-    assert plans[0].adjacency is Adjacency.ADD_REMOVE
+    assert plans[0].adjacency is Adjacency.ZERO_OUT
     assert plans[0].expected_batch_size == 0.25 * (240 + 50)
     assert plans[0].epsilon() <= 2.0
 
@@ -86,6 +86,8 @@ def test_a_private_run_is_not_refuted_and_a_run_that_lies_is(blobs: Path, tmp_pa
     result = audit(path)
     assert result.verdict == "NOT REFUTED"
     assert result.canaries == 400
+    # How many canaries are in is nowhere in what the run says of itself.
+    assert json.loads((path / "run.json").read_text())["data"]["train_examples"] == 240
     assert result.steps == 16
     assert 1.9 < result.claimed_epsilon <= 2.0
     assert "black box" in result.adversary

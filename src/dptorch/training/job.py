@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dptorch.accounting import Adjacency
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
@@ -167,8 +166,9 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     settings = {name: getattr(job, name) for name in _FOR_THE_ENGINE}
     plan = make_plan(sample_size=size, loss_reduction="mean", **settings)
     if canaries is not None:
-        # Whether a canary is in is what an audit guesses, so how many are in cannot be public.
-        plan = replace(plan, sample_size=None, adjacency=Adjacency.ADD_REMOVE)
+        # The number of real examples is public. How many canaries are in is not: one that is out
+        # counts as a record that contributes nothing.
+        plan = replace(plan, sample_size=None)
     engine = PrivacyEngine(model, plan=plan, seed=job.seed)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],

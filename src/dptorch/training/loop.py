@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from dptorch.errors import DataError
 from dptorch.training.canaries import CANARY_FILE
-from dptorch.training.data import Example, TrainTest
+from dptorch.training.data import Example
 from dptorch.training.job import Setup
 from dptorch.training.report import missing_packages, write_report
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
@@ -140,7 +140,7 @@ def train(
     seconds_before = 0.0
     if resume:
         path = folder.require_checkpoint()
-        _refuse_changed_data(folder, setup.data)
+        _refuse_changed_data(folder, setup)
         before = engine.load_checkpoint(path)
         rows, seconds_before = before["rows"], before["seconds"]
     else:
@@ -268,7 +268,7 @@ def _row(setup: Setup, epoch: float, seconds: float, epoch_stats: Row) -> Row:
 
 def _about(setup: Setup, status: str) -> Row:
     """What `run.json` says."""
-    n_train, n_test = setup.data.sizes
+    n_train, n_test = _real_examples(setup)
     return {
         "status": status,
         "job": setup.job.to_dict(),
@@ -290,9 +290,18 @@ def _about(setup: Setup, status: str) -> Row:
     }
 
 
-def _refuse_changed_data(folder: RunFolder, data: TrainTest) -> None:
+def _real_examples(setup: Setup) -> tuple[int, int]:
+    """Number of training and test examples. Canaries do not count: how many are in is a secret of the
+    audit."""
+    n_train, n_test = setup.data.sizes
+    planted = 0 if setup.canaries is None else int(setup.canaries.member.sum())
+    return n_train - planted, n_test
+
+
+def _refuse_changed_data(folder: RunFolder, setup: Setup) -> None:
     recorded = folder.read_json("run.json")["data"]
-    now = (*data.sizes, list(data.classes), list(data.input_shape))
+    data = setup.data
+    now = (*_real_examples(setup), list(data.classes), list(data.input_shape))
     then = tuple(
         recorded[key] for key in ("train_examples", "test_examples", "classes", "input_shape")
     )

@@ -69,8 +69,8 @@ def new_token_canaries(
 
     Call it before the engine is made: the embeddings grow. The new rows start equal, at the mean of
     the others. Add `canaries.inside` to the training data, train, and hold the claim against
-    ``judge(canaries.evidence(model), epsilon=..., delta=..., adversary=...)``. Under the plan's
-    adjacency the number of records in may not be public: use add/remove.
+    ``judge(canaries.evidence(model), epsilon=..., delta=..., adversary=...)``. How many
+    are in is a secret of the audit: give the plan a rate and a batch size, not the data's length.
 
     Args:
         model: with ``resize_token_embeddings``, as Hugging Face models have.
