@@ -35,12 +35,14 @@ class StepDiagnostics:
             fraction of all groups' contributions.
         dropped: how many were dropped, in whole or in some group, because their gradient was not
             finite.
+        coefficients: least, median and largest clipping coefficient (NaN if there was no example).
     """
 
     examples: int
     mean_norm: float
     clipped_fraction: float
     dropped: int
+    coefficients: tuple[float, float, float]
 
 
 @dataclass
@@ -366,11 +368,13 @@ class LogicalBatch:
         finite = whole.isfinite()
         clipped = (c * norms < norms * (1 - 1e-6)) & norms.isfinite()
         n = whole.numel()
+        spread = (c.min(), c.median(), c.max()) if n else (torch.tensor(math.nan),) * 3
         self.diagnostics = StepDiagnostics(
             examples=n,
             mean_norm=whole[finite].mean().item() if bool(finite.any()) else math.nan,
             clipped_fraction=clipped.float().mean().item() if n else math.nan,
             dropped=int((~finite).sum()),
+            coefficients=(float(spread[0]), float(spread[1]), float(spread[2])),
         )
         self._measured = []
         self._seen = set()

@@ -32,7 +32,8 @@ class GroupSpec:
     """One entry of a user's own grouping.
 
     Attributes:
-        pattern: name of a module or a parameter, with wildcards (``encoder.layer.*``).
+        pattern: name of a module or a parameter, with wildcards (``encoder.layer.*``); for a group
+            with a norm also several of them, with "|" between.
         max_grad_norm: the group's norm C_g; None for an equal share.
         noise_weight: the group's share w_g of the privacy, see `ClippingGroup.noise_scale`; None
             for the share that gives every coordinate of the model the same noise.
@@ -213,10 +214,7 @@ def _named(
     found: dict[str, list[str]] = {s.pattern: [] for s in specs}
     for n in names:
         for spec in specs:
-            matched = fnmatchcase(n, spec.pattern) or any(
-                fnmatchcase(m, spec.pattern) and _inside(n, m) for m in modules if m
-            )
-            if matched:
+            if any(_matches(n, pattern, modules) for pattern in spec.pattern.split("|")):
                 found[spec.pattern].append(n)
                 break
         else:
@@ -226,6 +224,13 @@ def _named(
             )
     _refuse_empty(found)
     return found
+
+
+def _matches(name: str, pattern: str, modules: Sequence[str]) -> bool:
+    """Whether a pattern names a parameter, or a module that it is in."""
+    return fnmatchcase(name, pattern) or any(
+        fnmatchcase(m, pattern) and _inside(name, m) for m in modules if m
+    )
 
 
 def _blocks(

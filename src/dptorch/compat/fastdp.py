@@ -1,0 +1,208 @@
+"""fastDP, by name and call. Change ``from fastDP`` to ``from dptorch.compat.fastdp``.
+
+What each argument means here, where that differs: `docs/migrating.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dptorch.clipping.functions import STABILITY
+from dptorch.compat.arguments import known_arguments
+from dptorch.compat.attach_style import AttachedEngine
+from dptorch.errors import ConfigurationError, one_of
+
+__all__ = ["PrivacyEngine"]
+
+_MODES = {
+    "ghost": "BK-ghost",
+    "MixGhostClip": "BK-MixGhostClip",
+    "MixOpt": "BK-MixOpt",
+    "BK-ghost": "BK-ghost",
+    "BK-MixGhostClip": "BK-MixGhostClip",
+    "BK-MixOpt": "BK-MixOpt",
+    "default": "auto",
+}
+_FUNCTIONS = {"Abadi": "abadi", "automatic": "automatic", "global": "global"}
+_STYLES = ("all-layer", "layer-wise", "param-wise")
+_NOT_HERE = ("PrivacyEngine_Distributed_Stage_2_and_3", "PrivacyEngine_Distributed_extending")
+
+
+class PrivacyEngine(AttachedEngine):
+    """fastDP's engine: an ordinary loop with ``loss.backward()`` and ``optimizer.step()``.
+
+    Several backwards before a step are one batch of that many parts.
+
+    Args:
+        module, batch_size, sample_size, epochs, num_steps, noise_multiplier, target_epsilon, \
+named_params, record_snr: see `dptorch.compat.attach_style.AttachedEngine`.
+        max_grad_norm: bound C on one example's gradient. With "automatic" clipping it only scales the
+            step, and is 1 unless `numerical_stability_constant` is given, as in fastDP.
+        target_delta: by default 1 / (2 * sample_size), as in fastDP.
+        alphas, eps_error: accepted: the accountants here have orders and errors of their own.
+        numerical_stability_constant: γ of automatic clipping ``C / (n + γ)``: 0.01, or 0 (AUTO-V).
+            For the other functions it is not needed: a gradient of norm 0 has coefficient 1.
+        accounting_mode: "rdp", "glw" or "all".
+        clipping_mode: "MixOpt", "MixGhostClip" or "ghost", with "BK-" before it or not; "default" is
+            what is fastest. All give the same gradients.
+        clipping_fn: "automatic", "Abadi" or "global".
+        loss_reduction: how the loss joins the examples, "mean" or "sum".
+        origin_params: accepted, where the names exist: no weight gradient is ever computed twice here,
+            so nothing needs to be chosen.
+        clipping_style: "all-layer", "layer-wise", "param-wise", or a list of layers that begin blocks;
+            what comes before the first of them belongs to its block.
+        num_GPUs: 1: noise is added once, to the whole sum.
+        torch_seed_is_fixed: accepted: noise comes from a key of its own, never from torch's seed.
+        sampling, seed: see `dptorch.PrivacyEngine`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        >>> privacy_engine = PrivacyEngine(
+        ...     model, batch_size=16, sample_size=64, epochs=3, target_epsilon=2,
+        ...     clipping_fn="automatic", clipping_mode="MixOpt", origin_params=None,
+        ...     clipping_style="all-layer")
+        >>> privacy_engine.attach(optimizer)
+        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+        >>> for x, y in privacy_engine.loader(data):
+        ...     torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> 0 < privacy_engine.get_privacy_spent()["eps_rdp"] < 2
+        True
+    """
+
+    @known_arguments
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        batch_size: float,
+        sample_size: int,
+        max_grad_norm: float = 1.0,
+        epochs: float | None = None,
+        num_steps: int | None = None,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        alphas: Sequence[float] | None = None,
+        record_snr: bool = False,
+        named_params: Sequence[tuple[str, Tensor]] | None = None,
+        numerical_stability_constant: float | None = None,
+        accounting_mode: str = "rdp",
+        eps_error: float = 0.05,
+        clipping_mode: str = "MixOpt",
+        clipping_fn: str = "automatic",
+        loss_reduction: str = "mean",
+        origin_params: Sequence[str] | None = None,
+        clipping_style: str | Sequence[str] = "all-layer",
+        num_GPUs: int = 1,
+        torch_seed_is_fixed: bool = False,
+        sampling: str = "poisson",
+        seed: int | None = None,
+    ) -> None:
+        if num_GPUs != 1:
+            raise ConfigurationError(
+                f"num_GPUs={num_GPUs}: noise divided among processes is noise enough only if all of "
+                "them arrive with generators of their own, which nothing here can check. Train in one "
+                "process with num_GPUs=1."
+            )
+        _check_origin(module, origin_params)
+        function = _FUNCTIONS[one_of("clipping_fn", clipping_fn, _FUNCTIONS)]
+        gamma = numerical_stability_constant
+        if function == "automatic":
+            if gamma is None:
+                max_grad_norm = 1.0
+            elif gamma == 0:
+                function = "normalised"
+            elif gamma != STABILITY:
+                raise ConfigurationError(
+                    f"numerical_stability_constant={gamma!r}: automatic clipping has {STABILITY} here, "
+                    "or 0. Leave it out."
+                )
+        style: Any = clipping_style
+        if isinstance(style, str):
+            one_of("clipping_style", style, _STYLES)
+        else:
+            style = _blocks(module, list(style), max_grad_norm)
+        super().__init__(
+            module,
+            batch_size=batch_size,
+            sample_size=sample_size,
+            max_grad_norm=max_grad_norm,
+            epochs=epochs,
+            num_steps=num_steps,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            target_delta=1 / (2 * sample_size) if target_delta is None else target_delta,
+            accounting_mode=accounting_mode,
+            modes=("rdp", "glw", "all"),
+            named_params=named_params,
+            record_snr=record_snr,
+            clipping_mode=_MODES[one_of("clipping_mode", clipping_mode, _MODES)],
+            clipping_fn=function,
+            clipping_style=style,
+            loss_reduction=loss_reduction,
+            sampling=sampling,
+            seed=seed,
+        )
+        self.alphas = alphas
+        self.eps_error = eps_error
+        self.clipping_mode = clipping_mode
+        self.clipping_fn = clipping_fn
+        self.clipping_style = clipping_style
+        self.loss_reduction = loss_reduction
+
+    @property
+    def bias_only(self) -> bool:
+        """Whether nothing but biases is trained (DP-BiTFiT)."""
+        return all(name.rpartition(".")[2] == "bias" for name, _ in self.named_params)
+
+
+def _check_origin(module: nn.Module, origin: Sequence[str] | None) -> None:
+    names = [name for name, _ in module.named_parameters()]
+    for part in [origin] if isinstance(origin, str) else origin or ():
+        if not any(part in name for name in names):
+            raise ConfigurationError(
+                f"origin_params: no parameter of the model has {part!r} in its name. Leave "
+                "origin_params out: nothing has to be chosen here."
+            )
+
+
+def _blocks(module: nn.Module, heads: list[str], max_grad_norm: float) -> dict[str, float]:
+    """fastDP's blocks as groups of parameters: each reaches from its head to the next head."""
+    trainable = {n for n, p in module.named_parameters() if p.requires_grad}
+    layers = {
+        name: [f"{name}.{n}".lstrip(".") for n, _ in layer.named_parameters(recurse=False)]
+        for name, layer in module.named_modules()
+    }
+    for head in heads:
+        one_of("clipping_style: layer", head, [name for name in layers if name])
+    members: dict[str, list[str]] = {head: [] for head in layers if head in heads}
+    if not members:
+        raise ConfigurationError("clipping_style=[]: name at least one layer, or use 'all-layer'.")
+    block = next(iter(members))
+    for name, parameters in layers.items():
+        block = name if name in members else block
+        members[block] += [n for n in parameters if n in trainable]
+    empty = [head for head, inside in members.items() if not inside]
+    if empty:
+        raise ConfigurationError(
+            f"clipping_style: nothing is trained in the block of {empty[0]!r}."
+        )
+    norm = max_grad_norm / math.sqrt(len(members))
+    return {"|".join(inside): norm for inside in members.values()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NOT_HERE:
+        raise ConfigurationError(
+            f"{name} is not here: DeepSpeed and FSDP shard gradients before they could be clipped, and "
+            "fastDP's way of it reports epsilon=0 for any run. Train in one process with PrivacyEngine."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
