@@ -27,7 +27,7 @@ from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import NOT_COVERED, dataset_size
 
-__all__ = ["PrivacyEngine"]
+__all__ = ["PrivacyEngine", "clipping_arguments"]
 
 # All of them give the same gradients here; what they cost is the engine's choice.
 _MODES = {"hooks": "auto", "ew": "auto", "functorch": "auto", "ghost": "ghost"}
@@ -277,7 +277,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             sampling="poisson" if poisson_sampling else _order_of(data_loader),
             accountant=self.accountant.name,
             loss_reduction=loss_reduction,
-            **_clipping(model, clipping, max_grad_norm, adaptive),
+            **clipping_arguments(model, clipping, max_grad_norm, adaptive),
             **length,
         )
         run = Run(
@@ -461,7 +461,7 @@ def _order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
     return "shuffled" if type(sampler) is RandomSampler else "sequential"
 
 
-def _clipping(
+def clipping_arguments(
     model: nn.Module,
     clipping: str,
     max_grad_norm: float | Sequence[float],
