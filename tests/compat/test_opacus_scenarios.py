@@ -19,8 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from dptorch.accounting import SampledGaussian
 from dptorch.accounting import epsilon as epsilon_of
 from dptorch.compat.opacus import GradSampleModule, PrivacyEngine
+from dptorch.compat.opacus.accountants import PRVAccountant, create_accountant
 from dptorch.compat.opacus.data_loader import DPDataLoader
+from dptorch.compat.opacus.schedulers import ExponentialNoise, LambdaNoise, StepGradClip
 from dptorch.compat.opacus.utils.batch_memory_manager import BatchMemoryManager
+from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from dptorch.compat.opacus.validators import ModuleValidator
+from dptorch.compat.opacus.validators.errors import UnsupportedModuleError
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 
 SIZE, BATCH = 24, 8
@@ -194,11 +199,7 @@ def test_a_sum_loss_is_as_in_opacus() -> None:
 
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
 def test_epsilon_is_near_that_of_opacus(sigma: float) -> None:
-    from opacus.accountants import PRVAccountant as Theirs
-
-    from dptorch.compat.opacus.accountants import PRVAccountant
-
-    a, b = PRVAccountant(), Theirs()
+    a, b = PRVAccountant(), opacus.accountants.PRVAccountant()
     for accountant in (a, b):
         for _ in range(200):
             accountant.step(noise_multiplier=sigma, sample_rate=0.02)
@@ -371,6 +372,7 @@ def test_two_models_of_one_engine_add_up() -> None:
     )
     train(*second)
     assert engine.get_epsilon(1e-5) > alone
+    assert [statement.steps for statement in engine.statements()] == [3, 3]
     assert sorted(engine.accountant.history) == [(1.0, 1 / 3, 3), (2.0, 1 / 3, 3)]
 
 
@@ -481,8 +483,6 @@ def test_history_is_events() -> None:
 
 
 def test_a_noise_schedule_is_composed_step_by_step() -> None:
-    from dptorch.compat.opacus.schedulers import ExponentialNoise
-
     engine, module, optimizer, loader = private(
         noise_multiplier=2.0, max_grad_norm=1.0, poisson_sampling=True
     )
@@ -497,8 +497,6 @@ def test_a_noise_schedule_is_composed_step_by_step() -> None:
 
 
 def test_a_schedule_within_an_epoch_ends_the_epoch_where_it_would_have_ended() -> None:
-    from dptorch.compat.opacus.schedulers import LambdaNoise
-
     engine, module, optimizer, loader = private(
         noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=True
     )
@@ -514,8 +512,6 @@ def test_a_schedule_within_an_epoch_ends_the_epoch_where_it_would_have_ended() -
 
 def test_noise_follows_a_schedule_of_clipping_norms() -> None:
     """In Opacus' ghost mode it is the noise alone that shrinks. Five standard errors, see above."""
-    from dptorch.compat.opacus.schedulers import StepGradClip
-
     module = nn.Linear(100, 100, bias=False)
     _, model, optimizer, loader = (
         PrivacyEngine(),
@@ -541,8 +537,6 @@ def test_noise_follows_a_schedule_of_clipping_norms() -> None:
 
 
 def test_a_schedule_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
-    from dptorch.compat.opacus.schedulers import ExponentialNoise
-
     def make() -> tuple[Any, ...]:
         engine, module, optimizer, loader = private(
             noise_multiplier=2.0, max_grad_norm=1.0, poisson_sampling=True
@@ -575,6 +569,56 @@ def test_a_schedule_cannot_change_half_a_batch() -> None:
             break
 
 
+def test_a_schedule_scales_the_norms_of_all_layers() -> None:
+    norms = [0.3, 0.1, 0.2, 0.05]
+    _, _, optimizer, _ = private(max_grad_norm=norms, clipping="per_layer")
+    optimizer.max_grad_norm *= 2
+    assert optimizer.max_grad_norm == pytest.approx(2 * math.hypot(*norms))
+    found = [group.max_grad_norm for group in optimizer._dp_run.plan.clipping_groups]
+    assert found == pytest.approx([2 * norm for norm in norms])
+
+
+# -- the loop of the tutorials -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loop_of_the_tutorials(workers: int, recwarn: pytest.WarningsRecorder) -> None:
+    """Target, physical batches, a learning-rate schedule and a sampler of the user's: no warning."""
+    module, data = cnn(), data_for(cnn)
+    sampler = UniformWithReplacementSampler(num_samples=SIZE, sample_rate=0.5)
+    privacy_engine = PrivacyEngine()
+    model, optimizer, train_loader = privacy_engine.make_private_with_epsilon(
+        module=module,
+        optimizer=torch.optim.RMSprop(module.parameters(), lr=1e-3),
+        data_loader=DataLoader(data, batch_sampler=sampler, num_workers=workers),
+        epochs=2,
+        target_epsilon=5.0,
+        target_delta=1e-3,
+        max_grad_norm=1.2,
+        poisson_sampling=False,  # the loader's batches are Poisson already
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    epsilons = []
+    for _ in range(2):
+        with BatchMemoryManager(
+            data_loader=train_loader, max_physical_batch_size=4, optimizer=optimizer
+        ) as memory_safe_data_loader:
+            for images, target in memory_safe_data_loader:
+                optimizer.zero_grad()
+                loss = nn.CrossEntropyLoss()(model(images), target)
+                loss.backward()
+                optimizer.step()
+            epsilons.append(privacy_engine.get_epsilon(1e-3))
+        scheduler.step()
+    assert 0 < epsilons[0] < epsilons[1] <= 5.0 < epsilons[1] * 1.03
+    assert optimizer.param_groups[0]["lr"] == 2.5e-4
+    state = privacy_engine.accountant.state_dict()
+    other = create_accountant("prv")
+    other.load_state_dict(state)
+    assert other.get_epsilon(delta=1e-3) == epsilons[1]
+    assert not [w for w in recwarn if isinstance(w.message, PrivacyWarning)]
+
+
 # -- names, and what is refused ------------------------------------------------------------------------
 
 
@@ -589,9 +633,6 @@ def test_the_module_has_the_names_of_both(tmp_path: Any) -> None:
 
 
 def test_a_model_that_mixes_examples_is_refused_and_fixed() -> None:
-    from dptorch.compat.opacus.validators import ModuleValidator
-    from dptorch.compat.opacus.validators.errors import UnsupportedModuleError
-
     # Opacus lets the second one pass, whose running statistics see the private batch.
     for norm in (nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False)):
         model = nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 3))

@@ -26,6 +26,7 @@ from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import NOT_COVERED, dataset_size
+from dptorch.statement import Statement
 
 __all__ = ["PrivacyEngine", "clipping_arguments"]
 
@@ -290,7 +291,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         )
         self.runs.append(run)
         self.accountant.runs.append(run)
-        if not poisson_sampling:
+        if plan.sampling != "poisson":
             warnings.warn(
                 f"poisson_sampling=False: batches of a {plan.sampling} loader are not amplified by "
                 "sampling, so epsilon counts every epoch as a release of every example, and is "
@@ -310,6 +311,14 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
     def get_epsilon(self, delta: float) -> float:
         """ε spent so far by all that was made private here; 0 before the first step."""
         return self.accountant.get_epsilon(delta)
+
+    def statements(self) -> list[Statement]:
+        """The privacy statement of every engine behind this one; ``print`` them.
+
+        There is one for each ``make_private``, and under a schedule one for each of its values. What
+        all of them cost together is `get_epsilon`.
+        """
+        return [engine.statement() for run in self.runs for engine in run.engines]
 
     # -- compatibility -----------------------------------------------------------------------------
 

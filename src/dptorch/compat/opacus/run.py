@@ -21,6 +21,8 @@ __all__ = ["OPEN_END", "Run"]
 
 # Steps of a run whose length was not said; the budget of what was never limited.
 OPEN_END = 10**9
+# What of a plan a schedule changes, directly or not.
+_SCHEDULED = ("noise_multiplier", "target_epsilon", "max_grad_norm", "clipping_groups", "steps")
 
 
 class Run:
@@ -108,10 +110,7 @@ class Run:
             ConfigurationError: it differs from this run's first plan in more than a schedule changes.
         """
         mine = self.plan
-        scheduled = {
-            name: getattr(mine, name)
-            for name in ("noise_multiplier", "max_grad_norm", "clipping_groups", "steps")
-        } | {"target_epsilon": mine.target_epsilon}
+        scheduled = {name: getattr(mine, name) for name in _SCHEDULED}
         if replace(plan, **scheduled) != mine or self.steps_done:
             raise ConfigurationError(
                 "the checkpoint belongs to another plan (this run's, the checkpoint's): "
@@ -127,8 +126,7 @@ class Run:
         """Go on with other noise or another clipping norm, which must be public constants.
 
         Raises:
-            ConfigurationError: a value out of range, in the middle of a logical batch, or after the
-                last planned step.
+            ConfigurationError: a value out of range, or in the middle of a logical batch.
         """
         plan = self.plan
         new = plan
@@ -161,7 +159,7 @@ class Run:
         engine = self.engine
         if engine.exhausted:
             return  # nothing will be released under the new plan
-        if plan.adaptive_clipping is not None:
+        if plan.adaptive_clipping is not None and max_grad_norm is None:
             new = replace(new, max_grad_norm=engine.max_grad_norm)
         engine.detach()
         if not engine.steps_done:
