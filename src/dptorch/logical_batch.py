@@ -211,7 +211,9 @@ class LogicalBatch:
             gradients = batch.tape.per_example_gradients()
             batch.sums |= rounded_sum(gradients, c, scales, share=self._row_share)
             return
-        batch.sums |= batch.tape.clipped_sum(c, None if len(self.groups) == 1 else names)
+        batch.sums |= batch.tape.clipped_sum(
+            c, None if len(self.groups) == 1 else names, consume=True
+        )
         if len(self.groups) > 1:
             batch.tape.release(names)
 

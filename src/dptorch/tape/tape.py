@@ -341,7 +341,11 @@ class Tape:
         return torch.stack([s.to(dtype) for s in squared]).sum(0).sqrt()
 
     def clipped_sum(
-        self, coefficients: Tensor, names: Iterable[str] | None = None
+        self,
+        coefficients: Tensor,
+        names: Iterable[str] | None = None,
+        *,
+        consume: bool = False,
     ) -> dict[str, Tensor]:
         """``sum_b coefficients[b] * gradient[b]`` for every parameter, {name: tensor}.
 
@@ -351,6 +355,7 @@ class Tape:
         Args:
             coefficients: [B]. An example with coefficient 0 is left out altogether.
             names: some parameters; by default all.
+            consume: free each gradient as soon as it has been added; nothing else can be asked of it.
 
         Guarantees:
             A non-finite gradient of an example with coefficient 0 does not enter the sum.
@@ -368,6 +373,8 @@ class Tape:
             found = self._sums.get(id(p))
             if id(p) in self._forms:
                 found = _weighted_sum(self._forms[id(p)], coefficients, kept)
+                if consume:
+                    del self._forms[id(p)]
             if found is None:
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
                 found = torch.zeros(p.shape, dtype=dtype, device=p.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from dptorch.tape.gradients.base import (
     at_least_float32,
     formed_norm,
     in_parts,
+    square_sum,
     weigh,
     without_cancellation,
 )
@@ -90,7 +92,28 @@ class Convolution(PerExampleGradient):
         return result
 
     def dense(self) -> Tensor:
-        return self._by_offsets() if self._few_offsets() else self._by_groups()
+        return self._formed().dense()
+
+    def _formed(self) -> Dense:
+        if not self._few_offsets():
+            return Dense(self._by_groups())
+        parts = self._by_offsets()
+        first = next(parts)
+        b, p, c = first.shape
+        offsets = math.prod(self.shape[2:])
+        values = first.new_empty(b, offsets, p, c)
+        values[:, 0] = first
+        for i, part in enumerate(parts, 1):
+            values[:, i] = part
+        rank = len(self.shape) - 2
+        unfolded = values.view(b, *self.shape[2:], p, c)
+        return Dense(unfolded, (0, rank + 1, rank + 2, *range(1, rank + 1)))
+
+    def _formed_norm(self) -> Tensor:
+        """Squared norms from gradients that are dropped, offset by offset where that is possible."""
+        if not self._few_offsets():
+            return formed_norm(self)
+        return sum((square_sum(part) for part in self._by_offsets()), torch.zeros(()))
 
     def _few_offsets(self) -> bool:
         """Whether products at each offset beat the native backward, as measured on CPU and known of
@@ -126,17 +149,14 @@ class Convolution(PerExampleGradient):
             )
         return inputs, windows
 
-    def _by_offsets(self) -> Tensor:
+    def _by_offsets(self) -> Iterator[Tensor]:
+        """The gradient at each offset of the kernel, [B, P, C]."""
         inputs, windows = self._padded()
         grads = self.grads.transpose(1, 2).flatten(2)  # [B, P, m * positions]
-        parts = []
         for window in windows:
-            seen = (
-                inputs[(slice(None), slice(None), slice(None), *window)].transpose(1, 2).flatten(2)
-            )  # [B, C, m * positions]
-            parts.append(torch.bmm(grads, seen.transpose(1, 2)))
-        formed = parts[0] if len(parts) == 1 else torch.stack(parts, -1)
-        return formed.view(self.batch_size, *self.shape)
+            seen = inputs[(slice(None), slice(None), slice(None), *window)]
+            seen = seen.transpose(1, 2).flatten(2)  # [B, C, m * positions]
+            yield torch.bmm(grads, seen.transpose(1, 2))
 
     def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Convolution:
         dtype = dtype or self.grads.dtype
@@ -200,10 +220,10 @@ class Convolution(PerExampleGradient):
             else:
                 squared = in_parts(self, self._columns_bytes(), Convolution._unfolded_gram_norm)
         elif way == "keep":
-            kept = Dense(self.dense())
+            kept = self._formed()
             squared = kept.squared_norm()
         else:
-            squared = formed_norm(self)
+            squared = self._formed_norm()
         formed = way != "gram"
         return without_cancellation(squared, self.magnitude(), [self], formed=formed), kept
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dptorch.tape.gradients.base import PerExampleGradient, at_least_float32
+from dptorch.tape.gradients.base import PerExampleGradient, at_least_float32, square_sum
 
 __all__ = ["Dense"]
 
@@ -14,19 +14,31 @@ class Dense(PerExampleGradient):
     """Materialised per-example gradients.
 
     Args:
-        values: [B, *shape].
+        values: [B, *shape], or its dimensions in another order.
+        order: where the dimensions of [B, *shape] are in `values`, of which B is the first.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, order: tuple[int, ...] | None = None) -> None:
         self.values = at_least_float32(values)
-        self.shape = values.shape[1:]
+        self.order = order
+        self.shape = (values if order is None else values.permute(order)).shape[1:]
         self.batch_size = values.shape[0]
 
     def dense(self) -> Tensor:
-        return self.values
+        return self.values if self.order is None else self.values.permute(self.order)
+
+    def squared_norm(self) -> Tensor:
+        return square_sum(self.values)
 
     def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Dense:
-        return Dense(self.values.index_select(0, index).to(dtype or self.values.dtype))
+        return Dense(self.values.index_select(0, index).to(dtype or self.values.dtype), self.order)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        flat = self.values.reshape(self.batch_size, -1)
+        total = torch.mv(flat.t(), weights.to(flat.dtype)).view(self.values.shape[1:])
+        if self.order is not None:
+            total = total.permute([i - 1 for i in self.order[1:]]).contiguous()
+        return total
 
     def merge(self, other: PerExampleGradient) -> Dense | None:
-        return Dense(self.values + other.values) if isinstance(other, Dense) else None
+        return Dense(self.dense() + other.dense()) if isinstance(other, Dense) else None

@@ -113,10 +113,16 @@ def bilinear(call: Call, recording: Recording) -> Any:
             yield w, Outer(g_BTP, products, w.shape)
         if want_b:
             assert b is not None
-            yield b, Dense(g_BTP.sum(1, dtype=_sum_dtype(g_BTP)))
+            yield b, Dense(_sum_over_positions(g_BTP))
 
     saved = (x1.detach(), x2.detach()) if want_w else ()
     return recording.tap(call, out, [tag], saved, gradients)
+
+
+def _sum_over_positions(g_BTP: Tensor) -> Tensor:
+    if g_BTP.shape[1] == 1:
+        return g_BTP[:, 0]
+    return g_BTP.sum(1, dtype=_sum_dtype(g_BTP))
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
