@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from dptorch import accounting
 from dptorch.accounting.accountants.rdp import RDPAccountant
 from dptorch.clipping import AdaptiveClipping
+from dptorch.clipping.functions import STABILITY
 from dptorch.compat.opacus.run import OPEN_END
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning, one_of
@@ -27,12 +28,12 @@ from dptorch.plan import make_plan
 from dptorch.sampling import PrivateLoader
 from dptorch.statement import OWN_LOADER, Statement
 
-__all__ = ["AttachedEngine", "LossVectorEngine"]
+__all__ = ["AttachedEngine", "LossVectorEngine", "automatic_clipping"]
 
 Callback = Callable[[Any], Any]
 # What each accounting mode asks, by the name of its accountant here. "glw" composes numerically, as
-# "pld" does with a certified upper bound.
-ACCOUNTANTS: Mapping[str, str] = {"rdp": "rdp", "rdp_cks": "rdp", "glw": "pld", "gdp": "gdp"}
+# "pld" does with a certified upper bound. Noise that "gdp" calibrates is too little for its epsilon.
+ACCOUNTANTS: Mapping[str, str] = {"rdp": "rdp", "rdp_cks": "rdp", "glw": "pld", "gdp": "pld"}
 
 
 class AttachedEngine:
@@ -287,7 +288,7 @@ class AttachedEngine:
         Returns:
             "eps_rdp" and "alpha_rdp" of Rényi accounting; "eps_low", "eps_estimate" (to nine digits)
             and "eps_upper" (a certified bound) of numerical composition; "eps_gdp" of the central
-            limit, which is no bound.
+            limit, which is no bound, beside "eps_upper", which is.
         """
         mode = one_of(
             "accounting_mode", accounting_mode or self.accounting_mode, [*self._modes, "all"]
@@ -314,7 +315,7 @@ class AttachedEngine:
             exact = epsilon("exact")
             return {"eps_low": exact, "eps_estimate": exact, "eps_upper": epsilon("pld")}
         if mode == "gdp":
-            return {"eps_gdp": epsilon("gdp")}
+            return {"eps_gdp": epsilon("gdp"), "eps_upper": epsilon("pld")}
         alpha = RDPAccountant().best_order(history, delta, adjacency=adjacency)
         return {f"eps_{mode}": epsilon("rdp"), f"alpha_{mode}": alpha}
 
@@ -390,6 +391,22 @@ class LossVectorEngine(AttachedEngine):
         scaled = loss if scale == 1.0 else loss / scale
         with torch.enable_grad():
             scaled.backward(torch.ones_like(scaled))
+
+
+def automatic_clipping(stability: float | None) -> str:
+    """Which clipping function ``C / (n + stability)`` is; None is the default.
+
+    Raises:
+        ConfigurationError: for a constant that none has.
+    """
+    if stability == 0:
+        return "normalised"
+    if stability not in (None, STABILITY):
+        raise ConfigurationError(
+            f"numerical_stability_constant={stability!r}: automatic clipping has {STABILITY} here, or "
+            "0. Leave it out."
+        )
+    return "automatic"
 
 
 def _planned_steps(

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dptorch.clipping.functions import STABILITY
 from dptorch.compat.arguments import known_arguments
-from dptorch.compat.attach_style import AttachedEngine
+from dptorch.compat.attach_style import AttachedEngine, automatic_clipping
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = ["PrivacyEngine"]
@@ -114,17 +113,10 @@ named_params, record_snr: see `dptorch.compat.attach_style.AttachedEngine`.
             )
         _check_origin(module, origin_params)
         function = _FUNCTIONS[one_of("clipping_fn", clipping_fn, _FUNCTIONS)]
-        gamma = numerical_stability_constant
         if function == "automatic":
-            if gamma is None:
+            function = automatic_clipping(numerical_stability_constant)
+            if numerical_stability_constant is None:
                 max_grad_norm = 1.0
-            elif gamma == 0:
-                function = "normalised"
-            elif gamma != STABILITY:
-                raise ConfigurationError(
-                    f"numerical_stability_constant={gamma!r}: automatic clipping has {STABILITY} here, "
-                    "or 0. Leave it out."
-                )
         style: Any = clipping_style
         if isinstance(style, str):
             one_of("clipping_style", style, _STYLES)
