@@ -27,6 +27,17 @@ def test_the_quick_start_runs_as_printed(capsys) -> None:
     assert "differentially private" in capsys.readouterr().out
 
 
+def test_the_clipping_page_runs_as_printed(capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/clipping.md").read_text(), re.DOTALL)
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "clipping.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert "BK-MixOpt" in printed
+    assert "0.weight" in printed
+    assert printed.split()[-1].startswith("1.118")
+
+
 def test_importing_is_quick_and_brings_no_optional_package() -> None:
     code = (
         "import time, torch, numpy, sys; before = set(sys.modules); start = time.perf_counter();"
