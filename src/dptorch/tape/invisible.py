@@ -6,8 +6,9 @@ They are patched while a recording is active, and only then.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dptorch.tape.rules import generic
 from dptorch.tape.special import SPECIAL
 from dptorch.tape.taps import TAPS
 
-__all__ = ["visible"]
+__all__ = ["uncompiled", "visible"]
 
 _depth = 0
 _plain_apply: Any = Function.__dict__["apply"]
@@ -60,6 +61,14 @@ def visible() -> Iterator[None]:
             del Tensor.set_
             nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
             checkpoint._checkpoint_without_reentrant_generator = _plain_generator
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made of a model, or of parts of it, is opaque to a recording: inside, it runs
+    as it was written. (A forward without gradients is not recorded, and stays compiled.)"""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _set(self: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dptorch.tape.batch import BatchDims, map_batched
 from dptorch.tape.guard import ParameterGuard
-from dptorch.tape.invisible import visible
+from dptorch.tape.invisible import uncompiled, visible
 from dptorch.tape.recording import Recording
 from dptorch.tape.tape import Tape
 from dptorch.tape.ways import mode_of
@@ -70,7 +70,7 @@ def record(
         with_kwargs=True,
     )
     try:
-        with visible(), recording:
+        with uncompiled(), visible(), recording:
             yield tape
     finally:
         hook.remove()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dptorch.errors import PrivacyWarning
 from dptorch.tape.batch import BatchDims, map_batched
 from dptorch.tape.guard import ParameterGuard
-from dptorch.tape.invisible import visible
+from dptorch.tape.invisible import uncompiled, visible
 from dptorch.tape.outputs import promote
 from dptorch.tape.recording import Recording
 
@@ -97,6 +97,7 @@ class Watch:
                 self._first_inputs = None
         self._on_recording(recording)
         stack = ExitStack()
+        stack.enter_context(uncompiled())
         stack.enter_context(visible())
         stack.enter_context(recording)
         self._open = recording, stack
