@@ -86,8 +86,6 @@ def test_a_target_out_of_reach_does_not_stop_the_run() -> None:
     with pytest.warns(PrivacyWarning) as caught:
         assert engine(forgetnet.BloGSPrivacyEngine)._steps.target > 1
     assert any("target_epsilon=1" in str(w.message) for w in caught)
-        str(w.message) for w in caught
-    ]
     with pytest.raises(ConfigurationError, match="target_epsilon=1"):
         engine(blogs.BloGSPrivacyEngine)
     with pytest.raises(ConfigurationError, match="target_epsilon=1"):
