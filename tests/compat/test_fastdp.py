@@ -224,6 +224,21 @@ def test_training_stats() -> None:
     assert optimizer.get_training_stats() == stats
 
 
+def test_an_optimizer_that_makes_its_gradients_later() -> None:
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1, lr=0.1)
+    engine = engine_on(model, noise_multiplier=1.0, record_snr=True)
+    engine.attach(optimizer)
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(model(batch()[0]), batch()[1])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert engine.steps == 1
+
+
 def test_schedulers_locks_and_detaching() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -271,6 +286,8 @@ def test_schedulers_locks_and_detaching() -> None:
         ({"numerical_stability_constant": 0.5}, "0.01"),
         ({"epochs": None, "noise_multiplier": None, "target_epsilon": 1.0}, "epochs"),
         ({"noise_multiplier": None}, "target_epsilon"),
+        ({"sample_size": 0}, "sample_size=0"),
+        ({"batch_size": 0, "noise_multiplier": None, "target_epsilon": 1.0}, "batch_size=0"),
         ({"named_params": [("x", nn.Parameter(torch.zeros(1)))]}, "named_params"),
     ],
 )

@@ -49,6 +49,7 @@ class AttachedEngine:
         noise_multiplier: standard deviation of the noise over max_grad_norm; before target_epsilon
             where both are given.
         target_epsilon, target_delta: the guarantee at the end.
+        default_delta: sample_size -> δ where none is given.
         accounting_mode: of `ACCOUNTANTS`, or "all": the noise is then calibrated by "rdp".
         modes: the accounting modes that the original has.
         named_params: (name, parameter) pairs to train: exactly the trainable ones.
@@ -76,7 +77,8 @@ class AttachedEngine:
         num_steps: int | None = None,
         noise_multiplier: float | None,
         target_epsilon: float | None,
-        target_delta: float,
+        target_delta: float | None,
+        default_delta: Callable[[int], float],
         accounting_mode: str,
         modes: Sequence[str],
         named_params: Sequence[tuple[str, Tensor]] | None,
@@ -92,6 +94,9 @@ class AttachedEngine:
         self.accounting_mode = one_of("accounting_mode", accounting_mode, modes)
         self._modes = [m for m in modes if m != "all"]
         self._check_named(module, named_params)
+        for name, size in (("batch_size", batch_size), ("sample_size", sample_size)):
+            if not (math.isfinite(size) and size > 0):
+                raise ConfigurationError(f"{name}={size!r} must be a number of examples above 0.")
         steps = OPEN_END
         if noise_multiplier is None:
             if target_epsilon is None:
@@ -108,7 +113,7 @@ class AttachedEngine:
                 steps=steps,
                 noise_multiplier=noise_multiplier,
                 target_epsilon=target_epsilon if noise_multiplier is None else None,
-                target_delta=target_delta,
+                target_delta=default_delta(sample_size) if target_delta is None else target_delta,
                 max_grad_norm=max_grad_norm,
                 clipping_fn=clipping_fn,
                 clipping_style=clipping_style,
@@ -133,6 +138,7 @@ class AttachedEngine:
         self._own_step: Any = None
         self._locked = False
         self._callback: Callback | None = None
+        self._warned_callback = False
         self._hook: Any = None
         self._signal: float | None = None
 
@@ -228,13 +234,12 @@ class AttachedEngine:
 
     def _on_noisy_gradient(self) -> None:
         """``.grad`` has the noisy gradient, and the optimizer is about to step on it."""
-        if self.record_snr:
-            divisor = self.engine.plan.expected_batch_size
-            scale = divisor if self.engine.plan.loss_reduction == "mean" else 1.0
-            norms = [
-                p.grad.detach().float().norm() for _, p in self.named_params if p.grad is not None
-            ]
-            noisy = scale * float(torch.stack(norms).norm())
+        gradients = [p.grad for _, p in self.named_params if p.grad is not None]
+        if self.record_snr and gradients:  # LBFGS makes them later, in its closure
+            plan = self.engine.plan
+            divisor = plan.expected_batch_size if plan.loss_reduction == "mean" else 1.0
+            norms = torch.stack([g.detach().float().norm() for g in gradients])
+            noisy = divisor * float(norms.norm())
             self._signal = math.sqrt(max(0.0, noisy**2 - self._noise_norm() ** 2))
         if self._callback is not None:
             self._callback(self)
@@ -329,12 +334,11 @@ class AttachedEngine:
         seen = self.engine.diagnostics
         low, mid, high = (None, None, None) if seen is None else seen.coefficients
         noise = self._noise_norm()
-        known = self._signal is not None and noise > 0
         return {
             "med_clip": mid,
             "max_clip": high,
             "min_clip": low,
-            "snr": self._signal / noise if known and self._signal is not None else math.inf,
+            "snr": math.inf if self._signal is None or not noise else self._signal / noise,
             "signal": self._signal,
             "noise": noise,
             "noise_limit": noise,
@@ -379,7 +383,8 @@ class LossVectorEngine(AttachedEngine):
                 f"of shape [B]; this has shape {shape}. Compute it with reduction='none', and do not "
                 "call backward()."
             )
-        if callback is not None:
+        if callback is not None and not self._warned_callback:
+            self._warned_callback = True
             warnings.warn(
                 "callback is called with the noisy gradient in .grad, just before the optimizer's "
                 "step; the sum without noise is shown to nobody.",
