@@ -4,18 +4,16 @@ The stand-in for CIFAR-10 has its files and their format, and fewer images: 640 
 by class in each colour. DPTORCH_ALL_EPOCHS=1 runs all twenty epochs, in minutes; otherwise two are run.
 """
 
-import hashlib
 import os
-import pickle
 import re
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tests.oracles.torchvision_on_cpu  # noqa: F401
 import torch
+from tests.seeds.cifar_files import write_cifar
 from torch import nn
 
 from dptorch.compat.opacus0.dp_model_inspector import IncompatibleModuleException
@@ -26,30 +24,7 @@ CODE = Path(__file__).parent / "documents" / "opacus_cifar10.py"
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CIFAR-10's files under ../cifar10."""
-    from torchvision.datasets import CIFAR10
-
-    draw = np.random.default_rng(0)
-    folder = tmp_path / "cifar10" / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-
-    def write(name: str, content: Any) -> list[str]:
-        raw = pickle.dumps(content)
-        (folder / name).write_bytes(raw)
-        return [name, hashlib.md5(raw).hexdigest()]
-
-    def batch(name: str, size: int) -> list[str]:
-        labels = draw.integers(0, 10, size)
-        colours = np.stack([labels % 2, labels // 2 % 2, labels // 4 % 3], 1) * 80 + 20
-        images = colours[:, :, None] + draw.integers(0, 60, (size, 3, 1024))
-        data = images.reshape(size, 3072).astype(np.uint8)
-        return write(name, {"data": data, "labels": labels.tolist()})
-
-    train = [batch(f"data_batch_{i}", 128) for i in range(1, 6)]
-    monkeypatch.setattr(CIFAR10, "train_list", train)
-    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch", 256)])
-    name, digest = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
-    meta = {"filename": name, "key": "label_names", "md5": digest}
-    monkeypatch.setattr(CIFAR10, "meta", meta)
+    write_cifar(tmp_path / "cifar10", "CIFAR10", monkeypatch, train=640, test=256)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

@@ -1,47 +1,16 @@
 """``python -m dptorch.vision`` with every flag of private_vision's document, on CIFAR's file format."""
 
-import hashlib
-import pickle
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import tests.oracles.torchvision_on_cpu  # noqa: F401
+from tests.seeds.cifar_files import write_cifar
 from torch import nn
 
 from dptorch import vision
 from dptorch.training.models import build_model
-
-
-def cifar_files(root: Path, name: str, patch: pytest.MonkeyPatch, sizes: tuple[int, int]) -> None:
-    """A small CIFAR in its own format: images bright or dark by class. The digests that torchvision
-    checks become those of these files."""
-    from torchvision import datasets
-
-    kind = getattr(datasets, name)
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True)
-    draw = np.random.default_rng(0)
-    key, classes = ("labels", 10) if name == "CIFAR10" else ("fine_labels", 100)
-
-    def write(file: str, content: Any) -> list[str]:
-        raw = pickle.dumps(content)
-        (folder / file).write_bytes(raw)
-        return [file, hashlib.md5(raw).hexdigest()]
-
-    def batch(file: str, size: int) -> list[str]:
-        labels = draw.integers(0, classes, size)
-        images = draw.integers(0, 60, (size, 3072)) + (labels * 190 // classes)[:, None]
-        return write(file, {"data": images.astype(np.uint8), key: labels.tolist()})
-
-    patch.setattr(kind, "train_list", [batch("train", sizes[0])])
-    patch.setattr(kind, "test_list", [batch("test", sizes[1])])
-    names = {"key": [str(i) for i in range(classes)]}
-    file, digest = write("names", names)
-    patch.setattr(kind, "meta", {"filename": file, "key": "key", "md5": digest})
 
 
 def run(line: str) -> int:
@@ -52,8 +21,8 @@ def run(line: str) -> int:
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    cifar_files(tmp_path, "CIFAR10", monkeypatch, (96, 40))
-    cifar_files(tmp_path, "CIFAR100", monkeypatch, (96, 40))
+    for name in ("CIFAR10", "CIFAR100"):
+        write_cifar(tmp_path, name, monkeypatch, train=100, test=40)
     return f"--data {tmp_path} --workers 0 --image_size 32 --seed 1"
 
 
@@ -61,11 +30,11 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_every_flag(mode: str, cifar: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = (
         "--lr 0.002 --epochs 2 --model resnet10t --cifar_data CIFAR10 --eps 4 --grad_norm 0.2 "
-        f"--bs 48 --mini_bs 24 --pretrained 0 --mode {mode} "
+        f"--bs 50 --mini_bs 25 --pretrained 0 --mode {mode} "
     )
     assert run(line + cifar) == 0
     out = capsys.readouterr().out
-    assert "x clipping norm 0.2, 4 steps of about 48 examples" in out
+    assert "x clipping norm 0.2, 4 steps of about 50 examples" in out
     lines = re.findall(r"Epoch: (\d) \| .* accuracy: ([\d.]+) % \| epsilon: ([\d.]+)", out)
     assert [epoch for epoch, _, _ in lines] == ["1", "2"]
     assert float(lines[0][2]) < 3.99 < float(lines[1][2]) + 0.02 <= 4.02
@@ -74,7 +43,7 @@ def test_every_flag(mode: str, cifar: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_cifar100_without_privacy(cifar: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = (
-        "--model resnet10t --cifar_data CIFAR100 -gn 1 --bs 48 --pretrained 0 --mode non-private "
+        "--model resnet10t --cifar_data CIFAR100 -gn 1 --bs 50 --pretrained 0 --mode non-private "
     )
     with pytest.warns(UserWarning, match="neither clipped nor noised"):
         assert run(line + cifar) == 0
