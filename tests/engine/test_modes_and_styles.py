@@ -96,7 +96,8 @@ def groups_for(model: nn.Module, style: Any) -> tuple[ClippingGroup, ...]:
 
 
 NAMED = {"stem*": 0.5, "blocks.0": (0.2), "*": 0.1}
-ALL_STYLES = [*STYLES, ["stem", "blocks.*"], NAMED]
+JOINED = {"stem*|blocks.1": 0.5, "*": 0.2}
+ALL_STYLES = [*STYLES, ["stem", "blocks.*"], NAMED, JOINED]
 
 
 @pytest.mark.parametrize("style", ALL_STYLES, ids=str)
@@ -272,6 +273,8 @@ def test_each_name_does_what_its_paper_says(mode: str, passes: int, way: str) ->
         ("layerwise", "layer-wise"),
         (["nothing.*"], "matches no"),
         ({"stem*": 1.0}, "no group takes parameter"),
+        ({"stem*|blks.1": 1.0, "*": 1.0}, "'blks.1' matches no"),
+        ({"stem*|": 1.0, "*": 1.0}, "'' matches no"),
         ({"*": -1.0}, "above 0"),
         ({"stem*": (1.0, 0.5), "*": 1.0}, "no noise weight"),
         ({"stem*": (1.0, 0.5), "*": (1.0, 0.6)}, "sum to 1"),

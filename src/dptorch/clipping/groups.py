@@ -210,27 +210,32 @@ def _inside(name: str, module: str) -> bool:
 def _named(
     model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]
 ) -> dict[str, list[str]]:
-    modules = [m for m, _ in model.named_modules()]
+    modules = [m for m, _ in model.named_modules() if m]
     found: dict[str, list[str]] = {s.pattern: [] for s in specs}
+    takers: dict[str, str] = {}
+    for spec in specs:
+        hits = {part: _matched(part, names, modules) for part in spec.pattern.split("|")}
+        _refuse_empty(hits)
+        for matched in hits.values():
+            for n in matched:
+                takers.setdefault(n, spec.pattern)
     for n in names:
-        for spec in specs:
-            if any(_matches(n, pattern, modules) for pattern in spec.pattern.split("|")):
-                found[spec.pattern].append(n)
-                break
-        else:
+        if n not in takers:
             raise ConfigurationError(
                 f"clipping_style: no group takes parameter '{n}'. Add one for it, or a last entry "
                 "'*' for all others."
             )
+        found[takers[n]].append(n)
     _refuse_empty(found)
     return found
 
 
-def _matches(name: str, pattern: str, modules: Sequence[str]) -> bool:
-    """Whether a pattern names a parameter, or a module that it is in."""
-    return fnmatchcase(name, pattern) or any(
-        fnmatchcase(m, pattern) and _inside(name, m) for m in modules if m
-    )
+def _matched(pattern: str, names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """The parameters that a pattern names, and those inside modules that it names."""
+    if not any(c in pattern for c in "*?["):  # a long list of names is looked up, not matched
+        return [n for n in names if pattern and (n == pattern or _inside(n, pattern))]
+    inside = [m for m in modules if fnmatchcase(m, pattern)]
+    return [n for n in names if fnmatchcase(n, pattern) or any(_inside(n, m) for m in inside)]
 
 
 def _blocks(
