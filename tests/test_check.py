@@ -315,10 +315,15 @@ def test_a_broken_rule_is_caught_with_the_parameter(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wrong_norm_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dptorch.tape.gradients import Outer
+    from dptorch.tape.gradients import Outer, PerExampleGradient
 
-    right = Outer.squared_norm
-    monkeypatch.setattr(Outer, "squared_norm", lambda self: right(self) * 1.001)
+    right = Outer.measured
+
+    def wrong(self: Outer, way: str) -> tuple[Tensor, PerExampleGradient]:
+        squared, kept = right(self, way)
+        return squared * 1.001, kept
+
+    monkeypatch.setattr(Outer, "measured", wrong)
     report = check(mlp(), batch(), mean_loss)
     assert ("inexact", "0.weight, 2.weight") in faults(report) or (
         "inexact",

@@ -13,6 +13,7 @@ from dptorch.accounting import (
     Event,
     FixedSizeGaussian,
     RandomAllocationGaussian,
+    SampledDiscreteGaussian,
     SampledGaussian,
     TruncatedPoissonGaussian,
 )
@@ -26,6 +27,7 @@ EVENTS = [
     FixedSizeGaussian(1.0, batch_size=600, sample_size=60_000, steps=1000, replacement=True),
     EpochwiseGaussian(1.0, steps_per_epoch=100, steps=1000),
     CorrelatedGaussian(1.0, sensitivity=2.5),
+    SampledDiscreteGaussian(1.0, 0.01, 1000),
 ]
 every_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 

@@ -93,7 +93,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
         (("--data", "points.csv", *QUICK, "--bounds", "1"), "expected two numbers"),
         (("--data", "points.csv", *QUICK, "--bounds", "no.json"), "no.json"),
         (("--data", "points.csv", *QUICK, "--clipping-fn", "none"), "Valid: 'abadi'"),
-        (("--data", "points.csv", *QUICK, "--sample-rate", "2"), "sample_rate"),
+        (("--data", "points.csv", *QUICK, "--sample-rate", "2"), "--sample-rate 2.0"),
         (("--data", "points.csv", *QUICK, "--name", "a/b"), "cannot name a run"),
         (("--data", "points.csv", "--label", "kind", "--epsilon", "-1"), "epsilon"),
         (("--resume",), "--resume needs the --name"),

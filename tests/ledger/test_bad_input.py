@@ -289,9 +289,9 @@ def test_threads_share_a_ledger(location: str) -> None:
 def test_nan_in_the_model_is_neither_taken_nor_counted(running: Any) -> None:
     path, engine, optimizer = running
     x, y = make_data().tensors
-    F.cross_entropy(engine.model(x), y).backward()
     with torch.no_grad():
         next(engine.model.parameters()).fill_(float("nan"))
+    F.cross_entropy(engine.model(x), y).backward()
     with pytest.raises(dptorch.errors.PrivacyError, match="NaN"):
         optimizer.step()
     assert steps_in(path) == engine.steps_done == 1
