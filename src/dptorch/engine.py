@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import warnings
@@ -13,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,9 +27,9 @@ from dptorch.errors import (
 )
 from dptorch.logical_batch import LogicalBatch, StepDiagnostics
 from dptorch.noise import MECHANISMS
+from dptorch.noise.fingerprint import fingerprint
 from dptorch.plan import PrivacyPlan, PrivacySpent, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
-from dptorch.release import ClippedSum
 from dptorch.sampling import NOT_COVERED, PrivateLoader, Sampler, Users, UserSampler, dataset_size
 from dptorch.statement import OWN_LOADER, Statement, make_statement
 from dptorch.stepping import OptimizerBinding, check_parameters, write_gradients
@@ -437,7 +435,9 @@ class PrivacyEngine:
         mechanism = MECHANISMS[self.plan.mechanism]
         noise = mechanism(self.plan.noise_multiplier, secure_rng=self._secure_rng)
         # A seed is for repeating a run, in other physical batches too, which differ by rounding.
-        context = _fingerprint(clipped) if self._key.provenance == FROM_OS else 0
+        context = 0
+        if self._key.provenance == FROM_OS:
+            context = fingerprint(clipped.values, self._key, step)
         noisy = noise.privatize(clipped, self._key, step, context=context)
         if self.plan.adaptive_clipping is not None:
             self._batch.follow(noisy.values[COUNTS])
@@ -717,17 +717,3 @@ def _checked_budget(memory_budget: float | None) -> float | None:
             "of what is free."
         )
     return memory_budget
-
-
-def _fingerprint(clipped: ClippedSum) -> int:
-    """64 bits that differ between different sums, and not between equal ones.
-
-    The noise depends on it, so that going back to a checkpoint and on with other data does not
-    repeat the noise, while repeating the same step repeats the same release.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for value in clipped.values.values():
-        flat = value.flatten()
-        some = flat[:: max(1, flat.numel() // 64)]
-        digest.update(torch.cat([flat.sum()[None], some]).cpu().numpy().tobytes())
-    return int.from_bytes(digest.digest(), "big")

@@ -150,6 +150,12 @@ def check_parameters(model_parameters: dict[str, Tensor], optimizer: Optimizer) 
     for i, group in enumerate(groups):
         for j, p in enumerate(group["params"]):
             seen.add(id(p))
+            if not p.requires_grad and p.grad is not None:
+                raise ConfigurationError(
+                    f"parameter {j} of the optimizer's group {i}, of shape {tuple(p.shape)}, is frozen "
+                    "but holds a gradient from before, which the optimizer would step on as it is, "
+                    "without noise. Set its .grad to None, or leave it out of the optimizer."
+                )
             if p.requires_grad and id(p) not in mine:
                 raise ConfigurationError(
                     f"parameter {j} of the optimizer's group {i}, of shape {tuple(p.shape)}, is not "

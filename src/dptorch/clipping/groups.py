@@ -123,6 +123,13 @@ def _checked(specs: Iterable[GroupSpec]) -> tuple[GroupSpec, ...]:
                     f"clipping_style: the {what} of group {spec.pattern!r} is {value!r}; it must be "
                     "a finite number above 0."
                 )
+    normed = [s for s in specs if s.max_grad_norm is not None]
+    if normed and len(normed) < len(specs):
+        missing = next(s.pattern for s in specs if s.max_grad_norm is None)
+        raise ConfigurationError(
+            f"clipping_style: group {missing!r} has no norm while others have one. Give all of them "
+            "a norm, or none."
+        )
     weighted = [s for s in specs if s.noise_weight is not None]
     if weighted and len(weighted) < len(specs):
         missing = next(s.pattern for s in specs if s.noise_weight is None)
@@ -193,6 +200,12 @@ def groups_of(
         if spec is not None and spec.noise_weight is not None:
             weight = spec.noise_weight
         groups.append(ClippingGroup(name, tuple(inside), norm, weight))
+    total = sum(group.noise_weight for group in groups)
+    if not math.isclose(total, 1.0, rel_tol=1e-6):
+        raise ConfigurationError(
+            f"clipping_style: the groups' shares of the privacy sum to {total:g}, not to 1. Give "
+            "every group a norm of its own (and a weight), or none, in clipping_style itself."
+        )
     return tuple(groups)
 
 

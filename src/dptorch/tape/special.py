@@ -206,12 +206,18 @@ def backward(
 def _in_two_passes(
     tapes: list[Tape], func: Callable[..., Any], loss: Tensor, args: Args, kwargs: Kwargs
 ) -> Any:
-    """Norms in the first backward; with the coefficients known, the clipped sums in the second."""
+    """Norms in the first backward; with the coefficients known, the clipped sums in the second.
+
+    Both draw the same random numbers, where a backward draws any (a checkpoint that recomputes
+    dropout); the tape compares what it sees in them.
+    """
     gradient = args[1] if len(args) > 1 else kwargs.get("gradient")
     with ExitStack() as first:
         for tape in tapes:
             first.enter_context(tape.first_of_two_passes())
-        func(loss, gradient, retain_graph=True)
+        devices = [] if loss.device.type == "cpu" else [loss.device]
+        with torch.random.fork_rng(devices, device_type=loss.device.type if devices else "cuda"):
+            func(loss, gradient, retain_graph=True)
     with ExitStack() as second:
         for tape in tapes:
             second.enter_context(tape.second_of_two_passes())

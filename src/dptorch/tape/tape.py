@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dptorch.errors import PrivacyError
+from dptorch.errors import NotCoveredError, PrivacyError
 from dptorch.tape.device_cost import TYPICAL, DeviceCost
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.base import without_cancellation
@@ -106,6 +106,7 @@ class Tape:
         # Of the second pass: coefficients by parameter, and what they have added up to.
         self._weights: dict[int, tuple[Tensor, Tensor | None]] | None = None
         self._sums: dict[int, Tensor | None] = {}
+        self._magnitudes: dict[int, Tensor] = {}  # of the first pass
         self._forms: dict[int, list[PerExampleGradient]] = {}
         self._squared: dict[int, Tensor] = {}
         self._intermediate: dict[int, Tensor] = {}  # param-only tensors, kept alive by id
@@ -140,11 +141,19 @@ class Tape:
             return
         if key not in self.names:
             self._intermediate[key] = parameter
+        elif key in self._sums:
+            raise NotCoveredError(
+                f"parameter '{self.names[key]}' has several gradients from what looked like one use "
+                "of it (one op that takes it twice, or a reentrant checkpoint), which a mode of two "
+                "backward passes cannot add up. Use clipping_mode='auto' or a 'BK-' mode, with a "
+                "larger memory_budget."
+            )
         elif self.uses.get(key, 0) == 1 and key not in self._forms:
             # The only use: take its norm now, while its factors are in the cache.
             self._squared[key], form = self._measure(key, form)
             if self._two_passes and key not in self.derived:
                 self._sums[key] = None
+                self._magnitudes[key] = form.magnitude()
                 return
         else:
             self._squared.pop(key, None)
@@ -234,6 +243,14 @@ class Tape:
         assert self._weights is not None
         if key not in self._sums:  # was kept in the first pass
             return
+        # A norm is good for the gradient it was taken of: NaN and what is far too long compare equal.
+        first, second = self._magnitudes.pop(key, None), form.magnitude()
+        if first is None or not torch.allclose(first, second, rtol=1e-3, equal_nan=True):
+            raise NotCoveredError(
+                f"the two backward passes gave '{self.names[key]}' different gradients: something in "
+                "the model's backward is random, or changes from one call to the next. Use "
+                "clipping_mode='auto' or a 'BK-' mode, with a larger memory_budget."
+            )
         before, found = self._sums[key], _weighted_sum([form], *self._weights[key])
         self._sums[key] = found if before is None or found is None else before + found
 

@@ -130,6 +130,23 @@ def without_cancellation(
     return squared + (4 * eps) ** 2 * bound
 
 
+def underflowed(squared: Tensor, longest: Tensor, terms: int) -> Tensor | None:
+    """Examples whose squared norm, a sum of products of two factors' inner products, may lack what
+    became zero in one factor and would have been multiplied by a huge other; int64, None for none.
+
+    Args:
+        squared: as computed, [B].
+        longest: the larger factor's squared length, [B].
+        terms: how many products were added up.
+
+    A factor loses at most `terms` times the smallest normal number: below 1 % of the result for all
+    examples that are not returned.
+    """
+    floor = 100 * terms * torch.finfo(squared.dtype).tiny * longest
+    low = (squared < floor) & longest.isfinite()
+    return low.nonzero().flatten() if bool(low.any()) else None
+
+
 # Largest intermediate to make at once when it is dropped again.
 _WORK_BYTES = 2**26
 F = TypeVar("F", bound="PerExampleGradient")

@@ -21,6 +21,7 @@ from dptorch.tape.gradients.base import (
     formed_norm,
     in_parts,
     square_sum,
+    underflowed,
     weigh,
     without_cancellation,
 )
@@ -214,18 +215,35 @@ class Convolution(PerExampleGradient):
     def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
         kept: PerExampleGradient = self
         if way == "gram":
-            pairs = self.grads.element_size() * self._seen() ** 2
-            if pairs <= _PAIRS_BYTES:
-                squared = in_parts(self, pairs, Convolution._gram_norm)
-            else:
-                squared = in_parts(self, self._columns_bytes(), Convolution._unfolded_gram_norm)
-        elif way == "keep":
+            return self._gram(), self
+        if way == "keep":
             kept = self._formed()
             squared = kept.squared_norm()
         else:
             squared = self._formed_norm()
-        formed = way != "gram"
-        return without_cancellation(squared, self.magnitude(), [self], formed=formed), kept
+        return without_cancellation(squared, self.magnitude(), [self], formed=True), kept
+
+    def _gram(self) -> Tensor:
+        pairs = self.grads.element_size() * self._seen() ** 2
+        if pairs <= _PAIRS_BYTES:
+            squared = in_parts(self, pairs, Convolution._gram_norm)
+        else:
+            squared = in_parts(self, self._columns_bytes(), Convolution._unfolded_gram_norm)
+        magnitude = self.magnitude()
+        inputs, grads = self._lengths()
+        positions = math.prod(self.grads.shape[3:])
+        terms = positions**2 * (self.shape[0] + math.prod(self.shape[1:]))
+        low = underflowed(squared, torch.maximum(inputs, grads).square(), terms)
+        if low is not None and self.grads.dtype != torch.float64:
+            exact = self.take(low, torch.float64)
+            squared = squared.index_copy(0, low, exact._gram().to(squared.dtype))
+            magnitude = magnitude.index_copy(0, low, exact.magnitude().to(squared.dtype))
+        return without_cancellation(squared, magnitude, [self], formed=False)
+
+    def _lengths(self) -> tuple[Tensor, Tensor]:
+        """Of inputs and output gradients, [B] each."""
+        inputs = torch.linalg.vector_norm(self.inputs.flatten(1), dim=1)
+        return inputs, torch.linalg.vector_norm(self.grads.flatten(1), dim=1)
 
     def squared_norm(self) -> Tensor:
         return self.measured("form")[0]
@@ -234,8 +252,8 @@ class Convolution(PerExampleGradient):
         # No larger than the product of the factors' norms times the kernel's overlap; the sum over
         # positions of products would need the unfolded input.
         reach = math.sqrt(math.prod(self.shape[2:]))
-        inputs = torch.linalg.vector_norm(self.inputs.flatten(1), dim=1)
-        return reach * inputs * torch.linalg.vector_norm(self.grads.flatten(1), dim=1)
+        inputs, grads = self._lengths()
+        return reach * inputs * grads
 
     def _gram_norm(self) -> Tensor:
         inputs, windows = self._padded()

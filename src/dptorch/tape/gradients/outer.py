@@ -12,7 +12,7 @@ from dptorch.tape.gradients.base import (
     PerExampleGradient,
     at_least_float32,
     formed_norm,
-    square_sum,
+    underflowed,
     weigh,
     without_cancellation,
 )
@@ -48,7 +48,7 @@ class Outer(PerExampleGradient):
         product = torch.bmm(self.left.transpose(1, 2), self.right)
         return product.view(self.batch_size, *self.shape)
 
-    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> PerExampleGradient:
+    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> Outer:
         left, right = self.left.index_select(0, index), self.right.index_select(0, index)
         return Outer(left.to(dtype), right.to(dtype), self.shape)
 
@@ -56,9 +56,13 @@ class Outer(PerExampleGradient):
         return Outer(self.left[start:stop], self.right[start:stop], self.shape)
 
     def magnitude(self) -> Tensor:
-        lengths = torch.linalg.vector_norm(self.left, dim=2)
-        lengths = lengths * torch.linalg.vector_norm(self.right, dim=2)
-        return lengths.sum(1)
+        left, right = self._lengths()
+        return (left * right).sum(1)
+
+    def _lengths(self) -> tuple[Tensor, Tensor]:
+        """Of the factors, [B, T] each."""
+        left, right = torch.linalg.vector_norm(self.left, dim=2), self.right
+        return left, torch.linalg.vector_norm(right, dim=2)
 
     def sizes(self) -> tuple[tuple[str, int], ...]:
         t, p, d = self._sizes
@@ -98,10 +102,19 @@ class Outer(PerExampleGradient):
         return self.measured("gram" if t * (p + d) <= p * d else "form")[0]
 
     def _gram(self) -> Tensor:
-        if self.left.shape[1] == 1:
-            return square_sum(self.left) * square_sum(self.right)
-        squared = gram_norm(self.left, self.right)
-        return without_cancellation(squared, self.magnitude(), [self], formed=False)
+        left, right = self._lengths()
+        t, p, d = self._sizes
+        magnitude = (left * right).sum(1)
+        squared = magnitude.square() if t == 1 else gram_norm(self.left, self.right)
+        longest = torch.maximum(left.amax(1), right.amax(1)).square()
+        low = underflowed(squared, longest, t * t * (p + d))
+        if low is not None and self.left.dtype != torch.float64:
+            exact = Outer.take(self, low, torch.float64)
+            squared = squared.index_copy(0, low, exact._gram().to(squared.dtype))
+            magnitude = magnitude.index_copy(0, low, exact.magnitude().to(squared.dtype))
+        if t == 1:
+            return squared
+        return without_cancellation(squared, magnitude, [self], formed=False)
 
     def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
         if not isinstance(other, Outer) or other.shape != self.shape:
