@@ -145,6 +145,25 @@ def test_the_statement_does_not_claim_amplification_it_did_not_have() -> None:
     assert "NOTE" not in str(statement({"poisson": 10}))
 
 
+def test_add_remove_is_not_stated_for_batches_of_the_users_own_loader() -> None:
+    """A record that is added shifts those behind it into other batches; zero-out moves none."""
+    plan = dataclasses.replace(PLAN, adjacency="add-remove")
+    for own in (1, 10):
+        made = statement({"poisson": 10 - own, OWN_LOADER: own}, plan=plan)
+        first, text = str(made).split("\n", 1)
+        assert "replacing one example by one that contributes nothing" in first
+        assert "Adjacency            zero-out" in text
+        assert "NOTE: planned was add-remove" in text
+        assert made.to_dict()["adjacency"] == "zero-out"
+        assert "contributes nothing" in made.to_dict()["adjacency_text"]
+        assert made.epsilon == plan.epsilon(10, own_loader_steps=own)
+    sampled = statement({"poisson": 10}, plan=plan)
+    assert sampled.to_dict()["adjacency"] == "add-remove"
+    assert "adding or removing one example" in str(sampled).split("\n", 1)[0]
+    replaced = dataclasses.replace(PLAN, adjacency="replace-one")
+    assert statement({OWN_LOADER: 10}, plan=replaced).to_dict()["adjacency"] == "replace-one"
+
+
 def test_only_the_steps_on_other_batches_lose_amplification() -> None:
     epsilons = [statement({"poisson": 10 - own, OWN_LOADER: own}).epsilon for own in (0, 1, 5, 10)]
     assert epsilons == sorted(set(epsilons))

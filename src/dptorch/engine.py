@@ -298,9 +298,8 @@ class PrivacyEngine:
                 max_examples_per_user examples each.
             max_physical_batch_size: most examples to go through the model at once. A larger batch
                 arrives in parts; ``optimizer.step()`` then waits for the last of them.
-            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader. With rank and
-                world_size this process gets its share of each batch; the shares' sums have to be
-                added up before noise is.
+            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader. No world_size
+                above 1: an engine steps on what one process has drawn.
 
         Raises:
             ConfigurationError, DataError: for a dataset or arguments that cannot be sampled.
@@ -310,6 +309,13 @@ class PrivacyEngine:
             raise ConfigurationError(
                 f"sampler={name}: the plan says how batches are drawn "
                 f"(sampling={self.plan.sampling!r}). {NOT_COVERED}"
+            )
+        if dataloader_kwargs.get("world_size", 1) not in (None, 1):
+            raise ConfigurationError(
+                f"world_size={dataloader_kwargs['world_size']!r}: the clipped sums of all processes "
+                "have to be added up before noise is, once, and that is not built yet. Each process "
+                "would take a step of its own on its share. Train in one process; "
+                "max_physical_batch_size makes large batches fit."
             )
         plan, terms = self.plan, self.plan.terms
         size = dataset_size(dataset)
@@ -693,6 +699,7 @@ class PrivacyEngine:
             run=run,
             begun=state["run_begun"],
             steps_done=state["steps_done"],
+            own_loader_steps=state["sampling_run"].get(OWN_LOADER, 0),
         )
         if record.repeated_steps:
             warnings.warn(

@@ -56,6 +56,8 @@ class Statement:
 
     Attributes:
         plan: what the run committed to.
+        adjacency: the neighbouring relation that is stated: the plan's, but zero-out for add/remove
+            where a step took its batch from a loader of the user's own.
         steps: steps taken, empty batches included.
         epsilon: certified ε of what ran: by an accountant whose number is an upper bound.
         accountant: its name: the plan's, or "pld" where the plan's gives no bound.
@@ -72,6 +74,7 @@ class Statement:
     """
 
     plan: PrivacyPlan
+    adjacency: Adjacency
     steps: int
     epsilon: float
     accountant: str
@@ -123,7 +126,7 @@ class Statement:
                 f"user ids say truly whose each example is; a batch that the engine did not draw has "
                 f"at most {plan.max_examples_per_user} examples of a user"
             )
-        if plan.sample_size is not None and plan.adjacency is Adjacency.ADD_REMOVE:
+        if plan.sample_size is not None and self.adjacency is Adjacency.ADD_REMOVE:
             assumed.append(
                 f"the number {plan.sample_size} was not taken from the private data: under add/remove "
                 "the number of records is protected"
@@ -140,6 +143,11 @@ class Statement:
         """What the guarantee says nothing of."""
         floats = [FLOATING_POINT] if self.plan.mechanism == "gaussian" else []
         return [*NOT_COVERED, *floats]
+
+    @property
+    def adjacency_text(self) -> str:
+        """Which two data sets the statement compares."""
+        return _ADJACENCY_TEXT[self.adjacency].format(unit=self.plan.unit)
 
     @property
     def unit_text(self) -> str:
@@ -169,7 +177,8 @@ class Statement:
             "delta": plan.target_delta,
             "unit": plan.unit,
             "unit_text": self.unit_text,
-            "adjacency": plan.adjacency.value,
+            "adjacency": self.adjacency.value,
+            "adjacency_text": self.adjacency_text,
             "steps": self.steps,
             "resumed": self.resumed,
             "repeated": self.repeated,
@@ -191,14 +200,14 @@ class Statement:
 
     def __str__(self) -> str:
         plan = self.plan
-        adjacency = _ADJACENCY_TEXT[plan.adjacency].format(unit=plan.unit)
+        adjacency = self.adjacency_text
         run = ", ".join(f"{n} steps: {s}" for s, n in self.sampling_run.items() if n) or "no step"
         lines = [
             f"These {self.steps} training steps are ({_number(self.epsilon)}, {plan.target_delta:g})-"
             f"differentially private with respect to {adjacency}.",
             "",
             f"Unit of privacy      {self.unit_text}",
-            f"Adjacency            {plan.adjacency.value}: {adjacency}",
+            f"Adjacency            {self.adjacency.value}: {adjacency}",
             f"delta                {plan.target_delta:g}",
             f"Mechanism            {_MECHANISMS[plan.mechanism]}, multiplier "
             f"{plan.noise_multiplier:.6g}, on sums of gradients clipped to "
@@ -255,6 +264,13 @@ class Statement:
                 f"NOTE: not every batch was drawn by the engine as planned ({self.plan.sampling}). The "
                 "first line states the epsilon without amplification for the steps that were not."
             )
+        if self.adjacency is not self.plan.adjacency:
+            notes.append(
+                f"NOTE: planned was {self.plan.adjacency.value}. In a loader of the user's own, adding "
+                f"or removing one {self.plan.unit} can move others into other batches, which no "
+                f"epsilon here covers. The statement is therefore {self.adjacency.value}: "
+                f"{self.adjacency_text}, in the same place. The number is the same."
+            )
         if self.plan.unit == "packed sequence":
             notes.append(
                 "NOTE: the unit is the packed row. Whoever has text in several rows is protected less, "
@@ -285,6 +301,10 @@ def make_statement(
     from dptorch import __version__
 
     own = sum(n for scheme, n in sampling_run.items() if scheme != plan.sampling)
+    adjacency = plan.adjacency
+    # The ledger knows of steps that were lost after the last checkpoint, too.
+    if own or (record is not None and adjacency not in record.adjacencies):
+        adjacency = Adjacency.ZERO_OUT if adjacency is Adjacency.ADD_REMOVE else adjacency
     bound = accounting.get(plan.accountant).is_upper_bound
     accountant = plan.accountant if bound else "pld"
     poisson = replace(plan, sampling="poisson", capacity=None)
@@ -298,9 +318,7 @@ def make_statement(
     unamplified = plan.history(steps + repeated, own_loader_steps=steps + repeated)
 
     def epsilon(history: list[Event], accountant: str) -> float:
-        return accounting.get(accountant).epsilon(
-            history, plan.target_delta, adjacency=plan.adjacency
-        )
+        return accounting.get(accountant).epsilon(history, plan.target_delta, adjacency=adjacency)
 
     try:
         exact = epsilon(history, "exact")
@@ -308,6 +326,7 @@ def make_statement(
         exact = None
     return Statement(
         plan=plan,
+        adjacency=adjacency,
         steps=steps,
         epsilon=epsilon(history, accountant),
         accountant=accountant,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import dptorch
-from dptorch.accounting import SampledGaussian
+from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 from dptorch.ledger import Cap, DatasetLedger, open_ledger
@@ -93,6 +93,51 @@ def test_a_dear_step_that_does_not_fit_under_the_cap_is_not_taken(pages: Dataset
         optimizer.step()
     assert engine.steps_done == pages.runs()[0].steps == 4
     assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+
+
+def own_step(engine: PrivacyEngine, optimizer: Any) -> None:
+    x, y = make_data().tensors
+    F.cross_entropy(engine.model(x[:4]), y[:4]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:a batch did not come:dptorch.errors.PrivacyWarning")
+def test_own_loader_steps_of_a_checkpoint_come_to_the_ledger_without_amplification(
+    pages: DatasetLedger, tmp_path: Path
+) -> None:
+    engine, optimizer = make(None)
+    for _ in range(4):
+        own_step(engine, optimizer)
+    engine.save_checkpoint(tmp_path / "run.pt")
+    resumed, _ = make(pages)
+    resumed.load_checkpoint(tmp_path / "run.pt")
+    pages.set_cap(Cap(resumed.plan.epsilon() * 1.05, 1e-3))
+    with pytest.raises(BudgetExhausted, match="Nothing was spent"):
+        resumed.loader(make_data())
+    assert pages.runs() == []
+    pages.set_cap(None)
+    resumed.loader(make_data())
+    (run,) = pages.runs()
+    assert run.history == [SampledGaussian(2.0, 1.0, 4)]
+    total = pages.total()
+    assert total.planned == pytest.approx(resumed.get_privacy_spent().epsilon, rel=1e-3)
+
+
+def test_under_add_remove_a_step_of_the_users_own_loader_is_refused(pages: DatasetLedger) -> None:
+    pages.set_cap(Cap(100.0, 1e-3, "add-remove"))
+    engine, optimizer = make(pages)
+    train(engine.model, optimizer, engine.loader(make_data()))
+    with pytest.raises(ConfigurationError, match=r"own loader is not covered.*'zero-out'"):
+        own_step(engine, optimizer)
+    assert engine.steps_done == pages.runs()[0].steps == 4
+    pages.set_cap(Cap(100.0, 1e-3))
+    with pytest.warns(PrivacyWarning, match="without amplification"):
+        own_step(engine, optimizer)
+    assert pages.runs()[0].adjacencies == (Adjacency.ZERO_OUT, Adjacency.REPLACE_ONE)
+    with pytest.raises(ConfigurationError, match="add-remove"):
+        pages.total(adjacency="add-remove")
+    assert pages.total().adjacency is Adjacency.ZERO_OUT
 
 
 def test_a_plan_above_the_cap_is_refused_before_the_first_step(pages: DatasetLedger) -> None:

@@ -21,7 +21,7 @@ import dptorch
 from dptorch.errors import ConfigurationError, DataError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import RootKey
-from dptorch.sampling import SCHEMES, Users
+from dptorch.sampling import SCHEMES, PrivateLoader, Users
 from tests.engine.setup import SIZE, clipped_mean, make_data, make_engine, make_model, parameters
 
 LR = 0.5
@@ -32,18 +32,41 @@ def run(
     data: TensorDataset,
     engine: dptorch.PrivacyEngine,
     steps: int | None = None,
+    share: tuple[int, int] | None = None,
     **loader: Any,
 ) -> Tensor:
-    """Train by plain SGD; returns how far the parameters moved."""
+    """Train by plain SGD; returns how far the parameters moved.
+
+    share: (rank, world size), to train on one rank's part of each batch.
+    """
     before = parameters(model)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), LR))
-    batches = engine.loader(data, **loader)
+    batches = engine.loader(data, **loader) if share is None else share_of(data, engine, *share)
     while engine.steps_done < (engine.plan.steps if steps is None else steps):
         for x, y in batches:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
     return parameters(model) - before
+
+
+def share_of(
+    data: TensorDataset, engine: dptorch.PrivacyEngine, rank: int, world_size: int
+) -> PrivateLoader:
+    """One rank's share as the engine's own batches, which `engine.loader` refuses to make."""
+    plan = engine.plan
+    loader = PrivateLoader(
+        data,
+        plan.scheme.sampler(plan.terms, len(data), engine._key),
+        steps_per_epoch=plan.terms.steps_per_epoch,
+        start_step=lambda: engine.steps_done,
+        total_steps=plan.steps,
+        rank=rank,
+        world_size=world_size,
+    )
+    loader.on_batch(engine._batch.begin)
+    loader.on_end(engine._batch.end)
+    return loader
 
 
 @pytest.mark.parametrize("limit", [None, 3])
@@ -100,8 +123,16 @@ def test_ranks_together_make_the_step_of_one_process() -> None:
     for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3)):
         model = make_model()
         engine = make_engine(model, sample_rate=0.2, steps=1, max_grad_norm=0.1)
-        moves.append(run(model, make_data(), engine, rank=rank, world_size=world))
+        moves.append(run(model, make_data(), engine, share=(rank, world)))
     torch.testing.assert_close(moves[0], sum(moves[1:]), atol=1e-7, rtol=1e-5)
+
+
+def test_a_loader_of_several_ranks_is_refused_until_their_sums_are_added_up() -> None:
+    """Each rank would take a noisy step on its own share, divided by the whole batch size."""
+    engine = make_engine(make_model())
+    with pytest.raises(ConfigurationError, match=r"world_size=2: .* added up before noise"):
+        engine.loader(make_data(), rank=0, world_size=2)
+    assert len(engine.loader(make_data(), rank=0, world_size=1)) > 0
 
 
 # -- users -----------------------------------------------------------------------------------------

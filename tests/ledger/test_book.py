@@ -21,6 +21,7 @@ from dptorch.ledger import Cap, DatasetLedger, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon, planned_epsilon
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.store import Store
+from dptorch.sampling import SCHEMES
 
 OS = "operating system"
 
@@ -265,6 +266,53 @@ def test_another_unit_is_refused_under_a_cap(location: str) -> None:
     pages.set_cap(Cap(50.0, 1e-5, unit="user"))
     with pytest.raises(BudgetExhausted, match="'user'"):
         take(pages, 1)
+
+
+def by_scheme(sampling: str) -> dptorch.PrivacyPlan:
+    return dptorch.make_plan(
+        batch_size=5,
+        sample_size=100,
+        epochs=1,
+        noise_multiplier=2.0,
+        target_delta=1e-5,
+        sampling=sampling,
+    )
+
+
+@pytest.mark.parametrize("sampling", SCHEMES)
+@pytest.mark.parametrize("adjacency", list(Adjacency))
+def test_a_cap_and_a_total_hold_for_schemes_that_their_adjacency_covers(
+    tmp_path: Path, sampling: str, adjacency: Adjacency
+) -> None:
+    p = by_scheme(sampling)
+    ledger = open_ledger(tmp_path / "ledger.db")
+    capped, free = ledger.dataset("capped"), ledger.dataset("free")
+    capped.set_cap(Cap(1e4, 1e-5, adjacency))
+    run = take(free, 1, p)
+    if adjacency in SCHEMES[sampling].adjacencies:
+        take(capped, 1, p)
+        assert free.total(adjacency=adjacency).adjacency is capped.total().adjacency is adjacency
+        free.set_cap(Cap(1e4, 1e-5, adjacency))
+        return
+    with pytest.raises(ConfigurationError, match=f"{sampling}.*Nothing was spent.*'zero-out'"):
+        take(capped, 1, p)
+    assert capped.runs() == []
+    for refused in (
+        lambda: free.total(adjacency=adjacency),
+        lambda: free.set_cap(Cap(1e4, 1e-5, adjacency)),
+    ):
+        with pytest.raises(ConfigurationError, match=f"does not cover run {run}.*'zero-out'"):
+            refused()
+    assert free.cap is None
+
+
+@pytest.mark.parametrize("sampling", SCHEMES)
+def test_the_default_cap_and_total_cover_every_scheme(tmp_path: Path, sampling: str) -> None:
+    pages = open_ledger(tmp_path / "ledger.db").dataset("a")
+    pages.set_cap(Cap(1e4, 1e-5))
+    take(pages, 1, by_scheme(sampling))
+    pages.set_cap(None)
+    assert pages.total().adjacency is Adjacency.ZERO_OUT
 
 
 @pytest.mark.parametrize("values", [(0.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0)])

@@ -110,6 +110,12 @@ def total(
     location: Location = str(DEFAULT),
     dataset: Dataset = None,
     delta: Delta = None,
+    adjacency: Annotated[
+        str | None,
+        typer.Option(
+            help="add-remove, zero-out or replace-one.", show_default="the cap's, or the runs' own"
+        ),
+    ] = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +124,7 @@ def total(
     [bold]planned[/] holds if no run's settings depended on what other runs had shown;
     [bold]adaptive[/] holds however they were chosen.
     """
-    totals = _totals(_open(location, key_file), dataset, delta)
+    totals = _totals(_open(location, key_file), dataset, delta, adjacency)
     if as_json:
         typer.echo(json.dumps([_total_as_dict(t) for t in totals], indent=2))
         return
@@ -173,7 +179,7 @@ def cap(
     unit: Annotated[str, typer.Option(help="What one record is.")] = "example",
     adjacency: Annotated[
         str, typer.Option(help="add-remove, zero-out or replace-one.")
-    ] = "add-remove",
+    ] = "zero-out",
     lift: Annotated[bool, typer.Option("--lift", help="Take the cap away.")] = False,
     location: Location = str(DEFAULT),
     key_file: KeyFile = None,
@@ -324,9 +330,11 @@ def _make_folder(location: str) -> None:
 # -- tables --------------------------------------------------------------------------------------------
 
 
-def _totals(book: Ledger, dataset: str | None, delta: float | None) -> list[Total]:
+def _totals(
+    book: Ledger, dataset: str | None, delta: float | None, adjacency: str | None = None
+) -> list[Total]:
     names = book.datasets() if dataset is None else [dataset]
-    return [book.dataset(name).total(delta) for name in names]
+    return [book.dataset(name).total(delta, adjacency) for name in names]
 
 
 def _epsilon(run: RunSummary) -> float:

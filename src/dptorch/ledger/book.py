@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from dptorch.ledger.budget import Cap, adaptive_epsilon, planned_epsilon
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import GENESIS, Entry, seal
 from dptorch.ledger.fingerprint import named
-from dptorch.ledger.record import RunRecord, cap_in, close_dead, committed_in
+from dptorch.ledger.record import RunRecord, adjacencies_of, cap_in, close_dead, committed_in
 from dptorch.plan import PrivacyPlan
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class RunSummary:
         repeated: further releases of them, after the run was killed.
         history: all releases, for an accountant.
         committed: what counts under the cap: what it reserved, or, once closed, spent.
+        adjacencies: the neighbouring relations under which its history is covered.
     """
 
     run: str
@@ -48,6 +50,7 @@ class RunSummary:
     repeated: int
     history: list[Event]
     committed: list[Event]
+    adjacencies: tuple[Adjacency, ...]
 
 
 @dataclass(frozen=True)
@@ -130,11 +133,7 @@ class Ledger:
 
     def runs(self, *, dataset: str | None = None) -> list[RunSummary]:
         """Every run, in the order in which they began."""
-        pages: dict[str, list[Entry]] = {}
-        for entry in self.entries(dataset=dataset):
-            if entry.run is not None:
-                pages.setdefault(entry.run, []).append(entry)
-        return [_summary(entries) for entries in pages.values()]
+        return _summaries(self.entries(dataset=dataset))
 
     def head(self) -> str:
         """Hash of the last entry. Kept elsewhere, it pins everything before it."""
@@ -216,9 +215,18 @@ class DatasetLedger:
         run: str | None = None,
         begun: bool = True,
         steps_done: int = 0,
+        own_loader_steps: int = 0,
     ) -> RunRecord:
         """The pages of one run; see `RunRecord`. Nothing is written yet."""
-        return RunRecord(self, plan, key_provenance, run=run, begun=begun, steps_done=steps_done)
+        return RunRecord(
+            self,
+            plan,
+            key_provenance,
+            run=run,
+            begun=begun,
+            steps_done=steps_done,
+            own_loader_steps=own_loader_steps,
+        )
 
     @property
     def cap(self) -> Cap | None:
@@ -230,10 +238,13 @@ class DatasetLedger:
         """Set, change or (None) lift the budget of the data set. The change is an entry too.
 
         Raises:
-            ConfigurationError: what is spent or reserved is above it already.
+            ConfigurationError: what is spent or reserved is above it already, or a run is not
+                covered under its adjacency.
         """
         with self.store.write() as transaction:
             if cap is not None:
+                runs_so_far = _summaries(transaction.entries(dataset=self.dataset))
+                _refuse_uncovered(runs_so_far, cap.adjacency)
                 committed = committed_in(transaction, self.dataset)
                 events = [event for history in committed.values() for event in history]
                 already = adaptive_epsilon(events, cap.delta, cap.adjacency)
@@ -258,10 +269,12 @@ class DatasetLedger:
 
         Args:
             delta: by default the cap's, or else the largest of the runs' own.
-            adjacency: by default the cap's, or else the strictest of the runs' own.
+            adjacency: by default the cap's, or else the strictest of the runs' own that covers all of
+                them.
 
         Raises:
             LedgerError: there is no run, or the runs protect different units.
+            ConfigurationError: a run is not covered under that adjacency.
         """
         runs, cap = self.runs(), self.cap
         datasets = self.ledger.datasets()
@@ -281,6 +294,7 @@ class DatasetLedger:
         if adjacency is None:
             adjacency = cap.adjacency if cap else _strictest(runs)
         adjacency = Adjacency.of(adjacency)
+        _refuse_uncovered(runs, adjacency)
         spent = [event for run in runs for event in run.history]
         committed = [event for run in runs for event in run.committed]
         return Total(
@@ -295,6 +309,14 @@ class DatasetLedger:
             cap=cap,
             notes=_notes(runs),
         )
+
+
+def _summaries(entries: Iterable[Entry]) -> list[RunSummary]:
+    pages: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.run is not None:
+            pages.setdefault(entry.run, []).append(entry)
+    return [_summary(of_run) for of_run in pages.values()]
 
 
 def _summary(entries: list[Entry]) -> RunSummary:
@@ -313,16 +335,31 @@ def _summary(entries: list[Entry]) -> RunSummary:
         repeated=attempts.total - attempts.distinct,
         history=attempts.events(),
         committed=[Event.from_dict(event) for event in last.detail["committed"]],
+        adjacencies=adjacencies_of(plan, attempts),
     )
 
 
+def _refuse_uncovered(runs: list[RunSummary], adjacency: Adjacency) -> None:
+    for run in runs:
+        if (run.history or run.committed) and adjacency not in run.adjacencies:
+            able = " or ".join(repr(each.value) for each in run.adjacencies)
+            raise ConfigurationError(
+                f"adjacency={adjacency.value!r} does not cover run {run.run} on {run.dataset!r} "
+                f"(sampling={run.plan.sampling!r}, or steps on batches of the user's own loader): it "
+                f"is covered under {able}. Ask for that, and give the data set's cap, if it has one, "
+                "that adjacency (`dptorch ledger cap ... --adjacency`)."
+            )
+
+
 def _strictest(runs: list[RunSummary]) -> Adjacency:
-    relations = {run.plan.adjacency for run in runs}
-    if Adjacency.REPLACE_ONE in relations:
-        return Adjacency.REPLACE_ONE
-    return (
-        relations.pop() if len(relations) == 1 else Adjacency.ZERO_OUT
-    )  # costs as add/remove does
+    stated = {run.plan.adjacency for run in runs}
+    strictest = Adjacency.ZERO_OUT  # costs as add/remove does, and covers every scheme
+    if Adjacency.REPLACE_ONE in stated:
+        strictest = Adjacency.REPLACE_ONE
+    elif len(stated) == 1:
+        (strictest,) = stated
+    covered = all(strictest in run.adjacencies for run in runs)
+    return strictest if covered else Adjacency.ZERO_OUT
 
 
 def _notes(runs: list[RunSummary]) -> list[str]:

@@ -18,7 +18,7 @@ stops. Fix K orders in advance and let a step through only while, for at least o
 α is one that allows it add at most δ/K to δ(ε), and all orders together δ. This is the Rényi filter
 of Feldman and Zrnic 2021 (arXiv:2008.11193) with the conversion of Canonne, Kamath, Steinke 2020
 (arXiv:2004.00010, Proposition 12) at every order; the union bound over orders is what it costs that
-the best one is found out afterwards. It is 1.2 to 1.5 times the planned ε in ordinary settings.
+the best one is found out afterwards. It was 1.16 to 1.96 times the planned ε in nine settings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
 from dptorch.accounting.accountants.protocol import Compositions
-from dptorch.accounting.accountants.rdp import RDPAccountant, _divergences, _orders
+from dptorch.accounting.accountants.rdp import RDPAccountant, renyi_divergences, renyi_orders
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyError
 
 __all__ = ["Cap", "adaptive_epsilon", "admit", "planned_epsilon"]
@@ -48,13 +48,14 @@ class Cap:
 
     Attributes:
         epsilon, delta: the budget.
-        adjacency: the neighbouring relation that it is about.
+        adjacency: the neighbouring relation that it is about. By default zero-out, which covers every
+            sampling scheme, and costs what add/remove does where that covers it too.
         unit: what one record is; runs with another unit cannot be added to it.
     """
 
     epsilon: float
     delta: float
-    adjacency: Adjacency = Adjacency.ADD_REMOVE
+    adjacency: Adjacency = Adjacency.ZERO_OUT
     unit: str = "example"
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class _RenyiFilter(RDPAccountant):
     """`RDPAccountant` with the conversion of this module's docstring."""
 
     def _epsilon(self, compositions: Compositions, delta: float) -> float:
-        orders, divergences = _orders(), _divergences(compositions)
+        orders, divergences = renyi_orders(), renyi_divergences(compositions)
         at = [int(np.abs(orders - order).argmin()) for order in _ORDERS]
         alpha, rho = orders[at], divergences[at]
         surcharge = (math.log(len(_ORDERS) / delta) - np.log(alpha)) / (alpha - 1)

@@ -98,6 +98,11 @@ class Attempts:
         """Steps released at least once."""
         return len({s for counter in self._times.values() for s, n in counter.items() if n})
 
+    @property
+    def released(self) -> set[Event]:
+        """What single steps were released as."""
+        return {event for event, counter in self._times.items() if any(counter.values())}
+
     def times(self, step: int) -> int:
         """How often one step was released."""
         return sum(counter[step] for counter in self._times.values())

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dptorch import accounting
-from dptorch.accounting import Event
-from dptorch.errors import BudgetExhausted, LedgerError
+from dptorch.accounting import Adjacency, Event
+from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError
 from dptorch.ledger.budget import Cap, admit
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import Entry, canonical
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from dptorch.ledger.book import DatasetLedger
     from dptorch.ledger.store import Store, Transaction
 
-__all__ = ["RunRecord", "cap_in", "close_dead", "committed_in", "plan_hash"]
+__all__ = [
+    "RunRecord",
+    "adjacencies_of",
+    "cap_in",
+    "close_dead",
+    "committed_in",
+    "plan_hash",
+]
 
 
 class RunRecord:
@@ -37,6 +44,8 @@ class RunRecord:
         begun: whether the ledger must know `run`. A checkpoint from before its first step may be
             older than its first entry.
         steps_done: how many steps the checkpoint holds that the run goes on from.
+        own_loader_steps: how many of them took their batch from a loader of the user's own. If any
+            did, each of them that the ledger does not know is taken for one.
 
     Attributes:
         run: the run's id, 16 hexadecimal digits.
@@ -63,6 +72,7 @@ class RunRecord:
         run: str | None = None,
         begun: bool = True,
         steps_done: int = 0,
+        own_loader_steps: int = 0,
     ) -> None:
         self._ledger = ledger
         self._plan = plan
@@ -79,15 +89,17 @@ class RunRecord:
             self._read_sessions(begun)
         # Steps of a checkpoint that the ledger does not know, because the run had none for a while:
         # written down when the run opens.
+        (self._unknown_event,) = plan.history(1, own_loader_steps=min(own_loader_steps, 1))
         self._unknown = _intervals(s for s in range(steps_done) if not self.attempts.times(s))
         for first, steps in self._unknown:
-            self.attempts.add(self._reserved, first, steps)
+            self.attempts.add(self._unknown_event, first, steps)
 
     def open(self) -> None:
         """Reserve what remains of the plan, before the first step; does nothing if it is open.
 
         Raises:
             BudgetExhausted: the data set's cap does not leave enough.
+            ConfigurationError: the cap is for a neighbouring relation that does not cover the run.
         """
         if self._session is None:
             self._reserve(self._plan.event(1))
@@ -102,6 +114,7 @@ class RunRecord:
         Raises:
             BudgetExhausted: the step is past what was reserved.
             LedgerError: it could not be written down.
+            ConfigurationError: the cap is for a neighbouring relation that does not cover it.
         """
         if step != self._next or step >= self._plan.steps:
             raise BudgetExhausted(
@@ -150,6 +163,11 @@ class RunRecord:
         return {"run": self.run, "dataset": self._ledger.dataset}
 
     @property
+    def adjacencies(self) -> tuple[Adjacency, ...]:
+        """The neighbouring relations under which what was released is covered."""
+        return adjacencies_of(self._plan, self.attempts)
+
+    @property
     def repeated_steps(self) -> int:
         """Releases beyond one for each step done: what being killed has cost."""
         return self.attempts.total - self._next
@@ -166,10 +184,12 @@ class RunRecord:
         # Before the lock is taken: what an accountant has computed once, it looks up.
         cap = ledger.cap
         if cap is not None:
-            _refuse_other_unit(cap.unit, self._plan.unit)
+            self._refuse_other_terms(cap, whole_run)
             admit(cap, {}, self.run, history, may_be_sole=may_be_sole)
         with ledger.store.write() as transaction:
             cap = cap_in(transaction, ledger.dataset)
+            if cap is not None:
+                self._refuse_other_terms(cap, whole_run)
             sole = cap is not None and admit(
                 cap,
                 committed_in(transaction, ledger.dataset),
@@ -192,7 +212,7 @@ class RunRecord:
                 },
             )
             for first, steps in self._unknown:
-                self._append_steps(transaction, entry.seq, self._plan.event(1), first, steps)
+                self._append_steps(transaction, entry.seq, self._unknown_event, first, steps)
         self.begun, self._unknown = True, []
         self._session, self._written_to, self._reserved = entry.seq, self._next, event
         self._sole = sole or not self.attempts.total
@@ -209,6 +229,23 @@ class RunRecord:
             steps=steps,
             body={"event": event.to_dict()},
         )
+
+    def _refuse_other_terms(self, cap: Cap, whole_run: Attempts) -> None:
+        _refuse_other_unit(cap.unit, self._plan.unit)
+        able = adjacencies_of(self._plan, whole_run)
+        if cap.adjacency not in able:
+            allowed = adjacencies_of(self._plan, Attempts())
+            what = (
+                "a step on a batch of the user's own loader"
+                if cap.adjacency in allowed
+                else f"sampling={self._plan.sampling!r}"
+            )
+            raise ConfigurationError(
+                f"the cap of {self._ledger.dataset!r} is for adjacency={cap.adjacency.value!r}, "
+                f"under which {what} is not covered. Nothing was spent. Set the cap under "
+                f"{' or '.join(repr(a.value) for a in able)} (`dptorch ledger cap ... --adjacency`), "
+                "or take batches from engine.loader under sampling='poisson'."
+            )
 
     def _refuse_if_superseded(self, transaction: Transaction) -> None:
         if transaction.last_session(self.run) != self._session:
@@ -254,6 +291,18 @@ def _intervals(steps: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((step, 1))
     return found
+
+
+def adjacencies_of(plan: PrivacyPlan, attempts: Attempts) -> tuple[Adjacency, ...]:
+    """The neighbouring relations that cover a run: those of its plan's sampling scheme.
+
+    Not add/remove, where a step took its batch from a loader of the user's own: a record that is
+    added may move other records into other batches.
+    """
+    planned = {plan.event(1)}
+    if attempts.released <= planned:
+        return plan.scheme.adjacencies
+    return tuple(a for a in plan.scheme.adjacencies if a is not Adjacency.ADD_REMOVE)
 
 
 def plan_hash(plan: PrivacyPlan) -> str:

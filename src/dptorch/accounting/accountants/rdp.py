@@ -17,7 +17,7 @@ from dptorch.accounting.dominating import Array, Pair, SampledPair
 from dptorch.accounting.events import History
 from dptorch.accounting.fixed_size import FixedSizePair
 
-__all__ = ["RDPAccountant"]
+__all__ = ["RDPAccountant", "renyi_divergences", "renyi_orders"]
 
 _ROUNDING = 1e-15
 
@@ -55,14 +55,14 @@ class RDPAccountant(PairAccountant):
         """
         run = self._reduced(history, adjacency)
         if run.noiseless or run.overflow:
-            return _orders(), np.full(_orders().size, np.inf)
-        return _orders(), _divergences(run.compositions)
+            return renyi_orders(), np.full(renyi_orders().size, np.inf)
+        return renyi_orders(), renyi_divergences(run.compositions)
 
     def _epsilon(self, compositions: Compositions, delta: float) -> float:
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-        divergences = _divergences(compositions)
-        return float(rdp.compute_epsilon(_orders(), divergences, delta)[0])
+        divergences = renyi_divergences(compositions)
+        return float(rdp.compute_epsilon(renyi_orders(), divergences, delta)[0])
 
     def best_order(
         self,
@@ -77,20 +77,20 @@ class RDPAccountant(PairAccountant):
         run = self._reduced(history, adjacency)
         if run.noiseless or not run.compositions:
             return math.inf
-        divergences = _divergences(run.compositions)
-        return float(rdp.compute_epsilon(_orders(), divergences, check_delta(delta))[1])
+        divergences = renyi_divergences(run.compositions)
+        return float(rdp.compute_epsilon(renyi_orders(), divergences, check_delta(delta))[1])
 
     def _delta(self, compositions: Compositions, epsilon: float) -> float:
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-        return float(rdp.compute_delta(_orders(), _divergences(compositions), epsilon)[0])
+        return float(rdp.compute_delta(renyi_orders(), renyi_divergences(compositions), epsilon)[0])
 
 
-def _divergences(compositions: Compositions) -> Array:
-    """The largest over the directions, at every order."""
-    totals = [np.zeros_like(_orders())]
+def renyi_divergences(compositions: Compositions) -> Array:
+    """Rényi divergences, the largest over the directions, at every one of `renyi_orders`."""
+    totals = [np.zeros_like(renyi_orders())]
     for pairs in compositions:
-        total = np.zeros_like(_orders())
+        total = np.zeros_like(renyi_orders())
         for pair in pairs:
             total += pair.steps * _one_step(replace(pair, steps=1))  # type: ignore[type-var]
         totals.append(total)
@@ -98,7 +98,8 @@ def _divergences(compositions: Compositions) -> Array:
 
 
 @lru_cache(maxsize=1)
-def _orders() -> Array:
+def renyi_orders() -> Array:
+    """The orders α at which divergences are computed, ascending."""
     from dp_accounting.rdp import rdp_privacy_accountant
 
     return np.asarray(rdp_privacy_accountant.DEFAULT_RDP_ORDERS, float)
@@ -114,12 +115,12 @@ def _one_step(pair: Pair) -> Array:
     if isinstance(pair, DiscretePair):
         # The bound holds at integer orders (dptorch.accounting.discrete); the others say nothing.
         of_gaussian = _dp_accounting_divergences(pair.gaussian_noise, pair.sample_rate)
-        found = np.where(_orders() == np.floor(_orders()), of_gaussian, np.inf)
+        found = np.where(renyi_orders() == np.floor(renyi_orders()), of_gaussian, np.inf)
     elif isinstance(pair, SampledPair) and pair.direction != "replace":
         # The divergence of `remove` is the larger (Mironov, Talwar, Zhang 2019, Theorem 5).
         found = _dp_accounting_divergences(pair.noise_multiplier, pair.sample_rate)
     else:
-        found = np.array([log_mgf([pair], a - 1) / (a - 1) for a in _orders()])
+        found = np.array([log_mgf([pair], a - 1) / (a - 1) for a in renyi_orders()])
     return np.maximum(found, 0.0) + _ROUNDING
 
 
@@ -129,7 +130,7 @@ def _dp_accounting_divergences(sigma: float, rate: float) -> Array:
     from dp_accounting import dp_event
     from dp_accounting.rdp import rdp_privacy_accountant
 
-    accountant = rdp_privacy_accountant.RdpAccountant(_orders())
+    accountant = rdp_privacy_accountant.RdpAccountant(renyi_orders())
     verbosity = logging.get_verbosity()
     # An order whose series does not converge counts as infinite, which keeps the bound.
     logging.set_verbosity(logging.ERROR)

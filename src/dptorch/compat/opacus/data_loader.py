@@ -79,8 +79,8 @@ class DPDataLoader:
     ) -> None:
         if distributed:
             raise ConfigurationError(
-                "distributed=True: give each process its share with rank= and world_size= of "
-                "dptorch.PrivacyEngine(...).loader(dataset, rank=..., world_size=...)."
+                "distributed=True: the clipped sums of all processes have to be added up before noise "
+                "is, and that is not built yet. Train in one process, with distributed=False."
             )
         self.dataset = dataset
         self.sample_rate = sample_rate
