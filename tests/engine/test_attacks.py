@@ -99,6 +99,8 @@ def test_the_cancelling_records_do_catch_a_plain_gram_norm(monkeypatch: pytest.M
     from dptorch.tape.gradients import outer
 
     monkeypatch.setattr(outer, "without_cancellation", lambda squared, *rest, **more: squared)
+    # What cancels to nothing looks like an underflow, and would be measured again for that.
+    monkeypatch.setattr(outer, "underflowed", lambda *_: None)
     assert worst_of_cancelling_records(monkeypatch, 64, 1e5) > 2
 
 

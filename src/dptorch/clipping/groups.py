@@ -189,6 +189,7 @@ def groups_of(
     else:
         members = _blocks(model, names, [s.pattern for s in specs])
     own = {s.pattern: s for s in specs if s.max_grad_norm is not None}
+    max_grad_norm = joint_norm(specs) or max_grad_norm
     groups = []
     for name, inside in members.items():
         spec = own.get(name)

@@ -150,11 +150,12 @@ class Tape:
             )
         elif self.uses.get(key, 0) == 1 and key not in self._forms:
             # The only use: take its norm now, while its factors are in the cache.
-            self._squared[key], form = self._measure(key, form)
+            self._squared[key], kept = self._measure(key, form)
             if self._two_passes and key not in self.derived:
                 self._sums[key] = None
                 self._magnitudes[key] = form.magnitude()
                 return
+            form = kept
         else:
             self._squared.pop(key, None)
         forms = self._forms.setdefault(key, [])
