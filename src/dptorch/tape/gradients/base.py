@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,6 +145,33 @@ def underflowed(squared: Tensor, longest: Tensor, terms: int) -> Tensor | None:
     floor = 100 * terms * torch.finfo(squared.dtype).tiny * longest
     low = (squared < floor) & longest.isfinite()
     return low.nonzero().flatten() if bool(low.any()) else None
+
+
+class GramForm(Protocol):
+    """A gradient whose norm can be had from Gram matrices."""
+
+    def gram(self) -> Tensor: ...
+    def magnitude(self) -> Tensor: ...
+    def take(self, index: Tensor, dtype: torch.dtype | None = None) -> GramForm: ...
+
+
+def without_underflow(
+    form: GramForm, squared: Tensor, magnitude: Tensor, longest: Tensor, terms: int
+) -> tuple[Tensor, Tensor]:
+    """Squared norms from Gram matrices, and magnitudes, measured again in float64 where they may have
+    lost what became zero in one factor and would have been multiplied by a huge other.
+
+    Args:
+        longest, terms: see `underflowed`.
+    """
+    low = underflowed(squared, longest, terms)
+    if low is None or squared.dtype == torch.float64:
+        return squared, magnitude
+    exact = form.take(low, torch.float64)
+    return (
+        squared.index_copy(0, low, exact.gram().to(squared.dtype)),
+        magnitude.index_copy(0, low, exact.magnitude().to(squared.dtype)),
+    )
 
 
 # Largest intermediate to make at once when it is dropped again.

@@ -21,9 +21,9 @@ from dptorch.tape.gradients.base import (
     formed_norm,
     in_parts,
     square_sum,
-    underflowed,
     weigh,
     without_cancellation,
+    without_underflow,
 )
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.gram import gram_norm
@@ -215,7 +215,7 @@ class Convolution(PerExampleGradient):
     def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
         kept: PerExampleGradient = self
         if way == "gram":
-            return self._gram(), self
+            return self.gram(), self
         if way == "keep":
             kept = self._formed()
             squared = kept.squared_norm()
@@ -223,7 +223,8 @@ class Convolution(PerExampleGradient):
             squared = self._formed_norm()
         return without_cancellation(squared, self.magnitude(), [self], formed=True), kept
 
-    def _gram(self) -> Tensor:
+    def gram(self) -> Tensor:
+        """Squared norms from Gram matrices, [B]."""
         pairs = self.grads.element_size() * self._seen() ** 2
         if pairs <= _PAIRS_BYTES:
             squared = in_parts(self, pairs, Convolution._gram_norm)
@@ -233,11 +234,8 @@ class Convolution(PerExampleGradient):
         inputs, grads = self._lengths()
         positions = math.prod(self.grads.shape[3:])
         terms = positions**2 * (self.shape[0] + math.prod(self.shape[1:]))
-        low = underflowed(squared, torch.maximum(inputs, grads).square(), terms)
-        if low is not None and self.grads.dtype != torch.float64:
-            exact = self.take(low, torch.float64)
-            squared = squared.index_copy(0, low, exact._gram().to(squared.dtype))
-            magnitude = magnitude.index_copy(0, low, exact.magnitude().to(squared.dtype))
+        longest = torch.maximum(inputs, grads).square()
+        squared, magnitude = without_underflow(self, squared, magnitude, longest, terms)
         return without_cancellation(squared, magnitude, [self], formed=False)
 
     def _lengths(self) -> tuple[Tensor, Tensor]:

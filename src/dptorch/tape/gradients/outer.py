@@ -12,9 +12,9 @@ from dptorch.tape.gradients.base import (
     PerExampleGradient,
     at_least_float32,
     formed_norm,
-    underflowed,
     weigh,
     without_cancellation,
+    without_underflow,
 )
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.gram import gram_flops, gram_norm, gram_tile
@@ -88,7 +88,7 @@ class Outer(PerExampleGradient):
 
     def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
         if way == "gram":
-            return self._gram(), self
+            return self.gram(), self
         kept: PerExampleGradient = self
         if way == "keep":
             kept = Dense(self.dense())
@@ -101,17 +101,14 @@ class Outer(PerExampleGradient):
         t, p, d = self._sizes
         return self.measured("gram" if t * (p + d) <= p * d else "form")[0]
 
-    def _gram(self) -> Tensor:
+    def gram(self) -> Tensor:
+        """Squared norms from Gram matrices, [B]."""
         left, right = self._lengths()
         t, p, d = self._sizes
         magnitude = (left * right).sum(1)
         squared = magnitude.square() if t == 1 else gram_norm(self.left, self.right)
         longest = torch.maximum(left.amax(1), right.amax(1)).square()
-        low = underflowed(squared, longest, t * t * (p + d))
-        if low is not None and self.left.dtype != torch.float64:
-            exact = Outer.take(self, low, torch.float64)
-            squared = squared.index_copy(0, low, exact._gram().to(squared.dtype))
-            magnitude = magnitude.index_copy(0, low, exact.magnitude().to(squared.dtype))
+        squared, magnitude = without_underflow(self, squared, magnitude, longest, t * t * (p + d))
         if t == 1:
             return squared
         return without_cancellation(squared, magnitude, [self], formed=False)
