@@ -288,6 +288,16 @@ def _refuse_other_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_other_parameters(mine: Mapping[str, list[int]], theirs: Mapping[str, list[int]]) -> None:
+    """Raise ConfigurationError unless a state has trainable parameters of these names and shapes."""
+    for name in [*mine, *theirs]:
+        if mine.get(name) != theirs.get(name):
+            raise ConfigurationError(
+                f"the checkpoint was saved with other trainable parameters: {name!r} is "
+                f"{theirs.get(name, 'not trained')} there and {mine.get(name, 'not trained')} here."
+            )
+
+
 def _shape(value: Any) -> str:
     return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dptorch import accounting, checkpoint
+from dptorch import checkpoint
 from dptorch.accounting import Adjacency
-from dptorch.clipping import COUNTS, AdaptiveClipping, groups_of
+from dptorch.clipping import COUNTS, AdaptiveClipping
 from dptorch.errors import (
     BudgetExhausted,
     ConfigurationError,
@@ -25,29 +21,29 @@ from dptorch.errors import (
     PrivacyWarning,
     one_of,
 )
-from dptorch.logical_batch import LogicalBatch, StepDiagnostics
+from dptorch.loading import loader_of
 from dptorch.noise import MECHANISMS
 from dptorch.noise.fingerprint import fingerprint
-from dptorch.plan import PrivacyPlan, PrivacySpent, Style, make_plan
+from dptorch.plan import PrivacyPlan, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
-from dptorch.sampling import NOT_COVERED, PrivateLoader, Sampler, Users, UserSampler, dataset_size
-from dptorch.statement import OWN_LOADER, Statement, make_statement
+from dptorch.run import PrivateRun
+from dptorch.sampling import PrivateLoader
+from dptorch.statement import OWN_LOADER
 from dptorch.stepping import OptimizerBinding, check_parameters, write_gradients
 from dptorch.tape import Recording
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.device_cost import cost_of, free_bytes
-from dptorch.tape.explain import Explanation
 from dptorch.tape.mixing import refuse_mixing
 from dptorch.tape.watch import Watch, watch_on
 from dptorch.tape.ways import NON_PRIVATE, mode_of
 
 if TYPE_CHECKING:
-    from dptorch.ledger import DatasetLedger, RunRecord
+    from dptorch.ledger import DatasetLedger
 
 __all__ = ["PrivacyEngine"]
 
 
-class PrivacyEngine:
+class PrivacyEngine(PrivateRun):
     """Makes an ordinary training loop differentially private.
 
     Build it, `attach` an optimizer, take batches from `loader`, and train as always::
@@ -146,7 +142,7 @@ class PrivacyEngine:
     ) -> None:
         for name in unknown:
             one_of("argument", name, _arguments())
-        self._mode = mode_of(clipping_mode)
+        mode = mode_of(clipping_mode)
         self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
         if watch_on(model) is not None:
             raise ConfigurationError(
@@ -161,8 +157,7 @@ class PrivacyEngine:
                 "the model has no trainable parameter. Unfreeze what should be trained with "
                 "requires_grad_(True) before making the engine."
             )
-        self.model = model
-        self._plan = plan or make_plan(
+        plan = plan or make_plan(
             batch_size=batch_size,
             sample_rate=sample_rate,
             sample_size=sample_size,
@@ -184,32 +179,15 @@ class PrivacyEngine:
             max_examples_per_user=max_examples_per_user,
             mechanism=mechanism,
         )
-        if self._mode is NON_PRIVATE:  # its epsilon is infinite
-            self._plan = replace(self._plan, noise_multiplier=0.0, target_epsilon=None)
-        self._steps_done = 0
-        self._resumed = 0
-        self.sampling_run: Counter[str] = Counter()
-        self._parameters = parameters
-        self._key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
-        self._ledger: DatasetLedger | None = None
-        self._record: RunRecord | None = None
-        self._memory_budget = _checked_budget(memory_budget)
-        groups = groups_of(
-            model,
-            parameters,
-            self._plan.clipping_style,
-            self._plan.clipping_groups,
-            self._plan.max_grad_norm,
-        )
-        self._secure_rng = secure_rng
-        if self._plan.mechanism == "discrete_gaussian" and self._mode.passes != 1:
+        if plan.mechanism == "discrete_gaussian" and mode.passes != 1:
             raise ConfigurationError(
                 f"clipping_mode={clipping_mode!r} never holds the gradients of examples, which "
                 "mechanism='discrete_gaussian' rounds one by one. Use clipping_mode='auto'."
             )
-        self._batch = LogicalBatch(self._plan, groups)
-        self._loaders = 0
-        self._binding: OptimizerBinding | None = None
+        self._memory_budget = _checked_budget(memory_budget)
+        key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
+        super().__init__(model, parameters, plan, mode, key)
+        self._secure_rng = secure_rng
         self._warned_exhausted = False
         self._warned_own_loader = False
         if ledger is not None:
@@ -304,54 +282,16 @@ class PrivacyEngine:
         Raises:
             ConfigurationError, DataError: for a dataset or arguments that cannot be sampled.
         """
-        if dataloader_kwargs.get("sampler") is not None:
-            name = type(dataloader_kwargs["sampler"]).__name__
-            raise ConfigurationError(
-                f"sampler={name}: the plan says how batches are drawn "
-                f"(sampling={self.plan.sampling!r}). {NOT_COVERED}"
-            )
-        if dataloader_kwargs.get("world_size", 1) not in (None, 1):
-            raise ConfigurationError(
-                f"world_size={dataloader_kwargs['world_size']!r}: the clipped sums of all processes "
-                "have to be added up before noise is, once, and that is not built yet. Each process "
-                "would take a step of its own on its share. Train in one process; "
-                "max_physical_batch_size makes large batches fit."
-            )
-        plan, terms = self.plan, self.plan.terms
-        size = dataset_size(dataset)
-        users = None
-        if (user_ids is not None) != (plan.unit == "user"):
-            raise ConfigurationError(
-                "the plan's unit is 'user': give user_ids, whose each example is."
-                if user_ids is None
-                else f"user_ids is given, but the plan's unit is {plan.unit!r}. Make the engine with "
-                "unit='user' and max_examples_per_user."
-            )
-        if user_ids is not None:
-            users = Users.of(dataset, user_ids)
-            size = len(users)
-        public_size = plan.adjacency is not Adjacency.ADD_REMOVE
-        if public_size and plan.sample_size is not None and size != plan.sample_size:
-            raise ConfigurationError(
-                f"the dataset has {size} records, but the plan was made for "
-                f"sample_size={plan.sample_size}. Make the engine with sample_size={size}."
-            )
-        self.reserve_budget()
-        sampler: Sampler = plan.scheme.sampler(terms, size, self._key)
-        capacity = terms.capacity
-        if users is not None and plan.max_examples_per_user is not None:
-            sampler = UserSampler(sampler, users, plan.max_examples_per_user, self._key)
-            capacity = capacity and capacity * plan.max_examples_per_user
-        loader = PrivateLoader(
+        loader = loader_of(
+            self.plan,
+            self._key,
             dataset,
-            sampler,
-            steps_per_epoch=terms.steps_per_epoch,
+            user_ids=user_ids,
             start_step=lambda: self.steps_done,
-            total_steps=plan.steps,
             max_physical_batch_size=max_physical_batch_size,
-            capacity=capacity,
-            **dataloader_kwargs,
+            dataloader_kwargs=dataloader_kwargs,
         )
+        self.reserve_budget()
         loader.on_batch(self._batch.begin)
         loader.on_start(self._begin_epoch)
         loader.on_end(self._batch.end)
@@ -366,42 +306,6 @@ class PrivacyEngine:
                 PrivacyWarning,
                 stacklevel=4,
             )
-
-    def use_ledger(self, ledger: DatasetLedger) -> None:
-        """Write every step down in `ledger` before it is released; as the argument of that name.
-
-        Raises:
-            ConfigurationError: steps were taken already, the engine has a ledger, or is not private.
-        """
-        if self._mode is NON_PRIVATE:
-            raise ConfigurationError(
-                "clipping_mode='non-private' adds no noise, and no ledger can account for that. Leave "
-                "the ledger out."
-            )
-        if self._ledger is not None or self._loaders or self.steps_done:
-            raise ConfigurationError(
-                "give the engine its one ledger before its loader and its first step: what was "
-                "released before would be missing in it."
-            )
-        self._ledger = ledger
-        self._record = ledger.run(self._plan, self._key.provenance)
-
-    def reserve_budget(self) -> None:
-        """Reserve the steps to come in the ledger, as `loader` and the first step do.
-
-        Raises:
-            BudgetExhausted: the data set's cap does not leave enough.
-        """
-        if self._record is not None and not self.exhausted:
-            self._record.open()
-
-    def release_budget(self) -> None:
-        """Give back what is reserved in the ledger for steps to come, at the end or for a pause.
-
-        Other runs on the data set can then have it. The next step reserves anew.
-        """
-        if self._record is not None:
-            self._record.close()
 
     def public(self) -> AbstractContextManager[None]:
         """Forward passes inside this context are ordinary and unprotected: for public data only.
@@ -487,228 +391,6 @@ class PrivacyEngine:
             self._warned_exhausted = True
             warnings.warn(message, PrivacyWarning, stacklevel=4)
         return False
-
-    # -- reporting and state -----------------------------------------------------------------------
-
-    @property
-    def plan(self) -> PrivacyPlan:
-        """What the run committed to; it cannot be changed."""
-        return self._plan
-
-    @property
-    def max_grad_norm(self) -> float:
-        """Bound on one example's contribution; it moves under adaptive clipping."""
-        return math.hypot(*self._batch.clipping_norms)
-
-    def explain(self) -> Explanation:
-        """How norms and clipped sums were computed in the last backward, site by site; ``print`` it.
-
-        Raises:
-            PrivacyError: before the first backward.
-        """
-        if self._batch.explanation is None:
-            raise PrivacyError(
-                "there is nothing to explain yet: what is done at a site is chosen when its gradient "
-                "arrives. Take one step first."
-            )
-        return self._batch.explanation
-
-    @property
-    def diagnostics(self) -> StepDiagnostics | None:
-        """Statistics of the last logical batch: NOT PRIVATE."""
-        return self._batch.diagnostics
-
-    @property
-    def steps_done(self) -> int:
-        """Steps taken, empty batches included."""
-        return self._steps_done
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether every planned step is done."""
-        return self.steps_done >= self.plan.steps
-
-    @property
-    def noise_multiplier(self) -> float:
-        """Standard deviation of the noise over max_grad_norm."""
-        return self.plan.noise_multiplier
-
-    def get_privacy_spent(self) -> PrivacySpent:
-        """(ε, δ) spent so far. Amplification by sampling counts only for batches that came from the
-        engine's loader. With a ledger, steps that were lost when the run was killed count too."""
-        own = self.sampling_run[OWN_LOADER]
-        if self._record is None or not self._record.repeated_steps:
-            epsilon = self.plan.epsilon(self.steps_done, own_loader_steps=own)
-        else:
-            epsilon = accounting.get(self.plan.accountant).epsilon(
-                self._record.attempts.events(),
-                self.plan.target_delta,
-                adjacency=self.plan.adjacency,
-            )
-        return PrivacySpent(epsilon, self.plan.target_delta)
-
-    @property
-    def ledger_run(self) -> dict[str, str] | None:
-        """The run's id, data set and location in the ledger, and the ledger's head now."""
-        if self._ledger is None or self._record is None:
-            return None
-        ledger = self._ledger.ledger
-        return {**self._record.name, "location": ledger.location, "head": ledger.head()}
-
-    def statement(self) -> Statement:
-        """The privacy statement of the run so far; ``print`` it."""
-        record = self._record
-        return make_statement(
-            self.plan,
-            self.steps_done,
-            dict(self.sampling_run),
-            self._key.provenance,
-            self._resumed,
-            record=record if record is not None and record.begun else None,
-        )
-
-    def save_checkpoint(
-        self, path: str | Path, *, extra: Any = None, **others: checkpoint.Stateful
-    ) -> None:
-        """Write all that the run needs to go on, to one file that is whole or absent.
-
-        That is the model, the attached optimizer, the plan, the counter of steps (with which
-        sampling and noise go on), the secret root key, the global random generators, and what else
-        is given. Training that goes on from the file is bit for bit the training that was not
-        interrupted, on the same software and device; where worker processes of a DataLoader draw
-        random augmentations, only if the checkpoint lies between two epochs.
-
-        Call it after ``optimizer.step()``: a logical batch that is half done is not in the file (its
-        sum has no noise yet) and is drawn again.
-
-        Args:
-            path: the file. It holds the root key: keep it as safe as the data, delete it when the
-                run is done (see `dptorch.checkpoint`).
-            extra: plain values of your own (numbers, strings, tensors, lists, dicts).
-            others: objects with ``state_dict``, by name, such as ``scheduler=scheduler``.
-
-        Raises:
-            ConfigurationError: a state holds objects that cannot be loaded without running code.
-            DataError: the file cannot be written. What was there before is still there, as after
-                every error here.
-            PrivacyError: a parameter is not finite.
-
-        Example:
-            >>> import tempfile, torch, dptorch
-            >>> def build():
-            ...     model = torch.nn.Linear(4, 2)
-            ...     engine = dptorch.PrivacyEngine(model, sample_rate=1.0, sample_size=64, steps=3,
-            ...         noise_multiplier=1.0, target_delta=1e-3)
-            ...     return engine, engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-            >>> folder = tempfile.TemporaryDirectory()
-            >>> engine, optimizer = build()
-            >>> engine.save_checkpoint(folder.name + "/run.pt", extra={"note": "before the first step"})
-            >>> later, optimizer = build()
-            >>> later.load_checkpoint(folder.name + "/run.pt")
-            {'note': 'before the first step'}
-        """
-        optimizer = None if self._binding is None else self._binding.optimizer
-        checkpoint.save_run(path, self, optimizer, others, extra)
-
-    def load_checkpoint(self, path: str | Path, **others: checkpoint.Stateful) -> Any:
-        """Go on with the run that `save_checkpoint` saved; returns its `extra`.
-
-        For a new engine with the same plan, on the same model, with the same optimizer attached and
-        the same `others`, before its loader is made.
-
-        Raises:
-            DataError: the file is missing, cut short, damaged or no checkpoint.
-            ConfigurationError: it belongs to another plan, model or optimizer; the difference is
-                named.
-            PrivacyError: it has been edited.
-        """
-        optimizer = None if self._binding is None else self._binding.optimizer
-        return checkpoint.load_run(path, self, optimizer, others)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The engine's own part of a checkpoint, for `load_state_dict`. Contains the secret key of
-        the noise: keep it as safe as the data. `save_checkpoint` writes it with all the rest."""
-        values = {
-            "plan": self.plan.to_json(),
-            "parameters": {n: list(p.shape) for n, p in self._parameters.items()},
-            "steps_done": self.steps_done,
-            "resumed": self._resumed,
-            "loss_factors": self._batch.loss_factors,
-            "clipping_norms": list(self._batch.clipping_norms),
-            "sampling_run": dict(self.sampling_run),
-            "run": None if self._record is None else self._record.run,
-            "run_begun": self._record is not None and self._record.begun,
-        }
-        return checkpoint.seal(values, self._key)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the run that `state_dict` came from.
-
-        Raises:
-            ConfigurationError: if the state belongs to another plan or to other trainable
-                parameters; the differences are named.
-            PrivacyError: if it has been edited.
-        """
-        state, key = checkpoint.unseal(state)
-        theirs = PrivacyPlan.from_json(state["plan"])
-        if theirs != self.plan:
-            raise ConfigurationError(
-                "the checkpoint belongs to another plan (this engine's, the checkpoint's): "
-                + "; ".join(self.plan.differences(theirs))
-            )
-        if self._loaders or self.steps_done:
-            raise ConfigurationError(
-                "load the checkpoint into a new engine, before making its loader: this one has "
-                f"done {self.steps_done} steps with a key of its own."
-            )
-        shapes = {n: list(p.shape) for n, p in self._parameters.items()}
-        if shapes != state["parameters"]:
-            odd = next(
-                n
-                for n in [*shapes, *state["parameters"]]
-                if shapes.get(n) != state["parameters"].get(n)
-            )
-            raise ConfigurationError(
-                f"the checkpoint was saved with other trainable parameters: {odd!r} is "
-                f"{state['parameters'].get(odd, 'not trained')} there and "
-                f"{shapes.get(odd, 'not trained')} here."
-            )
-        self._go_on_in_ledger(state, key)
-        self._steps_done = state["steps_done"]
-        self._resumed = state["resumed"] + 1
-        factors = state["loss_factors"]
-        self._batch.loss_factors = None if factors is None else tuple(factors)
-        self._batch.clipping_norms = list(state["clipping_norms"])
-        self.sampling_run = Counter(state["sampling_run"])
-        self._key = key
-
-    def _go_on_in_ledger(self, state: dict[str, Any], key: RootKey) -> None:
-        run = state["run"]
-        if self._ledger is None:
-            if run is not None:
-                warnings.warn(
-                    f"this run was kept in a ledger (as {run}), and goes on without it: steps that "
-                    "were lost since the checkpoint are not counted. Pass ledger=.",
-                    PrivacyWarning,
-                    stacklevel=3,
-                )
-            return
-        record = self._record = self._ledger.run(
-            self.plan,
-            key.provenance,
-            run=run,
-            begun=state["run_begun"],
-            steps_done=state["steps_done"],
-            own_loader_steps=state["sampling_run"].get(OWN_LOADER, 0),
-        )
-        if record.repeated_steps:
-            warnings.warn(
-                f"{record.repeated_steps} steps were released after this checkpoint was written, and "
-                "lost. They count: at the end of its plan the run will have spent "
-                f"epsilon={record.epsilon_at_end():.4g} instead of {self.plan.epsilon():.4g}.",
-                PrivacyWarning,
-                stacklevel=3,
-            )
 
 
 def _arguments() -> list[str]:
