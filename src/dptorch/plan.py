@@ -317,7 +317,7 @@ def make_plan(
                 "target_delta is missing, and without sample_size there is no default. Give a "
                 "number well below one over the number of records, for example 1e-5."
             )
-        delta = min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
+        delta = default_delta(sample_size)
     elif sample_size is not None and 1 / sample_size <= delta < 1:
         warnings.warn(
             f"target_delta={delta:g} is not below 1/{sample_size}: a mechanism that publishes one "
@@ -361,6 +361,16 @@ def make_plan(
         max_examples_per_user=max_examples_per_user,
         mechanism=mechanism,
     )
+
+
+def default_delta(sample_size: int) -> float:
+    """1 / (10 * sample_size), at most 1e-5, rounded down to a power of ten.
+
+    Example:
+        >>> default_delta(60_000), default_delta(3_000_000)
+        (1e-06, 1e-08)
+    """
+    return min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
 
 
 def event_of(

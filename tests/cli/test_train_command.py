@@ -71,6 +71,21 @@ def test_epsilon_is_a_budget(data: Path) -> None:
     assert PrivacyPlan.from_json(Path("runs/points-1/plan.json")).epsilon() <= 1.5
 
 
+def test_style_and_mechanism_are_the_plans(data: Path) -> None:
+    own = ("train", "--data", "points.csv", *QUICK, "--model", "mlp")
+    result = run(*own, "--clipping-style", "1, 3.*", "--name", "blocks")
+    assert result.exit_code == 0, result.output
+    plan = PrivacyPlan.from_json(Path("runs/blocks/plan.json"))
+    assert plan.clipping_style == "block-wise"
+    assert [group.pattern for group in plan.clipping_groups] == ["1", "3.*"]
+    result = run(*own, "--mechanism", "discrete_gaussian", "--accountant", "rdp", "--name", "whole")
+    assert result.exit_code == 0, result.output
+    plan = PrivacyPlan.from_json(Path("runs/whole/plan.json"))
+    assert (plan.mechanism, plan.clipping_style) == ("discrete_gaussian", "all-layer")
+    statement = Path("runs/whole/statement.txt").read_text()
+    assert "discrete" in statement
+
+
 def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
     command = ("train", "--data", "points.csv", "--name", "one", *QUICK)
     assert run(*command).exit_code == 0
@@ -93,6 +108,12 @@ def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
         (("--data", "points.csv", *QUICK, "--bounds", "1"), "expected two numbers"),
         (("--data", "points.csv", *QUICK, "--bounds", "no.json"), "no.json"),
         (("--data", "points.csv", *QUICK, "--clipping-fn", "none"), "Valid: 'abadi'"),
+        (("--data", "points.csv", *QUICK, "--clipping-mode", "gost"), "Did you mean 'ghost'?"),
+        (("--data", "points.csv", *QUICK, "--clipping-mode", "non-private"), "without privacy"),
+        (("--data", "points.csv", *QUICK, "--clipping-style", "layerwise"), "'layer-wise'?"),
+        (("--data", "points.csv", *QUICK, "--clipping-style", "hed.*,"), "'hed.*'"),
+        (("--data", "points.csv", *QUICK, "--mechanism", "gausian"), "Did you mean 'gaussian'?"),
+        (("--data", "points.csv", *QUICK, "--mechanism", "discrete_gaussian"), "These do: rdp"),
         (("--data", "points.csv", *QUICK, "--sample-rate", "2"), "--sample-rate 2.0"),
         (("--data", "points.csv", *QUICK, "--name", "a/b"), "cannot name a run"),
         (("--data", "points.csv", "--label", "kind", "--epsilon", "-1"), "epsilon"),
@@ -100,6 +121,11 @@ def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
         (("--resume", "--name", "x"), "not the folder of a run"),
         (("--resume", "--name", "x", "--overwrite"), "exclude each other"),
         (("--resume", "--name", "x", "--lr", "1"), "--learning-rate cannot be changed"),
+        (
+            ("--resume", "--name", "x", "--clipping-style", "flat"),
+            "--clipping-style cannot be changed",
+        ),
+        (("--resume", "--name", "x", "--mechanism", "gaussian"), "--mechanism cannot be changed"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -159,6 +185,52 @@ def test_an_interrupted_run_resumes(data: Path, monkeypatch: pytest.MonkeyPatch)
     assert resumed.exit_code == 0, resumed.output
     assert "8 of 8 planned" in Path("runs/cut/statement.txt").read_text()
     assert "that run is complete" in refused(run("train", "--resume", "--name", "cut"))
+
+
+def test_a_resumed_run_keeps_its_style_and_may_change_its_mode(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+    import os
+    import signal
+
+    from dptorch.cli.progress import EpochLines
+
+    def stepped(self: EpochLines, step: int, train_loss: float) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    own = ("train", "--data", "points.csv", *QUICK, "--model", "mlp")
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochLines, "stepped", stepped)
+        run(*own, "--name", "cut", "--clipping-style", "layer-wise", "--clipping-mode", "BK-MixOpt")
+    record = Path("runs/cut/run.json")
+    assert json.loads(record.read_text())["job"]["clipping_mode"] == "BK-MixOpt"
+    resumed = run("train", "--resume", "--name", "cut", "--clipping-mode", "non-ghost")
+    assert resumed.exit_code == 0, resumed.output
+    job = json.loads(record.read_text())["job"]
+    assert (job["clipping_mode"], job["clipping_style"]) == ("non-ghost", "layer-wise")
+    assert PrivacyPlan.from_json(Path("runs/cut/plan.json")).clipping_style == "layer-wise"
+    assert "8 of 8 planned" in Path("runs/cut/statement.txt").read_text()
+
+
+def test_a_run_whose_recorded_style_was_changed_is_not_resumed(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    from dptorch.cli.progress import EpochLines
+
+    def stepped(self: EpochLines, step: int, train_loss: float) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochLines, "stepped", stepped)
+        run("train", "--data", "points.csv", *QUICK, "--name", "cut")
+    record = Path("runs/cut/run.json")
+    record.write_text(record.read_text().replace('"all-layer"', '"layer-wise"', 1))
+    assert "another plan" in refused(run("train", "--resume", "--name", "cut"))
 
 
 def test_help_teaches() -> None:

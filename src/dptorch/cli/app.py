@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
 
 from dptorch.cli.audit import audit
 from dptorch.cli.bench import bench
@@ -19,6 +18,7 @@ from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
 from dptorch.cli.ledger import ledger
+from dptorch.cli.options import Command, Group
 from dptorch.cli.plan import plan
 from dptorch.cli.release import release
 from dptorch.cli.train import train
@@ -27,7 +27,7 @@ from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyW
 __all__ = ["app", "main"]
 
 
-class ReadableErrors(TyperGroup):
+class ReadableErrors(Group):
     """Prints the errors that a user can act on in one line, without a traceback; exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -93,16 +93,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command(rich_help_panel="Train")(train)
-app.command(rich_help_panel="Plan")(epsilon)
-app.command(rich_help_panel="Plan")(calibrate)
-app.command(rich_help_panel="Plan")(plan)
-app.command(rich_help_panel="Train")(check)
-app.command(rich_help_panel="Train")(release)
-app.command(rich_help_panel="Measure")(bench)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Train": (train, check, release),
+    "Plan": (epsilon, calibrate, plan),
+    "Measure": (bench, audit, blogs),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(cls=Command, rich_help_panel=panel)(command)
 app.add_typer(ledger, name="ledger", rich_help_panel="Plan")
-app.command(rich_help_panel="Measure")(audit)
-app.command(rich_help_panel="Measure")(blogs)
 
 
 def _print_version(wanted: bool) -> None:

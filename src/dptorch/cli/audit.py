@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dptorch.cli.options import AsJson
+
 __all__ = ["audit"]
 
 
@@ -53,7 +55,7 @@ def audit(
             show_default="the run's own; none for a plan",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Audit a run: a lower bound on its true ε, and whether it refutes the claim.
 

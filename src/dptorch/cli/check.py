@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dptorch.cli.options import AsJson
 from dptorch.errors import ConfigurationError, one_of
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def check(
     every_parameter: Annotated[
         bool, typer.Option("--all", help="List every parameter, not only those at fault.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the whole report as JSON.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a model on synthetic inputs: exact per-example gradients, and no example touches another.
 

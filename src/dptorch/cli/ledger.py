@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from dptorch.cli.options import AsJson, Command, Group
 from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = ["for_new_run", "for_resumed_run", "ledger"]
 DEFAULT = Path("runs") / "ledger.db"
 
 ledger = typer.Typer(
+    cls=Group,
     help="What was released about each data set, what all runs cost together, and budgets.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -51,10 +53,9 @@ Delta = Annotated[
     float | None,
     typer.Option(help="State ε at this δ.", show_default="the cap's, or the runs' largest"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@ledger.command()
+@ledger.command(cls=Command)
 def show(
     location: Location = str(DEFAULT),
     dataset: Dataset = None,
@@ -105,7 +106,7 @@ def show(
     _console().print(table if runs else f"{book.location} holds no run.")
 
 
-@ledger.command()
+@ledger.command(cls=Command)
 def total(
     location: Location = str(DEFAULT),
     dataset: Dataset = None,
@@ -146,7 +147,7 @@ def total(
             console.print(f"{t.dataset}: {note}.")
 
 
-@ledger.command()
+@ledger.command(cls=Command)
 def budgets(
     location: Location = str(DEFAULT), key_file: KeyFile = None, as_json: AsJson = False
 ) -> None:
@@ -169,7 +170,7 @@ def budgets(
     _console().print(table)
 
 
-@ledger.command()
+@ledger.command(cls=Command)
 def cap(
     dataset: Annotated[str, typer.Argument(help="The data set, as `show` names it.")],
     epsilon: Annotated[
@@ -208,7 +209,7 @@ def cap(
     _console().print(f"{dataset}: at most epsilon {epsilon:g} at delta {delta:g}, per {unit}.")
 
 
-@ledger.command()
+@ledger.command(cls=Command)
 def close(
     run: Annotated[str, typer.Argument(help="Its id, as `show` names it.")],
     location: Location = str(DEFAULT),
@@ -223,7 +224,7 @@ def close(
     _console().print(f"{run}: closed.")
 
 
-@ledger.command()
+@ledger.command(cls=Command)
 def verify(
     location: Location = str(DEFAULT),
     head: Annotated[

@@ -8,12 +8,52 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-__all__ = ["AsJson", "takes_run"]
+__all__ = ["LENGTH", "AsJson", "Command", "Delta", "Epochs", "Group", "Steps", "takes_run"]
 
 SAMPLING, LENGTH = "Sampling: two of these", "Length: one of these"
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.", metavar="")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+Delta = Annotated[
+    float | None,
+    typer.Option(
+        help="Probability that the guarantee fails.",
+        show_default="1 / (10 N), at most 1e-5, as a power of ten",
+    ),
+]
+Epochs = Annotated[
+    float | None,
+    typer.Option(help="Passes over the data.", show_default=False, rich_help_panel=LENGTH),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Training steps.", show_default=False, rich_help_panel=LENGTH),
+]
+
+
+class Command(TyperCommand):
+    """A command whose help shows a switch as what is typed: ``--json``, without ``<bool>``."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, ``--help`` among them."""
+        return _bare_switches(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The same for a command that has commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, ``--help`` among them."""
+        return _bare_switches(super().get_params(ctx))
+
+
+def _bare_switches(parameters: list[Any]) -> list[Any]:
+    """The parameters, the switches among them without a type in their help."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 def _run_options(
@@ -43,21 +83,9 @@ def _run_options(
             help="How batches are drawn: poisson, truncated-poisson, random-allocation, shuffled, ...",
         ),
     ] = "poisson",
-    epochs: Annotated[
-        float | None,
-        typer.Option(help="Passes over the data.", show_default=False, rich_help_panel=LENGTH),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Training steps.", show_default=False, rich_help_panel=LENGTH),
-    ] = None,
-    delta: Annotated[
-        float | None,
-        typer.Option(
-            help="Probability that the guarantee fails.",
-            show_default="1 / (10 N), at most 1e-5, as a power of ten",
-        ),
-    ] = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    delta: Delta = None,
     accountant: Annotated[
         str, typer.Option(help="Who computes ε: pld, exact, rdp, prv, gdp.")
     ] = "pld",

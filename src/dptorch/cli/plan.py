@@ -9,51 +9,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dptorch.cli.options import AsJson
+from dptorch.cli.options import LENGTH, AsJson, Delta, Epochs, Steps
 
 if TYPE_CHECKING:
     from dptorch.accounting import Choice
 
 __all__ = ["plan"]
 
-LIMIT = "What limits the run: one of these"
 MACHINE = "Your machine, as measured"
 
 
 def plan(
     sample_size: Annotated[int, typer.Option(help="Number of training examples.")],
     target_epsilon: Annotated[float, typer.Option("--epsilon", help="Budget of the whole run.")],
-    delta: Annotated[
-        float | None,
-        typer.Option(
-            help="Probability that the guarantee fails.",
-            show_default="1 / (10 N), at most 1e-5, as a power of ten",
-        ),
-    ] = None,
-    epochs: Annotated[
-        float | None,
-        typer.Option(help="Passes over the data.", show_default=False, rich_help_panel=LIMIT),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Training steps, whatever the batch size.",
-            show_default=False,
-            rich_help_panel=LIMIT,
-        ),
-    ] = None,
+    delta: Delta = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
     examples: Annotated[
         float | None,
         typer.Option(
             help="Examples processed, all steps together.",
             show_default=False,
-            rich_help_panel=LIMIT,
+            rich_help_panel=LENGTH,
         ),
     ] = None,
     hours: Annotated[
         float | None,
         typer.Option(
-            help="Time; needs --examples-per-second.", show_default=False, rich_help_panel=LIMIT
+            help="Time; needs --examples-per-second.", show_default=False, rich_help_panel=LENGTH
         ),
     ] = None,
     examples_per_second: Annotated[
@@ -116,10 +99,11 @@ def plan(
     """
     from dptorch.accounting import RunLaw, plan_budget
     from dptorch.accounting.events import positive_int
+    from dptorch.plan import default_delta
 
     positive_int("sample_size", sample_size)
     if delta is None:
-        delta = min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
+        delta = default_delta(sample_size)
     choices = plan_budget(
         sample_size=sample_size,
         target_epsilon=target_epsilon,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,8 @@ DATA, MODEL, PRIVACY, TRAINING, OUTPUT = "Data", "Model", "Privacy", "Training",
 LEDGER = "Ledger"
 # What --resume may be combined with: everything else is settled by the run's own record.
 WITH_RESUME = frozenset(
-    {"name", "runs", "resume", "device", "num_workers", "release", "ledger", "no_ledger", "ctx"}
+    {"name", "runs", "resume", "device", "num_workers", "clipping_mode", "release", "ledger"}
+    | {"no_ledger", "ctx"}
 )
 
 
@@ -145,6 +145,24 @@ def train(
             rich_help_panel=PRIVACY,
         ),
     ] = None,
+    clipping_style: Annotated[
+        str,
+        typer.Option(
+            metavar="STYLE",
+            help="What is clipped together: [bold]all-layer[/], or for less memory "
+            "[bold]layer-wise[/], [bold]param-wise[/], [bold]block-wise[/], or modules of your "
+            "model, comma separated, each its own block: [bold]encoder.*,head[/].",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = "all-layer",
+    mechanism: Annotated[
+        str,
+        typer.Option(
+            help="The noise: [bold]gaussian[/], or [bold]discrete_gaussian[/]: whole numbers on "
+            "gradients rounded to such; slower, with --accountant rdp.",
+            rich_help_panel=PRIVACY,
+        ),
+    ] = "gaussian",
     accountant: Annotated[
         str, typer.Option(help="Who computes ε: pld, rdp, ...", rich_help_panel=PRIVACY)
     ] = "pld",
@@ -199,6 +217,15 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = 512,
+    clipping_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="How gradients' norms are computed: [bold]auto[/], [bold]non-ghost[/], "
+            "[bold]ghost[/] (least memory), [bold]BK-MixOpt[/], ... Changes speed and memory only.",
+            show_default="auto",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     num_workers: Annotated[
         int, typer.Option(help="Processes that load data.", rich_help_panel=TRAINING)
     ] = 0,
@@ -316,7 +343,7 @@ def train(
     from dptorch.cli.ledger import for_new_run, for_resumed_run
     from dptorch.training import run_folder
     from dptorch.training.canaries import CANARY_FILE, Canaries
-    from dptorch.training.data import ReadOptions
+    from dptorch.training.data import ReadOptions, parse_bounds
     from dptorch.training.job import Job, prepare
     from dptorch.training.loop import train as run_job
     from dptorch.training.release import check_destination
@@ -332,7 +359,12 @@ def train(
         folder = run_folder.reopen(runs, name)
         folder.require_checkpoint()
         job = Job.from_dict(folder.read_json("run.json")["job"])
-        job = replace(job, device=device, num_workers=num_workers)
+        job = replace(
+            job,
+            device=device,
+            num_workers=num_workers,
+            clipping_mode=clipping_mode or job.clipping_mode,
+        )
         planted = Canaries.read(folder.path / CANARY_FILE) if job.canaries else None
         setup = _prepare(partial(prepare, canaries=planted), job, console)
         if not no_ledger:
@@ -346,7 +378,7 @@ def train(
         job = Job(
             recipe=recipe,
             data=None if data is None else str(data),
-            reading=ReadOptions(label, *_bounds(bounds), image_size, channels, test_fraction),
+            reading=ReadOptions(label, *parse_bounds(bounds), image_size, channels, test_fraction),
             model=model,
             pretrained=pretrained,
             epochs=epochs,
@@ -357,6 +389,9 @@ def train(
             target_delta=delta,
             max_grad_norm=max_grad_norm,
             clipping_fn=clipping_fn,
+            clipping_mode=clipping_mode or "auto",
+            clipping_style=clipping_style,
+            mechanism=mechanism,
             accountant=accountant,
             sampling=sampling,
             learning_rate=learning_rate,
@@ -405,26 +440,6 @@ def _refuse_reading_options(ctx: typer.Context) -> None:
                 f"--{parameter.replace('_', '-')} says how to read --data; a recipe brings its own "
                 "data and preprocessing. Leave it out, or give --data."
             )
-
-
-Range = tuple[float, float]
-
-
-def _bounds(text: str | None) -> tuple[Range | None, dict[str, Range]]:
-    """What `--bounds` says: (one range for all columns, a range for each)."""
-    if text is None:
-        return None, {}
-    try:
-        if text.endswith(".json"):
-            ranges = json.loads(Path(text).read_text(encoding="utf-8"))
-            return None, {str(k): (float(low), float(high)) for k, (low, high) in ranges.items()}
-        low, high = (float(part) for part in text.split(","))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigurationError(
-            f"--bounds {text!r} cannot be read ({error}). Expected two numbers, such as 0,255, or "
-            f'a JSON file such as {{"age": [0, 120], "height": [0, 250]}}.'
-        ) from None
-    return (low, high), {}
 
 
 def _prepare(prepare: Any, job: Job, console: Console) -> Setup:

@@ -9,9 +9,11 @@ examples themselves are private.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ __all__ = [
     "TrainTest",
     "encode_labels",
     "is_held_out",
+    "parse_bounds",
     "split_by_content",
 ]
 
@@ -154,6 +157,37 @@ class ReadOptions:
         ranges = torch.tensor([self.column_bounds.get(c, self.bounds) for c in columns])
         low, high = ranges.to(values).unbind(1)
         return (torch.minimum(torch.maximum(values, low), high) - low) * (2 / (high - low)) - 1
+
+
+Range = tuple[float, float]
+
+
+def parse_bounds(text: str | None) -> tuple[Range | None, dict[str, Range]]:
+    """What the option ``--bounds`` says: (one range for all columns, a range for each).
+
+    Args:
+        text: two numbers with a comma, or the path of a JSON file of ranges by column.
+
+    Raises:
+        ConfigurationError: for anything else.
+
+    Example:
+        >>> parse_bounds("0,255")
+        ((0.0, 255.0), {})
+    """
+    if text is None:
+        return None, {}
+    try:
+        if text.endswith(".json"):
+            ranges = json.loads(Path(text).read_text(encoding="utf-8"))
+            return None, {str(k): (float(low), float(high)) for k, (low, high) in ranges.items()}
+        low, high = (float(part) for part in text.split(","))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"bounds={text!r} cannot be read ({error}). Expected two numbers, such as 0,255, or "
+            f'a JSON file such as {{"age": [0, 120], "height": [0, 250]}}.'
+        ) from None
+    return (low, high), {}
 
 
 def is_held_out(content: bytes, fraction: float) -> bool:

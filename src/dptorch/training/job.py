@@ -13,6 +13,7 @@ from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
 from dptorch.randomness import RootKey
+from dptorch.tape.ways import NON_PRIVATE, mode_of
 from dptorch.training import recipes
 from dptorch.training.canaries import Canaries, make_canaries, plant
 from dptorch.training.data import ReadOptions, TrainTest
@@ -29,6 +30,7 @@ _FOR_THE_ENGINE = (
     "target_delta",
     "max_grad_norm",
     "clipping_fn",
+    "mechanism",
     "accountant",
     "sampling",
 )
@@ -48,8 +50,11 @@ class Job:
         epochs: passes over the data, in expectation.
         batch_size, sample_rate: how many examples a step draws in expectation, either way.
         target_epsilon, noise_multiplier: the budget or the noise, either way.
-        target_delta, max_grad_norm, clipping_fn, accountant, sampling: see
+        target_delta, max_grad_norm, clipping_fn, mechanism, accountant, sampling: see
             `dptorch.plan.PrivacyPlan`.
+        clipping_style: a style's name, or names and patterns of modules, comma separated, each of
+            which is clipped on its own.
+        clipping_mode: see `dptorch.PrivacyEngine`; no effect on the result, but no "non-private".
         learning_rate, momentum: of SGD.
         max_physical_batch_size: most examples in memory at once; no effect on the result.
         num_workers: processes that load data.
@@ -72,6 +77,9 @@ class Job:
     target_delta: float | None = None
     max_grad_norm: float | None = None
     clipping_fn: str | None = None
+    clipping_mode: str = "auto"
+    clipping_style: str = "all-layer"
+    mechanism: str = "gaussian"
     accountant: str = "pld"
     sampling: str = "poisson"
     learning_rate: float | None = None
@@ -164,12 +172,17 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
         job.model, data.input_shape, len(data.classes), pretrained=job.pretrained
     ).to(device)
     settings = {name: getattr(job, name) for name in _FOR_THE_ENGINE}
-    plan = make_plan(sample_size=size, loss_reduction="mean", **settings)
+    plan = make_plan(
+        sample_size=size,
+        loss_reduction="mean",
+        clipping_style=_style(job.clipping_style),
+        **settings,
+    )
     if canaries is not None:
         # The number of real examples is public. How many canaries are in is not: one that is out
         # counts as a record that contributes nothing.
         plan = replace(plan, sample_size=None)
-    engine = PrivacyEngine(model, plan=plan, seed=job.seed)
+    engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
         lr=job.learning_rate or 0.0,
@@ -193,12 +206,24 @@ def _refuse_contradictions(job: Job) -> None:
             )
             left, right = options
             raise ConfigurationError(f"{left} {a} and {right} {b} exclude each other: {why}.")
+    if mode_of(job.clipping_mode) is NON_PRIVATE:
+        raise ConfigurationError(
+            f"clipping_mode={job.clipping_mode!r} trains without privacy, and a run's folder says "
+            "what its privacy is. For a comparison make a PrivacyEngine with it in a loop of your own."
+        )
     for name in ("epochs", "learning_rate", "max_physical_batch_size"):
         value = getattr(job, name)
         if value is not None and not value > 0:
             raise ConfigurationError(f"{name}={value}: expected a positive number")
     if job.momentum is not None and not 0 <= job.momentum < 1:
         raise ConfigurationError(f"momentum={job.momentum}: expected a number in [0, 1)")
+
+
+def _style(text: str) -> str | list[str]:
+    """A style's name, or the modules that a text with commas, dots or wildcards lists."""
+    if not any(mark in text for mark in ",.*"):
+        return text
+    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
 
 
 def _decide(job: Job, model: str, suggested: recipes.Hyperparameters, *, sample_size: int) -> Job:
