@@ -8,7 +8,7 @@ import time
 import torch
 
 from dptorch.noise import GaussianNoise
-from dptorch.noise.compiled import compiled_transform
+from dptorch.noise.compiled import compiled
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum
 
@@ -24,7 +24,7 @@ def main() -> None:
         "normal_, not added": lambda: values.normal_(),
         "torch.normal, added": lambda: values.add_(torch.normal(0.0, 1.0, (SIZE,))),
     }
-    print("compiled transform:", "yes" if compiled_transform() else "no")
+    print("compiled:", "yes" if compiled() else "no")
     for threads in (1, 2):
         torch.set_num_threads(threads)
         seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -348,11 +348,11 @@ class PrivacyEngine(PrivateRun):
         context = 0
         if self._key.provenance == FROM_OS:
             context = fingerprint(clipped.values, self._key, step)
-        noisy = noise.privatize(clipped, self._key, step, context=context)
-        if self.plan.adaptive_clipping is not None:
-            self._batch.follow(noisy.values[COUNTS])
         divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
-        write_gradients(self._parameters, noisy, divisor)
+        noisy = noise.privatize(clipped, self._key, step, context=context, divisor=divisor)
+        if self.plan.adaptive_clipping is not None:
+            self._batch.follow(noisy.values[COUNTS] * divisor)
+        write_gradients(self._parameters, noisy)
         return True
 
     def _refuse_changed_parameters(self) -> None:

@@ -55,12 +55,13 @@ class RoundedSum(ClippedSum):
 
 @dataclass(frozen=True)
 class NoisyGradient:
-    """A clipped sum with noise added: safe to release at the cost the accountant was told of.
+    """A clipped sum with noise added, divided by a public number: safe to release at the cost the
+    accountant was told of.
 
     Attributes:
         values: parameter name -> tensor of the parameter's shape.
         stddev: parameter name -> standard deviation of the noise in each of its coordinates.
-        max_norm: the clipping bound of the sum under the noise.
+        max_norm: the clipping bound of the sum under the noise, divided like it.
     """
 
     values: Mapping[str, Tensor]

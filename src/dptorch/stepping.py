@@ -122,8 +122,8 @@ class OptimizerBinding:
             self.optimizer.__dict__.pop(name, None)
 
 
-def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient, divisor: float) -> None:
-    """Hand a noisy sum, divided, to the optimizer: the only place where ``.grad`` is written.
+def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient) -> None:
+    """Hand a noisy gradient to the optimizer: the only place where ``.grad`` is written.
 
     Raises:
         TypeError: `noisy` is anything but a `NoisyGradient`, whose noise nobody vouches for.
@@ -135,7 +135,7 @@ def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient, divisor
         )
     with torch.no_grad():
         for name, p in parameters.items():
-            p.grad = noisy.values[name].div_(divisor).to(p.dtype)
+            p.grad = noisy.values[name].to(p.dtype)
 
 
 def check_parameters(model_parameters: dict[str, Tensor], optimizer: Optimizer) -> None:

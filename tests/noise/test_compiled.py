@@ -1,7 +1,8 @@
-"""The compiled transform makes numpy's bits, or is not used."""
+"""The compiled noise and hash make numpy's bits, or are not used."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from dptorch.noise import GaussianNoise, compiled
-from dptorch.noise.compiled import SWITCH, compiled_transform
+from dptorch.noise import GaussianNoise, team
+from dptorch.noise.compiled import SOURCES, SWITCH, compiled
+from dptorch.noise.fingerprint import fingerprint
+from dptorch.noise.keystream import Keystream
+from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
 from dptorch.noise.normal import to_float32
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum
@@ -27,9 +31,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A cache folder of the test's own, and a library that is looked for again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(SWITCH, raising=False)
-    compiled_transform.cache_clear()
+    compiled.cache_clear()
     yield tmp_path / "dptorch"
-    compiled_transform.cache_clear()
+    compiled.cache_clear()
 
 
 def libraries(cache: Path) -> list[Path]:
@@ -38,30 +42,115 @@ def libraries(cache: Path) -> list[Path]:
 
 @needs_compiler
 def test_compiled_bits_are_numpy_bits() -> None:
-    transform = compiled_transform()
-    assert transform is not None
+    library = compiled()
+    assert library is not None
     generator = np.random.default_rng(3)
     for size in (1, 7, 8, 1000, 2**18):
         bits = generator.integers(-(2**31), 2**31, (3, size), np.int32)
         bits[0, : size // 2] >>= generator.integers(0, 32, size // 2, np.int32)
         expected, found = np.empty((2, size), np.float32), np.empty((2, size), np.float32)
         to_float32(bits, expected)
-        transform(bits, found)
+        library.transform(bits, found)
         assert (expected.view(np.int32) == found.view(np.int32)).all()
 
 
-@needs_compiler
-def test_noise_is_the_same_with_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def noise() -> torch.Tensor:
-        sums = ClippedSum({"w": torch.zeros(500_000)}, 1.0)
-        return GaussianNoise(1.3).privatize(sums, RootKey.from_seed(1), 4).values["w"]
+def noisy_sum(divisor: float = 1.0) -> tuple[torch.Tensor, int]:
+    """A sum of several parameters after the noise, in one tensor, and its fingerprint."""
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        name: torch.randn(size, generator=generator)
+        for name, size in {"a": 300_001, "b": 3, "c": 70_000, "d": 200_000}.items()
+    }
+    key = RootKey.from_seed(1)
+    mark = fingerprint(values, key, 4)
+    sums = ClippedSum(values, 1.0, {"a": 1.0, "b": 0.5, "c": 2.0, "d": 0.1})
+    noisy = GaussianNoise(1.3).privatize(sums, key, 4, divisor=divisor)
+    return torch.cat(list(noisy.values.values())), mark
 
-    with_compiler = noise()
-    assert compiled_transform() is not None
-    monkeypatch.setenv(SWITCH, "0")
-    compiled_transform.cache_clear()
-    assert compiled_transform() is None
-    assert torch.equal(with_compiler, noise())
+
+@needs_compiler
+@pytest.mark.parametrize("divisor", [1.0, 256.0, 17.3])
+@pytest.mark.parametrize("without", ["compiler", "cipher", "threads of torch"])
+def test_a_step_is_the_same_without(
+    monkeypatch: pytest.MonkeyPatch, without: str, divisor: float
+) -> None:
+    with_all = noisy_sum(divisor)
+    library = compiled()
+    assert library is not None
+    if without == "compiler":
+        monkeypatch.setenv(SWITCH, "0")
+        compiled.cache_clear()
+        assert compiled() is None
+    elif without == "cipher":
+        monkeypatch.setattr(library, "has_cipher", False)
+    else:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        monkeypatch.setattr(team, "_openmp_start", lambda: None)
+    again = noisy_sum(divisor)
+    assert torch.equal(with_all[0], again[0])
+    assert with_all[1] == again[1]
+
+
+@needs_compiler
+def test_division_is_that_of_the_undivided_noisy_sum() -> None:
+    assert torch.equal(noisy_sum(256.0)[0] * 256.0, noisy_sum()[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 40 * CHUNK + 7])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_compiled_hash_is_numpys(size: int, threads: int) -> None:
+    library = compiled()
+    assert library is not None
+    generator = np.random.default_rng(size)
+    words, key = (generator.integers(0, 2**32, n, np.uint32) for n in (size, KEY_WORDS))
+    assert (library.nh(words, key, threads) == nh(words, key)).all()
+
+
+def test_hash_by_the_definition() -> None:
+    """Python's integers, word by word."""
+    generator = np.random.default_rng(0)
+    words, key = (generator.integers(0, 2**32, n, np.uint32) for n in (CHUNK + 3, KEY_WORDS))
+    rows = []
+    for chunk in (words[:CHUNK], words[CHUNK:]):
+        padded = [int(w) for w in chunk] + [0] * (len(chunk) % 2)
+        row = []
+        for shift in (0, 2):
+            total = 0
+            for i in range(0, len(padded), 2):
+                left = (padded[i] + int(key[i + shift])) % 2**32
+                right = (padded[i + 1] + int(key[i + 1 + shift])) % 2**32
+                total += left * right
+            row.append(total % 2**64)
+        rows.append(row)
+    assert nh(words, key).tolist() == rows
+
+
+@needs_compiler
+def test_the_cipher_is_aes_256() -> None:
+    """FIPS 197's own key, and the keystream of the library that everything else uses."""
+    library = compiled()
+    if library is None or not library.has_cipher:
+        pytest.skip("this processor has no AES instructions; the library's own cipher is used")
+    calls = library._library
+    for key in (bytes(range(32)), os.urandom(32)):
+        cipher = np.zeros(15 * 16 + 16 + 16, np.uint8)  # round keys, a flag, room to align
+        at = -cipher.ctypes.data % 16
+        calls.expand_key(key, ctypes.c_void_p(cipher.ctypes.data + at))
+        flag = cipher[at + 240 : at + 244].view(np.int32)
+        for first in (0, 5, 2**33):
+            expected = np.empty(16 * 64, np.uint8)
+            Keystream(key).read(16 * first, expected)
+            for wide in {0, int(flag[0])}:
+                flag[0] = wide
+                found = np.zeros_like(expected)
+                calls.keystream(
+                    ctypes.c_void_p(cipher.ctypes.data + at),
+                    ctypes.c_uint64(first),
+                    ctypes.c_void_p(found.ctypes.data),
+                    ctypes.c_int64(64),
+                )
+                assert (found == expected).all()
 
 
 @needs_compiler
@@ -73,6 +162,19 @@ def test_noise_is_the_same_with_and_without_a_compiler(monkeypatch: pytest.Monke
         ("? -v : f", "? f : f"),  # small radii rounded
         ("<< 1) & INT32_MIN", "<< 2) & INT32_MIN"),
         ("float w = y * y;", "float w = y * y * 1.0000001f;"),
+        # of the pass
+        ("0xaa", "0xff"),
+        ("round < 14", "round < 13"),
+        ("(2 * block + half) * PAIRS", "(2 * block) * PAIRS"),  # two numbers get one noise
+        ("((3 * block + row) * PAIRS + at) / 4", "(row * PAIRS + at) / 4"),  # blocks repeat
+        ("noise + (from - place)", "noise"),
+        ("to[i] += noise[i] * stddev", "to[i] = to[i]"),
+        ("+ noise[i] * stddev) / divisor", "+ noise[i] * stddev / divisor)"),
+        ("job->stddevs[span]", "job->stddevs[0]"),
+        # of the hash
+        ("key + 2 * (i + pass)", "key + 2 * i"),
+        ("srli_epi64(keyed, 32)", "srli_epi64(keyed, 31)"),
+        ("size - 1;", "size - 2;"),
     ],
 )
 def test_code_that_makes_other_bits_is_not_used(
@@ -81,34 +183,33 @@ def test_code_that_makes_other_bits_is_not_used(
     read = Path.read_bytes
 
     def changed(path: Path) -> bytes:
-        source = read(path)
-        assert right.encode() in source
-        return source.replace(right.encode(), wrong.encode())
+        return read(path).replace(right.encode(), wrong.encode())
 
-    monkeypatch.setattr(type(compiled.SOURCE), "read_bytes", changed)
-    assert compiled_transform() is None
+    assert sum(right.encode() in path.read_bytes() for path in SOURCES) == 1
+    monkeypatch.setattr(type(SOURCES[0]), "read_bytes", changed)
+    assert compiled() is None
 
 
 @needs_compiler
 def test_it_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiled_transform() is not None
+    assert compiled() is not None
     [library] = libraries(own_cache)
     assert own_cache.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("PATH", "")
-    compiled_transform.cache_clear()
-    assert compiled_transform() is not None
+    compiled.cache_clear()
+    assert compiled() is not None
     assert libraries(own_cache) == [library]
 
 
 @needs_compiler
 def test_a_library_that_was_cut_short_is_made_again(own_cache: Path) -> None:
-    assert compiled_transform() is not None
+    assert compiled() is not None
     [library] = libraries(own_cache)
     whole = library.read_bytes()
     library.unlink()  # it is mapped: writing into it would change what runs
     library.write_bytes(whole[:100])
-    compiled_transform.cache_clear()
-    assert compiled_transform() is not None
+    compiled.cache_clear()
+    assert compiled() is not None
     assert libraries(own_cache)[0].stat().st_size == len(whole)
 
 
@@ -116,7 +217,7 @@ def test_a_library_that_was_cut_short_is_made_again(own_cache: Path) -> None:
 def test_a_folder_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
     own_cache.mkdir()
     own_cache.chmod(0o777)
-    assert compiled_transform() is not None
+    assert compiled() is not None
     assert libraries(own_cache) == []
 
 
@@ -133,4 +234,4 @@ def test_without_a_compiler_numpy_does_it(
         monkeypatch.setenv(SWITCH, "0")
     else:
         monkeypatch.setenv("PATH", f"{fake}{os.pathsep}/nowhere")
-    assert compiled_transform() is None
+    assert compiled() is None

@@ -1,7 +1,7 @@
-"""The normal transform as machine code: `normal.c`, compiled once per machine where it can be.
+"""Noise and hash as machine code: the C sources beside this file, compiled once per machine.
 
 A C compiler is not part of dptorch, so its absence changes the speed and nothing else: the machine
-code is used only if it makes, of random bits and of extreme ones, the same bits as numpy does.
+code is used only if it makes the same bits as numpy does, on inputs that reach all of its branches.
 """
 
 from __future__ import annotations
@@ -16,23 +16,38 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dptorch.noise.normal import LOG, MINUS_TWICE_LOG_2, ROOT_HALF_BITS, SINE, Transform, to_float32
+from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
+from dptorch.noise.normal import (
+    KEYSTREAM_BLOCK,
+    LOG,
+    MINUS_TWICE_LOG_2,
+    ROOT_HALF_BITS,
+    SINE,
+    KeystreamNormals,
+    to_float32,
+)
+from dptorch.noise.team import run_in_team
 
-__all__ = ["SWITCH", "compiled_transform"]
+__all__ = ["SWITCH", "Compiled", "Target", "compiled"]
 
 SWITCH: Final = "DPTORCH_COMPILE"
 """Environment variable; "0" keeps dptorch from running a C compiler."""
 
-SOURCE: Final = Path(__file__).with_name("normal.c")
+SOURCES: Final = tuple(
+    Path(__file__).with_name(name)
+    for name in ("kernels.h", "normal.c", "keystream.c", "add_noise.c", "hash.c")
+)
 
 _OPTIONS: Final = (
-    "-std=c99",
+    "-std=c11",
     "-O3",
     "-shared",
     "-fPIC",
@@ -40,31 +55,134 @@ _OPTIONS: Final = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-_PATIENCE_S: Final = 20.0  # it takes 0.2 s; beyond this something is wrong
+_PATIENCE_S: Final = 20.0  # it takes 0.6 s; beyond this something is wrong
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where noise goes: numbers in memory, and their place in the sequence of the noise.
+
+    Args:
+        values: float32 [n], contiguous; changed in place.
+        start: number of the sequence that the first of them gets.
+        stddev: of its noise.
+    """
+
+    values: NDArray[np.float32]
+    start: int
+    stddev: float
+
+
+class Compiled:
+    """What the library does; its functions release the interpreter lock.
+
+    Attributes:
+        has_cipher: whether the processor has AES instructions, without which `add_noise` is not to
+            be called.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.normals.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64]
+        for function in (library.normals, library.add_noise, library.hash_words):
+            function.restype = None
+        self.has_cipher = bool(library.has_cipher())
+
+    def transform(self, bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
+        """`dptorch.noise.normal.to_float32`."""
+        self._library.normals(*(row.ctypes.data for row in (*bits, *normals)), bits.shape[1])
+
+    def add_noise(
+        self,
+        key: bytes,
+        blocks: Sequence[int],
+        targets: Sequence[Target],
+        divisor: float,
+        threads: int,
+    ) -> None:
+        """``values = (values + noise * stddev) / divisor``, with the numbers of `KeystreamNormals`.
+
+        Args:
+            key: of the keystream.
+            blocks: numbers of all blocks that targets reach into.
+            targets: in the order of their places, which are disjoint.
+            divisor: one for all.
+            threads: how many to use.
+        """
+        columns: list[NDArray[Any]] = [
+            np.array(blocks, np.int64),
+            np.array([t.values.ctypes.data for t in targets], np.uintp),
+            np.array([t.start for t in targets], np.int64),
+            np.array([t.start + t.values.size for t in targets], np.int64),
+            np.array([t.stddev for t in targets], np.float32),
+        ]
+        numbers, data, starts, stops, stddevs = (c.ctypes.data for c in columns)
+        job = _Noise(
+            key, numbers, len(blocks), data, starts, stops, stddevs, len(targets), divisor, 0
+        )
+        run_in_team(self._library.add_noise, job, threads)
+
+    def nh(
+        self, words: NDArray[np.uint32], key: NDArray[np.uint32], threads: int
+    ) -> NDArray[np.uint64]:
+        """`dptorch.noise.nh.nh`."""
+        sums = np.empty((-(-len(words) // CHUNK), 2), np.uint64)
+        job = _Hash(words.ctypes.data, len(words), key.ctypes.data, sums.ctypes.data, 0)
+        run_in_team(self._library.hash_words, job, threads)
+        return sums
+
+
+class _Noise(ctypes.Structure):
+    """`Noise` of add_noise.c."""
+
+    _fields_ = (
+        ("key", ctypes.c_char_p),
+        ("blocks", ctypes.c_void_p),
+        ("block_count", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("stops", ctypes.c_void_p),
+        ("stddevs", ctypes.c_void_p),
+        ("span_count", ctypes.c_int64),
+        ("divisor", ctypes.c_float),
+        ("next", ctypes.c_int64),
+    )
+
+
+class _Hash(ctypes.Structure):
+    """`Hash` of hash.c."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("word_count", ctypes.c_int64),
+        ("key", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("next", ctypes.c_int64),
+    )
 
 
 @functools.lru_cache(maxsize=1)
-def compiled_transform() -> Transform | None:
-    """`to_float32` in machine code, or None where there is no compiler or it makes other numbers.
+def compiled() -> Compiled | None:
+    """The library, or None where there is no compiler or it makes other numbers.
 
-    The first call on a machine runs ``cc`` for some 0.2 s and keeps the result in the user's cache
+    The first call on a machine runs ``cc`` for some 0.6 s and keeps the result in the user's cache
     folder (``$XDG_CACHE_HOME/dptorch``, by default ``~/.cache/dptorch``).
     """
     if os.environ.get(SWITCH) == "0" or sys.byteorder != "little":
         return None
     try:
-        transform = _bind(_library())
+        found = Compiled(_library())
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
-    return transform if _same_bits(transform) else None
+    return found if _same_bits(found) else None
 
 
 def _library() -> ctypes.CDLL:
     """Load the library, compiled if it is not in the cache."""
-    source = SOURCE.read_bytes()
+    sources = {path.name: path.read_bytes() for path in SOURCES}
     options = [*_OPTIONS, *(f"-D{name}={value}" for name, value in _constants().items())]
-    made_of = repr((source, options, sys.platform, platform.machine()))
-    name = f"normal-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    made_of = repr((sources, options, sys.platform, platform.machine()))
+    name = f"noise-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     cache = _private_folder()
     if cache is not None and (cache / name).exists():
         with contextlib.suppress(OSError):  # cut short, say: then make it anew
@@ -73,10 +191,11 @@ def _library() -> ctypes.CDLL:
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        (Path(folder) / "normal.c").write_bytes(source)
+        for file, source in sources.items():
+            (Path(folder) / file).write_bytes(source)
         made = Path(folder) / name
         subprocess.run(
-            [compiler, *options, "normal.c", "-o", name, "-lm"],
+            [compiler, *options, *(f for f in sources if f.endswith(".c")), "-o", name, "-lm"],
             cwd=folder,
             check=True,
             capture_output=True,
@@ -89,14 +208,19 @@ def _library() -> ctypes.CDLL:
 
 
 def _constants() -> dict[str, str]:
-    """The numbers of the transform, written exactly."""
+    """The numbers of the transform, written exactly, and sizes."""
     named = {
         **{f"SINE_{i}": c for i, c in enumerate(SINE)},
         **{f"LOG_{i}": c for i, c in enumerate(LOG, 1)},
         "MINUS_TWICE_LOG_2": MINUS_TWICE_LOG_2,
     }
     exact = {name: f"({float(value).hex()}f)" for name, value in named.items()}
-    return {**exact, "ROOT_HALF_BITS": hex(ROOT_HALF_BITS)}
+    return {
+        **exact,
+        "ROOT_HALF_BITS": hex(ROOT_HALF_BITS),
+        "PAIRS": str(KEYSTREAM_BLOCK // 2),
+        "CHUNK": str(CHUNK),
+    }
 
 
 def _private_folder() -> Path | None:
@@ -111,25 +235,54 @@ def _private_folder() -> Path | None:
     return folder if about.st_uid == os.getuid() and not about.st_mode & 0o022 else None
 
 
-def _bind(library: ctypes.CDLL) -> Transform:
-    function = library.normals
-    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64]
-    function.restype = None
-
-    def transform(bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
-        function(*(row.ctypes.data for row in (*bits, *normals)), bits.shape[1])
-
-    return transform
+def _same_bits(library: Compiled) -> bool:
+    generator = np.random.default_rng(0)
+    return (
+        _same_normals(library, generator)
+        and _same_hash(library, generator)
+        and (not library.has_cipher or _same_noise(library, generator))
+    )
 
 
-def _same_bits(transform: Transform) -> bool:
-    """Whether it makes the numbers of `to_float32`, on bits that reach all of its branches."""
-    bits = np.random.default_rng(0).integers(-(2**31), 2**31, (3, 2**14), np.int32)
+def _same_normals(library: Compiled, generator: np.random.Generator) -> bool:
+    bits = generator.integers(-(2**31), 2**31, (3, 2**14), np.int32)
     # Numbers of all magnitudes, of both signs, and the edges.
     bits[:, : 2**13] >>= np.arange(2**13, dtype=np.int32) % 32
     bits[:2, 2**12 : 2**13] ^= bits[0, 2**12 : 2**13] >> 31
     bits[:, :4] = (0, -1, 2**31 - 1, -(2**31))
     expected, found = np.empty((2, 2**14), np.float32), np.empty((2, 2**14), np.float32)
     to_float32(bits, expected)
-    transform(bits, found)
-    return bool((expected.view(np.int32) == found.view(np.int32)).all())
+    library.transform(bits, found)
+    return _equal(expected, found)
+
+
+def _same_hash(library: Compiled, generator: np.random.Generator) -> bool:
+    key = generator.integers(0, 2**32, KEY_WORDS, np.uint32)
+    words = generator.integers(0, 2**32, CHUNK + 37, np.uint32)
+    return _equal(nh(words, key), library.nh(words, key, threads=1))
+
+
+def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:
+    """On targets within a block, across blocks, side by side and apart, with and without division."""
+    key, end = generator.bytes(32), 2 * KEYSTREAM_BLOCK
+    places = [(3, 50), (50, 700), (40_000, KEYSTREAM_BLOCK + 33), (end - 9, end + 5)]
+    values = [generator.standard_normal(stop - start, np.float32) for start, stop in places]
+    stream = KeystreamNormals(key, np.dtype(np.float32))
+    blocks = (0, 1, 2)
+    noise = np.concatenate([stream.block(i).copy() for i in blocks])
+    for divisor in (1.0, 7.0):
+        found = [v.copy() for v in values]
+        targets = [
+            Target(v, start, 1.5 + i)
+            for i, (v, (start, _)) in enumerate(zip(found, places, strict=True))
+        ]
+        library.add_noise(key, blocks, targets, divisor, threads=2)
+        for value, target, (start, stop) in zip(values, targets, places, strict=True):
+            added = value + noise[start:stop] * np.float32(target.stddev)
+            if not _equal(added / np.float32(divisor), target.values):
+                return False
+    return True
+
+
+def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return a.tobytes() == b.tobytes()

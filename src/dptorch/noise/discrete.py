@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise.gaussian import GaussianNoise, pieces_by_block, place_spans
+from dptorch.noise.gaussian import (
+    GaussianNoise,
+    check_divisor,
+    divided,
+    pieces_by_block,
+    place_spans,
+)
 from dptorch.noise.keystream import CIPHER_BLOCK, Keystream
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum, NoisyGradient, RoundedSum
@@ -215,12 +221,14 @@ class DiscreteGaussianNoise:
         *,
         context: int = 0,
         offsets: Mapping[str, int] | None = None,
+        divisor: float = 1.0,
     ) -> NoisyGradient:
-        """Add the noise of `step`; see `GaussianNoise.privatize`.
+        """Add the noise of `step`, and divide; see `GaussianNoise.privatize`.
 
         Raises:
             TypeError: `clipped` is not a `RoundedSum`.
         """
+        check_divisor(divisor)
         if not isinstance(clipped, RoundedSum):
             raise TypeError(
                 f"discrete noise is added to a RoundedSum, not to a {type(clipped).__name__}: round "
@@ -233,10 +241,10 @@ class DiscreteGaussianNoise:
         if self.noise_multiplier:
             self._add(clipped.values, key, (step, context), offsets)
         released = {
-            n: (v.double() * (clipped.scale(n) / RoundedSum.UNITS)).float()
+            n: (v.double() * (clipped.scale(n) / RoundedSum.UNITS) / divisor).float()
             for n, v in clipped.values.items()
         }
-        return NoisyGradient(released, stddev, float(clipped.max_norm))
+        return divided(clipped, released, stddev, divisor)
 
     def _add(
         self,

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 from torch import Tensor
 
+from dptorch.noise.compiled import compiled
+from dptorch.noise.keystream import CIPHER_BLOCK, Keystream
+from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
 from dptorch.randomness import RootKey
 
 __all__ = ["fingerprint"]
 
 _PURPOSE: Final = "fingerprint of a sum"
+_NH_PURPOSE: Final = "fingerprint of a sum, first stage"
+_DEVICE_PURPOSE: Final = "fingerprint of a sum on a device"
+_TAG_PURPOSE: Final = "fingerprint of a sum, last stage"
 # Numbers weighed at once on a device: 32 MiB of weights.
 _CHUNK: Final = 2**22
+# Below this many chunks a thread costs more than it saves, and compiling too.
+_LARGE: Final = 16
 
 
 def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
@@ -30,10 +39,12 @@ def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
         step: number of the logical batch.
 
     Guarantees:
-        Every bit of every number counts. On the CPU the hash is Poly1305 (Bernstein 2005) under a key
-        of its own for each step: two sums that differ have equal fingerprints with probability below
-        2^-60 for up to 2^28 numbers. On other devices it is a sum of all numbers' bits with secret
-        random weights, modulo 2^64, so that nothing but that sum leaves the device.
+        Every bit of every number counts. On the CPU, chunks of 64 KiB are hashed by NH, their hashes
+        by Poly1305 (Bernstein 2005) and its 128 bits by a keyed BLAKE2b, all under keys of their own
+        for each step: two sums of one shape that differ have equal fingerprints with probability
+        below 2^-62, from NH and the last stage 2^-64 each. On other devices the first stage is a sum
+        of all numbers' bits with secret random weights, modulo 2^64, so that nothing but that sum
+        leaves the device. It is the same number with and without a C compiler.
 
     Example:
         >>> key, x = RootKey.from_seed(0), torch.zeros(1000)
@@ -42,16 +53,39 @@ def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
         >>> fingerprint({"w": x}, key, 0) == first, fingerprint({"w": x * 0}, key, 0) == first
         (False, True)
     """
-    secret = key.derive(_PURPOSE, step)
-    tag = Poly1305(secret)
+    tag = Poly1305(key.derive(_PURPOSE, step))
+    nh_key = _nh_key(key.derive(_NH_PURPOSE, step))
     for i, value in enumerate(values.values()):
         flat = value.detach().contiguous().view(-1)
         if not flat.numel():
             continue
-        if flat.device.type != "cpu":
-            flat = _weighed_bits(flat, int.from_bytes(key.derive(_PURPOSE, step, i)[:8], "little"))
-        tag.update(flat.numpy().data.cast("B"))
-    return int.from_bytes(tag.finalize()[:8], "big")
+        tag.update(flat.numel().to_bytes(8, "little"))
+        if flat.device.type == "cpu":
+            tag.update(_hashed(flat.numpy().view("<u4"), nh_key).tobytes())
+        else:
+            seed = int.from_bytes(key.derive(_DEVICE_PURPOSE, step, i)[:8], "little")
+            tag.update(_weighed_bits(flat, seed).numpy().tobytes())
+    # Not cut short itself: what makes collisions of Poly1305 rare is its whole length.
+    whole = tag.finalize()
+    halves = (int.from_bytes(half, "little") for half in (whole[:8], whole[8:]))
+    return int.from_bytes(key.derive(_TAG_PURPOSE, step, *halves)[:8], "little")
+
+
+def _nh_key(secret: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    raw = np.empty(-(-4 * KEY_WORDS // CIPHER_BLOCK) * CIPHER_BLOCK, np.uint8)
+    Keystream(secret).read(0, raw)
+    return raw.view("<u4")[:KEY_WORDS]
+
+
+def _hashed(
+    words: np.ndarray[tuple[int], np.dtype[np.uint32]],
+    key: np.ndarray[tuple[int], np.dtype[np.uint32]],
+) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+    chunks = len(words) // CHUNK
+    library = compiled() if chunks >= _LARGE else None
+    if library is None:
+        return nh(words, key)
+    return library.nh(words, key, max(1, min(torch.get_num_threads(), chunks // _LARGE)))
 
 
 def _weighed_bits(flat: Tensor, seed: int) -> Tensor:

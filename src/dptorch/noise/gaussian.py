@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise.compiled import compiled_transform
+from dptorch.noise.compiled import Target, compiled
 from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, KeystreamNormals
 from dptorch.randomness import RootKey
 from dptorch.release import ClippedSum, NoisyGradient
@@ -37,7 +37,7 @@ _NUMPY_DTYPE: Final[Mapping[torch.dtype, np.dtype[Any]]] = {
 _STDDEV_RANGE: Final = (1e-30, 1e30)
 # Below this many blocks a thread costs more than it saves.
 _BLOCKS_PER_THREAD: Final = 4
-# From here on a step gains more than a millisecond from compiling, which takes 0.2 s once.
+# From here on a step gains more than a millisecond from compiling, which takes 0.6 s once.
 _COMPILE_BLOCKS: Final = 4
 
 
@@ -98,8 +98,9 @@ class GaussianNoise:
         *,
         context: int = 0,
         offsets: Mapping[str, int] | None = None,
+        divisor: float = 1.0,
     ) -> NoisyGradient:
-        """Add the noise of `step` to the sum.
+        """Add the noise of `step` to the sum, and divide.
 
         Takes the sum over: the noise is written into the tensors of `clipped.values`, which the
         result shares, so that no sum without noise remains. Call it once per logical batch. Steps
@@ -115,13 +116,16 @@ class GaussianNoise:
             offsets: parameter name -> the place of its first coordinate among those of the whole
                 gradient, for a process that holds a part of it: the parts then get the noise that
                 the whole would. By default `clipped` is the whole.
+            divisor: a public number > 0, such as the expected batch size; in the same pass over
+                memory as the noise.
 
         Returns:
-            the noisy sum, with `stddev[n] = noise_multiplier * clipped.scale(n)`.
+            the noisy sum over `divisor`, ``stddev[n] = noise_multiplier * clipped.scale(n) / divisor``.
 
         Raises:
             TypeError: `clipped` is not a `ClippedSum`.
-            ConfigurationError: `offsets` are not one place >= 0 for each parameter.
+            ConfigurationError: `offsets` are not one place >= 0 for each parameter, or `divisor` is not
+                finite and positive.
             PrivacyError: two parameters would get the same noise, by `offsets` that overlap;
                 the sum has no finite positive `max_norm`, its `scales` are not one finite
                 positive number for each parameter, or a tensor is of low precision, sparse or
@@ -137,13 +141,13 @@ class GaussianNoise:
             raise TypeError(
                 f"key must be a RootKey, not {type(key).__name__}; use RootKey.from_os()"
             )
+        check_divisor(divisor)
         stddevs = self._stddevs(clipped)
         _check_tensors(clipped.values)
         spans = place_spans(clipped.values, stddevs, offsets)
-        if self.noise_multiplier > 0.0:
-            with torch.no_grad():
-                self._add(spans, key, (step, context))
-        return NoisyGradient(dict(clipped.values), stddevs, float(clipped.max_norm))
+        with torch.no_grad():
+            self._add(spans, key, (step, context), divisor)
+        return divided(clipped, clipped.values, stddevs, divisor)
 
     def _stddevs(self, clipped: ClippedSum) -> dict[str, float]:
         _refuse_no_scale("max_norm", clipped.max_norm)
@@ -166,26 +170,21 @@ class GaussianNoise:
                 )
         return stddevs
 
-    def _add(
-        self,
-        spans: list[Span],
-        key: RootKey,
-        place: tuple[int, int],
-    ) -> None:
+    def _add(self, spans: list[Span], key: RootKey, place: tuple[int, int], divisor: float) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[Span]] = {}
         for span in spans:
             groups.setdefault((span.flat.device, span.flat.dtype), []).append(span)
         for (device, dtype), group in groups.items():
-            if device.type == "cpu":
-                _add_on_cpu(group, key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype])
+            if self.noise_multiplier == 0.0:
+                _divide(group, divisor)
+            elif device.type == "cpu":
+                _add_on_cpu(group, key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype], divisor)
             elif self.secure_rng:
-                stream, number = key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype]
-                normals = KeystreamNormals(stream, number, compiled_transform())
-                for index, pieces in pieces_by_block(group, KEYSTREAM_BLOCK):
-                    block = torch.from_numpy(normals.block(index)).to(device)
-                    _add_pieces(pieces, block)
+                _add_from_cpu(group, key.derive(PURPOSE, *place), dtype, device)
+                _divide(group, divisor)
             else:
                 _add_on_device(group, key, place, device, dtype)
+                _divide(group, divisor)
             for span in group:
                 span.write_back()
 
@@ -240,9 +239,15 @@ def pieces_by_block(spans: list[Span], block: int) -> Iterator[tuple[int, list[P
         yield index, pieces
 
 
-def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any]) -> None:
+def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any], divisor: float) -> None:
     blocks = list(pieces_by_block(spans, KEYSTREAM_BLOCK))
-    transform = compiled_transform() if len(blocks) >= _COMPILE_BLOCKS else None
+    library = compiled() if dtype == np.float32 and len(blocks) >= _COMPILE_BLOCKS else None
+    threads = max(1, min(torch.get_num_threads(), len(blocks) // _BLOCKS_PER_THREAD))
+    if library is not None and library.has_cipher:
+        targets = [Target(span.flat.numpy(), span.start, span.stddev) for span in spans]
+        library.add_noise(key, [index for index, _ in blocks], targets, divisor, threads)
+        return
+    transform = None if library is None else library.transform
     flats: dict[int, NDArray[Any]] = {span.start: span.flat.numpy() for span in spans}
 
     def work(mine: list[tuple[int, list[Piece]]]) -> None:
@@ -254,8 +259,9 @@ def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any]) -> None:
                 noise = block[piece.in_block : piece.in_block + piece.size]
                 np.multiply(noise, piece.span.stddev, out=noise)
                 np.add(part, noise, out=part)
+                if divisor != 1.0:
+                    np.divide(part, divisor, out=part)
 
-    threads = max(1, min(torch.get_num_threads(), len(blocks) // _BLOCKS_PER_THREAD))
     if threads == 1:
         work(blocks)
         return
@@ -263,6 +269,21 @@ def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any]) -> None:
     with ThreadPoolExecutor(threads, thread_name_prefix="dptorch-noise") as pool:
         # list, so that an error in a thread is raised here.
         list(pool.map(work, (blocks[a:b] for a, b in itertools.pairwise(cuts))))
+
+
+def _add_from_cpu(spans: list[Span], key: bytes, dtype: torch.dtype, device: torch.device) -> None:
+    library = compiled()
+    normals = KeystreamNormals(
+        key, _NUMPY_DTYPE[dtype], None if library is None else library.transform
+    )
+    for index, pieces in pieces_by_block(spans, KEYSTREAM_BLOCK):
+        _add_pieces(pieces, torch.from_numpy(normals.block(index)).to(device))
+
+
+def _divide(spans: list[Span], divisor: float) -> None:
+    if divisor != 1.0:
+        for span in spans:
+            span.flat.div_(divisor)
 
 
 def _add_on_device(
@@ -285,6 +306,26 @@ def _add_pieces(pieces: list[Piece], block: Tensor) -> None:
         part = piece.span.flat[piece.in_span : piece.in_span + piece.size]
         noise = block[piece.in_block : piece.in_block + piece.size]
         part.add_(noise, alpha=piece.span.stddev)
+
+
+def check_divisor(divisor: float) -> None:
+    """Refuse what a sum cannot be divided by."""
+    if not math.isfinite(divisor) or divisor <= 0.0:
+        raise ConfigurationError(f"divisor={divisor!r} must be a finite number above 0")
+
+
+def divided(
+    clipped: ClippedSum,
+    values: Mapping[str, Tensor],
+    stddevs: Mapping[str, float],
+    divisor: float,
+) -> NoisyGradient:
+    """The noisy sum `values`, which has been divided, with its numbers in the same units."""
+    return NoisyGradient(
+        dict(values),
+        {name: stddev / divisor for name, stddev in stddevs.items()},
+        float(clipped.max_norm) / divisor,
+    )
 
 
 def _refuse_no_scale(name: str, value: float) -> None:

@@ -5,8 +5,8 @@
    here is a change there. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "kernels.h"
 
 static inline int32_t bits_of(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
 static inline float float_of(int32_t i) { float x; memcpy(&x, &i, 4); return x; }
@@ -16,10 +16,7 @@ static inline float quarter_sine(float y) {
     return y * (w * (w * (w * (w * SINE_4 + SINE_3) + SINE_2) + SINE_1) + SINE_0);
 }
 
-/* Vector units that not every processor has: chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__linux__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
+FOR_EVERY_CPU
 void normals(const int32_t *restrict high, const int32_t *restrict low,
              const int32_t *restrict turn, float *restrict first, float *restrict second,
              int64_t pairs) {

@@ -1,0 +1,75 @@
+/* NH, the first stage of dptorch.noise.fingerprint: two sums of products for each chunk of words.
+   Called from every thread of a team at once; each takes chunks until none is left. */
+
+#include "kernels.h"
+
+typedef struct {
+    const uint32_t *words;
+    int64_t word_count;
+    const uint32_t *key;  /* CHUNK + 2 words */
+    uint64_t *sums;       /* two for each chunk */
+    int64_t next;
+} Hash;
+
+static void chunk(const uint32_t *m, const uint32_t *key, int64_t pairs, uint64_t *sums) {
+    uint64_t first = 0, second = 0;
+    for (int64_t i = 0; i < pairs; i++) {
+        first += (uint64_t)(m[2 * i] + key[2 * i]) * (m[2 * i + 1] + key[2 * i + 1]);
+        second += (uint64_t)(m[2 * i] + key[2 * i + 2]) * (m[2 * i + 1] + key[2 * i + 3]);
+    }
+    sums[0] += first;
+    sums[1] += second;
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+/* Four pairs at a time: the first word of each is the lower half of a lane. */
+__attribute__((target("avx2"))) static void chunk_avx2(const uint32_t *m, const uint32_t *key,
+                                                       int64_t pairs, uint64_t *sums) {
+    __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t i = 0;
+    for (; i + 4 <= pairs; i += 4) {
+        __m256i words = _mm256_loadu_si256((const __m256i *)(m + 2 * i));
+        for (int pass = 0; pass < 2; pass++) {
+            __m256i k = _mm256_loadu_si256((const __m256i *)(key + 2 * (i + pass)));
+            __m256i keyed = _mm256_add_epi32(words, k);
+            __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
+            total[pass] = _mm256_add_epi64(total[pass], product);
+        }
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        uint64_t lanes[4];
+        _mm256_storeu_si256((__m256i *)lanes, total[pass]);
+        for (int lane = 0; lane < 4; lane++) sums[pass] += lanes[lane];
+    }
+    chunk(m + 2 * i, key + 2 * i, pairs - i, sums);
+}
+
+static int has_avx2(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2");
+}
+#else
+#define chunk_avx2 chunk
+static int has_avx2(void) { return 0; }
+#endif
+
+void hash_words(Hash *job) {
+    int wide = has_avx2();
+    for (;;) {
+        int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        int64_t start = taken * CHUNK, size = job->word_count - start;
+        if (size <= 0) break;
+        if (size > CHUNK) size = CHUNK;
+        uint64_t *sums = job->sums + 2 * taken;
+        sums[0] = sums[1] = 0;
+        (wide ? chunk_avx2 : chunk)(job->words + start, job->key, size / 2, sums);
+        if (size % 2) { /* the last word, beside a zero */
+            const uint32_t *key = job->key + size - 1;
+            uint32_t word = job->words[start + size - 1];
+            sums[0] += (uint64_t)(word + key[0]) * key[1];
+            sums[1] += (uint64_t)(word + key[2]) * key[3];
+        }
+    }
+}
