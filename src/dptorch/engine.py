@@ -27,7 +27,7 @@ from dptorch.noise.fingerprint import fingerprint
 from dptorch.plan import PrivacyPlan, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.run import PrivateRun
-from dptorch.sampling import PrivateLoader
+from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.statement import OWN_LOADER
 from dptorch.stepping import OptimizerBinding, check_parameters, write_gradients
 from dptorch.tape import Recording
@@ -244,6 +244,7 @@ class PrivacyEngine(PrivateRun):
             discard=self._batch.discard,
             owner=self,
         )
+        self._batch.attached = True
         return optimizer
 
     def detach(self) -> None:
@@ -292,9 +293,9 @@ class PrivacyEngine(PrivateRun):
             dataloader_kwargs=dataloader_kwargs,
         )
         self.reserve_budget()
-        loader.on_batch(self._batch.begin)
+        loader.on_batch(self.receive)
         loader.on_start(self._begin_epoch)
-        loader.on_end(self._batch.end)
+        loader.on_end(lambda complete: self.receive(None, complete=complete))
         self._loaders += 1
         return loader
 
@@ -306,6 +307,24 @@ class PrivacyEngine(PrivateRun):
                 PrivacyWarning,
                 stacklevel=4,
             )
+
+    def receive(self, part: PhysicalBatch | None, *, complete: bool = True) -> None:
+        """Say what the next forward passes are on, for a loader that is not from `loader`.
+
+        That `part` was drawn as the plan says, for the step that is due, is the caller's word: its
+        step is accounted with amplification by sampling.
+
+        Args:
+            part: which part of which logical batch; None for a batch that was not drawn so.
+            complete: with None, False drops what was received and not stepped.
+
+        Raises:
+            PrivacyError: `part` begins a logical batch, and the last one was never stepped.
+        """
+        if part is None:
+            self._batch.end(complete)
+        else:
+            self._batch.begin(part)
 
     def public(self) -> AbstractContextManager[None]:
         """Forward passes inside this context are ordinary and unprotected: for public data only.

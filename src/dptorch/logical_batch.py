@@ -4,6 +4,7 @@ them once."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.clipping.rounding import rounded_sum
-from dptorch.errors import PrivacyError
+from dptorch.errors import PrivacyError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.release import ClippedSum, RoundedSum
 from dptorch.sampling import PhysicalBatch
@@ -22,6 +23,12 @@ from dptorch.tape.tape import PER_EXAMPLE
 from dptorch.tape.taps import full_precision
 
 __all__ = ["LogicalBatch", "StepDiagnostics"]
+
+_NOT_ATTACHED = (
+    "a backward went through the model, and no optimizer is attached to its engine: its parameters "
+    "got no .grad, so a step of any optimizer leaves them as they are. Call "
+    "engine.attach(optimizer) before training; passes on public data go inside engine.public()."
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class LogicalBatch:
         loss_factors: what the terms of the loss were multiplied by in the run's first backward.
         explanation: how the last backward was computed.
         clipping_norms: each group's norm; constant unless clipping is adaptive.
+        attached: whether there is an optimizer to step on what is collected.
 
     Guarantees:
         One row of the batches that went in contributes at most ``clipping_norms[i]`` to the part of
@@ -95,6 +103,8 @@ class LogicalBatch:
         self.clipping_norms = [group.max_grad_norm for group in groups]
         # Of a user's bound, what each of its rows may use.
         self._row_share = plan.max_example_norm / plan.max_grad_norm
+        self.attached = False
+        self._warned_not_attached = False
         self.part: PhysicalBatch | None = None
         self.diagnostics: StepDiagnostics | None = None
         self.loss_factors: tuple[float, ...] | None = None
@@ -109,6 +119,9 @@ class LogicalBatch:
 
     def watch(self, recording: Recording) -> None:
         """A forward pass begins: wait for gradients to reach its tape."""
+        if self._fired and not self.attached and not self._warned_not_attached:
+            self._warned_not_attached = True
+            warnings.warn(_NOT_ATTACHED, PrivacyWarning, stacklevel=7)
         self._collect()
         tape, part = recording.tape, self.part
         tape.on_first_gradient = lambda tape: self._fired.append(_Batch(tape, part))
@@ -126,6 +139,8 @@ class LogicalBatch:
         """
         if part.index == 0:
             if self._fired or self._pending is not None or self._sums is not None:
+                if not self.attached:
+                    raise PrivacyError(_NOT_ATTACHED)
                 raise PrivacyError(
                     "the loader's last batch was backpropagated but never stepped. Each of its "
                     "batches is a whole logical batch: call optimizer.step() after each, or "

@@ -1,5 +1,6 @@
 """Every mistake the engine can see is an error that states the value and the way out."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from dptorch.errors import (
     PrivacyError,
     PrivacyWarning,
 )
-from tests.engine.setup import SIZE, make_data, make_engine, make_model
+from tests.engine.setup import SIZE, make_data, make_engine, make_model, parameters
 
 
 def test_batchnorm_in_training_mode() -> None:
@@ -219,3 +220,58 @@ def test_a_loss_over_pairs_of_examples() -> None:
     scores = z @ z.T
     with pytest.raises(ExamplesMixError, match="matmul"):
         F.cross_entropy(scores, torch.arange(4)).backward()
+
+
+def backward(model: nn.Module) -> None:
+    x, y = make_data().tensors
+    F.cross_entropy(model(x), y).backward()
+
+
+def test_training_without_an_attached_optimizer_is_noticed_once() -> None:
+    model = make_model()
+    make_engine(model)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = parameters(model)
+    backward(model)
+    plain.step()
+    assert torch.equal(parameters(model), before)
+    with pytest.warns(PrivacyWarning, match=r"no optimizer is attached.*engine\.attach") as caught:
+        backward(model)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrivacyWarning)
+        backward(model)
+
+
+def test_the_engines_loader_refuses_to_go_on_without_an_optimizer() -> None:
+    model = make_model()
+    batches = iter(make_engine(model, sample_rate=0.5).loader(make_data()))
+    for _ in range(10):
+        x, y = next(batches)
+        if len(x):
+            break
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(PrivacyError, match=r"no optimizer is attached.*engine\.attach"):
+        next(batches)
+
+
+@pytest.mark.filterwarnings("error::dptorch.errors.PrivacyWarning")
+def test_who_has_an_optimizer_or_evaluates_is_not_warned() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    with engine.public():  # on public data, ordinary gradients
+        backward(model)
+        backward(model)
+    assert model[0].weight.grad is not None
+    model(make_data().tensors[0])  # a forward pass without a backward
+    with torch.no_grad():
+        model(make_data().tensors[0])
+    backward(model)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))  # late, in time
+    backward(model)
+    optimizer.zero_grad()
+    for x, y in engine.loader(make_data()):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert engine.steps_done == 1

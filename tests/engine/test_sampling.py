@@ -64,8 +64,8 @@ def share_of(
         rank=rank,
         world_size=world_size,
     )
-    loader.on_batch(engine._batch.begin)
-    loader.on_end(engine._batch.end)
+    loader.on_batch(engine.receive)
+    loader.on_end(lambda complete: engine.receive(None, complete=complete))
     return loader
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Final
 
 import numpy as np
@@ -27,7 +28,7 @@ __all__ = [
 Indices = NDArray[np.int64]
 
 
-class _Dealer:
+class _Dealer(ABC):
     """Deals an order of all examples out to the steps of an epoch, each its own stretch.
 
     Args:
@@ -67,9 +68,9 @@ class _Dealer:
         places = np.arange(self._bounds[at], self._bounds[at + 1])
         return places if self._order is None else np.sort(self._order(places))
 
+    @abstractmethod
     def _deal(self, epoch: int) -> tuple[KeyedPermutation | None, Indices]:
         """The order of the examples (None: as they are), and where each step's stretch begins."""
-        raise NotImplementedError
 
     def _permutation(self, epoch: int) -> KeyedPermutation:
         return KeyedPermutation(self._sample_size, self._key.derive("permutation", epoch))

@@ -64,7 +64,7 @@ def _plain(
     return Run(_shuffled_loader(data, batch_size, seed), lambda: None, lambda: None)
 
 
-def _blogs(index: str) -> Callable[..., Run]:
+def _blogs(**settings: Any) -> Callable[..., Run]:
     def start(
         model: nn.Module,
         optimizer: Optimizer,
@@ -84,42 +84,17 @@ def _blogs(index: str) -> Callable[..., Run]:
             steps,
             batch_size,
             len(data),
-            index=index,
-            on_unattainable="minimum",
             seed=seed,
+            **settings,
         )
+        shuffled = engine.mechanism == "shuffle"
         return Run(
-            _shuffled_loader(data, batch_size, seed),
+            _shuffled_loader(data, batch_size, seed) if shuffled else engine.loader(data),
             lambda: float(engine.get_privacy_spent()),
             engine.detach,
         )
 
     return start
-
-
-def _gaussian(
-    model: nn.Module,
-    optimizer: Optimizer,
-    data: TensorDataset,
-    batch_size: int,
-    steps: int,
-    epsilon: float,
-    seed: int | None,
-) -> Run:
-    engine = _quietly(
-        BloGSPrivacyEngine,
-        optimizer,
-        model,
-        epsilon,
-        DELTA,
-        CLIP,
-        steps,
-        batch_size,
-        len(data),
-        mechanism="gaussian",
-        seed=seed,
-    )
-    return Run(engine.loader(data), lambda: float(engine.get_privacy_spent()), engine.detach)
 
 
 def _dpsgd(
@@ -146,12 +121,16 @@ def _dpsgd(
     return Run(engine.loader(data), lambda: engine.get_privacy_spent().epsilon, engine.detach)
 
 
+def _shuffle(index: str) -> Callable[..., Run]:
+    return _blogs(index=index, on_unattainable="minimum")
+
+
 METHODS: dict[str, Method] = {
     "none": Method("non-private", "none", _plain),
-    "blogs-2024": Method("BloGS, index 2024", "shuffle", _blogs("2024")),
-    "blogs-0.1.21": Method("BloGS, index 0.1.21", "shuffle", _blogs("0.1.21")),
+    "blogs-2024": Method("BloGS, index 2024", "shuffle", _shuffle("2024")),
+    "blogs-0.1.21": Method("BloGS, index 0.1.21", "shuffle", _shuffle("0.1.21")),
     "dp-sgd": Method("DP-SGD", "noise", _dpsgd),
-    "gaussian": Method("Gaussian sibling", "noise", _gaussian),
+    "gaussian": Method("Gaussian sibling", "noise", _blogs(mechanism="gaussian")),
 }
 
 

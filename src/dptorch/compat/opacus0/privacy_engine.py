@@ -161,7 +161,7 @@ class PrivacyEngine:
     def _begin_epoch(self) -> int:
         assert self._run is not None
         self._part = None
-        self._run.engine._batch.end(complete=False)
+        self._run.engine.receive(None, complete=False)
         return self._run.engine.steps_done
 
     def _receive(self, *_: Any) -> None:
@@ -171,10 +171,7 @@ class PrivacyEngine:
         if not torch.is_grad_enabled() or part is self._part:
             return
         self._part = part
-        if part is None:
-            self._run.engine._batch.end(complete=True)
-        else:
-            self._run.engine._batch.begin(part)
+        self._run.engine.receive(part)
 
     # -- what can be read --------------------------------------------------------------------------
 
