@@ -20,12 +20,12 @@ standard deviation over C = max_grad_norm, the bound on one record's contributio
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
+from dptorch.accounting.checked import noise_of, number, positive_int, rate_of
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "SampledGaussian",
     "TruncatedPoissonGaussian",
     "merge",
-    "positive_int",
 ]
 
 
@@ -123,8 +122,8 @@ record has no steps: pass steps=0, or the rate that the sampler really uses.
     steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
-        object.__setattr__(self, "sample_rate", _rate(self.sample_rate))
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", rate_of(self.sample_rate))
         object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
 
     @property
@@ -154,8 +153,8 @@ class SampledDiscreteGaussian(Event):
     steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
-        object.__setattr__(self, "sample_rate", _rate(self.sample_rate))
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", rate_of(self.sample_rate))
         object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
 
     @property
@@ -196,8 +195,8 @@ class TruncatedPoissonGaussian(Event):
     capacity: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
-        object.__setattr__(self, "sample_rate", _rate(self.sample_rate))
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", rate_of(self.sample_rate))
         for name, least in (("steps", 0), ("sample_size", 1), ("capacity", 1)):
             object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
 
@@ -263,7 +262,7 @@ class RandomAllocationGaussian(Event):
     selections: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
         for name, least in (("steps_per_epoch", 1), ("steps", 0), ("selections", 1)):
             object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
         if self.selections > self.steps_per_epoch:
@@ -311,7 +310,7 @@ sampling with replacement can do.
     replacement: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
         for name, least in (("batch_size", 1), ("sample_size", 1), ("steps", 0)):
             object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
         if self.batch_size > self.sample_size and not self.replacement:
@@ -348,7 +347,7 @@ class EpochwiseGaussian(Event):
     steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
         for name, least in (("steps_per_epoch", 1), ("steps", 0)):
             object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
 
@@ -392,8 +391,8 @@ class CorrelatedGaussian(Event):
     steps: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", _noise(self.noise_multiplier))
-        sensitivity = _number("sensitivity", self.sensitivity)
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
+        sensitivity = number("sensitivity", self.sensitivity)
         if not 0 < sensitivity < math.inf:
             raise ConfigurationError(
                 f"sensitivity={self.sensitivity!r} must be finite and above 0."
@@ -426,62 +425,6 @@ def merge(history: Iterable[Event]) -> list[Event]:
         else:
             merged.append(event)
     return merged
-
-
-def positive_int(name: str, value: object, *, least: int = 1) -> int:
-    """Return `value` as an int of at least `least`.
-
-    Raises:
-        ConfigurationError: it is a bool, not a whole number, or too small.
-
-    Example:
-        >>> positive_int("steps", 3)
-        3
-        >>> positive_int("steps", 2.5)
-        Traceback (most recent call last):
-        ...
-        dptorch.errors.ConfigurationError: steps=2.5 must be a whole number, at least 1 (an int).
-    """
-    problem = f"{name}={value!r} must be a whole number, at least {least} (an int)."
-    if isinstance(value, bool):
-        raise ConfigurationError(problem)
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigurationError(problem) from None
-    if number < least:
-        raise ConfigurationError(problem)
-    return number
-
-
-def _noise(value: object) -> float:
-    sigma = _number("noise_multiplier", value)
-    if not 0 <= sigma < math.inf:
-        raise ConfigurationError(
-            f"noise_multiplier={value!r} must be finite and at least 0. "
-            "It is the noise's standard deviation divided by max_grad_norm."
-        )
-    return sigma
-
-
-def _rate(value: object) -> float:
-    rate = _number("sample_rate", value)
-    if not 0 < rate <= 1:
-        raise ConfigurationError(
-            f"sample_rate={value!r} must be in (0, 1]. A run that draws no record "
-            "has no steps: pass steps=0, or the rate that the sampler really uses."
-        )
-    return rate
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number) or isinstance(value, (bool, str)):
-        raise ConfigurationError(f"{name}={value!r} is not a number. Pass a float.")
-    return number
 
 
 def _binomial_tail(event: TruncatedPoissonGaussian) -> float:

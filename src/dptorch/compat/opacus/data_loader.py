@@ -8,16 +8,16 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.opacus.run import Run
 from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError
-from dptorch.sampling import PrivateLoader, dataset_size
+from dptorch.sampling import NOT_COVERED, PrivateLoader, dataset_size
 
-__all__ = ["DPDataLoader"]
+__all__ = ["DPDataLoader", "order_of", "private_loader"]
 
 _KEPT = (
     "num_workers",
@@ -180,3 +180,35 @@ class DPDataLoader:
                 )
             self._open = engine, loader
         return self._open[1]
+
+
+def private_loader(data_loader: DataLoader[Any] | DPDataLoader) -> DPDataLoader:
+    """The Poisson loader in the place of the user's."""
+    if isinstance(data_loader, DPDataLoader):
+        return data_loader
+    sampler = data_loader.batch_sampler
+    if not isinstance(sampler, UniformWithReplacementSampler):
+        if type(sampler) is not BatchSampler:
+            name = "no batches" if sampler is None else type(sampler).__name__
+            raise ConfigurationError(
+                f"the loader has {name}, so the number of examples in a batch is not known. Pass a "
+                f"DataLoader with batch_size=. {NOT_COVERED}"
+            )
+        order_of(data_loader)
+    return DPDataLoader.from_data_loader(data_loader)
+
+
+def order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
+    """Name of the scheme that goes through the data as `data_loader` does."""
+    if isinstance(data_loader, DPDataLoader):
+        return "poisson"
+    sampler = data_loader.sampler
+    if isinstance(data_loader.batch_sampler, UniformWithReplacementSampler):
+        return "poisson"
+    if type(sampler) not in (RandomSampler, SequentialSampler):
+        raise ConfigurationError(
+            f"the loader draws with {type(sampler).__name__}, which the private loader would "
+            "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights to "
+            f"the loss. {NOT_COVERED}"
+        )
+    return "shuffled" if type(sampler) is RandomSampler else "sequential"

@@ -10,22 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 
 from dptorch import checkpoint
 from dptorch.accounting import Event
 from dptorch.clipping import AdaptiveClipping
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.opacus.accountants import create_accountant
-from dptorch.compat.opacus.data_loader import DPDataLoader
+from dptorch.compat.opacus.data_loader import DPDataLoader, order_of, private_loader
 from dptorch.compat.opacus.grad_sample import GradSampleModule
 from dptorch.compat.opacus.optimizers import as_dp_optimizer
 from dptorch.compat.opacus.run import OPEN_END, Run
-from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.plan import PrivacyPlan, make_plan
-from dptorch.sampling import NOT_COVERED, dataset_size
+from dptorch.sampling import dataset_size
 from dptorch.statement import Statement
 
 __all__ = ["PrivacyEngine", "clipping_arguments"]
@@ -257,7 +256,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         one_of("grad_sample_mode", grad_sample_mode, _MODES)
         model = module._module if isinstance(module, GradSampleModule) else module
         ModuleValidator.validate(model, strict=True)
-        loader = _loader_of(data_loader)
+        loader = private_loader(data_loader)
         seed = None
         if noise_generator is not None:
             if self.secure_mode:
@@ -275,7 +274,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         plan = make_plan(
             sample_rate=loader.sample_rate,
             sample_size=dataset_size(loader.dataset),
-            sampling="poisson" if poisson_sampling else _order_of(data_loader),
+            sampling="poisson" if poisson_sampling else order_of(data_loader),
             accountant=self.accountant.name,
             loss_reduction=loss_reduction,
             **clipping_arguments(model, clipping, max_grad_norm, adaptive),
@@ -352,7 +351,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         """
         ModuleValidator.validate(module, strict=True)
         if data_loader is not None:
-            _loader_of(data_loader)
+            private_loader(data_loader)
 
     @classmethod
     def get_compatible_module(cls, module: nn.Module) -> nn.Module:
@@ -436,38 +435,6 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             "this engine has not made that module private: pass the one that make_private returned, "
             "or call make_private first."
         )
-
-
-def _loader_of(data_loader: DataLoader[Any] | DPDataLoader) -> DPDataLoader:
-    """The Poisson loader in the place of the user's."""
-    if isinstance(data_loader, DPDataLoader):
-        return data_loader
-    sampler = data_loader.batch_sampler
-    if not isinstance(sampler, UniformWithReplacementSampler):
-        if type(sampler) is not BatchSampler:
-            name = "no batches" if sampler is None else type(sampler).__name__
-            raise ConfigurationError(
-                f"the loader has {name}, so the number of examples in a batch is not known. Pass a "
-                f"DataLoader with batch_size=. {NOT_COVERED}"
-            )
-        _order_of(data_loader)
-    return DPDataLoader.from_data_loader(data_loader)
-
-
-def _order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
-    """Name of the scheme that goes through the data as `data_loader` does."""
-    if isinstance(data_loader, DPDataLoader):
-        return "poisson"
-    sampler = data_loader.sampler
-    if isinstance(data_loader.batch_sampler, UniformWithReplacementSampler):
-        return "poisson"
-    if type(sampler) not in (RandomSampler, SequentialSampler):
-        raise ConfigurationError(
-            f"the loader draws with {type(sampler).__name__}, which the private loader would "
-            "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights to "
-            f"the loss. {NOT_COVERED}"
-        )
-    return "shuffled" if type(sampler) is RandomSampler else "sequential"
 
 
 def clipping_arguments(
