@@ -21,7 +21,7 @@ from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.noise import MECHANISMS
 from dptorch.sampling import Scheme, Terms, scheme_named
 
-__all__ = ["LOSS_REDUCTIONS", "UNITS", "PrivacyPlan", "PrivacySpent", "make_plan"]
+__all__ = ["LOSS_REDUCTIONS", "UNITS", "PrivacyPlan", "PrivacySpent", "default_delta", "make_plan"]
 
 LOSS_REDUCTIONS = ("mean", "sum")
 UNITS = ("example", "user", "packed sequence")

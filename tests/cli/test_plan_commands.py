@@ -97,6 +97,21 @@ def test_samplers_and_adjacency_change_the_number() -> None:
     )
 
 
+def test_the_discrete_mechanism_is_planned_with_its_own_accountant(tmp_path: Path) -> None:
+    own = ("--sample-rate", "0.01", "--steps", "100", "--delta", "1e-5")
+    discrete = (*own, "--mechanism", "discrete_gaussian", "--accountant", "rdp")
+    plot = tmp_path / "curve.png"
+    code, out, _ = run("calibrate", "--epsilon", "1", *discrete, "--plot", str(plot))
+    assert code == 0
+    assert plot.stat().st_size > 1000
+    code, again, _ = run("epsilon", "--noise-multiplier", str(number(out)), *discrete)
+    assert code == 0
+    assert 0.99 < number(again) <= 1.0
+    code, _, err = run("epsilon", "--noise-multiplier", "1", *own, "--mechanism", "discrete")
+    assert code == 2
+    assert "Did you mean 'discrete_gaussian'?" in err
+
+
 def test_tuning_is_paid_for() -> None:
     code, out, _ = run("epsilon", "--noise-multiplier", "2", *RUN, "--runs", "10")
     one, tuned = (number(line) for line in out.strip().splitlines())

@@ -86,6 +86,10 @@ def _run_options(
     epochs: Epochs = None,
     steps: Steps = None,
     delta: Delta = None,
+    mechanism: Annotated[
+        str,
+        typer.Option(help="The noise: gaussian, or discrete_gaussian with --accountant rdp."),
+    ] = "gaussian",
     accountant: Annotated[
         str, typer.Option(help="Who computes ε: pld, exact, rdp, prv, gdp.")
     ] = "pld",

@@ -221,7 +221,8 @@ def train(
         str | None,
         typer.Option(
             help="How gradients' norms are computed: [bold]auto[/], [bold]non-ghost[/], "
-            "[bold]ghost[/] (least memory), [bold]BK-MixOpt[/], ... Changes speed and memory only.",
+            "[bold]ghost[/] (two passes, little memory), [bold]BK-MixOpt[/], ... Changes speed "
+            "and memory only.",
             show_default="auto",
             rich_help_panel=TRAINING,
         ),
