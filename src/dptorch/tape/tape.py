@@ -17,6 +17,7 @@ from dptorch.errors import NotCoveredError, PrivacyError
 from dptorch.tape.device_cost import TYPICAL, DeviceCost
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.base import without_cancellation
+from dptorch.tape.gradients.memory import least_peak_order
 from dptorch.tape.guard import ParameterGuard
 from dptorch.tape.provenance import Reduced
 from dptorch.tape.rules.generic import batched_vjp
@@ -385,19 +386,26 @@ class Tape:
                 f"of the {self.batch_size} examples."
             )
         coefficients, kept = _nonzero(coefficients)
-        result = {}
-        for name in self.parameters if names is None else names:
-            p = self.parameters[name]
-            found = self._sums.get(id(p))
-            if id(p) in self._forms:
-                found = _weighted_sum(self._forms[id(p)], coefficients, kept)
+        wanted = list(self.parameters if names is None else names)
+        result: dict[str, Tensor | None] = dict.fromkeys(wanted)
+        for name in self._order(wanted) if consume else wanted:
+            key = id(self.parameters[name])
+            if key in self._forms:
+                result[name] = _weighted_sum(self._forms[key], coefficients, kept)
                 if consume:
-                    del self._forms[id(p)]
-            if found is None:
-                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                found = torch.zeros(p.shape, dtype=dtype, device=p.device)
-            result[name] = found
-        return result
+                    del self._forms[key]
+            else:
+                result[name] = self._sums.get(key)
+        return {n: _zeros(self.parameters[n]) if t is None else t for n, t in result.items()}
+
+    def _order(self, names: Sequence[str]) -> list[str]:
+        """In which order to sum and free, for the least memory; among equals as they arrived, because
+        the input of the layer that comes last is the batch, which nobody frees."""
+        wanted = {id(self.parameters[n]): n for n in names}
+        kept = {wanted[key]: forms for key, forms in self._forms.items() if key in wanted}
+        sizes = {n: p.numel() * p.element_size() for n, p in self.parameters.items() if n in kept}
+        first = least_peak_order(kept, sizes)
+        return [*first, *(n for n in names if n not in kept)]
 
     def per_example_gradients(self) -> dict[str, Tensor]:
         """Every example's gradient of every parameter, {name: [B, *shape]}: for study and tests.
@@ -431,6 +439,11 @@ def _nonzero(coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
         return coefficients, None
     kept = coefficients.nonzero().flatten()
     return coefficients[kept], kept
+
+
+def _zeros(p: Tensor) -> Tensor:
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    return torch.zeros(p.shape, dtype=dtype, device=p.device)
 
 
 def _weighted_sum(

@@ -24,8 +24,8 @@ __all__ = ["PerExampleGradient", "weigh", "without_cancellation"]
 class PerExampleGradient(ABC):
     """The gradients [B, *shape] of B examples, usually never formed.
 
-    Subclasses must give `dense`; the others have an exact, slow default. All arithmetic is at
-    least float32, whatever the model's dtype.
+    Subclasses must give `held`, `dense` and `take`; the others have an exact, slow default. All
+    arithmetic is at least float32, whatever the model's dtype.
 
     Attributes:
         shape: the parameter's shape.
@@ -34,6 +34,10 @@ class PerExampleGradient(ABC):
 
     shape: torch.Size
     batch_size: int
+
+    @abstractmethod
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that it keeps alive."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -174,8 +178,9 @@ def without_underflow(
     )
 
 
-# Largest intermediate to make at once when it is dropped again.
-_WORK_BYTES = 2**26
+# Largest intermediate to make at once when it is dropped again. On a CPU one that stays in the cache is
+# not slower, and no peak of memory; a GPU wants much work in one call.
+_WORK_BYTES, _WORK_BYTES_CUDA = 2**22, 2**26
 F = TypeVar("F", bound="PerExampleGradient")
 
 
@@ -188,7 +193,8 @@ def in_parts(form: F, bytes_each: float, norm: Callable[[F], Tensor]) -> Tensor:
         norm: squared norms of a part.
     """
     b = form.batch_size
-    step = max(1, int(_WORK_BYTES // max(1, bytes_each)))
+    limit = _WORK_BYTES_CUDA if form.held()[0].is_cuda else _WORK_BYTES
+    step = max(1, int(limit // max(1, bytes_each)))
     if step >= b:
         return norm(form)
     return torch.cat([norm(form.part(i, min(i + step, b))) for i in range(0, b, step)])

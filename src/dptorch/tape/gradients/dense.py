@@ -24,6 +24,9 @@ class Dense(PerExampleGradient):
         self.shape = (values if order is None else values.permute(order)).shape[1:]
         self.batch_size = values.shape[0]
 
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
     def dense(self) -> Tensor:
         return self.values if self.order is None else self.values.permute(self.order)
 

@@ -44,6 +44,9 @@ class Outer(PerExampleGradient):
     def _sizes(self) -> tuple[int, int, int]:
         return self.left.shape[1], self.left.shape[2], self.right.shape[2]
 
+    def held(self) -> tuple[Tensor, ...]:
+        return self.left, self.right
+
     def dense(self) -> Tensor:
         product = torch.bmm(self.left.transpose(1, 2), self.right)
         return product.view(self.batch_size, *self.shape)

@@ -44,6 +44,9 @@ class Scatter(PerExampleGradient):
         offset = torch.arange(self.batch_size, device=self.ids.device) * self.shape[0]
         return (self.ids + offset[:, None]).flatten()
 
+    def held(self) -> tuple[Tensor, ...]:
+        return self.ids, self.values
+
     def dense(self) -> Tensor:
         table = self.values.new_zeros(self.batch_size * self.shape[0], self.values.shape[-1])
         table.index_add_(0, self._flat(), self.values.flatten(0, 1))

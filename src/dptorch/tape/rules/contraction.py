@@ -83,7 +83,7 @@ def _affine(
             yield weight, Outer(left, right, weight.shape)
         if want_b:
             assert b is not None
-            summed = g_BTP.sum(1, dtype=_sum_dtype(g_BTP))
+            summed = _sum_over_positions(g_BTP)
             yield b, Dense(summed.sum(1, keepdim=True) if b.shape[-1:] == (1,) else summed)
 
     return recording.tap(call, out, [tag], (x.detach(),) if want_w else (), gradients)
@@ -120,6 +120,7 @@ def bilinear(call: Call, recording: Recording) -> Any:
 
 
 def _sum_over_positions(g_BTP: Tensor) -> Tensor:
+    """[B, P]; of one position the memory that the weight's factor is kept in anyway."""
     if g_BTP.shape[1] == 1:
         return g_BTP[:, 0]
     return g_BTP.sum(1, dtype=_sum_dtype(g_BTP))
