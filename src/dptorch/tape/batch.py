@@ -32,12 +32,14 @@ def map_batched(
     def dim_of(name: str) -> int | None:
         return batch_dims if isinstance(batch_dims, int) else batch_dims.get(name, 0)
 
-    names = _argument_names(module, len(args))
+    # One dimension for all needs no names.
+    names = [""] * len(args) if isinstance(batch_dims, int) else _argument_names(module, len(args))
     largest = 0
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         dim = dim_of(name)
         if dim is not None:
-            sizes = [t.shape[dim] for t in tree_leaves(value) if isinstance(t, Tensor) and t.dim()]
+            leaves = (value,) if isinstance(value, Tensor) else tree_leaves(value)
+            sizes = [t.shape[dim] for t in leaves if isinstance(t, Tensor) and t.dim()]
             largest = max([largest, *sizes])
 
     def apply(name: str, value: Any) -> Any:
@@ -49,7 +51,7 @@ def map_batched(
             shared = not isinstance(t, Tensor) or not t.dim() or (t.shape[dim] == 1 < largest)
             return t if shared else function(t, dim)
 
-        return tree_map(on_leaf, value)
+        return on_leaf(value) if isinstance(value, Tensor) else tree_map(on_leaf, value)
 
     new_args = tuple(apply(n, a) for n, a in zip(names, args, strict=True))
     return new_args, {n: apply(n, a) for n, a in kwargs.items()}

@@ -155,10 +155,18 @@ def _describe(func: Callable[..., Any]) -> Info:
     return Info(name, in_place, passive and name not in (".data=",))
 
 
+# Kinds of argument that are no tensor and hold none; a look here is cheaper than isinstance.
+_NO_TENSOR = frozenset(
+    {int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, torch.memory_format}
+)
+
+
 def each_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Every tensor among the arguments, in order, inside lists and tuples too (two levels)."""
     found = []
     for a in (*args, *kwargs.values()) if kwargs else args:
+        if type(a) in _NO_TENSOR:
+            continue
         if isinstance(a, Tensor):
             found.append(a)
         elif isinstance(a, (list, tuple)):
@@ -242,7 +250,10 @@ class Call:
 
     def is_parameter(self, t: Any) -> bool:
         """Whether `t` is one of the operands whose per-example gradient is wanted."""
-        return any(p is t for p in self.parameters)
+        for p in self.parameters:  # not any(): this runs at every site
+            if p is t:
+                return True
+        return False
 
     def run(self, table: Mapping[int, Tensor] | None = None) -> Any:
         """Call the function, with some operands replaced."""

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import platform
 import time
 from collections.abc import Callable
@@ -119,10 +120,11 @@ def free_bytes(device: torch.device) -> float:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + cached)
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return float(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+        with open("/proc/meminfo", "rb", buffering=0) as file:  # every forward pass asks
+            found = re.search(rb"MemAvailable: *(\d+) kB", file.read(4096))
+    except OSError:
         return math.inf
+    return float(found[1]) * 1024 if found else math.inf
 
 
 def _cache_file() -> Path:

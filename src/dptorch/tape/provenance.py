@@ -12,6 +12,7 @@ Shape legend: B examples, m positions folded into the batch dimension, ... whate
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -144,7 +145,8 @@ def rows(t: Tensor, tag: Tag, batch_size: int) -> Tensor:
     if tag.dim is None:
         return place(t[None], tag.step, batch_size)
     dim, step = tag.dim, tag.step
-    t = t.movedim(dim, 0)
+    if dim:
+        t = t.movedim(dim, 0)
     if tag.explicit is not None:
         return _padded_rows(t, tag.explicit, batch_size)
     if t.shape[0] == batch_size:
@@ -216,10 +218,17 @@ def tag_after_view(shape: torch.Size, tag: Tag, new_shape: torch.Size, batch_siz
             if math.prod(new_shape[:i]) == before and n == shape[tag.dim]:
                 return tag.at(i)
         raise Lost("a reshape folds irregularly ordered examples")
-    s = tag.step * math.prod(shape[tag.dim + 1 :])
+    return _regular_after_view(shape, tag.dim, tag.step, new_shape, batch_size)
+
+
+@lru_cache(maxsize=1024)
+def _regular_after_view(
+    shape: torch.Size, dim: int, step: int, new_shape: torch.Size, batch_size: int
+) -> Tag:
+    s = step * math.prod(shape[dim + 1 :])
     for i, n in enumerate(new_shape):
         q = math.prod(new_shape[i + 1 :])
-        if q and n >= batch_size and s % q == 0 and (n * q) % (batch_size * s) == 0:
+        if s and q and n >= batch_size and s % q == 0 and (n * q) % (batch_size * s) == 0:
             return Tag(i, s // q)
     raise Lost(f"a reshape from {tuple(shape)} to {tuple(new_shape)} folds examples together")
 

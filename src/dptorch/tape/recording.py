@@ -96,7 +96,8 @@ class Recording(States):
     ) -> tuple[Tensor, ...]:
         """Record a site: `gradients` gets the outputs' gradients and `saved`, in the backward."""
         tape = self.tape
-        tape.expected_bytes += sum(t.numel() * t.element_size() for t in (*outputs, *saved))
+        for t in (*outputs, *saved):
+            tape.expected_bytes += t.nbytes
 
         def on_gradient(grads: Sequence[Tensor | None], kept: Sequence[Tensor]) -> None:
             for parameter, form in gradients(grads, kept):
@@ -289,8 +290,9 @@ class Recording(States):
     def _with_rule(self, call: Call) -> Any:
         found = RULES.get(call.name)
         try:
-            if not all(complete(tag) for _, tag in call.tagged):
-                raise Lost("rows that belong to no example yet meet a parameter")
+            for _, tag in call.tagged:
+                if not complete(tag):
+                    raise Lost("rows that belong to no example yet meet a parameter")
             if call.name == "__setitem__":
                 return assign_parameter(call, self)
             if call.in_place and found is not RULES["add"]:
@@ -304,12 +306,14 @@ class Recording(States):
             ) from None
 
     def _propagate(self, call: Call, out: Any) -> None:
-        single = isinstance(out, Tensor)
-        outputs: Sequence[Any] = out if isinstance(out, (tuple, list)) else (out,)
-        if not single and not any(isinstance(o, Tensor) for o in outputs):
-            if not call.in_place:
-                return
-            outputs = each_tensor(call.args, call.kwargs)  # _foreach_add_(list, ...)
+        outputs: Sequence[Any] = (out,)
+        if not isinstance(out, Tensor):
+            if isinstance(out, (tuple, list)):
+                outputs = out
+            if not any(isinstance(o, Tensor) for o in outputs):
+                if not call.in_place:
+                    return
+                outputs = each_tensor(call.args, call.kwargs)  # _foreach_add_(list, ...)
         try:
             states: Sequence[State | None] = order_of(call) or infer(call, outputs)
         except Lost as lost:

@@ -7,7 +7,7 @@ first layer of a model, whose input does not, is seen as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ OnGradient = Callable[[Sequence[Tensor | None], Sequence[Tensor]], None]
 
 
 def _refuse_second_derivatives() -> None:
+    """What follows in a backward runs without gradients."""
     if torch.is_grad_enabled():
         raise NotCoveredError(
             "a backward with create_graph=True went through the recorded model: the tape does not "
@@ -30,12 +31,15 @@ def _refuse_second_derivatives() -> None:
         )
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Norms, factors and sums are computed in float32 at least, whatever autocast says."""
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        yield
-        return
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return _without_autocast()
+    return nullcontext()
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
@@ -45,15 +49,16 @@ class _Tap(Function):
     def forward(
         ctx: Any, on_gradient: OnGradient, handle: Tensor, n_outputs: int, *tensors: Tensor
     ) -> Any:
-        outputs, saved = tensors[:n_outputs], tensors[n_outputs:]
+        saved = tensors[n_outputs:]
         ctx.on_gradient = on_gradient
         ctx.n_saved = len(saved)
         ctx.set_materialize_grads(False)
         # Through save_for_backward, so that a later in-place change of an input raises instead of
         # corrupting the gradient, and so that activation checkpointing can free it.
         ctx.save_for_backward(*saved)
-        passed = tuple(o.detach() for o in outputs)
-        return passed if n_outputs > 1 else passed[0]
+        if n_outputs == 1:
+            return tensors[0].detach()
+        return tuple(o.detach() for o in tensors[:n_outputs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -61,8 +66,8 @@ class _Tap(Function):
         saved = (
             ctx.saved_tensors
         )  # before anything is disabled: it may run a checkpoint's recompute
-        if any(g is not None for g in grads):
-            with torch.no_grad(), torch._C.DisableTorchFunction(), full_precision():
+        if grads[0] is not None or any(g is not None for g in grads):
+            with torch._C.DisableTorchFunction(), full_precision():
                 ctx.on_gradient(grads, saved)
         return (None, None, None, *grads, *([None] * ctx.n_saved))
 
@@ -93,7 +98,7 @@ class _Lift(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         _refuse_second_derivatives()
-        with torch.no_grad(), torch._C.DisableTorchFunction(), full_precision():
+        with torch._C.DisableTorchFunction(), full_precision():
             ctx.on_gradient(grads[0])
         return None, None, None, None
 
@@ -110,7 +115,20 @@ def lift(
     return lifted
 
 
-# Bound before a recording patches Function.apply.
-_apply_tap: Callable[..., Any] = _Tap.apply
-_apply_lift: Callable[..., Any] = _Lift.apply
+def _apply_of(cls: type[Function]) -> Callable[..., Any]:
+    """``cls.apply``, bound before a recording patches it, without what it does for functorch: that
+    takes as long as all the rest, at every site."""
+    complete = cls.apply
+    plain = super(Function, cls).apply
+
+    def apply(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return complete(*args)  # refuses
+        return plain(*args)
+
+    return apply
+
+
+_apply_tap = _apply_of(_Tap)
+_apply_lift = _apply_of(_Lift)
 TAPS = (_Tap, _Lift)

@@ -51,11 +51,9 @@ def elementwise(call: Call, outputs: Sequence[Any]) -> Found:
     if not isinstance(out, Tensor):
         return None
     shape = out.shape
-    if len(call.tagged) == 1:
-        t, tag = call.tagged[0]
-        tag = tag if t.shape == shape else along_broadcast(t, tag, shape)
-    else:
-        tag = agree([along_broadcast(t, tag, shape) for t, tag in call.tagged])
+    tag = agree(
+        [tag if t.shape == shape else along_broadcast(t, tag, shape) for t, tag in call.tagged]
+    )
     if tag.explicit is not None:
         refuse_positions(call, tag, shape)
     return tag

@@ -59,6 +59,8 @@ def infer(call: Call, outputs: Sequence[Any]) -> list[Found]:
             "the op has no provenance rule; declare it with dptorch.tape.rowwise if it is one"
         )
     result = found(call, outputs)
+    if type(result) is Tag:
+        return [result] * len(outputs)
     results = result if isinstance(result, list) else [result] * len(outputs)
     if any(isinstance(r, Reduced) for r in results) and not all(complete(t) for _, t in tagged):
         raise Lost("rows that belong to no example are summed with the examples")
@@ -90,7 +92,7 @@ def agree(tags: Sequence[Tag]) -> Tag:
     Raises:
         Lost: if they differ.
     """
-    if not tags or any(t != tags[0] for t in tags):
+    if not tags or tags.count(tags[0]) < len(tags):
         raise Lost("operands carry the examples in different places")
     return tags[0]
 
