@@ -68,6 +68,8 @@ def _adopt(t: Tensor, recording: Recording) -> None:
 
 def promote(value: Any, recording: Recording) -> Any:
     """Turn the tensors in `value` that carry examples, and need a gradient, into RecordedTensors."""
+    if isinstance(value, Tensor):
+        return _promote_one(value, recording)
     tree_map(lambda t: _promote_one(t, recording), value)
     return value
 

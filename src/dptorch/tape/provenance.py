@@ -28,6 +28,7 @@ __all__ = [
     "Reduced",
     "State",
     "Tag",
+    "broadcast_shape",
     "complete",
     "owners",
     "place",
@@ -108,6 +109,10 @@ class Mixed(NamedTuple):
 
 State = Tag | ParamOnly | Order | Reduced | Mixed
 PARAM_ONLY = ParamOnly()
+
+
+# torch works this out anew, in Python, at each call.
+broadcast_shape = lru_cache(maxsize=1024)(torch.broadcast_shapes)
 
 
 class Lost(Exception):

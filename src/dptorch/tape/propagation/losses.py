@@ -12,7 +12,7 @@ from torch import Tensor
 from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import elementwise
 from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance import Lost, Reduced
+from dptorch.tape.provenance import Lost, Reduced, broadcast_shape
 
 __all__ = ["reduction_of"]
 
@@ -72,7 +72,7 @@ def elementwise_loss(call: Call, outputs: Sequence[Any]) -> Found:
     """Losses over elements: without reduction elementwise."""
     operands = [t for t, _ in call.tagged]
     operands += [a for a in (*call.args[:3], *call.kwargs.values()) if isinstance(a, Tensor)]
-    probe = torch.empty(torch.broadcast_shapes(*[t.shape for t in operands]), device="meta")
+    probe = torch.empty(broadcast_shape(*[t.shape for t in operands]), device="meta")
     elementwise(call, [probe])  # the operands must agree, reduced or not
     return _reduced_or(call, lambda: elementwise(call, outputs))
 

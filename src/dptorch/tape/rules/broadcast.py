@@ -16,7 +16,7 @@ from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import agree
-from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.provenance import Tag, broadcast_shape, rows
 from dptorch.tape.rules.generic import generic
 from dptorch.tape.rules.registry import rule
 
@@ -44,7 +44,7 @@ def elementwise(call: Call, recording: Recording) -> Any:
             tensors = list(args)
     elif call.name == "masked_fill":
         return generic(call, recording)
-    shape = torch.broadcast_shapes(*[t.shape for t in tensors])
+    shape = broadcast_shape(*[t.shape for t in tensors])
     tag = _joint_tag(call, shape)
     table = {}
     for p in call.parameters:

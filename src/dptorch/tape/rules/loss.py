@@ -51,7 +51,10 @@ def cross_entropy(call: Call, recording: Recording) -> Any:
     if call.name == "cross_entropy":
         kwargs["label_smoothing"] = call.arg(7, "label_smoothing", 0.0)
     losses = call.func(scores, target, **kwargs)
-    out = _mean_of_means(losses, target != ignore, losses_tag, call.batch_size)
+    if losses.shape == (call.batch_size,):  # one position each; the loss of an ignored one is 0
+        out = losses.mean()
+    else:
+        out = _mean_of_means(losses, target != ignore, losses_tag, call.batch_size)
     recording.mark(out, losses_tag if alone else Reduced("mean"))
     return out
 
