@@ -10,8 +10,8 @@ import contextlib
 import json
 import math
 import os
-import re
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
