@@ -118,8 +118,8 @@ def lift(
 def _apply_of(cls: type[Function]) -> Callable[..., Any]:
     """``cls.apply``, bound before a recording patches it, without what it does for functorch: that
     takes as long as all the rest, at every site."""
-    complete = cls.apply
-    plain = super(Function, cls).apply
+    complete: Callable[..., Any] = cls.apply
+    plain: Callable[..., Any] = super(Function, cls).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
