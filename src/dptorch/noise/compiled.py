@@ -123,11 +123,16 @@ class Compiled:
         run_in_team(self._library.add_noise, job, threads)
 
     def nh(
-        self, words: NDArray[np.uint32], key: NDArray[np.uint32], threads: int
+        self, messages: Sequence[NDArray[np.uint32]], key: NDArray[np.uint32], threads: int
     ) -> NDArray[np.uint64]:
-        """`dptorch.noise.nh.nh`."""
-        sums = np.empty((-(-len(words) // CHUNK), 2), np.uint64)
-        job = _Hash(words.ctypes.data, len(words), key.ctypes.data, sums.ctypes.data, 0)
+        """`dptorch.noise.nh.nh` of each message, below one another; messages of no word have none."""
+        sizes = np.array([len(m) for m in messages], np.int64)
+        chunks = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-sizes // CHUNK))])
+        words = np.array([m.ctypes.data for m in messages], np.uintp)
+        sums = np.empty((int(chunks[-1]), 2), np.uint64)
+        arrays: list[NDArray[Any]] = [words, sizes, chunks, key, sums]
+        data, counts, firsts, secret, out = (a.ctypes.data for a in arrays)
+        job = _Hash(data, counts, firsts, len(messages), secret, out, 0)
         run_in_team(self._library.hash_words, job, threads)
         return sums
 
@@ -154,7 +159,9 @@ class _Hash(ctypes.Structure):
 
     _fields_ = (
         ("words", ctypes.c_void_p),
-        ("word_count", ctypes.c_int64),
+        ("sizes", ctypes.c_void_p),
+        ("chunks", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
         ("key", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("next", ctypes.c_int64),
@@ -258,8 +265,10 @@ def _same_normals(library: Compiled, generator: np.random.Generator) -> bool:
 
 def _same_hash(library: Compiled, generator: np.random.Generator) -> bool:
     key = generator.integers(0, 2**32, KEY_WORDS, np.uint32)
-    words = generator.integers(0, 2**32, CHUNK + 37, np.uint32)
-    return _equal(nh(words, key), library.nh(words, key, threads=1))
+    sizes = (CHUNK + 37, 6, 0, CHUNK, 1)
+    messages = [generator.integers(0, 2**32, size, np.uint32) for size in sizes]
+    expected = np.concatenate([nh(m, key) for m in messages])
+    return _equal(expected, library.nh(messages, key, threads=2))
 
 
 def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:

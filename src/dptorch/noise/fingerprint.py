@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ _DEVICE_PURPOSE: Final = "fingerprint of a sum on a device"
 _TAG_PURPOSE: Final = "fingerprint of a sum, last stage"
 # Numbers weighed at once on a device: 32 MiB of weights.
 _CHUNK: Final = 2**22
-# Below this many chunks a thread costs more than it saves, and compiling too.
-_LARGE: Final = 16
+# Words from which on compiling saves more than it costs, and a thread too.
+_LARGE_WORDS: Final = 16 * CHUNK
+
+_Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
 
 def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
@@ -54,38 +56,35 @@ def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
         (False, True)
     """
     tag = Poly1305(key.derive(_PURPOSE, step))
-    nh_key = _nh_key(key.derive(_NH_PURPOSE, step))
+    on_cpu: list[_Words] = []
     for i, value in enumerate(values.values()):
         flat = value.detach().contiguous().view(-1)
-        if not flat.numel():
-            continue
         tag.update(flat.numel().to_bytes(8, "little"))
         if flat.device.type == "cpu":
-            tag.update(_hashed(flat.numpy().view("<u4"), nh_key).tobytes())
-        else:
+            on_cpu.append(flat.numpy().view("<u4"))
+        elif flat.numel():
             seed = int.from_bytes(key.derive(_DEVICE_PURPOSE, step, i)[:8], "little")
             tag.update(_weighed_bits(flat, seed).numpy().tobytes())
+    if on_cpu:
+        tag.update(_hashed(on_cpu, _nh_key(key.derive(_NH_PURPOSE, step))).tobytes())
     # Not cut short itself: what makes collisions of Poly1305 rare is its whole length.
     whole = tag.finalize()
     halves = (int.from_bytes(half, "little") for half in (whole[:8], whole[8:]))
     return int.from_bytes(key.derive(_TAG_PURPOSE, step, *halves)[:8], "little")
 
 
-def _nh_key(secret: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+def _nh_key(secret: bytes) -> _Words:
     raw = np.empty(-(-4 * KEY_WORDS // CIPHER_BLOCK) * CIPHER_BLOCK, np.uint8)
     Keystream(secret).read(0, raw)
     return raw.view("<u4")[:KEY_WORDS]
 
 
-def _hashed(
-    words: np.ndarray[tuple[int], np.dtype[np.uint32]],
-    key: np.ndarray[tuple[int], np.dtype[np.uint32]],
-) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-    chunks = len(words) // CHUNK
-    library = compiled() if chunks >= _LARGE else None
+def _hashed(messages: list[_Words], key: _Words) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    words = sum(len(m) for m in messages)
+    library = compiled() if words >= _LARGE_WORDS else None
     if library is None:
-        return nh(words, key)
-    return library.nh(words, key, max(1, min(torch.get_num_threads(), chunks // _LARGE)))
+        return np.concatenate([nh(m, key) for m in messages])
+    return library.nh(messages, key, min(torch.get_num_threads(), words // _LARGE_WORDS))
 
 
 def _weighed_bits(flat: Tensor, seed: int) -> Tensor:

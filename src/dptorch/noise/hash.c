@@ -4,10 +4,12 @@
 #include "kernels.h"
 
 typedef struct {
-    const uint32_t *words;
-    int64_t word_count;
-    const uint32_t *key;  /* CHUNK + 2 words */
-    uint64_t *sums;       /* two for each chunk */
+    const uint32_t *const *words; /* of each message */
+    const int64_t *sizes;
+    const int64_t *chunks;        /* number of its first chunk; at the end, of all chunks */
+    int64_t count;
+    const uint32_t *key;          /* CHUNK + 2 words */
+    uint64_t *sums;               /* two for each chunk */
     int64_t next;
 } Hash;
 
@@ -57,19 +59,22 @@ static int has_avx2(void) { return 0; }
 
 void hash_words(Hash *job) {
     int wide = has_avx2();
+    int64_t message = 0;
     for (;;) {
         int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-        int64_t start = taken * CHUNK, size = job->word_count - start;
-        if (size <= 0) break;
+        if (taken >= job->chunks[job->count]) break;
+        while (job->chunks[message + 1] <= taken) message++;
+        int64_t start = (taken - job->chunks[message]) * CHUNK;
+        int64_t size = job->sizes[message] - start;
         if (size > CHUNK) size = CHUNK;
+        const uint32_t *words = job->words[message] + start;
         uint64_t *sums = job->sums + 2 * taken;
         sums[0] = sums[1] = 0;
-        (wide ? chunk_avx2 : chunk)(job->words + start, job->key, size / 2, sums);
+        (wide ? chunk_avx2 : chunk)(words, job->key, size / 2, sums);
         if (size % 2) { /* the last word, beside a zero */
             const uint32_t *key = job->key + size - 1;
-            uint32_t word = job->words[start + size - 1];
-            sums[0] += (uint64_t)(word + key[0]) * key[1];
-            sums[1] += (uint64_t)(word + key[2]) * key[3];
+            sums[0] += (uint64_t)(words[size - 1] + key[0]) * key[1];
+            sums[1] += (uint64_t)(words[size - 1] + key[2]) * key[3];
         }
     }
 }
