@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dptorch.noise import GaussianNoise, team
-from dptorch.noise.compiled import SOURCES, SWITCH, compiled
+from dptorch.native import SWITCH, team
+from dptorch.noise import GaussianNoise
+from dptorch.noise.compiled import SOURCES, compiled
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.keystream import Keystream
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh

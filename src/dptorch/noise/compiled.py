@@ -1,21 +1,13 @@
-"""Noise and hash as machine code: the C sources beside this file, compiled once per machine.
+"""Noise and hash as machine code: the C sources beside this file.
 
-A C compiler is not part of dptorch, so its absence changes the speed and nothing else: the machine
-code is used only if it makes the same bits as numpy does, on inputs that reach all of its branches.
+The machine code is used only if it makes the same bits as numpy does, on inputs that reach all of its
+branches.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dptorch.native import build, run_in_team
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
 from dptorch.noise.normal import (
     KEYSTREAM_BLOCK,
@@ -34,28 +27,13 @@ from dptorch.noise.normal import (
     KeystreamNormals,
     to_float32,
 )
-from dptorch.noise.team import run_in_team
 
-__all__ = ["SWITCH", "Compiled", "Target", "compiled"]
-
-SWITCH: Final = "DPTORCH_COMPILE"
-"""Environment variable; "0" keeps dptorch from running a C compiler."""
+__all__ = ["Compiled", "Target", "compiled"]
 
 SOURCES: Final = tuple(
     Path(__file__).with_name(name)
     for name in ("kernels.h", "normal.c", "keystream.c", "add_noise.c", "hash.c")
 )
-
-_OPTIONS: Final = (
-    "-std=c11",
-    "-O3",
-    "-shared",
-    "-fPIC",
-    "-ffp-contract=off",  # a fused multiply-add rounds once where numpy rounds twice
-    "-fno-math-errno",
-    "-fno-trapping-math",
-)
-_PATIENCE_S: Final = 20.0  # it takes 0.6 s; beyond this something is wrong
 
 
 @dataclass(frozen=True)
@@ -170,48 +148,13 @@ class _Hash(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def compiled() -> Compiled | None:
-    """The library, or None where there is no compiler or it makes other numbers.
-
-    The first call on a machine runs ``cc`` for some 0.6 s and keeps the result in the user's cache
-    folder (``$XDG_CACHE_HOME/dptorch``, by default ``~/.cache/dptorch``).
-    """
-    if os.environ.get(SWITCH) == "0" or sys.byteorder != "little":
+    """The library, or None where there is no compiler or it makes other numbers."""
+    # A fused multiply-add rounds once where numpy rounds twice.
+    library = build("noise", SOURCES, _constants(), "-ffp-contract=off")
+    if library is None:
         return None
-    try:
-        found = Compiled(_library())
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
+    found = Compiled(library)
     return found if _same_bits(found) else None
-
-
-def _library() -> ctypes.CDLL:
-    """Load the library, compiled if it is not in the cache."""
-    sources = {path.name: path.read_bytes() for path in SOURCES}
-    options = [*_OPTIONS, *(f"-D{name}={value}" for name, value in _constants().items())]
-    made_of = repr((sources, options, sys.platform, platform.machine()))
-    name = f"noise-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    cache = _private_folder()
-    if cache is not None and (cache / name).exists():
-        with contextlib.suppress(OSError):  # cut short, say: then make it anew
-            return ctypes.CDLL(str(cache / name))
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        for file, source in sources.items():
-            (Path(folder) / file).write_bytes(source)
-        made = Path(folder) / name
-        subprocess.run(
-            [compiler, *options, *(f for f in sources if f.endswith(".c")), "-o", name, "-lm"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            timeout=_PATIENCE_S,
-        )
-        library = ctypes.CDLL(str(made))
-        if cache is not None:
-            os.replace(made, cache / name)
-        return library
 
 
 def _constants() -> dict[str, str]:
@@ -228,18 +171,6 @@ def _constants() -> dict[str, str]:
         "PAIRS": str(KEYSTREAM_BLOCK // 2),
         "CHUNK": str(CHUNK),
     }
-
-
-def _private_folder() -> Path | None:
-    """The cache folder, if nobody else can put code there."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "dptorch"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-    except OSError:
-        return None
-    return folder if about.st_uid == os.getuid() and not about.st_mode & 0o022 else None
 
 
 def _same_bits(library: Compiled) -> bool:

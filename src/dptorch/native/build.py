@@ -1,0 +1,91 @@
+"""Compiling C sources into a library that is kept for the next process.
+
+A C compiler is not part of dptorch: its absence changes the speed and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+__all__ = ["SWITCH", "build"]
+
+SWITCH: Final = "DPTORCH_COMPILE"
+"""Environment variable; "0" keeps dptorch from running a C compiler."""
+
+_OPTIONS: Final = ("-std=c11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_PATIENCE_S: Final = 20.0  # it takes 0.6 s; beyond this something is wrong
+
+
+def build(
+    name: str, sources: Sequence[Path], constants: Mapping[str, str], *options: str
+) -> ctypes.CDLL | None:
+    """The library of `sources`, or None where it cannot be made.
+
+    The first call on a machine runs ``cc``, for half a second or so, and keeps the result in the
+    user's cache folder (``$XDG_CACHE_HOME/dptorch``, by default ``~/.cache/dptorch``), if nobody else
+    can write there.
+
+    Args:
+        name: what its file is called; sources, constants and options are told apart by their hash.
+        sources: C files, and headers that they include.
+        constants: macros.
+        options: of the compiler, beside the usual ones.
+    """
+    if os.environ.get(SWITCH) == "0" or sys.byteorder != "little":
+        return None
+    try:
+        texts = {path.name: path.read_bytes() for path in sources}
+        macros = [f"-D{macro}={value}" for macro, value in constants.items()]
+        return _library(name, texts, [*_OPTIONS, *options, *macros])
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _library(name: str, sources: Mapping[str, bytes], options: Sequence[str]) -> ctypes.CDLL:
+    made_of = repr((dict(sources), list(options), sys.platform, platform.machine()))
+    file = f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    cache = _private_folder()
+    if cache is not None and (cache / file).exists():
+        with contextlib.suppress(OSError):  # cut short, say: then make it anew
+            return ctypes.CDLL(str(cache / file))
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        for source, text in sources.items():
+            (Path(folder) / source).write_bytes(text)
+        made = Path(folder) / file
+        subprocess.run(
+            [compiler, *options, *(s for s in sources if s.endswith(".c")), "-o", file, "-lm"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            timeout=_PATIENCE_S,
+        )
+        library = ctypes.CDLL(str(made))
+        if cache is not None:
+            os.replace(made, cache / file)
+        return library
+
+
+def _private_folder() -> Path | None:
+    """The cache folder, if nobody else can put code there."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) / "dptorch"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except OSError:
+        return None
+    return folder if about.st_uid == os.getuid() and not about.st_mode & 0o022 else None

@@ -1,0 +1,156 @@
+/* Norms of sums of outer products from Gram matrices; see gram.py, which this file agrees with up to
+   rounding. Called from every thread of a team at once; each takes strips until none is left.
+
+   A strip is ROWS rows of one example's Gram matrices, up to the diagonal, column after column. Its
+   entries are dot products of the factors' rows, made in tiles of TALL x WIDE whose sums stay in
+   registers, over at most DEPTH columns of the factor at a time, so that what a strip reads stays in
+   the first-level cache; its own rows are copied together, as rows whose distance is a power of two
+   would drive each other out of the cache. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define ROWS 8
+#define TALL 4
+#define WIDE 3
+#define DEPTH 512
+#define LANES 8
+#define PITCH (DEPTH + 16)
+
+typedef struct {
+    const float *rows;        /* of one example: [T, columns] */
+    int64_t columns, stride;  /* floats from a row to the next */
+} Factor;
+
+typedef struct {
+    const float *left, *right;
+    int64_t examples, positions, left_columns, right_columns;
+    int64_t left_strides[2], right_strides[2]; /* floats from an example, a position to the next */
+    double *sums;       /* [examples, strips] of products of Gram entries */
+    float *lengths[2];  /* [examples, positions] of squared lengths: of left, of right */
+    int64_t next;
+} Gram;
+
+int has_vectors(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+#define FAST __attribute__((target("avx2,fma")))
+
+FAST static inline __m256i mask_of(int64_t left) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)left), lanes);
+}
+
+/* The sums of a's, b's, c's and d's lanes. */
+FAST static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+}
+
+/* Add to `to`, columns ROWS apart, the products of rows a and b over `depth` columns. */
+FAST static void tile(const float *a, const float *const b[WIDE], int64_t depth, float *to) {
+    __m256 sums[TALL][WIDE];
+    for (int i = 0; i < TALL; i++)
+        for (int j = 0; j < WIDE; j++) sums[i][j] = _mm256_setzero_ps();
+    int64_t k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+        __m256 y[WIDE];
+        for (int j = 0; j < WIDE; j++) y[j] = _mm256_loadu_ps(b[j] + k);
+        for (int i = 0; i < TALL; i++) {
+            __m256 x = _mm256_loadu_ps(a + i * PITCH + k);
+            for (int j = 0; j < WIDE; j++) sums[i][j] = _mm256_fmadd_ps(x, y[j], sums[i][j]);
+        }
+    }
+    if (k < depth) {
+        __m256i mask = mask_of(depth - k);
+        __m256 y[WIDE];
+        for (int j = 0; j < WIDE; j++) y[j] = _mm256_maskload_ps(b[j] + k, mask);
+        for (int i = 0; i < TALL; i++) {
+            __m256 x = _mm256_maskload_ps(a + i * PITCH + k, mask);
+            for (int j = 0; j < WIDE; j++) sums[i][j] = _mm256_fmadd_ps(x, y[j], sums[i][j]);
+        }
+    }
+    for (int j = 0; j < WIDE; j++, to += ROWS) {
+        __m128 found = totals(sums[0][j], sums[1][j], sums[2][j], sums[3][j]);
+        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), found));
+    }
+}
+
+/* Rows [start, start + ROWS) of a factor's Gram matrix, columns up to the diagonal, into `gram`
+   [columns, ROWS]. What lies past the last position repeats it. */
+FAST static void strip(const Factor *f, int64_t start, int64_t positions, float *gram) {
+    _Alignas(64) float own[ROWS * PITCH];
+    int64_t last = positions - 1;
+    int64_t stop = start + ROWS < positions ? start + ROWS : positions;
+    int64_t parts = (f->columns + DEPTH - 1) / DEPTH;
+    int64_t most = ((f->columns + parts - 1) / parts + LANES - 1) / LANES * LANES;
+    memset(gram, 0, (stop + WIDE) * ROWS * sizeof(float));
+    for (int64_t from = 0; from < f->columns; from += most) {
+        int64_t depth = f->columns - from < most ? f->columns - from : most;
+        for (int64_t row = 0; row < ROWS; row++) {
+            int64_t at = start + row < last ? start + row : last;
+            memcpy(own + row * PITCH, f->rows + at * f->stride + from, depth * sizeof(float));
+        }
+        for (int64_t column = 0; column < stop; column += WIDE) {
+            const float *b[WIDE];
+            for (int j = 0; j < WIDE; j++) {
+                int64_t at = column + j < last ? column + j : last;
+                b[j] = f->rows + at * f->stride + from;
+            }
+            for (int64_t row = 0; row < stop - start; row += TALL)
+                if (column < start + row + TALL) /* not all above the diagonal */
+                    tile(own + row * PITCH, b, depth, gram + column * ROWS + row);
+        }
+    }
+}
+
+FAST void gram_norms(Gram *job) {
+    int64_t positions = job->positions, strips = (positions + ROWS - 1) / ROWS;
+    float *work = malloc(2 * (positions + ROWS + WIDE) * ROWS * sizeof(float));
+    for (;;) {
+        int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        if (taken >= job->examples * strips) break;
+        int64_t example = taken / strips; /* one after another: each fits the second-level cache */
+        int64_t start = (strips - 1 - taken % strips) * ROWS; /* the longest first */
+        double *out = job->sums + example * strips + start / ROWS;
+        if (!work) {
+            *out = NAN; /* such an example would be dropped */
+            continue;
+        }
+        Factor left = {job->left + example * job->left_strides[0], job->left_columns,
+                       job->left_strides[1]};
+        Factor right = {job->right + example * job->right_strides[0], job->right_columns,
+                        job->right_strides[1]};
+        float *x = work, *y = work + (positions + ROWS + WIDE) * ROWS;
+        strip(&left, start, positions, x);
+        strip(&right, start, positions, y);
+        double below[ROWS] = {0}, sum = 0.0;
+        for (int64_t column = 0; column < start; column++, x += ROWS, y += ROWS)
+            for (int row = 0; row < ROWS; row++) below[row] += (double)x[row] * y[row];
+        for (int64_t row = 0; row < ROWS && start + row < positions; row++) {
+            for (int64_t column = 0; column < row; column++)
+                below[row] += (double)x[column * ROWS + row] * y[column * ROWS + row];
+            float of_left = x[row * ROWS + row], of_right = y[row * ROWS + row];
+            /* What lies below the diagonal stands for its mirror image too. */
+            sum += 2.0 * below[row] + (double)of_left * of_right;
+            job->lengths[0][example * positions + start + row] = of_left;
+            job->lengths[1][example * positions + start + row] = of_right;
+        }
+        *out = sum;
+    }
+    free(work);
+}
+
+#else
+
+int has_vectors(void) { return 0; }
+void gram_norms(void *job) { (void)job; }
+
+#endif
