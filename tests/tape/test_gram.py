@@ -1,13 +1,18 @@
 """Gram norms: strips and the Triton kernel against formed gradients."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from dptorch.native import SWITCH
+from dptorch.tape.gradients import gram, gram_native
 from dptorch.tape.gradients.gram import gram_flops, gram_norm, gram_tile
 
 SIZES = [(2, 1, 3, 4), (3, 31, 5, 2), (2, 32, 4, 4), (3, 100, 20, 40), (2, 300, 7, 33)]
@@ -31,7 +36,9 @@ def test_a_twin_that_forgets_the_mirror_image_is_caught() -> None:
     assert not torch.allclose(gram.sum((1, 2)), formed(left, right), rtol=1e-3)
 
 
-def test_nothing_of_size_t_squared_is_stored_and_half_is_not_computed() -> None:
+def test_nothing_of_size_t_squared_is_stored_and_half_is_not_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest, flops = 0, 0.0
@@ -48,11 +55,101 @@ def test_nothing_of_size_t_squared_is_stored_and_half_is_not_computed() -> None:
 
     b, t, p, d = 1, 1024, 8, 16
     left, right = torch.randn(b, t, p), torch.randn(b, t, d)
+    monkeypatch.setattr(gram, "gram_library", lambda: None)
     with Watch():
         gram_norm(left, right)
     assert largest <= t * gram_tile(t)
-    assert flops == pytest.approx(gram_flops(t, p, d), rel=1e-6)
+    assert flops == pytest.approx(gram_flops(t, p, d, gram_tile(t)), rel=1e-6)
     assert flops < 0.56 * 2 * t * t * (p + d)
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache folder of the test's own, and a library that is looked for again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(SWITCH, raising=False)
+    gram_native.gram_library.cache_clear()
+    yield
+    gram_native.gram_library.cache_clear()
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler here"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("size", [*SIZES, (2, 9, 512, 513), (1, 40, 1, 2000)], ids=str)
+def test_the_c_kernel_gives_the_formed_norm(
+    library: None, size: tuple[int, int, int, int], threads: int
+) -> None:
+    """To float32's precision; also of factors whose rows lie apart, or whose numbers do."""
+    found = gram_native.gram_library()
+    if found is None:
+        pytest.skip("this processor has no AVX2; torch's own products are used")
+    torch.manual_seed(0)
+    b, t, p, d = size
+    for left, right in (
+        (torch.randn(b, t, p), torch.randn(b, t, d)),
+        (torch.randn(t, b, p).transpose(0, 1), torch.randn(b, d, t).transpose(1, 2)),
+        (torch.randn(b, t, p + 5)[:, :, 3 : p + 3], torch.randn(2 * b, t, d)[::2]),
+    ):
+        squared, *lengths = found.norms(left, right, threads)
+        truth = formed(left.double(), right.double())
+        torch.testing.assert_close(squared.double(), truth, rtol=1e-6, atol=0)
+        for length, factor in zip(lengths, (left, right), strict=True):
+            torch.testing.assert_close(length, factor.norm(dim=2), rtol=1e-6, atol=0)
+
+
+@needs_compiler
+def test_the_c_kernel_keeps_what_is_not_finite_to_its_example(library: None) -> None:
+    found = gram_native.gram_library()
+    if found is None:
+        pytest.skip("this processor has no AVX2; torch's own products are used")
+    left, right = torch.randn(4, 20, 30), torch.randn(4, 20, 30)
+    left[1, 7, 3], right[2, 19, 29] = float("nan"), float("inf")
+    squared = found.norms(left, right, 2)[0]
+    assert squared.isfinite().tolist() == [True, False, False, True]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("sum += 2.0 * below", "sum += below"),  # the mirror image
+        ("if (k < depth)", "if (k > depth)"),  # columns that are left over
+        ("column < start + row + TALL", "column < start + row"),  # the diagonal
+        ("at * f->stride + from, depth", "at * f->stride, depth"),
+        ("memset(gram, 0", "memset(gram, 66"),
+    ],
+)
+def test_a_c_kernel_that_errs_is_not_used(
+    library: None, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    read = type(gram_native.SOURCE).read_bytes
+    if gram_native.gram_library() is None:
+        pytest.skip("this processor has no AVX2; torch's own products are used")
+    gram_native.gram_library.cache_clear()
+    assert right.encode() in gram_native.SOURCE.read_bytes()
+    monkeypatch.setattr(
+        type(gram_native.SOURCE),
+        "read_bytes",
+        lambda path: read(path).replace(right.encode(), wrong.encode()),
+    )
+    assert gram_native.gram_library() is None
+
+
+@needs_compiler
+def test_large_norms_on_a_cpu_come_from_c(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = torch.randn(4, 128, 256), torch.randn(4, 128, 256)
+    by_default = gram_norm(left, right)
+    monkeypatch.setenv(SWITCH, "0")
+    gram_native.gram_library.cache_clear()
+    assert gram_native.gram_library() is None
+    by_torch = gram_norm(left, right)
+    torch.testing.assert_close(by_default, by_torch, rtol=1e-5, atol=0)
+    torch.testing.assert_close(by_default, formed(left, right), rtol=1e-5, atol=0)
 
 
 _KERNEL = """

@@ -8,11 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gram_flops", "gram_norm", "gram_tile"]
+from dptorch.tape.gradients.gram_native import ROWS, GramLibrary, gram_library
+
+__all__ = ["gram_cost", "gram_flops", "gram_norm", "gram_norm_and_lengths", "gram_tile"]
+
+# Flops from which on compiling C saves more than it costs in a few steps.
+_LARGE = 2e7
 
 
 def gram_tile(positions: int) -> int:
-    """Rows of one tile: few enough to skip most of the symmetric half, many enough for a fast product.
+    """Rows of one tile of torch's own products: few enough to skip most of the symmetric half, many
+    enough for a fast product.
 
     Example:
         >>> gram_tile(64), gram_tile(1024)
@@ -21,19 +27,29 @@ def gram_tile(positions: int) -> int:
     return 32 if positions < 256 else 64
 
 
-def gram_flops(positions: int, rows: int, columns: int) -> float:
-    """Flops of `gram_norm` for one example."""
-    t = gram_tile(positions)
-    computed = positions * (positions + min(t, positions)) / 2
+def gram_flops(positions: int, rows: int, columns: int, tile: int) -> float:
+    """Flops of `gram_norm` for one example, by tiles of so many rows."""
+    computed = positions * (positions + min(tile, positions)) / 2
     return 2 * computed * (rows + columns)
+
+
+def gram_cost(left: Tensor, right: Tensor) -> tuple[float, float]:
+    """Flops of `gram_norm` for all examples, and the bytes that it moves beside its products."""
+    b, t, p = left.shape
+    d, size = right.shape[2], left.element_size()
+    if _native(left, right) is not None:
+        return b * gram_flops(t, p, d, ROWS), 0.0
+    tile = gram_tile(t)
+    # Each tile is written by two products, multiplied and summed.
+    return b * gram_flops(t, p, d, tile), 5.0 * size * b * t * (t + tile) / 2
 
 
 def gram_norm(left: Tensor, right: Tensor) -> Tensor:
     """``||sum_t left[b, t] (x) right[b, t]||^2 = sum((L L^T) * (R R^T))`` for each example, [B].
 
-    The Gram matrices are symmetric and only their sum is wanted, so they are made a strip of columns
-    at a time from the diagonal down: [B, T, T] is never stored and nearly half of it never computed.
-    On CUDA with Triton one kernel does the same without storing anything.
+    The Gram matrices are symmetric and only their sum is wanted, so they are made a strip at a time
+    up to the diagonal: [B, T, T] is never stored and nearly half of it never computed. Where it can
+    be compiled (C, on a CPU; Triton, on CUDA) one kernel does it without storing anything.
 
     Args:
         left: [B, T, P], float32 or float64.
@@ -47,6 +63,27 @@ def gram_norm(left: Tensor, right: Tensor) -> Tensor:
         >>> torch.allclose(gram_norm(left, right), formed.square().sum((1, 2)), rtol=1e-4)
         True
     """
+    return gram_norm_and_lengths(left, right)[0]
+
+
+def gram_norm_and_lengths(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`gram_norm`, and the lengths of the factors' rows, which are on the way: [B], [B, T], [B, T]."""
+    library = _native(left, right)
+    if library is not None:
+        return library.norms(left, right, torch.get_num_threads())
+    lengths = (torch.linalg.vector_norm(x, dim=2) for x in (left, right))
+    return (_in_strips(left, right), *lengths)
+
+
+def _native(left: Tensor, right: Tensor) -> GramLibrary | None:
+    if left.device.type != "cpu" or left.dtype != torch.float32 or not left.shape[1]:
+        return None
+    b, t, p = left.shape
+    large = b * gram_flops(t, p, right.shape[2], ROWS) >= _LARGE
+    return gram_library() if large else None
+
+
+def _in_strips(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and left.dtype == torch.float32:
         from dptorch.tape.gradients.gram_triton import available, gram_norm_triton
 

@@ -17,7 +17,7 @@ from dptorch.tape.gradients.base import (
     without_underflow,
 )
 from dptorch.tape.gradients.dense import Dense
-from dptorch.tape.gradients.gram import gram_flops, gram_norm, gram_tile
+from dptorch.tape.gradients.gram import gram_cost, gram_norm_and_lengths
 from dptorch.tape.ways import Way
 
 __all__ = ["Outer"]
@@ -26,7 +26,7 @@ __all__ = ["Outer"]
 class Outer(PerExampleGradient):
     """``gradient[b] = sum_t left[b, t] (x) right[b, t]``, of shape [P, D].
 
-    The norm is taken from Gram matrices (`gram_norm`) or from the formed gradient.
+    The norm is taken from Gram matrices (`dptorch.tape.gradients.gram`) or from the formed gradient.
 
     Args:
         left: [B, T, P].
@@ -79,10 +79,8 @@ class Outer(PerExampleGradient):
         if t == 1:
             gram = Way("gram", 2 * b * (p + d), form, 2 * factors, factors, 0)
         else:
-            # Each tile is written by two products, multiplied and summed.
-            tiles = size * b * t * (t + gram_tile(t)) / 2
-            flops = b * gram_flops(t, p, d)
-            gram = Way("gram", flops, form, 5 * tiles, factors, 2 * size * b * t * t)
+            flops, moved = gram_cost(self.left, self.right)
+            gram = Way("gram", flops, form, moved, factors, 2 * size * b * t * t)
         return (
             gram,
             Way("form", form, form, 2 * formed, factors, formed),
@@ -106,10 +104,13 @@ class Outer(PerExampleGradient):
 
     def gram(self) -> Tensor:
         """Squared norms from Gram matrices, [B]."""
-        left, right = self._lengths()
         t, p, d = self._sizes
+        if t == 1:
+            left, right = self._lengths()
+            squared = (left * right).square().sum(1)
+        else:
+            squared, left, right = gram_norm_and_lengths(self.left, self.right)
         magnitude = (left * right).sum(1)
-        squared = magnitude.square() if t == 1 else gram_norm(self.left, self.right)
         longest = torch.maximum(left.amax(1), right.amax(1)).square()
         squared, magnitude = without_underflow(self, squared, magnitude, longest, t * t * (p + d))
         if t == 1:

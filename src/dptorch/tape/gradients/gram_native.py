@@ -1,0 +1,104 @@
+"""The Gram norm in C for float32 on a CPU: `gram.c`, used if it agrees with torch.
+
+Shape legend: B examples, T positions, P rows (outputs), D columns (inputs).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from dptorch.native import build, run_in_team
+
+__all__ = ["ROWS", "SOURCE", "GramLibrary", "gram_library"]
+
+SOURCE: Final = Path(__file__).with_name("gram.c")
+ROWS: Final = 8
+"""Rows of a strip, the unit of work."""
+
+_PAIR = ctypes.c_int64 * 2
+
+
+class _Gram(ctypes.Structure):
+    """`Gram` of gram.c."""
+
+    _fields_ = (
+        ("left", ctypes.c_void_p),
+        ("right", ctypes.c_void_p),
+        ("examples", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+        ("left_columns", ctypes.c_int64),
+        ("right_columns", ctypes.c_int64),
+        ("left_strides", _PAIR),
+        ("right_strides", _PAIR),
+        ("sums", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p * 2),
+        ("next", ctypes.c_int64),
+    )
+
+
+class GramLibrary:
+    """What gram.c does."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._function: Any = library.gram_norms
+        self._function.restype = None
+
+    def norms(self, left: Tensor, right: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `dptorch.tape.gradients.gram.gram_norm_and_lengths`; T > 0."""
+        left, right = (x if x.stride(2) == 1 else x.contiguous() for x in (left, right))
+        b, t, p = left.shape
+        strips = -(-t // ROWS)
+        sums = torch.empty(b, strips, dtype=torch.float64)
+        lengths = torch.empty(2, b, t)
+        job = _Gram(
+            left.data_ptr(),
+            right.data_ptr(),
+            b,
+            t,
+            p,
+            right.shape[2],
+            _PAIR(*left.stride()[:2]),
+            _PAIR(*right.stride()[:2]),
+            sums.data_ptr(),
+            (ctypes.c_void_p * 2)(lengths[0].data_ptr(), lengths[1].data_ptr()),
+            0,
+        )
+        run_in_team(self._function, job, max(1, min(threads, b * strips)))
+        lengths.sqrt_()
+        return sums.sum(1).clamp_(min=0).float(), lengths[0], lengths[1]
+
+
+@functools.lru_cache(maxsize=1)
+def gram_library() -> GramLibrary | None:
+    """The library, or None where there is no compiler, the processor lacks AVX2, or it errs."""
+    found = build("gram", [SOURCE], {})
+    if found is None or not found.has_vectors():
+        return None
+    library = GramLibrary(found)
+    return library if _agrees(library) else None
+
+
+def _agrees(library: GramLibrary) -> bool:
+    """With float64, on sizes with every kind of remainder, and on factors that are views."""
+    generator = torch.Generator().manual_seed(0)
+    for b, t, p, d in ((1, 1, 1, 1), (2, 5, 3, 1100), (3, 8, 513, 16), (2, 21, 40, 7)):
+        wide = torch.randn(b, t, p + 3, generator=generator)
+        left = wide[:, :, 1 : p + 1]
+        right = torch.randn(t, b, d, generator=generator).transpose(0, 1)
+        squared, *lengths = library.norms(left, right, threads=2)
+        formed = torch.bmm(left.double().transpose(1, 2), right.double())
+        truths = (
+            formed.square().sum((1, 2)),
+            left.double().norm(dim=2),
+            right.double().norm(dim=2),
+        )
+        for value, truth in zip((squared, *lengths), truths, strict=True):
+            if not torch.allclose(value.double(), truth, rtol=1e-5, atol=0):
+                return False
+    return True
