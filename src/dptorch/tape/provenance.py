@@ -158,8 +158,8 @@ def rows(t: Tensor, tag: Tag, batch_size: int) -> Tensor:
         return t.unsqueeze(1)
     repeats = t.shape[0] // (batch_size * step)
     if repeats == 1:
-        return t.unflatten(0, (batch_size, step))
-    return t.unflatten(0, (repeats, batch_size, step)).transpose(0, 1).flatten(1, 2)
+        return t.view(batch_size, step, *t.shape[1:])  # as unflatten does, which is slow
+    return t.view(repeats, batch_size, step, *t.shape[1:]).transpose(0, 1).flatten(1, 2)
 
 
 def place(t: Tensor, example: int, batch_size: int) -> Tensor:

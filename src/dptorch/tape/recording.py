@@ -320,13 +320,13 @@ class Recording(States):
             mixed = Mixed(f"{self.module_path()}: examples meet in '{call.name}': {lost}.")
             states = [mixed] * len(outputs)
         first = call.args[0] if call.args else None
-        out_argument = call.kwargs.get("out") if call.kwargs else None
+        written = call.in_place or call.kwargs.get("out") is not None
         for o, state in zip(outputs, states, strict=True):
             if not isinstance(o, Tensor):
                 continue
-            if isinstance(state, Reduced) and not o.requires_grad:
+            if type(state) is Reduced and not o.requires_grad:
                 state = self.statistic(call.name)
-            if o is first or call.in_place or out_argument is not None:
+            if written or o is first:
                 before = self.state(o)
                 if before != state and not (before is None and state is None):
                     self.mark_written(o, before, state)
