@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import dptorch
 from dptorch.bench.engines import NON_PRIVATE, engines, start
@@ -176,3 +177,50 @@ def test_parts_are_for_a_cpu_in_one_precision(monkeypatch: pytest.MonkeyPatch) -
     assert not input_gradient.in_parts_pays(torch.zeros(1, 2**20, requires_grad=True), w)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not input_gradient.in_parts_pays(x, w)
+
+
+class Normed(nn.Module):
+    """An op that has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.logaddexp(x, self.weight)
+
+
+LAYERS = [
+    nn.Linear(6, 3),
+    nn.Conv1d(4, 3, 3),
+    nn.LayerNorm(6),
+    nn.RMSNorm(6),
+    nn.GroupNorm(2, 4),
+    nn.BatchNorm1d(4).eval(),
+    nn.InstanceNorm1d(4, affine=True),
+    nn.PReLU(),
+    Normed(),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_a_clipped_layer_frees_its_input(layer: nn.Module) -> None:
+    """As ordinary training does in the backward, while the loss is still held."""
+    seen: list[Any] = []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].untyped_storage()))
+    layer.register_forward_pre_hook(
+        lambda _, args: seen.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    model = nn.Sequential(Scale(4), layer)
+    with dptorch.record(model) as tape:
+        losses = model(torch.randn(5, 4, 6)).square().flatten(1).sum(1)
+    loss = losses.sum()
+    held, freed = seen  # the control holds the input itself
+    assert not freed.expired()
+    loss.backward()
+    tape.norms()
+    tape.close()
+    assert not freed.expired()
+    seen.clear()
+    del held
+    assert freed.expired()

@@ -23,10 +23,11 @@ from dptorch.tape.provenance import Lost, Tag, separate
 if TYPE_CHECKING:
     from dptorch.tape.recording import Recording
 
-__all__ = ["CHUNK_ELEMENTS", "batched_vjp", "generic"]
+__all__ = ["batched_vjp", "generic"]
 
-# Separated gradients are made for as many examples at once as fit in this many elements.
-CHUNK_ELEMENTS = 1 << 24
+# Separated gradients are made for as many examples at once as fit in this many elements: on a CPU few,
+# which is no slower, on a GPU many.
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_CUDA = 1 << 20, 1 << 24
 
 
 def generic(call: Call, recording: Recording) -> Any:
@@ -68,7 +69,7 @@ def generic(call: Call, recording: Recording) -> Any:
     raw = [o for o, _ in pairs]
     raw_tags = [t for _, t in pairs if isinstance(t, Tag)]
     leaves = [copies[id(p)] for p in call.parameters]
-    n = call.batch_size
+    n, parameters = call.batch_size, call.parameters  # not the call, which holds its arguments
 
     def gradients(
         grads: Sequence[Tensor | None], saved: Sequence[Tensor]
@@ -80,7 +81,7 @@ def generic(call: Call, recording: Recording) -> Any:
 
         size = sum(g.numel() for _, g, _ in used)
         found = batched_vjp([o for o, _, _ in used], leaves, separated, n, size)
-        for p, grad in zip(call.parameters, found, strict=True):
+        for p, grad in zip(parameters, found, strict=True):
             if grad is not None:
                 yield p, Dense(grad)
 
@@ -120,18 +121,30 @@ def batched_vjp(
     Returns:
         For each input [B, *input.shape], or None if no output depends on it.
     """
-    width = max(1, min(batch_size, CHUNK_ELEMENTS // max(1, elements)))
-    parts: list[tuple[Tensor | None, ...]] = []
+    most = _CHUNK_ELEMENTS_CUDA if outputs[0].is_cuda else _CHUNK_ELEMENTS
+    width = max(1, min(batch_size, most // max(1, elements)))
+    found: list[Tensor | None] = []
     for start in range(0, batch_size, width):
         vectors = cotangents(start, min(batch_size, start + width))
-        with torch.enable_grad():
-            parts.append(_vjp(outputs, inputs, vectors))
-    return [
-        None if column[0] is None else torch.cat([c for c in column if c is not None])
-        for column in zip(*parts, strict=True)
-    ]
+        found = _collected(found, _vjp(outputs, inputs, vectors), start, batch_size)
+    return found
 
 
+def _collected(
+    found: list[Tensor | None], part: Sequence[Tensor | None], start: int, batch_size: int
+) -> list[Tensor | None]:
+    """Copy the results [b, ...] for examples from `start` on to their place in those for all."""
+    if not found:
+        if any(t is not None and len(t) == batch_size for t in part):
+            return list(part)
+        found = [None if t is None else t.new_empty(batch_size, *t.shape[1:]) for t in part]
+    for whole, t in zip(found, part, strict=True):
+        if whole is not None and t is not None:
+            whole[start : start + len(t)] = t
+    return found
+
+
+@torch.enable_grad()
 def _vjp(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
@@ -140,13 +153,12 @@ def _vjp(
             outputs, inputs, vectors, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
     except RuntimeError:  # an op that vmap does not know: one example at a time
-        each = [
-            torch.autograd.grad(
+        found: list[Tensor | None] = []
+        n = vectors[0].shape[0]
+        for i in range(n):
+            each = torch.autograd.grad(
                 outputs, inputs, [v[i] for v in vectors], retain_graph=True, allow_unused=True
             )
-            for i in range(vectors[0].shape[0])
-        ]
-        return tuple(
-            None if column[0] is None else torch.stack([c for c in column if c is not None])
-            for column in zip(*each, strict=True)
-        )
+            part = [None if g is None else g[None] for g in each]
+            found = _collected(found, part, i, n)
+        return tuple(found)

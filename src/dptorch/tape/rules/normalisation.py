@@ -34,6 +34,11 @@ def _record(
     normalise: Callable[[Tensor], Tensor],
     per_example: Callable[[Tensor], Tensor],
 ) -> Any:
+    """Tap a normalisation that does not return its statistics.
+
+    `normalise` and `per_example` live as long as the graph: they must not hold `call`, whose arguments
+    would live as long.
+    """
     out = call.run({id(t): t.detach() for t in call.parameters})
     want_w = weight is not None and call.is_parameter(weight)
     want_b = bias is not None and call.is_parameter(bias)
@@ -71,7 +76,7 @@ def last_dims(call: Call, recording: Recording) -> Any:
     layer = call.name == "layer_norm"
     bias = call.arg(3, "bias") if layer else None
     eps = call.arg(4 if layer else 3, "eps", 1e-5 if layer else None)
-    tag = call.tag_of(x)
+    tag, n = call.tag_of(x), call.batch_size
     inner = len(shape)
     if tag is None or len(call.tagged) > 1:
         return NotImplemented
@@ -85,7 +90,7 @@ def last_dims(call: Call, recording: Recording) -> Any:
         return F.layer_norm(a, shape, None, None, eps) if layer else F.rms_norm(a, shape, None, eps)
 
     def per_example(t: Tensor) -> Tensor:
-        return rows(t, tag, call.batch_size).flatten(1, -1 - inner).sum(1)
+        return rows(t, tag, n).flatten(1, -1 - inner).sum(1)
 
     return _record(call, recording, x, tag, weight, bias, normalise, per_example)
 
@@ -134,7 +139,7 @@ def group_norm(call: Call, recording: Recording) -> Any:
     """GroupNorm: the scale has one value a channel."""
     x, groups = call.arg(0, "input"), call.arg(1, "num_groups")
     weight, bias, eps = call.arg(2, "weight"), call.arg(3, "bias"), call.arg(4, "eps", 1e-5)
-    tag = call.tag_of(x)
+    tag, n = call.tag_of(x), call.batch_size
     if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
     if weight is not None and x.dim() > 2 and _saves_statistics(x, weight, bias):
@@ -147,7 +152,7 @@ def group_norm(call: Call, recording: Recording) -> Any:
         weight,
         bias,
         lambda a: F.group_norm(a, groups, None, None, eps),
-        lambda t: _channels(t, tag, call.batch_size),
+        lambda t: _channels(t, tag, n),
     )
 
 
@@ -202,7 +207,7 @@ def instance_norm(call: Call, recording: Recording) -> Any:
             f"{recording.module_path()}: InstanceNorm updates running statistics from the whole "
             "batch. Set track_running_stats=False."
         )
-    tag = call.tag_of(x)
+    tag, n = call.tag_of(x), call.batch_size
     if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
     return _record(
@@ -213,7 +218,7 @@ def instance_norm(call: Call, recording: Recording) -> Any:
         weight,
         bias,
         lambda a: F.instance_norm(a, mean, var, None, None, from_input, 0.0, eps),
-        lambda t: _channels(t, tag, call.batch_size),
+        lambda t: _channels(t, tag, n),
     )
 
 
@@ -227,7 +232,7 @@ def batch_norm(call: Call, recording: Recording) -> Any:
     refuse_batch_statistics(call, recording)
     x, mean, var = call.arg(0, "input"), call.arg(1, "running_mean"), call.arg(2, "running_var")
     weight, bias, eps = call.arg(3, "weight"), call.arg(4, "bias"), call.arg(7, "eps", 1e-5)
-    tag = call.tag_of(x)
+    tag, n = call.tag_of(x), call.batch_size
     if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
 
@@ -242,7 +247,7 @@ def batch_norm(call: Call, recording: Recording) -> Any:
         weight,
         bias,
         normalise,
-        lambda t: _channels(t, tag, call.batch_size),
+        lambda t: _channels(t, tag, n),
     )
 
 
