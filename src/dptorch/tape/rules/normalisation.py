@@ -177,12 +177,16 @@ def _group_norm(
     ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
         assert grads[0] is not None
         g = grads[0].flatten(2)  # [B * m, C, positions]
-        total = g.sum(2)
+        if want_w and _one_pass(g, saved):
+            scaled, total = _scale_and_shift(g, groups, *saved)
+        else:
+            total = g.sum(2)
+            if want_w:
+                # rstd * (sum g x - mean * sum g), of each channel
+                x, mean, rstd = saved
+                mean, rstd = (t.repeat_interleave(channels // groups, 1) for t in (mean, rstd))
+                scaled = rstd * ((g * x.flatten(2)).sum(2) - mean * total)
         if want_w:
-            # rstd * (sum g x - mean * sum g), of each channel
-            x, mean, rstd = saved
-            mean, rstd = (t.repeat_interleave(channels // groups, 1) for t in (mean, rstd))
-            scaled = rstd * ((g * x.flatten(2)).sum(2) - mean * total)
             yield weight, Dense(rows(scaled, tag, n).sum(1))
         if want_b:
             assert bias is not None
@@ -190,6 +194,37 @@ def _group_norm(
 
     saved = (x.detach(), mean.detach(), rstd.detach()) if want_w else ()
     return recording.tap(call, out, [tag], saved, gradients)
+
+
+def _one_pass(g: Tensor, saved: Sequence[Tensor]) -> bool:
+    """Whether the native backward can be asked; on other devices it has not been tried."""
+    if g.device.type != "cpu" or g.dtype not in (torch.float32, torch.float64):
+        return False
+    return all(t.dtype == g.dtype for t in saved)
+
+
+def _scale_and_shift(
+    g: Tensor, groups: int, x: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and shift of each image, [images, C] each, without products of their size.
+
+    By the native backward, which adds up over images; so it is told that all of their channels belong
+    to one image.
+    """
+    images, channels, positions = g.shape
+    g, x, mean, rstd = (t.contiguous().view(1, -1) for t in (g, x, mean, rstd))
+    shape = (1, images * channels, positions)
+    _, scale, shift = torch.ops.aten.native_group_norm_backward(
+        g.view(shape),
+        x.view(shape),
+        mean,
+        rstd,
+        g.new_ones(1).expand(images * channels),  # only that it is there matters
+        *shape,
+        images * groups,
+        [False, True, True],
+    )
+    return scale.view(images, channels), shift.view(images, channels)
 
 
 @rule("instance_norm")
