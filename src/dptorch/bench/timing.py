@@ -20,7 +20,7 @@ __all__ = ["Timing", "interleave", "percentile"]
 
 _TOGETHER = 3  # engines that share an ordinary step
 _SLOW = 5.0  # from this ratio on an engine sits out rounds, so that the others get more of them
-_LEAST, _MOST = 12, 400  # rounds
+_LEAST, _MOST = 8, 400  # rounds
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def interleave(
     Args:
         reference: the ordinary step.
         steps: the others by name; each has stepped once before.
-        seconds: how long to go on. At least 12 rounds are measured.
+        seconds: how long to go on. At least 8 rounds are measured.
         device: waited for before the clock is read.
         seed: of the order.
         rounds: this many instead.
@@ -66,7 +66,7 @@ def interleave(
         >>> work = lambda: sum(range(20000))
         >>> timings = interleave(work, {"same": work}, seconds=0.0)
         >>> timings["same"].rounds
-        12
+        8
     """
     shuffle = random.Random(seed).shuffle
     clock = _Clock(torch.device(device))
