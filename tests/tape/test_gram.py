@@ -114,6 +114,30 @@ def test_the_c_kernel_keeps_what_is_not_finite_to_its_example(library: None) -> 
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_c_kernel_does_not_ask_for_torchs_defaults(library: None, dtype: torch.dtype) -> None:
+    """It wrote float32 numbers into memory of the user's default type, and past its end."""
+    left, right = torch.randn(8, 300, 40), torch.randn(8, 300, 30)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            squared, *lengths = gram.gram_norm_and_lengths(left, right)
+            assert gram_native.gram_library() is None or gram._native(left, right) is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    truth = formed(left.double(), right.double())
+    torch.testing.assert_close(squared.double(), truth, rtol=1e-4, atol=0)
+    for length, factor in zip(lengths, (left, right), strict=True):
+        torch.testing.assert_close(length, factor.norm(dim=2), rtol=1e-6, atol=0)
+
+
+def test_a_factor_without_columns_has_norm_zero() -> None:
+    for p, d in ((200, 0), (0, 200)):
+        left, right = torch.randn(8, 512, p), torch.randn(8, 512, d)
+        assert gram_norm(left, right).tolist() == [0.0] * 8
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

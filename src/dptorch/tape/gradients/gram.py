@@ -76,9 +76,11 @@ def gram_norm_and_lengths(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _native(left: Tensor, right: Tensor) -> GramLibrary | None:
-    if left.device.type != "cpu" or left.dtype != torch.float32 or not left.shape[1]:
+    if left.device.type != "cpu" or left.dtype != torch.float32:
         return None
     b, t, p = left.shape
+    if not left.numel() or not right.numel():
+        return None
     large = b * gram_flops(t, p, right.shape[2], ROWS) >= _LARGE
     return gram_library() if large else None
 

@@ -50,12 +50,13 @@ class GramLibrary:
         self._function.restype = None
 
     def norms(self, left: Tensor, right: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `dptorch.tape.gradients.gram.gram_norm_and_lengths`; T > 0."""
+        """See `dptorch.tape.gradients.gram.gram_norm_and_lengths`; no size may be 0."""
         left, right = (x if x.stride(2) == 1 else x.contiguous() for x in (left, right))
         b, t, p = left.shape
         strips = -(-t // ROWS)
-        sums = torch.empty(b, strips, dtype=torch.float64)
-        lengths = torch.empty(2, b, t)
+        # Whatever the user's default dtype and device are.
+        sums = torch.empty(b, strips, dtype=torch.float64, device="cpu")
+        lengths = torch.empty(2, b, t, dtype=torch.float32, device="cpu")
         job = _Gram(
             left.data_ptr(),
             right.data_ptr(),
@@ -86,11 +87,12 @@ def gram_library() -> GramLibrary | None:
 
 def _agrees(library: GramLibrary) -> bool:
     """With float64, on sizes with every kind of remainder, and on factors that are views."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     for b, t, p, d in ((1, 1, 1, 1), (2, 5, 3, 1100), (3, 8, 513, 16), (2, 21, 40, 7)):
-        wide = torch.randn(b, t, p + 3, generator=generator)
+        wide = torch.randn(b, t, p + 3, **kind)
         left = wide[:, :, 1 : p + 1]
-        right = torch.randn(t, b, d, generator=generator).transpose(0, 1)
+        right = torch.randn(t, b, d, **kind).transpose(0, 1)
         squared, *lengths = library.norms(left, right, threads=2)
         formed = torch.bmm(left.double().transpose(1, 2), right.double())
         truths = (
