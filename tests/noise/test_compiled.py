@@ -223,6 +223,27 @@ def test_a_folder_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
     assert libraries(own_cache) == []
 
 
+@needs_compiler
+def test_a_library_that_others_can_write_is_made_again(own_cache: Path) -> None:
+    assert compiled() is not None
+    [library] = libraries(own_cache)
+    assert library.stat().st_mode & 0o777 == 0o700
+    library.chmod(0o775)
+    compiled.cache_clear()
+    assert compiled() is not None
+    assert libraries(own_cache)[0].stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+def test_a_user_without_a_home_compiles_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert compiled() is not None
+
+
 @pytest.mark.parametrize("problem", ["no compiler", "broken compiler", "switched off"])
 def test_without_a_compiler_numpy_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str

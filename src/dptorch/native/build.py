@@ -42,7 +42,7 @@ def build(
         constants: macros.
         options: of the compiler, beside the usual ones.
     """
-    if os.environ.get(SWITCH) == "0" or sys.byteorder != "little":
+    if os.environ.get(SWITCH) == "0" or sys.byteorder != "little" or os.name != "posix":
         return None
     try:
         texts = {path.name: path.read_bytes() for path in sources}
@@ -56,7 +56,7 @@ def _library(name: str, sources: Mapping[str, bytes], options: Sequence[str]) ->
     made_of = repr((dict(sources), list(options), sys.platform, platform.machine()))
     file = f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     cache = _private_folder()
-    if cache is not None and (cache / file).exists():
+    if cache is not None and (cache / file).exists() and _only_ours(cache / file):
         with contextlib.suppress(OSError):  # cut short, say: then make it anew
             return ctypes.CDLL(str(cache / file))
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -75,17 +75,23 @@ def _library(name: str, sources: Mapping[str, bytes], options: Sequence[str]) ->
         )
         library = ctypes.CDLL(str(made))
         if cache is not None:
+            made.chmod(0o700)  # whatever the umask is
             os.replace(made, cache / file)
         return library
 
 
 def _private_folder() -> Path | None:
     """The cache folder, if nobody else can put code there."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "dptorch"
     try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(root) / "dptorch"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-    except OSError:
+        return folder if _only_ours(folder) else None
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
-    return folder if about.st_uid == os.getuid() and not about.st_mode & 0o022 else None
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether nobody else may write to it."""
+    about = path.stat()
+    return about.st_uid == os.getuid() and not about.st_mode & 0o022

@@ -48,7 +48,7 @@ def _openmp_start() -> Callable[..., None] | None:
     LLVM's and Intel's have it too.
     """
     with contextlib.suppress(OSError, AttributeError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
             path = line.split(maxsplit=5)[-1]
             if path.startswith("/") and _OPENMP.match(Path(path).name):
                 start = ctypes.CDLL(path).GOMP_parallel
