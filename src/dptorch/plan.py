@@ -16,7 +16,14 @@ from typing import Any
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event, SampledDiscreteGaussian, SampledGaussian
-from dptorch.clipping import FUNCTIONS, AdaptiveClipping, GroupSpec, joint_norm, read_style
+from dptorch.clipping import (
+    FUNCTIONS,
+    LEAST_NORM,
+    AdaptiveClipping,
+    GroupSpec,
+    joint_norm,
+    read_style,
+)
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.noise import MECHANISMS
 from dptorch.sampling import Scheme, Terms, scheme_named
@@ -137,6 +144,11 @@ class PrivacyPlan:
             _whole("capacity", self.capacity)
         SampledGaussian(self.noise_multiplier, self.sample_rate, self.steps)  # checks all three
         _positive("max_grad_norm", self.max_grad_norm)
+        if self.max_grad_norm < LEAST_NORM:
+            raise ConfigurationError(
+                f"max_grad_norm={self.max_grad_norm!r} must be at least {LEAST_NORM}: a shorter "
+                "gradient's norm may come out as 0 in float32. Scale the loss if they are that short."
+            )
         _positive("expected_batch_size", self.expected_batch_size)
         if not 0 < self.target_delta < 1:
             raise ConfigurationError(

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dptorch
-from dptorch.clipping import GroupSpec
-from dptorch.errors import ConfigurationError, NotCoveredError
+from dptorch.clipping import LEAST_NORM, AdaptiveClipping, GroupSpec, coefficients
+from dptorch.errors import ConfigurationError, NotCoveredError, PrivacyError
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.randomness import RootKey
+from dptorch.tape.rules.generic import batched_vjp
 
 # The batches here do not come from the engine's loader, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:a batch did not come from")
@@ -130,6 +131,89 @@ def test_factors_that_underflow_beside_huge_ones_are_measured(mode: str, positio
     engine._batch.hold()
     found = engine._batch.take().values["inner.weight"]
     assert found.norm().item() == pytest.approx(1e-4, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["auto", "BK-ghost", "non-ghost"])
+def test_a_factor_too_long_for_its_square_beside_one_that_underflows(mode: str) -> None:
+    """The longer factor's squared length is infinite, its length is not, and the other's is 0."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(1, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * 1e-23
+
+    engine = dptorch.PrivacyEngine(
+        Scaled(), sample_rate=1.0, sample_size=1, steps=5, noise_multiplier=0.0, target_delta=1e-3,
+        self_check=False, seed=0, loss_reduction="sum", clipping_mode=mode,
+    )  # fmt: skip
+    engine.attach(torch.optim.SGD(engine.model.parameters(), lr=0.0))
+    engine.model(torch.full((1, 1), 1e25)).sum().backward()
+    engine._batch.hold()
+    found = engine._batch.take().values["inner.weight"]
+    assert found.norm().item() <= 1.02
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (8, 5, 4)], ids=str)
+def test_memory_of_a_batch_that_is_used_again_before_the_step(shape: tuple[int, ...]) -> None:
+    """The norms were those of one batch, and the sum that of another."""
+    model = nn.Linear(4, 3)
+    engine = dptorch.PrivacyEngine(
+        model, sample_rate=1.0, sample_size=8, steps=5, noise_multiplier=0.0, target_delta=1e-3,
+        self_check=False, seed=0, loss_reduction="sum",
+    )  # fmt: skip
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    x = torch.randn(shape)
+    model(x).square().sum().backward()
+    x.mul_(1000)
+    with pytest.raises(PrivacyError, match="changed in place"):
+        optimizer.step()
+    assert model.get_parameter("weight").grad is None
+    # Once it is clipped, the memory is free.
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.virtual_step()
+    x.mul_(1000)
+    assert engine._batch.take().values["weight"].norm() <= 8.001
+
+
+def test_a_bound_below_what_float32_can_measure_is_refused() -> None:
+    """Squares of gradients that short are 0, and so were their norms: nothing was clipped."""
+    with pytest.raises(ConfigurationError, match="max_grad_norm"):
+        dptorch.PrivacyEngine(
+            nn.Linear(4, 3), sample_rate=1.0, sample_size=8, steps=5, noise_multiplier=1.0,
+            target_delta=1e-3, max_grad_norm=1e-25,
+        )  # fmt: skip
+    with pytest.raises(ConfigurationError, match="at least"):
+        coefficients(torch.zeros(3), 1e-25)
+    adaptive = AdaptiveClipping()
+    norms = [1e-9]
+    for _ in range(1000):
+        norms = adaptive.follow(norms, torch.tensor([50.0]), expected_batch_size=100)
+    assert norms == [LEAST_NORM]
+
+
+def test_an_op_that_has_no_gradient_for_some_examples() -> None:
+    """What autograd.Function leaves out is zero, not what was in memory before."""
+
+    class Picky(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, w: Tensor) -> Tensor:
+            return w.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            return g if bool(g.sum() > 0) else None
+
+    w = torch.ones(3, requires_grad=True)
+    out = Picky.apply(w)
+    wanted = torch.tensor([[0.0] * 3, [1.0] * 3, [0.0] * 3, [2.0] * 3])
+    torch.empty(4, 3).fill_(7.0)  # what new memory may hold
+    [found] = batched_vjp([out], [w], lambda start, stop: [wanted[start:stop]], 4, 2**19)
+    assert found is not None
+    assert torch.equal(found, wanted)
 
 
 def test_any_change_of_the_sum_changes_its_fingerprint() -> None:

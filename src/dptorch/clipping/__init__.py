@@ -1,7 +1,7 @@
 """Clipping: bound what one example can contribute."""
 
 from dptorch.clipping.adaptive import COUNTS, AdaptiveClipping, centred_counts, noise_scales
-from dptorch.clipping.functions import FUNCTIONS, coefficients
+from dptorch.clipping.functions import FUNCTIONS, LEAST_NORM, coefficients
 from dptorch.clipping.groups import (
     STYLES,
     ClippingGroup,
@@ -14,6 +14,7 @@ from dptorch.clipping.groups import (
 __all__ = [
     "COUNTS",
     "FUNCTIONS",
+    "LEAST_NORM",
     "STYLES",
     "AdaptiveClipping",
     "ClippingGroup",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dptorch.clipping.functions import LEAST_NORM
 from dptorch.clipping.groups import ClippingGroup
 from dptorch.errors import ConfigurationError
 
@@ -36,7 +37,7 @@ class AdaptiveClipping:
         learning_rate: the norm is multiplied by ``exp(-learning_rate * (fraction - quantile))``.
         count_stddev: standard deviation of the noise on each count of examples; by default a
             twentieth of the expected batch size.
-        min_norm, max_norm: the norm does not move out of these; None for no bound.
+        min_norm, max_norm: the norm does not move out of these; None for no bound but `LEAST_NORM`.
 
     Example:
         >>> AdaptiveClipping().follow([1.0], torch.tensor([50.0]), expected_batch_size=100)[0] < 1
@@ -89,7 +90,8 @@ class AdaptiveClipping:
             expected_batch_size: the public number that makes a fraction of it.
         """
         fractions = (noisy_counts.double() / expected_batch_size + 0.5).clamp(0, 1).tolist()
-        rate, low, high = self.learning_rate, self.min_norm or 0.0, self.max_norm or math.inf
+        low, high = max(self.min_norm or 0.0, LEAST_NORM), self.max_norm or math.inf
+        rate = self.learning_rate
         moved = (
             n * math.exp(-rate * (f - self.quantile)) for n, f in zip(norms, fractions, strict=True)
         )

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dptorch.errors import one_of
+from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["FUNCTIONS", "STABILITY", "ClippingFunction", "coefficients"]
+__all__ = ["FUNCTIONS", "LEAST_NORM", "STABILITY", "ClippingFunction", "coefficients"]
 
 # (norms [B], max_grad_norm) -> coefficients [B]
 ClippingFunction = Callable[[Tensor, float], Tensor]
@@ -23,6 +23,10 @@ ClippingFunction = Callable[[Tensor, float], Tensor]
 STABILITY = 0.01
 # Below this a float32 norm, the root of a sum of squares, is made of denormal numbers.
 _TINY = 1e-16
+
+LEAST_NORM = 1e-10
+"""Smallest bound there is: a float32 norm is the root of a sum of squares, of which many that are each
+taken for zero must still be too short to matter."""
 
 
 def abadi(norms: Tensor, max_grad_norm: float) -> Tensor:
@@ -60,14 +64,14 @@ def coefficients(norms: Tensor, max_grad_norm: float, function: str = "abadi") -
 
     Args:
         norms: per-example gradient norms [B], float32 or float64.
-        max_grad_norm: the bound C > 0.
+        max_grad_norm: the bound C, at least `LEAST_NORM`.
         function: a name in `FUNCTIONS`.
 
     Returns:
         [B], same dtype.
 
     Raises:
-        ConfigurationError: for an unknown function; all names are listed.
+        ConfigurationError: for an unknown function; all names are listed. Or C is too small.
 
     Guarantees:
         ``coefficients * norms <= max_grad_norm`` up to one rounding, and an example whose norm is
@@ -78,5 +82,10 @@ def coefficients(norms: Tensor, max_grad_norm: float, function: str = "abadi") -
         [1.0, 0.5, 0.0]
     """
     one_of("clipping_fn", function, FUNCTIONS)
+    if not max_grad_norm >= LEAST_NORM:
+        raise ConfigurationError(
+            f"max_grad_norm={max_grad_norm!r} must be at least {LEAST_NORM}: a shorter gradient's norm "
+            "may come out as 0 in float32. Scale the loss if gradients are that short."
+        )
     c = FUNCTIONS[function](norms, max_grad_norm)
     return torch.where(norms.isfinite() & c.isfinite(), c, torch.zeros_like(c))

@@ -110,6 +110,7 @@ class Tape:
         self._magnitudes: dict[int, Tensor] = {}  # of the first pass
         self._forms: dict[int, list[PerExampleGradient]] = {}
         self._squared: dict[int, Tensor] = {}
+        self._versions: dict[int, list[int]] = {}  # of what is kept, when `_squared` was taken
         self._intermediate: dict[int, Tensor] = {}  # param-only tensors, kept alive by id
         self._resolved = False
         self._aside = False
@@ -167,6 +168,8 @@ class Tape:
                 break
         else:
             forms.append(form)
+        if key in self._squared:
+            self._versions[key] = _versions(forms)
         self._count_arrival(key)
 
     def _measure(self, key: int, form: PerExampleGradient) -> tuple[Tensor, PerExampleGradient]:
@@ -328,6 +331,7 @@ class Tape:
                 continue
             if key not in self._squared:
                 self._squared[key] = self._squared_norm_of_sum(key)
+                self._versions[key] = _versions(self._forms[key])
             result[name] = self._squared[key]
         return result
 
@@ -391,12 +395,23 @@ class Tape:
         for name in self._order(wanted) if consume else wanted:
             key = id(self.parameters[name])
             if key in self._forms:
+                self._refuse_changed(key)
                 result[name] = _weighted_sum(self._forms[key], coefficients, kept)
                 if consume:
                     del self._forms[key]
             else:
                 result[name] = self._sums.get(key)
         return {n: _zeros(self.parameters[n]) if t is None else t for n, t in result.items()}
+
+    def _refuse_changed(self, key: int) -> None:
+        """What a norm was taken of must be what is added up."""
+        before = self._versions.get(key)
+        if key in self._squared and before is not None and before != _versions(self._forms[key]):
+            raise PrivacyError(
+                f"an input or an output gradient of the layer with '{self.names[key]}' was changed in "
+                "place between backward() and clipping: the norms are those of other gradients. Call "
+                "optimizer.step() or virtual_step() before the memory of a batch is used again."
+            )
 
     def _order(self, names: Sequence[str]) -> list[str]:
         """In which order to sum and free, for the least memory; among equals as they arrived, because
@@ -417,6 +432,7 @@ class Tape:
         for name, p in self.parameters.items():
             forms = self._forms.get(id(p))
             if forms:
+                self._refuse_changed(id(p))
                 result[name] = self._sum(forms).dense().reshape(self.batch_size, *p.shape)
             else:
                 result[name] = p.detach().new_zeros(self.batch_size, *p.shape)
@@ -439,6 +455,11 @@ def _nonzero(coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
         return coefficients, None
     kept = coefficients.nonzero().flatten()
     return coefficients[kept], kept
+
+
+def _versions(forms: Iterable[PerExampleGradient]) -> list[int]:
+    """How often each of the tensors that are kept was written to."""
+    return [t._version for form in forms for t in form.held() if not t.is_inference()]
 
 
 def _zeros(p: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def underflowed(squared: Tensor, longest: Tensor, terms: int) -> Tensor | None:
     examples that are not returned.
     """
     floor = 100 * terms * torch.finfo(squared.dtype).tiny * longest
-    low = (squared < floor) & longest.isfinite()
+    low = squared < floor  # all that are finite, where the length itself is not
     return low.nonzero().flatten() if bool(low.any()) else None
 
 

@@ -133,14 +133,20 @@ def batched_vjp(
 def _collected(
     found: list[Tensor | None], part: Sequence[Tensor | None], start: int, batch_size: int
 ) -> list[Tensor | None]:
-    """Copy the results [b, ...] for examples from `start` on to their place in those for all."""
-    if not found:
-        if any(t is not None and len(t) == batch_size for t in part):
-            return list(part)
-        found = [None if t is None else t.new_empty(batch_size, *t.shape[1:]) for t in part]
-    for whole, t in zip(found, part, strict=True):
-        if whole is not None and t is not None:
-            whole[start : start + len(t)] = t
+    """Copy the results [b, ...] for examples from `start` on to their place in those for all.
+
+    None, which a custom autograd.Function may return for some examples and not for others, is zero.
+    """
+    if any(t is not None and len(t) == batch_size for t in part):
+        return list(part)
+    found = found or [None] * len(part)
+    for i, t in enumerate(part):
+        if t is None:
+            continue
+        whole = found[i]
+        if whole is None:
+            whole = found[i] = t.new_zeros(batch_size, *t.shape[1:])
+        whole[start : start + len(t)] = t
     return found
 
 
