@@ -35,7 +35,7 @@ PARTS: dict[str, tuple[Any, str]] = {
 
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Inside, every part adds its time to `seconds`; what one part does within another is that one's."""
+    """Inside, every part adds its time to `seconds`; a part within a part counts as the outer one."""
     originals = {part: getattr(*place) for part, place in PARTS.items()}
     inside = False
 

@@ -42,17 +42,19 @@ def run_in_team(function: Any, job: ctypes.Structure, threads: int) -> None:
 
 @functools.cache
 def _openmp_start() -> Callable[..., None] | None:
-    """``GOMP_parallel`` of the OpenMP library that this process has loaded; None without one.
+    """``GOMP_parallel`` of the OpenMP library that torch uses; None without one.
 
     GNU's OpenMP defines it as ``void (void (*)(void *), void *, unsigned threads, unsigned flags)``;
-    LLVM's and Intel's have it too.
+    LLVM's and Intel's have it too. Other packages may have loaded a copy of their own, which would do,
+    but in other threads.
     """
     with contextlib.suppress(OSError, AttributeError):
-        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-            path = line.split(maxsplit=5)[-1]
-            if path.startswith("/") and _OPENMP.match(Path(path).name):
-                start = ctypes.CDLL(path).GOMP_parallel
-                start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-                start.restype = None
-                return start
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+        mapped = {line.split(maxsplit=5)[-1] for line in lines}
+        paths = sorted(p for p in mapped if p.startswith("/") and _OPENMP.match(Path(p).name))
+        for path in sorted(paths, key=lambda p: "/torch/" not in p):
+            start = ctypes.CDLL(path).GOMP_parallel
+            start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            start.restype = None
+            return start
     return None
