@@ -24,7 +24,7 @@ SWITCH: Final = "DPTORCH_COMPILE"
 """Environment variable; "0" keeps dptorch from running a C compiler."""
 
 _OPTIONS: Final = ("-std=c11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-_PATIENCE_S: Final = 20.0  # it takes 0.6 s; beyond this something is wrong
+_PATIENCE_S: Final = 60.0  # it takes 1 s; beyond this something is wrong
 
 
 def build(
