@@ -246,6 +246,18 @@ def test_the_fingerprint_of_other_devices_sees_every_bit() -> None:
     assert torch.equal(_weighed_bits(x.clone(), 7), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fingerprint_of_other_devices_sees_two_signs_change(dtype: torch.dtype) -> None:
+    """Odd weights would cancel: twice the highest bit is 0 modulo 2^64."""
+    from dptorch.noise.fingerprint import _weighed_bits
+
+    x = torch.randn(1000, dtype=dtype)
+    for i in range(0, 1000, 50):
+        y = x.clone()
+        y[i], y[(i + 7) % 1000] = -y[i], -y[(i + 7) % 1000]
+        assert not torch.equal(_weighed_bits(y, i), _weighed_bits(x, i))
+
+
 def test_a_frozen_parameter_with_a_gradient_from_before_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     model(torch.randn(5, 4)).sum().backward()

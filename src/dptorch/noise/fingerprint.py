@@ -44,9 +44,10 @@ def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
         Every bit of every number counts. On the CPU, chunks of 64 KiB are hashed by NH, their hashes
         by Poly1305 (Bernstein 2005) and its 128 bits by a keyed BLAKE2b, all under keys of their own
         for each step: two sums of one shape that differ have equal fingerprints with probability
-        below 2^-62, from NH and the last stage 2^-64 each. On other devices the first stage is a sum
-        of all numbers' bits with secret random weights, modulo 2^64, so that nothing but that sum
-        leaves the device. It is the same number with and without a C compiler.
+        below 2^-62, from NH and the last stage 2^-64 each. On other devices the first stage is two sums
+        of all bits with secret random weights, modulo 2^64, so that nothing but these leaves the
+        device; the same bound holds if the device's generator is as good as random. It is the same
+        number with and without a C compiler.
 
     Example:
         >>> key, x = RootKey.from_seed(0), torch.zeros(1000)
@@ -88,12 +89,17 @@ def _hashed(messages: list[_Words], key: _Words) -> np.ndarray[Any, np.dtype[np.
 
 
 def _weighed_bits(flat: Tensor, seed: int) -> Tensor:
-    """All numbers' bits, with random weights, added up chunk by chunk; int64, on the CPU."""
-    bits = flat.view(torch.int64 if flat.element_size() == 8 else torch.int32)
+    """Two sums of all 32-bit words with random weights, modulo 2^64, of each chunk; int64, on the CPU.
+
+    Of two messages that differ in a word by d, at most 2^31 divides d, and the random weight of that
+    word makes each sum equal with probability at most 2^-33, both with 2^-66.
+    """
+    words = flat.view(torch.int32)
     generator = torch.Generator(flat.device).manual_seed(seed % 2**63)
     sums = []
-    for part in bits.split(_CHUNK):
-        weights = torch.empty(part.numel(), dtype=torch.int64, device=flat.device)
-        weights.random_(-(2**63), None, generator=generator)
-        sums.append((part.to(torch.int64) * weights.bitwise_or_(1)).sum())
+    for part in words.split(_CHUNK):
+        for _ in range(2):
+            weights = torch.empty(part.numel(), dtype=torch.int64, device=flat.device)
+            weights.random_(-(2**63), None, generator=generator)
+            sums.append((part.to(torch.int64) * weights).sum())
     return torch.stack(sums).cpu()

@@ -293,8 +293,11 @@ def _add_on_device(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
+    # Numbers of two types take different words of one seed's stream: they may not share a seed.
+    purpose = DEVICE_PURPOSE if dtype == torch.float32 else f"{DEVICE_PURPOSE}, {dtype}"
+
     def seed_of(block: int) -> int:
-        return int.from_bytes(key.derive(DEVICE_PURPOSE, *place, block)[:8], "little")
+        return int.from_bytes(key.derive(purpose, *place, block)[:8], "little")
 
     normals = DeviceNormals(seed_of, device, dtype)
     for index, pieces in pieces_by_block(spans, DEVICE_BLOCK):
