@@ -39,41 +39,20 @@ class _Convolve(Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry = x.shape, geometry
-        g = geometry
-        out: Tensor = torch.convolution(
-            x,
-            weight,
-            bias,
-            list(g.stride),
-            list(g.padding),
-            list(g.dilation),
-            g.transposed,
-            list(g.output_padding),
-            g.groups,
-        )
+        out: Tensor = torch.convolution(x, weight, bias, *geometry.arguments())
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (weight,), grad = ctx.saved_tensors, grads[0]
-        g: Geometry = ctx.geometry
+        arguments = ctx.geometry.arguments()
         found = grad.new_empty(ctx.shape)
         each = max(found[0].numel(), grad[0].numel()) * grad.element_size()
         step = max(_FEWEST, _PART_BYTES // max(1, each))
         for i in range(0, len(found), step):
             part = found[i : i + step]  # as an argument only its shape is read
             part[:] = torch.ops.aten.convolution_backward(
-                grad[i : i + step],
-                part,
-                weight,
-                None,
-                list(g.stride),
-                list(g.padding),
-                list(g.dilation),
-                g.transposed,
-                list(g.output_padding),
-                g.groups,
-                [True, False, False],
+                grad[i : i + step], part, weight, None, *arguments, [True, False, False]
             )[0]
         return found, None, None, None
 
