@@ -280,7 +280,28 @@ def test_a_wrong_gradient_is_no_best_of_anything(tmp_path: Path) -> None:
     text = page(load(tmp_path))
     assert "| mlp, B=2, d=4 | 1.50 |" in text
     assert "(1.10)" in text
-    assert json.loads((tmp_path / "cost.json").read_text())["kind"] == "cost"
+    [kept] = json.loads((tmp_path / "cost.json").read_text())
+    assert kept["kind"] == "cost"
+
+
+def test_a_run_replaces_what_it_measures_and_leaves_other_workloads(tmp_path: Path) -> None:
+    def run(command: str, **ratios: float) -> Run:
+        rows = [Row(w, "dptorch/auto", 2, None, 4, ratio=r) for w, r in ratios.items()]
+        return Run("cost", command, {"date": command}, {}, rows)
+
+    save(run("first", mlp=1.11, vit=1.22), tmp_path)
+    save(run("second", vit=1.33, gpt2=1.44), tmp_path)
+    first, second = load(tmp_path)
+    assert [r.workload for r in first.rows] == ["mlp"]
+    assert [r.ratio for r in second.rows] == [1.33, 1.44]
+    text = page([first, second])
+    assert "mlp:" in text
+    assert "vit, gpt2:" in text
+    assert "1.22" not in text
+    assert text.index("first") < text.index("second")
+    assert len((tmp_path / "cost.csv").read_text().splitlines()) == 4
+    save(run("third", mlp=1.55), tmp_path)
+    assert [r.command for r in load(tmp_path)] == ["second", "third"]
 
 
 def test_memory_is_a_ratio_to_the_ordinary_loop(monkeypatch: pytest.MonkeyPatch) -> None:

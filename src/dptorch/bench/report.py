@@ -1,7 +1,8 @@
 """What was measured, as CSV, Markdown, a plot, and a table on the terminal.
 
-A run is kept as ``KIND.json`` and ``KIND.csv`` in a folder, KIND being ``cost``, ``sweep-B``,
-``sweep-T``, ``sweep-d`` or ``largest-batch``; the page is made of all kinds that the folder holds.
+Runs are kept as ``KIND.json`` and ``KIND.csv`` in a folder, KIND being ``cost``, ``sweep-B``,
+``sweep-T``, ``sweep-d`` or ``largest-batch``. A new run takes the place of earlier ones of its kind for
+the workloads that it measured; the page is made of all that the folder holds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +49,49 @@ class Run:
 
 
 def save(run: Run, folder: Path) -> list[Path]:
-    """Write the run as JSON and CSV, and its plot; returns the files."""
+    """Write the run, beside what earlier ones say of other workloads, as JSON and CSV, and a plot;
+    returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{run.kind}.{ending}" for ending in ("json", "csv", "svg")]
-    files[0].write_text(json.dumps(asdict(run), indent=1, ensure_ascii=False) + "\n")
+    runs = [*_others(_read(files[0]), run), run]
+    rows = _in_order(runs)
+    files[0].write_text(json.dumps([asdict(r) for r in runs], indent=1, ensure_ascii=False) + "\n")
     with files[1].open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
         writer.writeheader()
-        for row in run.rows:
+        for row in rows:
             writer.writerow({k: _short(v) for k, v in asdict(row).items()})
-    return files if _plot(run, files[2]) else files[:2]
+    return files if _plot(run.kind, rows, files[2]) else files[:2]
 
 
 def load(folder: Path) -> list[Run]:
-    """The runs that a folder holds, in the order of `KINDS`."""
-    runs = []
-    for kind in KINDS:
-        file = folder / f"{kind}.json"
-        if file.exists():
-            values = json.loads(file.read_text())
-            runs.append(Run(**values | {"rows": [Row(**r) for r in values["rows"]]}))
-    return runs
+    """The runs that a folder holds, in the order of `KINDS`, the oldest of a kind first."""
+    return [run for kind in KINDS for run in _read(folder / f"{kind}.json")]
+
+
+def _read(file: Path) -> list[Run]:
+    if not file.exists():
+        return []
+    return [
+        Run(**r | {"rows": [Row(**x) for x in r["rows"]]}) for r in json.loads(file.read_text())
+    ]
+
+
+def _others(earlier: Sequence[Run], new: Run) -> list[Run]:
+    """Earlier runs without the workloads of the new one. Another cap is another question."""
+    measured = {row.workload for row in new.rows}
+    left = [
+        replace(run, rows=[row for row in run.rows if row.workload not in measured])
+        for run in earlier
+        if run.cap == new.cap
+    ]
+    return [run for run in left if run.rows]
+
+
+def _in_order(runs: Sequence[Run]) -> list[Row]:
+    """The rows of all, workload by workload."""
+    names = list(WORKLOADS)
+    return sorted((row for run in runs for row in run.rows), key=lambda r: names.index(r.workload))
 
 
 def _short(value: Any) -> Any:
@@ -81,15 +104,17 @@ def _short(value: Any) -> Any:
 def page(runs: Sequence[Run]) -> str:
     """One Markdown page of everything measured."""
     text = [_INTRODUCTION]
-    for run in runs:
-        text += [_TITLES[run.kind], "", *_circumstances(run), ""]
-        if run.kind == "cost":
-            text += [*_summary(run), "", f"![time of a step]({run.kind}.svg)", ""]
-            text += _each_workload(run)
-        elif run.kind == "largest-batch":
-            text += _largest(run)
+    for kind in dict.fromkeys(run.kind for run in runs):
+        of_kind = [run for run in runs if run.kind == kind]
+        rows = _in_order(of_kind)
+        text += [_TITLES[kind], "", *_circumstances(of_kind), ""]
+        if kind == "cost":
+            text += [*_summary(rows), "", f"![time of a step]({kind}.svg)", ""]
+            text += _each_workload(rows)
+        elif kind == "largest-batch":
+            text += _largest(of_kind[-1], rows)
         else:
-            text += [*_sweep(run), "", f"![how cost grows]({run.kind}.svg)", ""]
+            text += [*_sweep(kind, rows), "", f"![how cost grows]({kind}.svg)", ""]
     about = {name: what for run in runs for name, what in run.about.items()}
     text += ["## Engines", "", *(f"- `{name}`: {what}" for name, what in about.items()), ""]
     return "\n".join(text)
@@ -121,8 +146,15 @@ _TITLES = {
 }
 
 
-def _circumstances(run: Run) -> list[str]:
-    return [f"    {run.command}", "", *(f"- {name}: {value}" for name, value in run.facts.items())]
+def _circumstances(runs: Sequence[Run]) -> list[str]:
+    """Of each run; where there are several, below the workloads that it was the last to measure."""
+    text: list[str] = []
+    for run in runs:
+        if len(runs) > 1:
+            text += ["", f"{', '.join(_by_workload(run.rows))}:", ""]
+        facts = (f"- {name}: {value}" for name, value in run.facts.items())
+        text += [f"    {run.command}", "", *facts]
+    return text
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -133,14 +165,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _summary(run: Run) -> list[str]:
+def _summary(all_rows: Sequence[Row]) -> list[str]:
     """The fastest right engine of each family on each workload; nothing if none was checked."""
-    right = [r for r in run.rows if r.ratio and r.gradient_error is not None and not _wrong(r)]
+    right = [r for r in all_rows if r.ratio and r.gradient_error is not None and not _wrong(r)]
     if not right:
         return []
-    families = list(dict.fromkeys(_family(r.engine) for r in run.rows if r.engine != NON_PRIVATE))
+    families = list(dict.fromkeys(_family(r.engine) for r in all_rows if r.engine != NON_PRIVATE))
     times, memory = [], []
-    for workload, rows in _by_workload(run).items():
+    for workload, rows in _by_workload(all_rows).items():
         label = f"{workload}, {_size(rows[0])}"
         best = []
         for family in families:
@@ -155,9 +187,9 @@ def _summary(run: Run) -> list[str]:
     ]  # fmt: skip
 
 
-def _each_workload(run: Run) -> list[str]:
+def _each_workload(all_rows: Sequence[Row]) -> list[str]:
     text = []
-    for workload, rows in _by_workload(run).items():
+    for workload, rows in _by_workload(all_rows).items():
         text += [
             f"### {workload}",
             "",
@@ -188,10 +220,10 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _sweep(run: Run) -> list[str]:
+def _sweep(kind: str, all_rows: Sequence[Row]) -> list[str]:
     text = []
-    axis = run.kind.partition("-")[2]
-    for workload, rows in _by_workload(run).items():
+    axis = kind.partition("-")[2]
+    for workload, rows in _by_workload(all_rows).items():
         values = sorted({getattr(r, axis) for r in rows})
         for what, column in (("Time", "ratio"), ("Allocated memory", "allocator_ratio")):
             found = {(r.engine, getattr(r, axis)): r for r in rows if getattr(r, column)}
@@ -208,28 +240,25 @@ def _sweep(run: Run) -> list[str]:
     return text
 
 
-def _largest(run: Run) -> list[str]:
-    names = list(dict.fromkeys(r.engine for r in run.rows))
-    grouped = _by_workload(run)
-    found = {(r.workload, r.engine): r for r in run.rows}
+def _largest(run: Run, rows: Sequence[Row]) -> list[str]:
+    names = list(dict.fromkeys(r.engine for r in rows))
+    found = {(r.workload, r.engine): r.largest_batch for r in rows}
     body = []
-    for workload in grouped:
-        rows = [found[workload, e] for e in names]
-        body.append(
-            [workload, *("n/a" if r.largest_batch is None else f"{r.largest_batch}" for r in rows)]
-        )
+    for workload in _by_workload(rows):
+        sizes = [found.get((workload, e)) for e in names]
+        body.append([workload, *("n/a" if size is None else f"{size}" for size in sizes)])
     cap = f"{(run.cap or 0) / 1e9:g} GB"
     on = "the process, Python and libraries included" if "cuda" not in run.command else "the device"
-    notes = [f"- `{r.engine}` on {r.workload}: n/a: {r.reason}" for r in run.rows if r.reason]
+    notes = [f"- `{r.engine}` on {r.workload}: n/a: {r.reason}" for r in rows if r.reason]
     return [
         f"Examples in one step below a memory cap of {cap} for {on}, to 5 %.", "",
         *_table(["workload", *names], body), "", *notes, "",
     ]  # fmt: skip
 
 
-def _by_workload(run: Run) -> dict[str, list[Row]]:
+def _by_workload(rows: Sequence[Row]) -> dict[str, list[Row]]:
     grouped: dict[str, list[Row]] = {}
-    for row in run.rows:
+    for row in rows:
         grouped.setdefault(row.workload, []).append(row)
     return grouped
 
@@ -293,9 +322,9 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 # -- plot ------------------------------------------------------------------------------------------
 
 
-def _plot(run: Run, file: Path) -> bool:
+def _plot(kind: str, all_rows: Sequence[Row], file: Path) -> bool:
     """Draw the ratios of time; False where there are none, or no matplotlib to draw with."""
-    rows = [r for r in run.rows if r.ratio is not None and r.engine != NON_PRIVATE]
+    rows = [r for r in all_rows if r.ratio is not None and r.engine != NON_PRIVATE]
     if not rows:
         return False
     try:
@@ -304,7 +333,7 @@ def _plot(run: Run, file: Path) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    figure = _dots(Figure, rows) if run.kind == "cost" else _lines(Figure, rows, run.kind)
+    figure = _dots(Figure, rows) if kind == "cost" else _lines(Figure, rows, kind)
     with matplotlib.rc_context({"svg.hashsalt": "dptorch"}):  # the same file for the same numbers
         figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
     return True
