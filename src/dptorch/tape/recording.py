@@ -76,6 +76,7 @@ class Recording(States):
         self.generic_ops: Counter[tuple[str, str]] = Counter()
         self.sites = 0
         self.escaped: Counter[str] = Counter()
+        self.largest_input = 0  # bytes; of convolutions so far
         self.joined: list[Tape] = []  # of other models whose outputs entered the same loss
         self._handle = torch.zeros(0, requires_grad=True)
 

@@ -180,7 +180,7 @@ def without_underflow(
 
 # Largest intermediate to make at once when it is dropped again. On a CPU one that stays in the cache is
 # not slower, and no peak of memory; a GPU wants much work in one call.
-_WORK_BYTES, _WORK_BYTES_CUDA = 2**22, 2**26
+_WORK_BYTES, _WORK_BYTES_CUDA = 2**24, 2**26
 F = TypeVar("F", bound="PerExampleGradient")
 
 

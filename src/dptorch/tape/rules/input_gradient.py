@@ -21,7 +21,7 @@ from dptorch.tape.gradients import Geometry
 __all__ = ["convolve", "in_parts_pays"]
 
 # Of the larger of input and output that one native call sees, and its fewest examples.
-_PART_BYTES, _FEWEST = 2**19, 4
+_PART_BYTES, _FEWEST = 3 * 2**18, 4
 
 
 def in_parts_pays(x: Tensor, w: Tensor) -> bool:
