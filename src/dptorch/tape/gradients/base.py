@@ -47,10 +47,6 @@ class PerExampleGradient(ABC):
     def take(self, index: Tensor, dtype: torch.dtype | None = None) -> PerExampleGradient:
         """The gradients of some examples only (int64 [B']), in another precision if asked."""
 
-    def part(self, start: int, stop: int) -> Self:
-        """The gradients of examples [start, stop), on the same memory."""
-        raise NotImplementedError
-
     def squared_norm(self) -> Tensor:
         """Squared L2 norm of each example's gradient, [B]."""
         return square_sum(self.dense())
@@ -181,7 +177,20 @@ def without_underflow(
 # Largest intermediate to make at once when it is dropped again. On a CPU one that stays in the cache is
 # not slower, and no peak of memory; a GPU wants much work in one call.
 _WORK_BYTES, _WORK_BYTES_CUDA = 2**24, 2**26
-F = TypeVar("F", bound="PerExampleGradient")
+
+
+class Divisible(Protocol):
+    """A gradient of which a few examples can be looked at, on the same memory."""
+
+    shape: torch.Size
+    batch_size: int
+
+    def held(self) -> tuple[Tensor, ...]: ...
+    def dense(self) -> Tensor: ...
+    def part(self, start: int, stop: int) -> Self: ...
+
+
+F = TypeVar("F", bound=Divisible)
 
 
 def in_parts(form: F, bytes_each: float, norm: Callable[[F], Tensor]) -> Tensor:
@@ -200,7 +209,7 @@ def in_parts(form: F, bytes_each: float, norm: Callable[[F], Tensor]) -> Tensor:
     return torch.cat([norm(form.part(i, min(i + step, b))) for i in range(0, b, step)])
 
 
-def formed_norm(form: PerExampleGradient) -> Tensor:
+def formed_norm(form: Divisible) -> Tensor:
     """Squared norms from gradients that are formed and dropped, [B]."""
     return in_parts(form, 4 * math.prod(form.shape), lambda part: square_sum(part.dense()))
 
