@@ -151,7 +151,7 @@ def _circumstances(runs: Sequence[Run]) -> list[str]:
     text: list[str] = []
     for run in runs:
         if len(runs) > 1:
-            text += ["", f"{', '.join(_by_workload(run.rows))}:", ""]
+            text += [*([""] if text else []), f"{', '.join(_by_workload(run.rows))}:", ""]
         facts = (f"- {name}: {value}" for name, value in run.facts.items())
         text += [f"    {run.command}", "", *facts]
     return text

@@ -32,7 +32,7 @@ def build(
 ) -> ctypes.CDLL | None:
     """The library of `sources`, or None where it cannot be made.
 
-    The first call on a machine runs ``cc``, for half a second or so, and keeps the result in the
+    The first call on a machine runs ``cc``, for a second or so, and keeps the result in the
     user's cache folder (``$XDG_CACHE_HOME/dptorch``, by default ``~/.cache/dptorch``), if nobody else
     can write there.
 

@@ -37,7 +37,7 @@ _NUMPY_DTYPE: Final[Mapping[torch.dtype, np.dtype[Any]]] = {
 _STDDEV_RANGE: Final = (1e-30, 1e30)
 # Below this many blocks a thread costs more than it saves.
 _BLOCKS_PER_THREAD: Final = 4
-# From here on a step gains more than a millisecond from compiling, which takes 0.6 s once.
+# From here on a step gains more than a millisecond from compiling, which takes a second once.
 _COMPILE_BLOCKS: Final = 4
 
 
