@@ -14,7 +14,8 @@ from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import SCHEMES
-from dptorch.statement import ASSUMED, NOT_COVERED, OWN_LOADER, RELEASED, Statement, make_statement
+from dptorch.sampling.schemes import OWN_LOADER
+from dptorch.statement import ASSUMED, NOT_COVERED, RELEASED, Statement, make_statement
 
 PLAN = make_plan(batch_size=64, sample_size=1024, epochs=2, noise_multiplier=1.1, target_delta=1e-5)
 

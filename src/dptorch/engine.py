@@ -28,7 +28,7 @@ from dptorch.plan import PrivacyPlan, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.run import PrivateRun
 from dptorch.sampling import PhysicalBatch, PrivateLoader
-from dptorch.statement import OWN_LOADER
+from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.stepping import OptimizerBinding, check_parameters, write_gradients
 from dptorch.tape import Recording
 from dptorch.tape.batch import BatchDims

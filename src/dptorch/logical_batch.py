@@ -19,7 +19,7 @@ from dptorch.release import ClippedSum, RoundedSum
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Recording, Tape
 from dptorch.tape.explain import Explanation
-from dptorch.tape.tape import PER_EXAMPLE
+from dptorch.tape.provenance import PER_EXAMPLE
 from dptorch.tape.taps import full_precision
 
 __all__ = ["LogicalBatch", "StepDiagnostics"]

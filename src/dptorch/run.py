@@ -18,7 +18,8 @@ from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from dptorch.logical_batch import LogicalBatch, StepDiagnostics
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
-from dptorch.statement import OWN_LOADER, Statement, make_statement
+from dptorch.sampling.schemes import OWN_LOADER
+from dptorch.statement import Statement, make_statement
 from dptorch.stepping import OptimizerBinding
 from dptorch.tape.explain import Explanation
 from dptorch.tape.ways import NON_PRIVATE, Mode

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,7 @@ from dptorch.plan import PrivacyPlan
 if TYPE_CHECKING:
     from dptorch.ledger import RunRecord
 
-__all__ = ["ASSUMED", "NOT_COVERED", "OWN_LOADER", "RELEASED", "Statement", "make_statement"]
-
-OWN_LOADER = "the user's own loader"
+__all__ = ["ASSUMED", "NOT_COVERED", "RELEASED", "Statement", "make_statement"]
 
 _ADJACENCY_TEXT = {
     Adjacency.ADD_REMOVE: "adding or removing one {unit}",
@@ -298,7 +297,6 @@ def make_statement(
     Args:
         record: the run's pages of a ledger, which know of steps that were released more than once.
     """
-    from dptorch import __version__
 
     own = sum(n for scheme, n in sampling_run.items() if scheme != plan.sampling)
     adjacency = plan.adjacency
@@ -336,7 +334,7 @@ def make_statement(
         sampling_run=sampling_run,
         key_provenance=key_provenance,
         versions={
-            "dptorch": __version__,
+            "dptorch": version("dptorch"),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

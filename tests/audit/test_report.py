@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from dptorch import make_plan
 from dptorch.audit import Evidence, audit, judge
-from dptorch.audit.report import allowed_curve, posterior, render_audit, risks
+from dptorch.audit.report import allowed_curve, posterior, render_audit, risks, write_report
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import (
     auc,
@@ -52,7 +52,7 @@ def result() -> AuditResult:
 
 def test_a_browser_shows_the_page(result: AuditResult, tmp_path: Path) -> None:
     chromium = browser()
-    page = result.write_report(tmp_path / "audit.html")
+    page = write_report(result, tmp_path / "audit.html")
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
         "--virtual-time-budget=5000", "--window-size=1100,2600",

@@ -14,10 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 from dptorch.bench import memory, suite
-from dptorch.bench.engines import NON_PRIVATE, Engine, Settings, Step, choose, engines, start
+from dptorch.bench.engines import NON_PRIVATE, Engine, Settings, Step, start
 from dptorch.bench.exactness import WRONG, gradient_error
 from dptorch.bench.memory import Job, allocator_peak, ask, largest_batch, memory_bytes
 from dptorch.bench.peers import peer_engines, read_peers
+from dptorch.bench.registry import choose, engines
 from dptorch.bench.report import Run, load, page, save
 from dptorch.bench.suite import Options, Row, measure
 from dptorch.bench.timing import interleave

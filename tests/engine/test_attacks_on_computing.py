@@ -15,7 +15,7 @@ from dptorch.clipping import LEAST_NORM, AdaptiveClipping, GroupSpec, coefficien
 from dptorch.errors import ConfigurationError, NotCoveredError, PrivacyError
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.randomness import RootKey
-from dptorch.tape.rules.generic import batched_vjp
+from dptorch.tape.gradients.vjp import batched_vjp
 
 # The batches here do not come from the engine's loader, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:a batch did not come from")

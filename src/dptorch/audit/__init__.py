@@ -16,6 +16,7 @@ from dptorch.audit.audit import audit
 from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import audit_step, new_token_canaries, play_dirac, play_steps
 from dptorch.audit.membership import ImageMIA, LanguageMIA
+from dptorch.audit.report import write_report
 from dptorch.audit.result import AuditResult, judge
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "new_token_canaries",
     "play_dirac",
     "play_steps",
+    "write_report",
 ]

@@ -42,7 +42,7 @@ def audit(
         settings: for a plan see `audit_plan`, for a run `audit_run`.
 
     Returns:
-        claim, lower bound, ceiling and verdict; ``print`` it, or ``write_report`` it.
+        claim, lower bound, ceiling and verdict; ``print`` it, or pass it to `write_report`.
 
     Raises:
         ConfigurationError, DataError: for something that cannot be audited.

@@ -17,7 +17,7 @@ from dptorch.durable import replacing
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.training.report import missing_packages, page_template
 
-__all__ = ["Risk", "allowed_curve", "posterior", "render_audit", "risks", "write_audit_report"]
+__all__ = ["Risk", "allowed_curve", "posterior", "render_audit", "risks", "write_report"]
 
 _RATES = (0.01, 0.001, 0.0)
 _PRIORS = (0.01, 0.1, 0.5)
@@ -120,8 +120,13 @@ def render_audit(result: AuditResult) -> str:
     )
 
 
-def write_audit_report(result: AuditResult, path: Path) -> Path:
-    """Write the page; whole or not at all."""
+def write_report(result: AuditResult, path: str | Path) -> Path:
+    """Write the self-contained HTML page; whole or not at all.
+
+    Raises:
+        ConfigurationError: jinja2 or matplotlib is missing (extra `report`).
+    """
+    path = Path(path)
     text = render_audit(result)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dptorch.audit import bounds, thresholds
@@ -124,16 +123,6 @@ class AuditResult:
     def to_json(self) -> str:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-
-    def write_report(self, path: str | Path) -> Path:
-        """Write the self-contained HTML page.
-
-        Raises:
-            ConfigurationError: jinja2 or matplotlib is missing (extra `report`).
-        """
-        from dptorch.audit.report import write_audit_report
-
-        return write_audit_report(self, Path(path))
 
     def __str__(self) -> str:
         if self.refuted:

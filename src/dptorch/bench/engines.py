@@ -6,19 +6,18 @@ A step is forward, loss, backward, clipping, noise, an SGD step and zero_grad, o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dptorch.bench.workloads import Unavailable, Workload
-from dptorch.errors import ConfigurationError, one_of
+from dptorch.errors import ConfigurationError
 
-__all__ = ["NON_PRIVATE", "Engine", "Settings", "Step", "choose", "engines", "start", "versions"]
+__all__ = ["NON_PRIVATE", "Engine", "Settings", "Step", "our_engines", "start", "versions"]
 
 Step = Callable[[], None]
 NON_PRIVATE = "non-private"
@@ -52,9 +51,8 @@ class Engine:
     all_layer: bool = True
 
 
-def engines(peers: Mapping[str, Path] | None = None) -> dict[str, Engine]:
-    """All engines by name, those of the given checkouts included."""
-    from dptorch.bench.peers import peer_engines
+def our_engines() -> list[Engine]:
+    """The ordinary loop, dptorch, and the engines of installed packages."""
     from dptorch.clipping import STYLES
     from dptorch.tape.ways import MODES
 
@@ -71,18 +69,7 @@ def engines(peers: Mapping[str, Path] | None = None) -> dict[str, Engine]:
         what = f"Opacus with grad_sample_mode={name!r}; in-place modules made ordinary{POSITIONS}"
         found.append(Engine(f"opacus/{name}", what, _opacus(name)))
     found.append(Engine("torch.func/vmap", "vmap(grad) of the whole model, then clipped", _vmap))
-    return {e.name: e for e in [*found, *peer_engines(peers or {})]}
-
-
-def choose(available: Mapping[str, Engine], names: Iterable[str]) -> list[Engine]:
-    """The engines of these names or families, in the registry's order; all of them for none.
-
-    Raises:
-        ConfigurationError: for a name that is neither.
-    """
-    families = {name.split("/")[0] for name in available}
-    wanted = {one_of("engine", name, sorted({*available, *families})) for name in names}
-    return [e for name, e in available.items() if not wanted or wanted & {name, name.split("/")[0]}]
+    return found
 
 
 def start(engine: Engine, work: Workload, settings: Settings | None = None) -> Step:
@@ -106,10 +93,8 @@ def start(engine: Engine, work: Workload, settings: Settings | None = None) -> S
 
 def versions() -> dict[str, str]:
     """Versions of what takes part, as far as it is installed."""
-    from dptorch import __version__
-
-    found = {"dptorch": __version__}
-    for package in ("torch", "numpy", "opacus", "transformers", "peft"):
+    found = {}
+    for package in ("dptorch", "torch", "numpy", "opacus", "transformers", "peft"):
         try:
             found[package] = version(package)
         except ImportError:

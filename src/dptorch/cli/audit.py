@@ -74,6 +74,7 @@ def audit(
     """
     from dptorch.audit import audit as run_audit
     from dptorch.audit.black_box import has_canaries
+    from dptorch.audit.report import write_report
     from dptorch.audit.result import AuditResult
     from dptorch.durable import replacing
     from dptorch.training.report import missing_packages
@@ -99,7 +100,7 @@ def audit(
             with replacing(folder / name) as partial:
                 partial.write_text(text, encoding="utf-8")
         if not missing_packages():
-            result.write_report(folder / "audit.html")
+            write_report(result, folder / "audit.html")
     if as_json:
         typer.echo(result.to_json(), nl=False)
     else:

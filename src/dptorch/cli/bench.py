@@ -132,9 +132,9 @@ def bench(
     """
     from rich.console import Console
 
-    from dptorch.bench.engines import choose, engines
     from dptorch.bench.memory import memory_bytes
     from dptorch.bench.peers import read_peers
+    from dptorch.bench.registry import choose, engines
     from dptorch.bench.suite import AXES, Options
     from dptorch.bench.workloads import WORKLOADS, recipe
 

@@ -9,7 +9,10 @@ from typing import ParamSpec, TypeVar
 
 from dptorch.errors import one_of
 
-__all__ = ["known_arguments"]
+__all__ = ["OPEN_END", "known_arguments"]
+
+#: Steps of a run whose length was not said; the budget of what was never limited.
+OPEN_END = 10**9
 
 P = ParamSpec("P")
 R = TypeVar("R")

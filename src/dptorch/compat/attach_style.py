@@ -21,12 +21,13 @@ from dptorch import accounting
 from dptorch.accounting.accountants.rdp import RDPAccountant
 from dptorch.clipping import AdaptiveClipping
 from dptorch.clipping.functions import STABILITY
-from dptorch.compat.opacus.run import OPEN_END
+from dptorch.compat.arguments import OPEN_END
 from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning, one_of
 from dptorch.plan import make_plan
 from dptorch.sampling import PrivateLoader
-from dptorch.statement import OWN_LOADER, Statement
+from dptorch.sampling.schemes import OWN_LOADER
+from dptorch.statement import Statement
 
 __all__ = ["AttachedEngine", "LossVectorEngine", "automatic_clipping"]
 

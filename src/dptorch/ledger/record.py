@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
@@ -17,7 +17,6 @@ from dptorch.ledger.entry import Entry, canonical
 from dptorch.plan import PrivacyPlan
 
 if TYPE_CHECKING:
-    from dptorch.ledger.book import DatasetLedger
     from dptorch.ledger.store import Store, Transaction
 
 __all__ = [
@@ -30,6 +29,22 @@ __all__ = [
 ]
 
 
+class DataSetPages(Protocol):
+    """What a run's record needs of `DatasetLedger`: whose budget, where it is kept, how often."""
+
+    @property
+    def dataset(self) -> str: ...
+
+    @property
+    def store(self) -> Store: ...
+
+    @property
+    def steps_per_write(self) -> int: ...
+
+    @property
+    def cap(self) -> Cap | None: ...
+
+
 class RunRecord:
     """What an engine tells the ledger. Made by `DatasetLedger.run`.
 
@@ -37,7 +52,7 @@ class RunRecord:
     gives back what was reserved and not used.
 
     Args:
-        ledger: the data set's.
+        ledger: the data set's pages.
         plan: of the run.
         key_provenance: where its randomness comes from.
         run: id of a run to go on with; by default a new one.
@@ -65,7 +80,7 @@ class RunRecord:
 
     def __init__(
         self,
-        ledger: DatasetLedger,
+        ledger: DataSetPages,
         plan: PrivacyPlan,
         key_provenance: str,
         *,

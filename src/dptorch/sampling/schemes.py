@@ -11,7 +11,10 @@ from dptorch.sampling.poisson import POISSON
 from dptorch.sampling.scheme import Scheme
 from dptorch.sampling.truncated import TRUNCATED_POISSON
 
-__all__ = ["NOT_COVERED", "SCHEMES", "scheme_named"]
+__all__ = ["NOT_COVERED", "OWN_LOADER", "SCHEMES", "scheme_named"]
+
+#: Stands in place of a scheme's name for steps whose batch the engine did not draw.
+OWN_LOADER: Final = "the user's own loader"
 
 SCHEMES: Final[dict[str, Scheme]] = {
     each.name: each

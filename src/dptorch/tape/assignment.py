@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,14 +10,12 @@ from dptorch.tape.aliases import owner_of_each
 from dptorch.tape.calls import Call
 from dptorch.tape.propagation.movement import region
 from dptorch.tape.provenance import Lost, Mixed, State, Tag, read_owners, read_shadow, shadow
-
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
+from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["assign", "assign_parameter"]
 
 
-def assign(call: Call, recording: Recording) -> None:
+def assign(call: Call, recording: Recorder) -> None:
     """Run the assignment and mark what it wrote to."""
     x, index, value = call.args
     before = call.tag_of(x)
@@ -122,7 +118,7 @@ def _by_index(call: Call, before: Tag | None) -> Tag | None:
     return read_owners(owner, call.batch_size)
 
 
-def assign_parameter(call: Call, recording: Recording) -> None:
+def assign_parameter(call: Call, recording: Recorder) -> None:
     """``x[index] = parameter``: the parameter is lifted along the examples.
 
     Raises:

@@ -7,18 +7,10 @@ one, few ops accept one, and anything else mixes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
-
 from dptorch.tape.calls import Call, words
 from dptorch.tape.provenance import Order, State
 
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
-
-__all__ = ["KEEP_ORDER", "USE_ORDER", "order_of", "reorder"]
+__all__ = ["KEEP_ORDER", "USE_ORDER", "order_of"]
 
 # Ops on an order alone that give an order: copies, and the scatter that inverts a permutation.
 KEEP_ORDER = words(
@@ -38,13 +30,3 @@ def order_of(call: Call) -> list[State] | None:
     if x.dim() != 1 or x.is_floating_point() or tag.dim != 0 or not tag.regular:
         return None
     return [Order()] * (2 if call.name == "sort" else 1)
-
-
-def reorder(
-    recording: Recording, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    """Run an op of `KEEP_ORDER`."""
-    out = func(*args, **kwargs)
-    if isinstance(out, Tensor):
-        recording.mark(out, Order())
-    return out

@@ -21,6 +21,7 @@ from torch import Tensor
 __all__ = [
     "NOBODY",
     "PARAM_ONLY",
+    "PER_EXAMPLE",
     "Lost",
     "Mixed",
     "Order",
@@ -44,6 +45,9 @@ __all__ = [
 
 # In place of an owner: a row that was never written to, in a buffer that is being filled.
 NOBODY = -1
+
+# The kind of a loss with one value for each example.
+PER_EXAMPLE = "per example"
 
 
 class Tag(NamedTuple):

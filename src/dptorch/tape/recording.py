@@ -21,7 +21,7 @@ from dptorch.tape.assignment import assign, assign_parameter
 from dptorch.tape.calls import Call, Info, each_tensor, info, words
 from dptorch.tape.composites import is_composite, opened
 from dptorch.tape.gradients import Dense, PerExampleGradient
-from dptorch.tape.ordering import KEEP_ORDER, USE_ORDER, order_of, reorder
+from dptorch.tape.ordering import KEEP_ORDER, USE_ORDER, order_of
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance import (
     PARAM_ONLY,
@@ -39,7 +39,7 @@ from dptorch.tape.provenance import (
 )
 from dptorch.tape.reduced import follow_loss
 from dptorch.tape.rules import LOSSES, RULES, generic
-from dptorch.tape.special import SPECIAL
+from dptorch.tape.special import SPECIAL, reorder
 from dptorch.tape.states import States
 from dptorch.tape.tape import Tape
 from dptorch.tape.taps import lift, tap
@@ -76,7 +76,6 @@ class Recording(States):
         self.generic_ops: Counter[tuple[str, str]] = Counter()
         self.sites = 0
         self.escaped: Counter[str] = Counter()
-        self.largest_input = 0  # bytes; of convolutions so far
         self.joined: list[Tape] = []  # of other models whose outputs entered the same loss
         self._handle = torch.zeros(0, requires_grad=True)
 

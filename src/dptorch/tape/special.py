@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.calls import each_tensor
-from dptorch.tape.provenance import Mixed, ParamOnly, Reduced, Tag
-from dptorch.tape.tape import PER_EXAMPLE, Tape
-
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
+from dptorch.tape.provenance import PER_EXAMPLE, Mixed, Order, ParamOnly, Reduced, Tag
+from dptorch.tape.rules.recorder import Recorder
+from dptorch.tape.tape import Tape
 
 __all__ = ["SPECIAL", "Special"]
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
-Special = Callable[["Recording", Callable[..., Any], str, Args, Kwargs], Any]
+Special = Callable[["Recorder", Callable[..., Any], str, Args, Kwargs], Any]
 
 SPECIAL: dict[str, Special] = {}
 
@@ -37,7 +35,7 @@ def _special(names: str) -> Callable[[Special], Special]:
 
 @_special("item tolist numpy __float__ __array__")
 def read(
-    recording: Recording, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
     """Values leave for Python, where nothing can be followed; it is counted."""
     t = args[0] if args else None
@@ -50,7 +48,7 @@ def read(
 
 @_special("tensor as_tensor asarray scalar_tensor new_tensor full new_full")
 def make(
-    recording: Recording, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
     """A new tensor, usually from numbers; one made from a tensor keeps its examples."""
     out = func(*args, **kwargs)
@@ -78,7 +76,7 @@ def make(
 
 @_special(".data= set")
 def replace_data(
-    recording: Recording, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
     """``x.data = y`` and ``x.set_(y)``: x now holds y's examples."""
     source = next((t for t in args[1:] if isinstance(t, Tensor)), None)
@@ -104,7 +102,7 @@ def replace_data(
 
 @_special("register_hook")
 def register_hook(
-    recording: Recording, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
     """A hook that changes a gradient must keep each example's to itself."""
     t, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
@@ -129,7 +127,7 @@ def register_hook(
 
 @_special("grad")
 def differentiate(
-    recording: Recording, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
     """``torch.autograd.grad`` inside a recorded model, of a loss in its inputs (an attack, a score).
 
@@ -167,7 +165,7 @@ def differentiate(
 
 @_special("backward")
 def backward(
-    recording: Recording, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
     """``loss.backward()``: look at what kind of loss it is first.
 
@@ -222,3 +220,13 @@ def _in_two_passes(
         for tape in tapes:
             second.enter_context(tape.second_of_two_passes())
         return func(*args, **kwargs)
+
+
+def reorder(
+    recording: Recorder, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run an op of `KEEP_ORDER`."""
+    out = func(*args, **kwargs)
+    if isinstance(out, Tensor):
+        recording.mark(out, Order())
+    return out

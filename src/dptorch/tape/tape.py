@@ -18,15 +18,12 @@ from dptorch.tape.device_cost import TYPICAL, DeviceCost
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.base import without_cancellation
 from dptorch.tape.gradients.memory import least_peak_order
+from dptorch.tape.gradients.vjp import batched_vjp
 from dptorch.tape.guard import ParameterGuard
 from dptorch.tape.provenance import Reduced
-from dptorch.tape.rules.generic import batched_vjp
 from dptorch.tape.ways import MODES, Mode, Way
 
-__all__ = ["PER_EXAMPLE", "Site", "Tape"]
-
-# The kind of a loss with one value for each example.
-PER_EXAMPLE = "per example"
+__all__ = ["Site", "Tape"]
 
 
 class Site(NamedTuple):
@@ -49,7 +46,8 @@ class Tape:
     Attributes:
         batch_size: number of examples B; 0 until a batch was seen.
         fired: whether any gradient has arrived.
-        loss: how the loss of the last backward was reduced over the examples, or `PER_EXAMPLE`;
+        loss: how the loss of the last backward was reduced over the examples, or
+            `dptorch.tape.provenance.PER_EXAMPLE`;
             None if the recording did not see it.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
         derived: ids of parameters that param-only tensors were computed from.

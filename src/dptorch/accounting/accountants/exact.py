@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.composition import composed_delta, composed_epsilon
-from dptorch.accounting.dominating import SampledPair
-from dptorch.accounting.fixed_size import FixedSizePair
 
 __all__ = ["ExactAccountant"]
 
@@ -33,7 +30,6 @@ class ExactAccountant(PairAccountant):
         2.8434
     """
 
-    pairs: ClassVar[tuple[type, ...]] = (SampledPair, FixedSizePair)
     name: str = "exact"
     is_upper_bound: bool = False
 

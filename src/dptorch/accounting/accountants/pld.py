@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import numpy as np
 
 from dptorch.accounting import contour, tilted
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.allocation import AllocationPair
 from dptorch.accounting.composition import composed_delta, composed_epsilon
 from dptorch.accounting.dominating import (
     Array,
     Pair,
-    SampledPair,
     gaussian_delta,
     gaussian_epsilon,
     gaussian_mu,
 )
 from dptorch.accounting.events import History
-from dptorch.accounting.fixed_size import FixedSizePair, WithReplacementPair
 
 __all__ = ["PLDAccountant"]
 
@@ -60,12 +56,6 @@ class PLDAccountant(PairAccountant):
     """
 
     tolerance: float = 1e-3
-    pairs: ClassVar[tuple[type, ...]] = (
-        SampledPair,
-        FixedSizePair,
-        WithReplacementPair,
-        AllocationPair,
-    )
     name: str = "pld"
     is_upper_bound: bool = True
 

@@ -6,10 +6,11 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from dptorch.accounting.accountants.coverage import PAIRS, accountants_covering
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.dominating import Pair, SampledPair
+from dptorch.accounting.dominating import Pair
 from dptorch.accounting.events import Event, History
 from dptorch.accounting.reduction import Reduced, can_reduce, reduced
 from dptorch.errors import ConfigurationError, PrivacyError
@@ -68,12 +69,12 @@ class Accountant(Protocol):
 class PairAccountant(ABC):
     """An `Accountant` that composes dominating pairs; subclasses are frozen dataclasses.
 
-    A subclass names the pairs it can compose and answers for each set of compositions; checking,
-    covering, the edges (nothing released, no noise) and the overflow of truncated sampling are here.
+    A subclass answers for each set of compositions. Which pairs it can compose stands under its name in
+    `dptorch.accounting.accountants.coverage`. Checking, covering, the edges (nothing released, no
+    noise) and the overflow of truncated sampling are here.
     """
 
     name: str
-    pairs: ClassVar[tuple[type, ...]] = (SampledPair,)
 
     @abstractmethod
     def _epsilon(self, compositions: Compositions, delta: float) -> float:
@@ -85,7 +86,7 @@ class PairAccountant(ABC):
 
     def covers(self, event: Event) -> bool:
         """Whether `event` reduces to a pair that this accountant composes."""
-        return can_reduce(event, self.pairs)
+        return can_reduce(event, PAIRS[self.name])
 
     def epsilon(
         self,
@@ -135,9 +136,7 @@ class PairAccountant(ABC):
 
 
 def _refusal(name: str, event: Event) -> PrivacyError:
-    from dptorch.accounting.accountants import registry
-
-    able = [other for other in registry.names() if registry.get(other).covers(event)]
+    able = accountants_covering(event)
     way_out = (
         f"These do: {', '.join(able)}."
         if able

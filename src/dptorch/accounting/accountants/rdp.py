@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from dptorch.accounting.contour import log_mgf
 from dptorch.accounting.discrete import DiscretePair
 from dptorch.accounting.dominating import Array, Pair, SampledPair
 from dptorch.accounting.events import History
-from dptorch.accounting.fixed_size import FixedSizePair
 
 __all__ = ["RDPAccountant", "renyi_divergences", "renyi_orders"]
 
@@ -41,7 +39,6 @@ class RDPAccountant(PairAccountant):
         2.1014
     """
 
-    pairs: ClassVar[tuple[type, ...]] = (SampledPair, FixedSizePair, DiscretePair)
     name: str = "rdp"
     is_upper_bound: bool = True
 

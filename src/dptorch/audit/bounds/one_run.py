@@ -17,11 +17,11 @@ from typing import ClassVar
 import numpy as np
 
 from dptorch.audit.bounds.one_run_fdp import one_run_fdp_epsilon
-from dptorch.audit.bounds.search import largest_refuted
+from dptorch.audit.bounds.search import check_counts, largest_refuted
 from dptorch.audit.evidence import Evidence
 from dptorch.errors import ConfigurationError
 
-__all__ = ["OneRun", "check_counts", "one_run_epsilon", "one_run_p_value"]
+__all__ = ["OneRun", "one_run_epsilon", "one_run_p_value"]
 
 Guesses = tuple[float, float]
 
@@ -75,15 +75,6 @@ def one_run_epsilon(
     return largest_refuted(
         lambda epsilon: one_run_p_value(canaries, guesses, correct, epsilon, delta) < significance
     )
-
-
-def check_counts(canaries: int, guesses: int, correct: int) -> None:
-    """Raise a `ConfigurationError` unless 0 <= correct <= guesses <= canaries."""
-    if not 0 <= correct <= guesses <= canaries or canaries < 1:
-        raise ConfigurationError(
-            f"canaries={canaries}, guesses={guesses}, correct={correct}: expected "
-            "0 <= correct <= guesses <= canaries, and at least one canary."
-        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 
 from dptorch.accounting.dominating import gaussian_delta
-from dptorch.audit.bounds.search import largest_refuted
+from dptorch.audit.bounds.search import check_counts, largest_refuted
+from dptorch.errors import ConfigurationError
 
 __all__ = ["gaussian_mu_of", "one_run_fdp_epsilon", "one_run_fdp_refutes"]
 
@@ -75,9 +76,6 @@ def one_run_fdp_epsilon(
         >>> round(one_run_fdp_epsilon(1000, 200, 180, delta=1e-5), 3)
         2.901
     """
-    from dptorch.audit.bounds.one_run import check_counts
-    from dptorch.errors import ConfigurationError
-
     check_counts(canaries, guesses, correct)
     if not 0 < delta < 1:
         raise ConfigurationError(

@@ -1,10 +1,12 @@
-"""Inverting a test into a bound."""
+"""Invert a test into a bound, and check the counts it is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["largest_refuted"]
+from dptorch.errors import ConfigurationError
+
+__all__ = ["check_counts", "largest_refuted"]
 
 LARGEST_EPSILON = 100.0
 
@@ -29,3 +31,12 @@ def largest_refuted(refuted: Callable[[float], bool], *, tolerance: float = 1e-7
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(middle) else (low, middle)
     return low
+
+
+def check_counts(canaries: int, guesses: int, correct: int) -> None:
+    """Raise a `ConfigurationError` unless 0 <= correct <= guesses <= canaries."""
+    if not 0 <= correct <= guesses <= canaries or canaries < 1:
+        raise ConfigurationError(
+            f"canaries={canaries}, guesses={guesses}, correct={correct}: expected "
+            "0 <= correct <= guesses <= canaries, and at least one canary."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dptorch.compat.forgetnet import with_minimum
+from dptorch.compat.forgetnet.engine import with_minimum
 from dptorch.integrations import trl
 
 __all__ = ["BloGSSFTTrainer"]

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from dptorch import checkpoint
 from dptorch.accounting import Event
 from dptorch.clipping import AdaptiveClipping
-from dptorch.compat.arguments import known_arguments
+from dptorch.compat.arguments import OPEN_END, known_arguments
 from dptorch.compat.opacus.accountants import create_accountant
 from dptorch.compat.opacus.data_loader import DPDataLoader, order_of, private_loader
 from dptorch.compat.opacus.grad_sample import GradSampleModule
 from dptorch.compat.opacus.optimizers import as_dp_optimizer
-from dptorch.compat.opacus.run import OPEN_END, Run
+from dptorch.compat.opacus.run import Run
 from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.plan import PrivacyPlan, make_plan

@@ -14,13 +14,11 @@ from dptorch.engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PrivateLoader
-from dptorch.statement import OWN_LOADER
+from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.tape.batch import BatchDims
 
-__all__ = ["OPEN_END", "Run"]
+__all__ = ["Run"]
 
-# Steps of a run whose length was not said; the budget of what was never limited.
-OPEN_END = 10**9
 # What of a plan a schedule changes, directly or not.
 _SCHEDULED = ("noise_multiplier", "target_epsilon", "max_grad_norm", "clipping_groups", "steps")
 

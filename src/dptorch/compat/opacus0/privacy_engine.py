@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from dptorch import accounting
 from dptorch.accounting.accountants.rdp import RDPAccountant
-from dptorch.compat.arguments import known_arguments
+from dptorch.compat.arguments import OPEN_END, known_arguments
 from dptorch.compat.opacus.privacy_engine import clipping_arguments
-from dptorch.compat.opacus.run import OPEN_END, Run
+from dptorch.compat.opacus.run import Run
 from dptorch.compat.opacus0.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.errors import ConfigurationError, PrivacyWarning
 from dptorch.plan import make_plan

@@ -7,7 +7,7 @@ delivers one gradient for each. No op-specific mathematics is needed, in-place o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,15 @@ from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import agree
 from dptorch.tape.provenance import Tag, broadcast_shape, rows
 from dptorch.tape.rules.generic import generic
+from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
-
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
 
 
 @rule(
     """add sub rsub mul div where lerp addcmul addcdiv maximum minimum pow masked_fill clamp clip
     clamp_min clamp_max fmax fmin atan2 hypot logaddexp xlogy copysign float_power copy"""
 )
-def elementwise(call: Call, recording: Recording) -> Any:
+def elementwise(call: Call, recording: Recorder) -> Any:
     """Elementwise ops of an activation with a parameter of any broadcastable shape."""
     tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
     if call.in_place and call.is_parameter(call.args[0]):
@@ -72,7 +70,7 @@ def _joint_tag(call: Call, shape: torch.Size) -> Tag:
 
 
 @rule("cat stack")
-def join(call: Call, recording: Recording) -> Any:
+def join(call: Call, recording: Recorder) -> Any:
     """A class token or prompt joined to the sequence: it was expanded to the batch before."""
     parts = list(call.args[0])
     tag = call.tagged[0][1]
@@ -92,7 +90,7 @@ def join(call: Call, recording: Recording) -> Any:
 
 
 @rule("scaled_dot_product_attention")
-def attention_bias(call: Call, recording: Recording) -> Any:
+def attention_bias(call: Call, recording: Recorder) -> Any:
     """A bias or mask made from parameters alone (T5, Swin, BEiT), lifted along the batch."""
     mask = call.arg(3, "attn_mask")
     query = call.args[0]
@@ -110,7 +108,7 @@ def attention_bias(call: Call, recording: Recording) -> Any:
 
 
 @rule("prelu")
-def prelu(call: Call, recording: Recording) -> Any:
+def prelu(call: Call, recording: Recorder) -> Any:
     """``max(x, 0) + weight * min(x, 0)``, one slope in all or one a channel (dimension 1)."""
     x, weight = call.arg(0, "input"), call.arg(1, "weight")
     tag = call.tag_of(x)

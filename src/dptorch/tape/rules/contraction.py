@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +23,14 @@ from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, Outer, PerExampleGradient
 from dptorch.tape.propagation.products import einsum_operands, expand_einsum
 from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import detached, rule
-
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
 
 Pairs = Iterator[tuple[Tensor, PerExampleGradient]]
 
 
 @rule("linear")
-def linear(call: Call, recording: Recording) -> Any:
+def linear(call: Call, recording: Recorder) -> Any:
     """``x @ w.T + b`` for x of any rank."""
     x, w, b = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     tag = call.tag_of(x)
@@ -45,7 +43,7 @@ def linear(call: Call, recording: Recording) -> Any:
 
 
 @rule("addmm")
-def addmm(call: Call, recording: Recording) -> Any:
+def addmm(call: Call, recording: Recorder) -> Any:
     """``b + x @ w``, as Hugging Face's Conv1D calls it."""
     b, x, w = call.args[:3]
     tag = call.tag_of(x)
@@ -60,7 +58,7 @@ def addmm(call: Call, recording: Recording) -> Any:
 
 def _affine(
     call: Call,
-    recording: Recording,
+    recording: Recorder,
     out: Tensor,
     tag: Tag,
     x: Tensor,
@@ -90,7 +88,7 @@ def _affine(
 
 
 @rule("bilinear")
-def bilinear(call: Call, recording: Recording) -> Any:
+def bilinear(call: Call, recording: Recorder) -> Any:
     """``x1 @ W @ x2 + b``: a linear layer on the outer products of its two inputs."""
     x1, x2 = call.arg(0, "input1"), call.arg(1, "input2")
     w, b = call.arg(2, "weight"), call.arg(3, "bias")
@@ -131,7 +129,7 @@ def _sum_dtype(t: Tensor) -> torch.dtype:
 
 
 @rule("matmul mm bmm mv __rmatmul__")
-def matmul(call: Call, recording: Recording) -> Any:
+def matmul(call: Call, recording: Recorder) -> Any:
     """Matrix products with the parameter on either side."""
     a, b = call.args[:2]
     if call.name == "__rmatmul__":
@@ -147,7 +145,7 @@ def matmul(call: Call, recording: Recording) -> Any:
 
 
 @rule("einsum")
-def einsum(call: Call, recording: Recording) -> Any:
+def einsum(call: Call, recording: Recorder) -> Any:
     """Two operands, one of them the parameter."""
     equation, operands = einsum_operands(call)
     if len(operands) != 2 or len(call.parameters) != 1:
@@ -161,7 +159,7 @@ def einsum(call: Call, recording: Recording) -> Any:
 
 def _contract(
     call: Call,
-    recording: Recording,
+    recording: Recorder,
     x: Tensor,
     x_letters: str,
     w: Tensor,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,11 @@ from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Convolution, Dense, Geometry, Outer, PerExampleGradient
 from dptorch.tape.provenance import rows
 from dptorch.tape.rules.input_gradient import convolve, in_parts_pays
+from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import detached, rule
 
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
+# Bytes of the largest input of a convolution that each recording has seen.
+_LARGEST_INPUT: WeakKeyDictionary[Recorder, int] = WeakKeyDictionary()
 
 
 def _tuple(value: Any, rank: int) -> tuple[int, ...]:
@@ -28,7 +30,7 @@ def _tuple(value: Any, rank: int) -> tuple[int, ...]:
 
 
 @rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
-def convolution(call: Call, recording: Recording) -> Any:
+def convolution(call: Call, recording: Recorder) -> Any:
     """Weight and bias of any convolution over a batch in dimension 0."""
     x, w, b = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     rank = int(call.name[-2])
@@ -53,9 +55,9 @@ def convolution(call: Call, recording: Recording) -> Any:
         stride, _tuple(padding, rank), dilation, output_padding, transposed, int(groups)
     )
     size = x.numel() * x.element_size()
-    recording.largest_input = max(recording.largest_input, size)
+    largest = _LARGEST_INPUT[recording] = max(_LARGEST_INPUT.get(recording, 0), size)
     # Smaller ones are not where memory peaks.
-    if not pads and size >= recording.largest_input / 2 and in_parts_pays(x, w):
+    if not pads and size >= largest / 2 and in_parts_pays(x, w):
         out = convolve(x, detached(w), detached(b), geometry)
     else:
         out = call.run({id(t): t.detach() for t in call.parameters})

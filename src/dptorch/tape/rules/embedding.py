@@ -6,7 +6,7 @@ Shape legend: B examples, T positions, D features, V rows of the table.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from dptorch.errors import NotCoveredError
 from dptorch.tape.calls import Call
 from dptorch.tape.gradients import PerExampleGradient, Scatter
 from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
-
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
 
 
 @rule("embedding")
-def embedding(call: Call, recording: Recording) -> Any:
+def embedding(call: Call, recording: Recorder) -> Any:
     """F.embedding with ids of any shape; `padding_idx` rows get no gradient.
 
     Raises:
@@ -71,7 +69,7 @@ def embedding(call: Call, recording: Recording) -> Any:
 
 
 @rule("embedding_bag")
-def embedding_bag(call: Call, recording: Recording) -> Any:
+def embedding_bag(call: Call, recording: Recorder) -> Any:
     """Sums and means of bags of rows, ids [B, T] or bags of one size in a row, [B * T] with offsets;
     other forms go to the generic rule.
 

@@ -12,16 +12,14 @@ value times the mean weight.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dptorch.tape.calls import Call
 from dptorch.tape.propagation.losses import reduction_of
 from dptorch.tape.provenance import Reduced, Tag, rows
-
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
+from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["LOSSES"]
 
@@ -33,7 +31,7 @@ def _mean_of_means(losses: Tensor, counted: Tensor, tag: Tag, n: int) -> Tensor:
     return (loss_B / count_B.clamp(min=1)).mean()
 
 
-def cross_entropy(call: Call, recording: Recording) -> Any:
+def cross_entropy(call: Call, recording: Recorder) -> Any:
     """F.cross_entropy and F.nll_loss with reduction="mean" and class indices."""
     scores, target = call.args[0], call.arg(1, "target")
     weight, ignore = call.arg(2, "weight"), call.arg(4, "ignore_index", -100)

@@ -8,7 +8,7 @@ mean and inverse deviation, which is all it takes; the others normalise again in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,13 @@ from dptorch.errors import ExamplesMixError
 from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import detached, rule
-
-if TYPE_CHECKING:
-    from dptorch.tape.recording import Recording
 
 
 def _record(
     call: Call,
-    recording: Recording,
+    recording: Recorder,
     x: Tensor,
     tag: Tag,
     weight: Tensor | None,
@@ -70,7 +68,7 @@ _FULL = (torch.float32, torch.float64)
 
 
 @rule("layer_norm rms_norm")
-def last_dims(call: Call, recording: Recording) -> Any:
+def last_dims(call: Call, recording: Recorder) -> Any:
     """LayerNorm and RMSNorm: the scale has the shape of the last dimensions."""
     x, shape, weight = call.arg(0, "input"), call.arg(1, "normalized_shape"), call.arg(2, "weight")
     layer = call.name == "layer_norm"
@@ -97,7 +95,7 @@ def last_dims(call: Call, recording: Recording) -> Any:
 
 def _layer_norm(
     call: Call,
-    recording: Recording,
+    recording: Recorder,
     x: Tensor,
     tag: Tag,
     weight: Tensor,
@@ -135,7 +133,7 @@ def _channels(t: Tensor, tag: Tag, n: int) -> Tensor:
 
 
 @rule("group_norm")
-def group_norm(call: Call, recording: Recording) -> Any:
+def group_norm(call: Call, recording: Recorder) -> Any:
     """GroupNorm: the scale has one value a channel."""
     x, groups = call.arg(0, "input"), call.arg(1, "num_groups")
     weight, bias, eps = call.arg(2, "weight"), call.arg(3, "bias"), call.arg(4, "eps", 1e-5)
@@ -158,7 +156,7 @@ def group_norm(call: Call, recording: Recording) -> Any:
 
 def _group_norm(
     call: Call,
-    recording: Recording,
+    recording: Recorder,
     x: Tensor,
     tag: Tag,
     groups: int,
@@ -228,7 +226,7 @@ def _scale_and_shift(
 
 
 @rule("instance_norm")
-def instance_norm(call: Call, recording: Recording) -> Any:
+def instance_norm(call: Call, recording: Recorder) -> Any:
     """InstanceNorm without running statistics.
 
     Raises:
@@ -258,7 +256,7 @@ def instance_norm(call: Call, recording: Recording) -> Any:
 
 
 @rule("batch_norm")
-def batch_norm(call: Call, recording: Recording) -> Any:
+def batch_norm(call: Call, recording: Recorder) -> Any:
     """BatchNorm in eval mode: a fixed affine map.
 
     Raises:
@@ -286,7 +284,7 @@ def batch_norm(call: Call, recording: Recording) -> Any:
     )
 
 
-def refuse_batch_statistics(call: Call, recording: Recording) -> None:
+def refuse_batch_statistics(call: Call, recording: Recorder) -> None:
     """Raise if this BatchNorm would take its statistics from the batch."""
     if call.arg(5, "training", False) or call.arg(1, "running_mean") is None:
         raise ExamplesMixError(

@@ -18,11 +18,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dptorch.tape.calls import Call
-    from dptorch.tape.recording import Recording
+    from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["RULES", "Rule", "detached", "rule"]
 
-Rule = Callable[["Call", "Recording"], Any]
+Rule = Callable[["Call", "Recorder"], Any]
 
 RULES: dict[str, Rule] = {}
 

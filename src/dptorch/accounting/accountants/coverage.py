@@ -1,0 +1,34 @@
+"""Which dominating pairs each accountant can compose, by the accountant's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dptorch.accounting.allocation import AllocationPair
+from dptorch.accounting.discrete import DiscretePair
+from dptorch.accounting.dominating import SampledPair
+from dptorch.accounting.events import Event
+from dptorch.accounting.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting.reduction import can_reduce
+
+__all__ = ["PAIRS", "accountants_covering"]
+
+#: In the order in which accountants are listed to users.
+PAIRS: Mapping[str, tuple[type, ...]] = {
+    "exact": (SampledPair, FixedSizePair),
+    "pld": (SampledPair, FixedSizePair, WithReplacementPair, AllocationPair),
+    "rdp": (SampledPair, FixedSizePair, DiscretePair),
+    "prv": (SampledPair,),
+    "gdp": (SampledPair,),
+}
+
+
+def accountants_covering(event: Event) -> list[str]:
+    """Return the names of the accountants that know what `event` costs.
+
+    Example:
+        >>> from dptorch.accounting import SampledGaussian
+        >>> accountants_covering(SampledGaussian(noise_multiplier=1.0, sample_rate=0.01, steps=10))
+        ['exact', 'pld', 'rdp', 'prv', 'gdp']
+    """
+    return [name for name, pairs in PAIRS.items() if can_reduce(event, pairs)]

@@ -1,0 +1,83 @@
+"""What rules and handlers may ask of the recording that calls them.
+
+`dptorch.tape.recording.Recording` is the one implementation. Rules are written against this protocol:
+they know nothing of dispatch and can be tested against a small stand-in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dptorch.tape.calls import Call
+from dptorch.tape.gradients import PerExampleGradient
+from dptorch.tape.provenance import Mixed, State, Tag
+from dptorch.tape.tape import Tape
+
+__all__ = ["Gradients", "Recorder"]
+
+#: (gradients of the outputs, saved tensors) -> (parameter, its per-example gradient), in the backward.
+Gradients = Callable[
+    [Sequence[Tensor | None], Sequence[Tensor]], Iterable[tuple[Tensor, PerExampleGradient]]
+]
+
+
+class Recorder(AbstractContextManager[Any], Protocol):
+    """One recorded forward pass, as a rule sees it; entering it records what runs inside.
+
+    Attributes:
+        batch_size: number of examples B.
+        tape: filled when gradients arrive.
+        joined: tapes of other models whose outputs entered the same loss.
+        escaped: how often values of the batch were read into Python, by op.
+    """
+
+    batch_size: int
+    tape: Tape
+    joined: list[Tape]
+    escaped: Counter[str]
+
+    def tap(
+        self, call: Call, out: Any, tags: list[Tag], saved: Sequence[Tensor], gradients: Gradients
+    ) -> Any:
+        """Record a site with one output."""
+
+    def tap_many(
+        self,
+        outputs: Sequence[Tensor],
+        tags: Sequence[Tag],
+        saved: Sequence[Tensor],
+        gradients: Gradients,
+    ) -> tuple[Tensor, ...]:
+        """Record a site: `gradients` gets the outputs' gradients and `saved`, in the backward."""
+
+    def lift(self, p: Tensor, shape: Sequence[int], tag: Tag) -> Tensor:
+        """Replace a parameter by a copy of `shape`, whose batch dimension is given by `tag`."""
+
+    def untransposed(self, p: Tensor) -> tuple[Tensor, bool]:
+        """(the parameter that `p` is the transpose of, True), or (p, False)."""
+
+    def note_generic(self, call: Call) -> None:
+        """Note that an op has no rule of its own."""
+
+    def state(self, t: Tensor) -> State | None:
+        """What is known of a tensor, or None for a constant."""
+
+    def mark(self, t: Any, state: State | None) -> None:
+        """Say what a tensor is."""
+
+    def mark_written(self, t: Tensor, before: State | None, after: State | None) -> None:
+        """Say what a tensor is after it was written to in place."""
+
+    def statistic(self, name: str) -> Mixed:
+        """The state of a statistic over the examples."""
+
+    def describe(self, p: Tensor) -> str:
+        """A parameter's name, for messages."""
+
+    def module_path(self) -> str:
+        """The module whose forward is running, for messages."""
