@@ -6,9 +6,9 @@ import json
 import math
 
 import pytest
+from benchmarks.blogs_study import Result
 from typer.testing import CliRunner
 
-from dptorch.blogs.study import Result
 from dptorch.cli.app import app
 
 pytest.importorskip("sklearn")

@@ -24,8 +24,8 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from dptorch.blogs.trl_trainer import BloGSSFTTrainer
 from dptorch.errors import ConfigurationError, PrivacyWarning
-from dptorch.integrations.trl import BloGSSFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 

@@ -16,7 +16,7 @@ __all__ = ["INDICES", "BloGSPrivacyEngine", "BloGSSFTTrainer", "BloGSSpent", "Bl
 def __getattr__(name: str) -> Any:
     if name == "BloGSSFTTrainer":  # only who asks for it needs TRL
         try:
-            from dptorch.integrations.trl import BloGSSFTTrainer
+            from dptorch.blogs.trl_trainer import BloGSSFTTrainer
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"BloGSSFTTrainer needs TRL, and {error.name!r} is not installed: "

@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from dptorch.cli.audit import audit
 from dptorch.cli.bench import bench
-from dptorch.cli.blogs import blogs
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
@@ -96,7 +95,7 @@ app = typer.Typer(
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (train, check, release),
     "Plan": (epsilon, calibrate, plan),
-    "Measure": (bench, audit, blogs),
+    "Measure": (bench, audit),
 }
 for panel, commands in PANELS.items():
     for command in commands:

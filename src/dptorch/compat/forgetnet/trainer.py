@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dptorch.blogs import trl_trainer as trl
 from dptorch.compat.forgetnet.engine import with_minimum
-from dptorch.integrations import trl
 
 __all__ = ["BloGSSFTTrainer"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dptorch.blogs.study.measure import Result, Study, Timing
-from dptorch.blogs.study.methods import METHODS
+from benchmarks.blogs_study.measure import Result, Study, Timing
+from benchmarks.blogs_study.methods import METHODS
 
 __all__ = ["write_page"]
 
@@ -94,7 +94,7 @@ def write_page(study: Study, folder: Path) -> Path:
 
 
 def _markdown(study: Study) -> str:
-    from dptorch.blogs.study.tasks import CANARIES
+    from benchmarks.blogs_study.tasks import CANARIES
 
     ceiling = max(r.step_ceiling for r in study.results)
     parts = [INTRODUCTION]
@@ -123,7 +123,7 @@ method falls back to where a target cannot be met, cost a random permutation of 
 """
 _COMMAND = """\
     pip install 'dptorch[report,transformers]'
-    dptorch blogs --output docs
+    python -m benchmarks.blogs_study --output docs
 
 `--quick` does a small part of it, to see that it works. Every number is in
 [blogs/results.json](blogs/results.json).

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.blogs_study.methods import CLIP, DELTA, METHODS, Method
+from benchmarks.blogs_study.tasks import Task, get_task
 from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import audit_step
 from dptorch.audit.result import AuditResult, judge
-from dptorch.blogs.study.methods import CLIP, DELTA, METHODS, Method
-from dptorch.blogs.study.tasks import Task, get_task
 from dptorch.errors import PrivacyWarning
 
 __all__ = ["Result", "Study", "Timing", "run_study", "step_audit", "time_steps"]

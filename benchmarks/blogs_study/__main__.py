@@ -1,4 +1,4 @@
-"""`dptorch blogs`: the study of DP-BloGS beside DP-SGD, as a page with plots."""
+"""Run the study of DP-BloGS beside DP-SGD and write its page with plots."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["blogs"]
+from benchmarks.blogs_study import TASKS, run_study, write_page
+from dptorch.errors import ConfigurationError, one_of
+
+__all__ = ["main"]
 
 
-def blogs(
+def main(
     task: Annotated[
         list[str] | None,
         typer.Option(help="digits, mnist or gpt2; may be repeated.", show_default="all three"),
@@ -34,16 +37,19 @@ def blogs(
 
     [bold]Examples[/]
 
-    [cyan]dptorch blogs[/]
+    [cyan]python -m benchmarks.blogs_study[/]
 
-    [cyan]dptorch blogs --task digits --epsilon 1 --quick --output /tmp/blogs[/]
+    [cyan]python -m benchmarks.blogs_study --task digits --epsilon 1 --quick --output /tmp/blogs[/]
     """
-    from dptorch.blogs.study import TASKS, run_study, write_page
-    from dptorch.errors import ConfigurationError, one_of
-
     names = [one_of("task", name, TASKS) for name in task or TASKS]
     targets = epsilon or [1.0, 3.0, 8.0]
     if min(targets) <= 0:
         raise ConfigurationError(f"--epsilon {min(targets):g} must be positive.")
     study = run_study(names, epsilons=sorted(targets), quick=quick, progress=typer.echo)
     typer.echo(f"Page: {write_page(study, output)}")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    app.command()(main)
+    app()
