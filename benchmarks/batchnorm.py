@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dptorch
-from dptorch.prepare import prepare
+from dptorch.validation.conversion import prepare
 
 Data = tuple[Tensor, Tensor]
 

@@ -7,10 +7,10 @@ import time
 
 import torch
 
+from dptorch.clipping.sums import ClippedSum
 from dptorch.noise import GaussianNoise
 from dptorch.noise.compiled import compiled
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum
 
 SIZE, ROUNDS = 10_000_000, 7
 

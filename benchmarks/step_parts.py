@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import dptorch
-import dptorch.engine
+import dptorch.engine.privacy_engine
 from dptorch.bench.workloads import WORKLOADS, Workload, recipe
-from dptorch.logical_batch import LogicalBatch
+from dptorch.engine.logical_batch import LogicalBatch
 from dptorch.noise import GaussianNoise
 from dptorch.tape import Tape
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dptorch
-from dptorch.check import CheckReport, check
-from dptorch.checking.chance import FixedChance
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyWarning
-from dptorch.prepare import prepare
-from dptorch.tape.mixing import find_mixing, refuse_mixing
 from dptorch.tape.rules.registry import RULES
+from dptorch.validation.chance import FixedChance
+from dptorch.validation.conversion import prepare
+from dptorch.validation.gradient_check import CheckReport, check
+from dptorch.validation.mixing import find_mixing, refuse_mixing
 from tests.tape.zoo import ZOO
 
 N = 6

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 import dptorch
-from dptorch import checkpoint
+from dptorch.engine import checkpoint
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from tests.engine.setup import make_data, parameters
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import tests.oracles.torchvision_on_cpu  # noqa: F401
 from dptorch.errors import ConfigurationError
-from dptorch.prepare import FrozenBatchNorm, Preparation, preparation, prepare
-from dptorch.tape.mixing import find_mixing
+from dptorch.validation.conversion import FrozenBatchNorm, Preparation, preparation, prepare
+from dptorch.validation.mixing import find_mixing
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +259,7 @@ def test_timm_norms_keep_their_activation(batchnorm: str) -> None:
 
 def test_a_resnet_trains_after_preparation() -> None:
     torchvision = pytest.importorskip("torchvision")
-    from dptorch.check import check
+    from dptorch.validation.gradient_check import check
 
     model = silent(torchvision.models.resnet18(num_classes=3))
     batch = torch.randn(4, 3, 32, 32), torch.randint(0, 3, (4,))

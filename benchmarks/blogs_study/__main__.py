@@ -10,7 +10,7 @@ import typer
 from benchmarks.blogs_study import TASKS, run_study, write_page
 from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["main"]
+__all__ = ["app", "main"]
 
 
 def main(
@@ -41,15 +41,20 @@ def main(
 
     [cyan]python -m benchmarks.blogs_study --task digits --epsilon 1 --quick --output /tmp/blogs[/]
     """
-    names = [one_of("task", name, TASKS) for name in task or TASKS]
+    try:
+        names = [one_of("task", name, TASKS) for name in task or TASKS]
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error)) from None
     targets = epsilon or [1.0, 3.0, 8.0]
     if min(targets) <= 0:
-        raise ConfigurationError(f"--epsilon {min(targets):g} must be positive.")
+        raise typer.BadParameter(f"--epsilon {min(targets):g} must be positive.")
     study = run_study(names, epsilons=sorted(targets), quick=quick, progress=typer.echo)
     typer.echo(f"Page: {write_page(study, output)}")
 
 
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+app.command()(main)
+
+
 if __name__ == "__main__":
-    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    app.command()(main)
     app()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from dptorch.blogs.engine import BloGSPrivacyEngine
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import PrivacyWarning
 
 __all__ = ["DELTA", "METHODS", "Method", "Run"]

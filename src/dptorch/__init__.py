@@ -1,13 +1,13 @@
 """dptorch: differential privacy for any PyTorch model."""
 
-from dptorch.check import CheckReport, check
-from dptorch.engine import PrivacyEngine
-from dptorch.logical_batch import StepDiagnostics
+from dptorch.engine.logical_batch import StepDiagnostics
+from dptorch.engine.make_private import Private, make_private
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan
-from dptorch.prepare import preparation, prepare
-from dptorch.private import Private, make_private
 from dptorch.statement import Statement
 from dptorch.tape import Tape, record
+from dptorch.validation.conversion import preparation, prepare
+from dptorch.validation.gradient_check import CheckReport, check
 
 __version__ = "0.1.0"
 

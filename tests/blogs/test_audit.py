@@ -16,7 +16,7 @@ from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import SCORES, audit_step
 from dptorch.audit.result import judge
 from dptorch.blogs import BloGSPrivacyEngine
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.noise import GaussianNoise
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")

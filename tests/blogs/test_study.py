@@ -7,9 +7,8 @@ import math
 
 import pytest
 from benchmarks.blogs_study import Result
+from benchmarks.blogs_study.__main__ import app
 from typer.testing import CliRunner
-
-from dptorch.cli.app import app
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -18,7 +17,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("study")
-    arguments = ["blogs", "--quick", "--task", "digits", "--epsilon", "1", "--output", str(path)]
+    arguments = ["--quick", "--task", "digits", "--epsilon", "1", "--output", str(path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "blogs.md" in result.output
@@ -55,7 +54,7 @@ def test_the_shuffle_is_refuted_and_the_noise_is_not(folder):
 
 
 def test_bad_options_are_refused():
-    result = CliRunner().invoke(app, ["blogs", "--task", "digit"])
+    result = CliRunner().invoke(app, ["--task", "digit"])
     assert result.exit_code == 2
     assert "Did you mean 'digits'" in result.output
-    assert CliRunner().invoke(app, ["blogs", "--epsilon", "-1"]).exit_code == 2
+    assert CliRunner().invoke(app, ["--epsilon", "-1"]).exit_code == 2

@@ -87,7 +87,7 @@ def test_a_killed_run_counts_its_lost_steps_when_it_resumes(
         if step == 6:  # the last checkpoint is of step 4
             raise Killed
 
-    from dptorch.engine import PrivacyEngine
+    from dptorch.engine.privacy_engine import PrivacyEngine
 
     with monkeypatch.context() as patch:
         patch.setattr(EpochLines, "stepped", stepped)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dptorch
+from dptorch.clipping.sums import RoundedSum
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise import DiscreteGaussianNoise
-from dptorch.release import RoundedSum
 from tests.engine.setup import SIZE, clipped_mean, make_data, make_engine, make_model, train
 
 DISCRETE = {"mechanism": "discrete_gaussian", "accountant": "rdp"}

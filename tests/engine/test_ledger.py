@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import dptorch
 from dptorch.accounting import Adjacency, SampledGaussian
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 from dptorch.ledger import Cap, DatasetLedger, open_ledger
 from dptorch.noise import GaussianNoise

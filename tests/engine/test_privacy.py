@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import dptorch
 from dptorch import accounting
 from dptorch.clipping import functions
+from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import PrivacyError
 from dptorch.noise import GaussianNoise
-from dptorch.release import ClippedSum
 from tests.engine.setup import SIZE, make_data, make_engine, make_model, parameters, train
 
 BOUND = 0.5

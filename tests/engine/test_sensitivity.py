@@ -24,9 +24,9 @@ import dptorch
 from dptorch import accounting
 from dptorch.accounting import Adjacency
 from dptorch.clipping import FUNCTIONS, STYLES, functions
+from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import PrivacyError
 from dptorch.noise import GaussianNoise
-from dptorch.release import ClippedSum
 from dptorch.sampling import SCHEMES
 from dptorch.tape.ways import MODES, NON_PRIVATE
 
@@ -213,7 +213,7 @@ def test_noise_that_is_smaller_than_declared_is_caught(monkeypatch: pytest.Monke
 
 
 def test_an_example_counted_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dptorch.logical_batch import LogicalBatch
+    from dptorch.engine.logical_batch import LogicalBatch
 
     monkeypatch.setitem(functions.FUNCTIONS, "abadi", functions.FUNCTIONS["normalised"])
     plain = LogicalBatch.take

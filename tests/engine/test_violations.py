@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dptorch
 from dptorch import accounting
+from dptorch.clipping.sums import ClippedSum
+from dptorch.engine.optimizer_binding import write_gradients
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, PrivacyWarning
 from dptorch.noise import GaussianNoise
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum
 from dptorch.sampling import PoissonSampler, PrivateLoader
-from dptorch.stepping import write_gradients
 from tests.engine.setup import make_data, make_engine, make_model, parameters, train
 
 C = 0.1

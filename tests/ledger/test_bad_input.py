@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import dptorch
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError, LedgerError, PrivacyWarning
 from dptorch.ledger import open_ledger, store
 from tests.engine.setup import SIZE, make_data, make_model, parameters

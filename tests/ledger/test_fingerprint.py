@@ -9,7 +9,7 @@ import pytest
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.ledger import beside
-from dptorch.ledger.fingerprint import named, sidecar_of
+from dptorch.ledger.dataset_id import named, sidecar_of
 from tests.ledger.processes import shared, spawn, wait
 
 

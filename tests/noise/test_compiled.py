@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dptorch.native import SWITCH, team
+from dptorch.clipping.sums import ClippedSum
+from dptorch.native import SWITCH
+from dptorch.native import threads as team
 from dptorch.noise import GaussianNoise
 from dptorch.noise.compiled import SOURCES, compiled
 from dptorch.noise.fingerprint import fingerprint
@@ -20,7 +22,6 @@ from dptorch.noise.keystream import Keystream
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
 from dptorch.noise.normal import to_float32
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler here"

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dptorch.clipping.rounding import rounded_sum
+from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise import DiscreteGaussianNoise, GaussianNoise, discrete
 from dptorch.noise.discrete import DISCRETE_BLOCK, DiscreteNormals
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum, RoundedSum
 
 FALSE_ALARM = 1e-7
 UNITS = RoundedSum.UNITS

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise import GaussianNoise
 from dptorch.noise.gaussian import DEVICE_BLOCK, Span, _add_on_device
+from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum, NoisyGradient
 
 KEY = RootKey.from_seed(11)
 SHAPES = {"a": (300, 217), "b": (1,), "c": (0, 5), "d": (7, 11, 13), "e": (70_000,), "f": (2, 3)}

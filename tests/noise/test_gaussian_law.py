@@ -16,9 +16,9 @@ import pytest
 import torch
 from scipy import stats
 
+from dptorch.clipping.sums import ClippedSum
 from dptorch.noise import GaussianNoise
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum
 from tests.noise.repeated_blocks import repeated_blocks, step_key
 
 FALSE_ALARM = 1e-7

@@ -1,4 +1,4 @@
-"""``python -m dptorch.vision`` with every flag of private_vision's document, on CIFAR's file format."""
+"""The command of `dptorch.compat.private_vision` with every flag of its document, on CIFAR's files."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ import tests.oracles.torchvision_on_cpu  # noqa: F401
 from tests.seeds.cifar_files import write_cifar
 from torch import nn
 
-from dptorch import vision
+from dptorch.compat.private_vision import __main__ as vision
 from dptorch.training.models import build_model
 
 

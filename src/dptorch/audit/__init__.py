@@ -12,7 +12,7 @@ roc, charts, report
             curves, numbers people read off them, and the page
 """
 
-from dptorch.audit.audit import audit
+from dptorch.audit.auditing import audit
 from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import audit_step, new_token_canaries, play_dirac, play_steps
 from dptorch.audit.membership import ImageMIA, LanguageMIA

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from dptorch.accounting import trade_off_curve
+from dptorch.atomic_files import replacing
 from dptorch.audit import charts
 from dptorch.audit.evidence import Array
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import auc, auc_interval, tpr_at_fpr
-from dptorch.durable import replacing
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.training.report import missing_packages, page_template
 

@@ -124,7 +124,7 @@ def _ordinary(work: Workload, settings: Settings) -> Step:
 
 def _ours(mode: str, style: str) -> Callable[[Workload, Settings], Step]:
     def attach(work: Workload, settings: Settings) -> Step:
-        from dptorch.engine import PrivacyEngine
+        from dptorch.engine.privacy_engine import PrivacyEngine
 
         try:
             engine = PrivacyEngine(

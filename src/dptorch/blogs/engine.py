@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from dptorch.blogs.gaussian import NoisySteps
 from dptorch.blogs.statement import BloGSSpent, BloGSStatement
 from dptorch.blogs.steps import ShuffledSteps
+from dptorch.engine.optimizer_binding import check_parameters
 from dptorch.errors import one_of
 from dptorch.sampling import PrivateLoader
 from dptorch.statement import Statement
-from dptorch.stepping import check_parameters
 
 __all__ = ["MECHANISMS", "BloGSPrivacyEngine", "make_steps"]
 

@@ -23,7 +23,7 @@ from dptorch.blogs.allocation import Group, trainable_groups
 from dptorch.blogs.shuffle import BlockShuffle
 from dptorch.blogs.statement import BloGSSpent
 from dptorch.blogs.steps import check_settings
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.randomness import RootKey
 from dptorch.sampling import PrivateLoader

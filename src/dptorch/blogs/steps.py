@@ -18,6 +18,7 @@ from dptorch.blogs.statement import (
     running_statistics,
     warning_text,
 )
+from dptorch.engine.optimizer_binding import OptimizerBinding
 from dptorch.errors import (
     BudgetExhausted,
     ConfigurationError,
@@ -27,7 +28,6 @@ from dptorch.errors import (
 )
 from dptorch.randomness import FROM_SEED, RootKey
 from dptorch.sampling import PrivateLoader
-from dptorch.stepping import OptimizerBinding
 
 __all__ = ["ShuffledSteps", "check_settings"]
 

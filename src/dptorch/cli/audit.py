@@ -72,11 +72,11 @@ def audit(
 
     [cyan]dptorch audit plan.json --json[/]
     """
+    from dptorch.atomic_files import replacing
     from dptorch.audit import audit as run_audit
     from dptorch.audit.black_box import has_canaries
     from dptorch.audit.report import write_report
     from dptorch.audit.result import AuditResult
-    from dptorch.durable import replacing
     from dptorch.training.report import missing_packages
 
     white = adversary == "white-box" or (

@@ -62,9 +62,9 @@ def check(
     """
     import torch
 
-    from dptorch.check import check as check_model
-    from dptorch.prepare import prepare as prepare_model
     from dptorch.training.models import build_model
+    from dptorch.validation.conversion import prepare as prepare_model
+    from dptorch.validation.gradient_check import check as check_model
 
     shape = _shape(input_shape)
     one_of("dtype", dtype, _DTYPES)

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from dptorch.release import RoundedSum
+from dptorch.clipping.sums import RoundedSum
 
 __all__ = ["rounded_sum"]
 

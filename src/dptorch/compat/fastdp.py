@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dptorch.compat.arguments import known_arguments
-from dptorch.compat.attach_style import AttachedEngine, automatic_clipping
+from dptorch.compat.attached_engine import AttachedEngine, automatic_clipping
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = ["PrivacyEngine"]
@@ -38,7 +38,7 @@ class PrivacyEngine(AttachedEngine):
 
     Args:
         module, batch_size, sample_size, epochs, num_steps, noise_multiplier, target_epsilon, \
-named_params, record_snr: see `dptorch.compat.attach_style.AttachedEngine`.
+named_params, record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
         max_grad_norm: bound C on one example's gradient. With "automatic" clipping it only scales the
             step, and is 1 unless `numerical_stability_constant` is given, as in fastDP.
         target_delta: by default 1 / (2 * sample_size), as in fastDP.

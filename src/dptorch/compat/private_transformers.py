@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dptorch.clipping import AdaptiveClipping
 from dptorch.compat.arguments import known_arguments
-from dptorch.compat.attach_style import LossVectorEngine
+from dptorch.compat.attached_engine import LossVectorEngine
 from dptorch.errors import one_of
 
 __all__ = ["PrivacyEngine", "freeze_isolated_params_for_vit"]
@@ -39,7 +39,7 @@ class PrivacyEngine(LossVectorEngine):
     Args:
         module: any model; tied and shared weights, too, in every mode.
         batch_size, sample_size, epochs, noise_multiplier, target_epsilon, named_params, record_snr: \
-see `dptorch.compat.attach_style.AttachedEngine`.
+see `dptorch.compat.attached_engine.AttachedEngine`.
         max_grad_norm: bound on one example's gradient, over all layers together.
         target_delta: by default sample_size ** -1.1, as in private-transformers.
         alphas, eps_error: accepted: the accountants here have orders and errors of their own.

@@ -19,7 +19,7 @@ from pathlib import Path
 from dptorch.errors import ConfigurationError
 from dptorch.ledger.book import DatasetLedger, Ledger, RunSummary, Total, Verification
 from dptorch.ledger.budget import Cap
-from dptorch.ledger.fingerprint import beside
+from dptorch.ledger.dataset_id import beside
 from dptorch.ledger.record import RunRecord
 
 __all__ = [

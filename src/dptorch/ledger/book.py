@@ -12,8 +12,8 @@ from dptorch.accounting import Adjacency, Event
 from dptorch.errors import ConfigurationError, LedgerError
 from dptorch.ledger.budget import Cap, adaptive_epsilon, planned_epsilon
 from dptorch.ledger.counting import Attempts
+from dptorch.ledger.dataset_id import named
 from dptorch.ledger.entry import GENESIS, Entry, seal
-from dptorch.ledger.fingerprint import named
 from dptorch.ledger.record import RunRecord, adjacencies_of, cap_in, close_dead, committed_in
 from dptorch.plan import PrivacyPlan
 

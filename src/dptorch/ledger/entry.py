@@ -21,7 +21,7 @@ class Entry:
         seq: 1, 2, 3, ... without gaps.
         time: UTC, ISO 8601; never before the time of the entry before.
         kind: "open" (the ledger was made), "cap", "begin", "resume", "steps" or "close".
-        dataset: fingerprint of the data set, see `dptorch.ledger.fingerprint`.
+        dataset: fingerprint of the data set, see `dptorch.ledger.dataset_id`.
         run: the run's id.
         session: seq of the "begin", "resume" or "close" that the entry belongs to.
         first, steps: "steps": the interval of step indices about to be released. "close": the end

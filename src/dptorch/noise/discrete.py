@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise.gaussian import (
     GaussianNoise,
@@ -30,8 +31,8 @@ from dptorch.noise.gaussian import (
     place_spans,
 )
 from dptorch.noise.keystream import CIPHER_BLOCK, Keystream
+from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum, NoisyGradient, RoundedSum
 
 __all__ = ["DISCRETE_BLOCK", "DiscreteGaussianNoise", "DiscreteNormals"]
 

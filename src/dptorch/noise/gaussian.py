@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise.compiled import Target, compiled
+from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, KeystreamNormals
 from dptorch.randomness import RootKey
-from dptorch.release import ClippedSum, NoisyGradient
 
 __all__ = ["GaussianNoise", "Piece", "Span", "pieces_by_block", "place_spans"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from dptorch.durable import replacing
+from dptorch.atomic_files import replacing
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.randomness import RootKey
 from dptorch.training.data import Examples, TrainTest

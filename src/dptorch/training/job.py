@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
 from dptorch.randomness import RootKey

@@ -29,8 +29,8 @@ from typing import Any
 
 from torch import nn
 
-from dptorch import checkpoint
-from dptorch.durable import replacing
+from dptorch.atomic_files import replacing
+from dptorch.engine import checkpoint
 from dptorch.errors import ConfigurationError, DataError
 
 __all__ = ["RunFolder", "create", "load_model", "next_name", "reopen"]

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from dptorch.accounting import Adjacency
 from dptorch.audit.evidence import Array, Evidence
 from dptorch.audit.result import FEWEST_CANARIES
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError
 from dptorch.plan import PrivacyPlan
 

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.opacus.run import Run
 from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError
 from dptorch.sampling import NOT_COVERED, PrivateLoader, dataset_size
 

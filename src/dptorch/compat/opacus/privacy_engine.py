@@ -12,7 +12,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dptorch import checkpoint
 from dptorch.accounting import Event
 from dptorch.clipping import AdaptiveClipping
 from dptorch.compat.arguments import OPEN_END, known_arguments
@@ -22,6 +21,7 @@ from dptorch.compat.opacus.grad_sample import GradSampleModule
 from dptorch.compat.opacus.optimizers import as_dp_optimizer
 from dptorch.compat.opacus.run import Run
 from dptorch.compat.opacus.validators import ModuleValidator
+from dptorch.engine import checkpoint
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import dataset_size

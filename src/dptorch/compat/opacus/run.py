@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dptorch.accounting import Event
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PrivateLoader

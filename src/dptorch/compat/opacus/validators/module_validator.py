@@ -9,7 +9,7 @@ from torch import nn
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.opacus.validators.errors import ShouldReplaceModuleError, UnsupportedModuleError
 from dptorch.errors import ConfigurationError
-from dptorch.prepare import preparation, prepare
+from dptorch.validation.conversion import preparation, prepare
 
 __all__ = ["ModuleValidator"]
 

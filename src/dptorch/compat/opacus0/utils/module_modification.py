@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dptorch.compat.arguments import known_arguments
-from dptorch.prepare import prepare
+from dptorch.validation.conversion import prepare
 
 __all__ = ["convert_batchnorm_modules"]
 

@@ -1,5 +1,5 @@
 """private_vision, by name and call. Change ``from private_vision`` to
-``from dptorch.compat.private_vision``. Its command is ``python -m dptorch.vision``.
+``from dptorch.compat.private_vision``. Its command is ``python -m dptorch.compat.private_vision``.
 
 What each argument means here, where that differs: `docs/migrating.md`.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dptorch.compat.arguments import known_arguments
-from dptorch.compat.attach_style import LossVectorEngine, automatic_clipping
+from dptorch.compat.attached_engine import LossVectorEngine, automatic_clipping
 from dptorch.errors import PrivacyWarning, one_of
 
 __all__ = ["PrivacyEngine"]
@@ -28,7 +28,7 @@ class PrivacyEngine(LossVectorEngine):
 
     Args:
         module, batch_size, sample_size, epochs, noise_multiplier, target_epsilon, named_params, \
-record_snr: see `dptorch.compat.attach_style.AttachedEngine`.
+record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
         max_grad_norm: bound on one example's gradient.
         target_delta: by default 1 / (2 * sample_size), as in private_vision.
         alphas, eps_error: accepted: the accountants here have orders and errors of their own.

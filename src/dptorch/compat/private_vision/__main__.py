@@ -1,5 +1,6 @@
-"""``python -m dptorch.vision``: train an image model on CIFAR-10 or CIFAR-100, as private_vision's
-command ``python -m cifar_DP`` does, with its flags.
+"""Train an image model on CIFAR-10 or CIFAR-100 with the flags of private_vision's ``cifar_DP``.
+
+The command is ``python -m dptorch.compat.private_vision``.
 
 Batches are drawn as epsilon assumes, every parameter is trained, and no layer is frozen for want of a
 formula. Needs ``pip install 'dptorch[vision]'``.
@@ -20,13 +21,15 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import Dataset
 
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, one_of
-from dptorch.prepare import prepare
 from dptorch.training.loop import evaluate
 from dptorch.training.models import build_model
+from dptorch.validation.conversion import prepare
 
 __all__ = ["main"]
+
+_NAME = "python -m dptorch.compat.private_vision"
 
 MODES = ("ghost_mixed", "ghost", "non-ghost", "non-private")
 DATA_SETS = ("CIFAR10", "CIFAR100")
@@ -83,7 +86,7 @@ def train_cifar(
 
     [bold]Example[/]
 
-    [cyan]python -m dptorch.vision --lr 0.001 --epochs 3 --model beit_large_patch16_224[/]
+    [cyan]python -m dptorch.compat.private_vision --epochs 3 --model beit_large_patch16_224[/]
     """
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -196,7 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command with `arguments`, by default those of the process."""
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command()(train_cifar)
-    app(args=sys.argv[1:] if arguments is None else arguments, prog_name="python -m dptorch.vision")
+    app(
+        args=sys.argv[1:] if arguments is None else arguments,
+        prog_name=_NAME,
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dptorch import checkpoint
 from dptorch.accounting import Adjacency
 from dptorch.clipping import COUNTS, AdaptiveClipping
+from dptorch.engine import checkpoint
+from dptorch.engine.loading import loader_of
+from dptorch.engine.optimizer_binding import OptimizerBinding, check_parameters, write_gradients
+from dptorch.engine.run_state import PrivateRun
 from dptorch.errors import (
     BudgetExhausted,
     ConfigurationError,
@@ -21,21 +24,18 @@ from dptorch.errors import (
     PrivacyWarning,
     one_of,
 )
-from dptorch.loading import loader_of
 from dptorch.noise import MECHANISMS
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.plan import PrivacyPlan, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
-from dptorch.run import PrivateRun
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
-from dptorch.stepping import OptimizerBinding, check_parameters, write_gradients
 from dptorch.tape import Recording
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.device_cost import cost_of, free_bytes
-from dptorch.tape.mixing import refuse_mixing
 from dptorch.tape.watch import Watch, watch_on
 from dptorch.tape.ways import NON_PRIVATE, mode_of
+from dptorch.validation.mixing import refuse_mixing
 
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger

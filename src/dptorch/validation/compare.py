@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dptorch.checking.batch import Cutter
 from dptorch.errors import ConfigurationError, NotCoveredError
 from dptorch.tape.batch import BatchDims
 from dptorch.tape.calls import canonical_name
-from dptorch.tape.mixing import undisturbed
 from dptorch.tape.provenance import Mixed, Reduced, Tag
 from dptorch.tape.record import record
 from dptorch.tape.recording import Recording, active_modes
 from dptorch.tape.tape import Tape
+from dptorch.validation.batch import Cutter
+from dptorch.validation.mixing import undisturbed
 
 __all__ = [
     "Comparison",

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dptorch import accounting, checkpoint
+from dptorch import accounting
 from dptorch.clipping import groups_of
+from dptorch.engine import checkpoint
+from dptorch.engine.logical_batch import LogicalBatch, StepDiagnostics
+from dptorch.engine.optimizer_binding import OptimizerBinding
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
-from dptorch.logical_batch import LogicalBatch, StepDiagnostics
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import Statement, make_statement
-from dptorch.stepping import OptimizerBinding
 from dptorch.tape.explain import Explanation
 from dptorch.tape.ways import NON_PRIVATE, Mode
 
@@ -208,7 +209,7 @@ class PrivateRun:
 
         Args:
             path: the file. It holds the root key: keep it as safe as the data, delete it when the
-                run is done (see `dptorch.checkpoint`).
+                run is done (see `dptorch.engine.checkpoint`).
             extra: plain values of your own (numbers, strings, tensors, lists, dicts).
             others: objects with ``state_dict``, by name, such as ``scheduler=scheduler``.
 

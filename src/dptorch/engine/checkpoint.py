@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dptorch.durable import replacing
+from dptorch.atomic_files import replacing
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.randomness import RootKey
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.clipping.rounding import rounded_sum
+from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.errors import PrivacyError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
-from dptorch.release import ClippedSum, RoundedSum
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Recording, Tape
 from dptorch.tape.explain import Explanation

@@ -22,7 +22,7 @@ from dptorch.accounting.accountants.rdp import RDPAccountant
 from dptorch.clipping import AdaptiveClipping
 from dptorch.clipping.functions import STABILITY
 from dptorch.compat.arguments import OPEN_END
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning, one_of
 from dptorch.plan import make_plan
 from dptorch.sampling import PrivateLoader

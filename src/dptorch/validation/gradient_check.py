@@ -14,9 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dptorch.checking.batch import Call, Cutter, calls_of
-from dptorch.checking.chance import no_chance
-from dptorch.checking.compare import (
+from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
+from dptorch.tape.batch import BatchDims
+from dptorch.tape.watch import watch_on
+from dptorch.validation.batch import Call, Cutter, calls_of
+from dptorch.validation.chance import no_chance
+from dptorch.validation.check_report import CheckReport, Finding, ParameterRow
+from dptorch.validation.compare import (
     Comparison,
     LossFn,
     Recorded,
@@ -28,11 +32,7 @@ from dptorch.checking.compare import (
     tolerance_for,
     uncovered,
 )
-from dptorch.checking.report import CheckReport, Finding, ParameterRow
-from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from dptorch.tape.batch import BatchDims
-from dptorch.tape.mixing import MIXES, WAY_OUT, find_mixing, undisturbed
-from dptorch.tape.watch import watch_on
+from dptorch.validation.mixing import MIXES, WAY_OUT, find_mixing, undisturbed
 
 __all__ = ["CheckReport", "Finding", "ParameterRow", "check"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from dptorch.audit.black_box import audit_run, has_canaries
 from dptorch.audit.result import AuditResult
 from dptorch.audit.white_box import audit_plan
-from dptorch.engine import PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError, one_of
 from dptorch.plan import PrivacyPlan
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dptorch.errors import ConfigurationError
-from dptorch.release import NoisyGradient
+from dptorch.noise.noisy_gradient import NoisyGradient
 
 __all__ = ["OptimizerBinding", "check_parameters", "write_gradients"]
 

@@ -1,7 +1,8 @@
-"""The typed way of a private value: clipped sum -> noisy gradient -> optimizer.
+"""Clipped sums: the type that clipping returns and that noise is added to.
 
-Each stage accepts only the type the stage before it returns, so an unclipped sum cannot be noised
-and an un-noised gradient cannot be stepped. The types carry the bound that the next stage relies on.
+An unclipped sum cannot be noised, and what is not noised (`dptorch.noise.noisy_gradient`) cannot be
+stepped with: each stage accepts only the type that the stage before it returns. The types carry the
+bound that the next stage relies on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-__all__ = ["ClippedSum", "NoisyGradient", "RoundedSum"]
+__all__ = ["ClippedSum", "RoundedSum"]
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,3 @@ class RoundedSum(ClippedSum):
     """
 
     UNITS: ClassVar[int] = 2**24
-
-
-@dataclass(frozen=True)
-class NoisyGradient:
-    """A clipped sum with noise added, divided by a public number: safe to release at the cost the
-    accountant was told of.
-
-    Attributes:
-        values: parameter name -> tensor of the parameter's shape.
-        stddev: parameter name -> standard deviation of the noise in each of its coordinates.
-        max_norm: the clipping bound of the sum under the noise, divided like it.
-    """
-
-    values: Mapping[str, Tensor]
-    stddev: Mapping[str, float]
-    max_norm: float

@@ -1,0 +1,10 @@
+"""The private step: plan, model, optimizer and loader held together.
+
+`PrivacyEngine` is the way in. It holds the state of a run, adds up clipped gradients over a logical
+batch and writes the noisy gradient that the optimizer steps with.
+"""
+
+from dptorch.engine.logical_batch import StepDiagnostics
+from dptorch.engine.privacy_engine import PrivacyEngine
+
+__all__ = ["PrivacyEngine", "StepDiagnostics"]
