@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import tests.oracles.torchvision_on_cpu  # noqa: F401
 from dptorch.tape import Recording
-from dptorch.tape.guard import ParameterGuard
-from dptorch.tape.invisible import visible
+from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.recording.patches import visible
 from tests.oracles.loop import relative_error
 from tests.tape.zoo.vision import _steady as steady
 from tests.tape.zoo.vision import group_norm

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dptorch
 from dptorch.clipping import STYLES, ClippingGroup, coefficients, groups_of, read_style
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
-from dptorch.tape.ways import MODES
+from dptorch.tape.gradients.clipping_modes import MODES
 
 # The batches here do not come from the engine's loader, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:a batch did not come from")
@@ -161,7 +161,7 @@ def test_one_example_moves_the_sum_by_no_more_than_the_norm_in_every_style(style
 
 
 def engine_on_detached(model: nn.Module, **overrides: Any) -> dptorch.PrivacyEngine:
-    from dptorch.tape.watch import watch_on
+    from dptorch.tape.recording.model_hooks import watch_on
 
     watch = watch_on(model)
     assert watch is not None

@@ -28,7 +28,7 @@ from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import PrivacyError
 from dptorch.noise import GaussianNoise
 from dptorch.sampling import SCHEMES
-from dptorch.tape.ways import MODES, NON_PRIVATE
+from dptorch.tape.gradients.clipping_modes import MODES, NON_PRIVATE
 
 SIZE, STEPS, BOUND = 24, 16, 0.3
 RECORD = SIZE - 1

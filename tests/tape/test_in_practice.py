@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dptorch
 from dptorch.tape import Recording, Tape
-from dptorch.tape.provenance import Reduced
+from dptorch.tape.provenance.tags import Reduced
 
 D = 6
 

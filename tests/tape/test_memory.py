@@ -18,9 +18,9 @@ from dptorch.bench.engines import NON_PRIVATE, start
 from dptorch.bench.memory import allocator_peak
 from dptorch.bench.registry import engines
 from dptorch.bench.workloads import Size, recipe
-from dptorch.tape import Tape, tape
-from dptorch.tape.gradients import Dense, Geometry, convolution
-from dptorch.tape.gradients.memory import least_peak_order
+from dptorch.tape import Tape
+from dptorch.tape.gradients import Dense, Geometry, convolution, tape
+from dptorch.tape.gradients.summing_order import least_peak_order
 from dptorch.tape.rules import convolution as convolution_rule
 from dptorch.tape.rules import input_gradient
 

@@ -14,7 +14,7 @@ from tests.tape.zoo.base import Lambda
 from torch import Tensor, nn
 
 import dptorch
-from dptorch.tape.provenance import Reduced
+from dptorch.tape.provenance.tags import Reduced
 
 some = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

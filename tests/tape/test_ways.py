@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from dptorch.errors import ConfigurationError
-from dptorch.tape import device_cost
-from dptorch.tape.device_cost import TYPICAL, DeviceCost, cost_of, free_bytes, measure
-from dptorch.tape.gradients import Convolution, Geometry, Outer
-from dptorch.tape.ways import MODES, mode_of
+from dptorch.tape.gradients import Convolution, Geometry, Outer, device_cost
+from dptorch.tape.gradients.clipping_modes import MODES, mode_of
+from dptorch.tape.gradients.device_cost import TYPICAL, DeviceCost, cost_of, free_bytes, measure
 
 CPU = torch.device("cpu")
 

@@ -54,7 +54,7 @@ class Engine:
 def our_engines() -> list[Engine]:
     """The ordinary loop, dptorch, and the engines of installed packages."""
     from dptorch.clipping import STYLES
-    from dptorch.tape.ways import MODES
+    from dptorch.tape.gradients.clipping_modes import MODES
 
     found = [Engine(NON_PRIVATE, "the same loop, nothing attached", _ordinary, all_layer=False)]
     for name, mode in MODES.items():

@@ -18,9 +18,9 @@ from dptorch.errors import PrivacyError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Recording, Tape
-from dptorch.tape.explain import Explanation
-from dptorch.tape.provenance import PER_EXAMPLE
-from dptorch.tape.taps import full_precision
+from dptorch.tape.gradients.explain import Explanation
+from dptorch.tape.provenance.tags import PER_EXAMPLE
+from dptorch.tape.recording.taps import full_precision
 
 __all__ = ["LogicalBatch", "StepDiagnostics"]
 

@@ -31,10 +31,10 @@ from dptorch.randomness import FROM_OS, RootKey
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.tape import Recording
-from dptorch.tape.batch import BatchDims
-from dptorch.tape.device_cost import cost_of, free_bytes
-from dptorch.tape.watch import Watch, watch_on
-from dptorch.tape.ways import NON_PRIVATE, mode_of
+from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, mode_of
+from dptorch.tape.gradients.device_cost import cost_of, free_bytes
+from dptorch.tape.recording.batch_dims import BatchDims
+from dptorch.tape.recording.model_hooks import Watch, watch_on
 from dptorch.validation.mixing import refuse_mixing
 
 if TYPE_CHECKING:
@@ -62,14 +62,15 @@ class PrivacyEngine(PrivateRun):
         `dptorch.plan.make_plan`.
         plan: a plan made before, instead of all of the above.
         adaptive_clipping: see `dptorch.plan.make_plan`.
-        clipping_mode: how per-example norms are computed, see `dptorch.tape.ways.MODES`: "auto"
-            takes what is fastest at each layer. Every mode gives the same gradients, but
+        clipping_mode: how per-example norms are computed, a name in
+            `dptorch.tape.gradients.clipping_modes.MODES`: "auto" takes what is fastest at each layer. Every mode gives the same gradients, but
             "non-private", which trains without clipping and noise, for comparison.
         memory_budget: bytes of gradients that may be kept between backward and clipping; what needs
             more is computed in a second backward. By default half of what is free.
         on_budget_exhausted: what a step past the plan does: "raise" `BudgetExhausted`, or "stop":
             warn once and leave the model as it is.
-        batch_dims: which inputs are batched and where, see `dptorch.tape.batch.BatchDims`.
+        batch_dims: which inputs are batched and where, see
+            `dptorch.tape.recording.batch_dims.BatchDims`.
         self_check: look at the first batch for modules that mix examples.
         ledger: where every step is written down before its noise is added, beside the other runs
             on the data set: ``dptorch.ledger.open_ledger("ledger.db").dataset("patients")``.

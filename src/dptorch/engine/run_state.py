@@ -22,8 +22,8 @@ from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import Statement, make_statement
-from dptorch.tape.explain import Explanation
-from dptorch.tape.ways import NON_PRIVATE, Mode
+from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, Mode
+from dptorch.tape.gradients.explain import Explanation
 
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger, RunRecord

@@ -13,7 +13,7 @@ from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
 from dptorch.randomness import RootKey
-from dptorch.tape.ways import NON_PRIVATE, mode_of
+from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, mode_of
 from dptorch.training import recipes
 from dptorch.training.canaries import Canaries, make_canaries, plant
 from dptorch.training.data import ReadOptions, TrainTest

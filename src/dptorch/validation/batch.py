@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dptorch.errors import ConfigurationError
-from dptorch.tape.batch import BatchDims, map_batched
+from dptorch.tape.recording.batch_dims import BatchDims, map_batched
 
 __all__ = ["Call", "Cutter", "calls_of"]
 
@@ -42,7 +42,7 @@ class Cutter:
 
     Args:
         batch: tensors in tuples, lists and mappings.
-        batch_dims: see `dptorch.tape.batch.BatchDims`.
+        batch_dims: see `dptorch.tape.recording.batch_dims.BatchDims`.
         calls: of the model on this batch, see `calls_of`.
 
     Attributes:

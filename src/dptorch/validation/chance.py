@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dptorch.tape.calls import canonical_name
+from dptorch.tape.provenance.calls import canonical_name
 
 __all__ = ["FixedChance", "no_chance"]
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dptorch.errors import ConfigurationError, NotCoveredError
-from dptorch.tape.batch import BatchDims
-from dptorch.tape.calls import canonical_name
-from dptorch.tape.provenance import Mixed, Reduced, Tag
-from dptorch.tape.record import record
-from dptorch.tape.recording import Recording, active_modes
-from dptorch.tape.tape import Tape
+from dptorch.tape.gradients.tape import Tape
+from dptorch.tape.provenance.calls import canonical_name
+from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.recording.batch_dims import BatchDims
+from dptorch.tape.recording.functional import record
+from dptorch.tape.recording.recording import Recording, active_modes
 from dptorch.validation.batch import Cutter
 from dptorch.validation.mixing import undisturbed
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from dptorch.tape.batch import BatchDims
-from dptorch.tape.watch import watch_on
+from dptorch.tape.recording.batch_dims import BatchDims
+from dptorch.tape.recording.model_hooks import watch_on
 from dptorch.validation.batch import Call, Cutter, calls_of
 from dptorch.validation.chance import no_chance
 from dptorch.validation.check_report import CheckReport, Finding, ParameterRow

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, PrivacyWarning
-from dptorch.tape.batch import BatchDims, map_batched
-from dptorch.tape.invisible import visible
-from dptorch.tape.provenance import Tag, owners
-from dptorch.tape.recording import Recording
+from dptorch.tape.provenance.tags import Tag, owners
+from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+from dptorch.tape.recording.patches import visible
+from dptorch.tape.recording.recording import Recording
 
 __all__ = ["MIXES", "WAY_OUT", "find_mixing", "perturbed", "refuse_mixing", "undisturbed"]
 

@@ -20,7 +20,7 @@ from dptorch.audit.result import FEWEST_CANARIES
 from dptorch.audit.scores.signals import device_of, evaluating, logits_of
 from dptorch.errors import ConfigurationError
 from dptorch.randomness import RootKey
-from dptorch.tape.watch import watch_on
+from dptorch.tape.recording.model_hooks import watch_on
 
 __all__ = ["TokenCanaries", "new_token_canaries"]
 

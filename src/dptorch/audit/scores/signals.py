@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from dptorch.audit.evidence import Array
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.tape.watch import watch_on
+from dptorch.tape.recording.model_hooks import watch_on
 
 __all__ = [
     "TokenStatistics",

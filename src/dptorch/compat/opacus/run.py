@@ -15,7 +15,7 @@ from dptorch.errors import ConfigurationError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
-from dptorch.tape.batch import BatchDims
+from dptorch.tape.recording.batch_dims import BatchDims
 
 __all__ = ["Run"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dptorch.tape.ways import Way
+from dptorch.tape.gradients.clipping_modes import Way
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,7 +60,7 @@ class PerExampleGradient(ABC):
         return ("B", self.batch_size), ("numel", math.prod(self.shape))
 
     def ways(self) -> tuple[Way, ...]:
-        """How its norm and weighted sum can be had, see `dptorch.tape.ways`."""
+        """How its norm and weighted sum can be had, see `dptorch.tape.gradients.clipping_modes`."""
         numel = float(self.batch_size * math.prod(self.shape))
         return (Way("formed", 2 * numel, 2 * numel, 8 * numel, 4 * numel, 4 * numel),)
 

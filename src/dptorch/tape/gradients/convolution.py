@@ -25,9 +25,9 @@ from dptorch.tape.gradients.base import (
     without_cancellation,
     without_underflow,
 )
+from dptorch.tape.gradients.clipping_modes import Way
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.gram import gram_norm
-from dptorch.tape.ways import Way
 
 __all__ = ["Convolution", "Geometry"]
 

@@ -16,9 +16,9 @@ from dptorch.tape.gradients.base import (
     without_cancellation,
     without_underflow,
 )
+from dptorch.tape.gradients.clipping_modes import Way
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.gram import gram_cost, gram_norm_and_lengths
-from dptorch.tape.ways import Way
 
 __all__ = ["Outer"]
 

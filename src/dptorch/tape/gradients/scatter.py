@@ -15,8 +15,8 @@ from dptorch.tape.gradients.base import (
     weigh,
     without_cancellation,
 )
+from dptorch.tape.gradients.clipping_modes import Way
 from dptorch.tape.gradients.outer import Outer
-from dptorch.tape.ways import Way
 
 __all__ = ["Scatter"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call, each_tensor, words
 from dptorch.tape.propagation.table import FAMILIES, Found, agree, family
-from dptorch.tape.provenance import Lost, Tag, owners, regular_or_explicit
+from dptorch.tape.provenance.calls import Call, each_tensor, words
+from dptorch.tape.provenance.tags import Lost, Tag, owners, regular_or_explicit
 
 __all__ = ["along_broadcast", "elementwise", "refuse_positions"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance import NOBODY, Lost, Tag, owners, regular_or_explicit
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import NOBODY, Lost, Tag, owners, regular_or_explicit
 
 __all__: list[str] = []
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import along_broadcast, refuse_positions
 from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance import Lost, Tag
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Lost, Tag
 
 __all__: list[str] = []
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import elementwise
 from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance import Lost, Reduced, broadcast_shape
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Lost, Reduced, broadcast_shape
 
 __all__ = ["reduction_of"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance import (
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import (
     Lost,
     Tag,
     owners,

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance import Lost
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Lost
 
 __all__ = ["einsum_operands", "expand_einsum"]
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.elementwise import elementwise
 from dptorch.tape.propagation.table import Found, family, named_dims
-from dptorch.tape.provenance import Lost, Reduced, Tag
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Lost, Reduced, Tag
 
 __all__ = ["along_dim", "reduction"]
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call, words
-from dptorch.tape.provenance import Lost, Reduced, Tag, complete
+from dptorch.tape.provenance.calls import Call, words
+from dptorch.tape.provenance.tags import Lost, Reduced, Tag, complete
 
 __all__ = ["FAMILIES", "Family", "Found", "agree", "family", "infer", "named_dims", "rowwise"]
 

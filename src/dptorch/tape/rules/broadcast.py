@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import agree
-from dptorch.tape.provenance import Tag, broadcast_shape, rows
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Tag, broadcast_shape, rows
 from dptorch.tape.rules.generic import generic
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule

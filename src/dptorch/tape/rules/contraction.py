@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, Outer, PerExampleGradient
 from dptorch.tape.propagation.products import einsum_operands, expand_einsum
-from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Tag, rows
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import detached, rule
 

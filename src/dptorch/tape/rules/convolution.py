@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Convolution, Dense, Geometry, Outer, PerExampleGradient
-from dptorch.tape.provenance import rows
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import rows
 from dptorch.tape.rules.input_gradient import convolve, in_parts_pays
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import detached, rule

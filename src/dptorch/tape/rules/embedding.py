@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dptorch.errors import NotCoveredError
-from dptorch.tape.calls import Call
 from dptorch.tape.gradients import PerExampleGradient, Scatter
-from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Tag, rows
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
 

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from dptorch.errors import NotCoveredError
-from dptorch.tape.calls import Call, replace_tensors
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.vjp import batched_vjp
 from dptorch.tape.propagation import infer
-from dptorch.tape.provenance import Lost, Tag, separate
+from dptorch.tape.provenance.calls import Call, replace_tensors
+from dptorch.tape.provenance.tags import Lost, Tag, separate
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["generic"]

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.losses import reduction_of
-from dptorch.tape.provenance import Reduced, Tag, rows
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Reduced, Tag, rows
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["LOSSES"]

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dptorch.errors import ExamplesMixError
-from dptorch.tape.calls import Call
 from dptorch.tape.gradients import Dense, PerExampleGradient
-from dptorch.tape.provenance import Tag, rows
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Tag, rows
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import detached, rule
 

@@ -1,6 +1,6 @@
 """What rules and handlers may ask of the recording that calls them.
 
-`dptorch.tape.recording.Recording` is the one implementation. Rules are written against this protocol:
+`dptorch.tape.Recording` is the one implementation. Rules are written against this protocol:
 they know nothing of dispatch and can be tested against a small stand-in.
 """
 
@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dptorch.tape.calls import Call
 from dptorch.tape.gradients import PerExampleGradient
-from dptorch.tape.provenance import Mixed, State, Tag
-from dptorch.tape.tape import Tape
+from dptorch.tape.gradients.tape import Tape
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Mixed, State, Tag
 
 __all__ = ["Gradients", "Recorder"]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dptorch.tape.calls import Call
+    from dptorch.tape.provenance.calls import Call
     from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["RULES", "Rule", "detached", "rule"]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from dptorch.errors import ExamplesMixError, NotCoveredError
-from dptorch.tape.assignment import assign, assign_parameter
-from dptorch.tape.calls import Call, Info, each_tensor, info, words
-from dptorch.tape.composites import is_composite, opened
 from dptorch.tape.gradients import Dense, PerExampleGradient
-from dptorch.tape.ordering import KEEP_ORDER, USE_ORDER, order_of
+from dptorch.tape.gradients.tape import Tape
 from dptorch.tape.propagation import FAMILIES, infer
-from dptorch.tape.provenance import (
+from dptorch.tape.provenance.calls import Call, Info, each_tensor, info, words
+from dptorch.tape.provenance.loss_reduction import follow_loss
+from dptorch.tape.provenance.ordering import KEEP_ORDER, USE_ORDER, order_of
+from dptorch.tape.provenance.tags import (
     PARAM_ONLY,
     Lost,
     Mixed,
@@ -37,12 +37,12 @@ from dptorch.tape.provenance import (
     rows,
     separate,
 )
-from dptorch.tape.reduced import follow_loss
+from dptorch.tape.recording.assignment import assign, assign_parameter
+from dptorch.tape.recording.composites import is_composite, opened
+from dptorch.tape.recording.handlers import SPECIAL, reorder
+from dptorch.tape.recording.taps import lift, tap
+from dptorch.tape.recording.tensor_states import States
 from dptorch.tape.rules import LOSSES, RULES, generic
-from dptorch.tape.special import SPECIAL, reorder
-from dptorch.tape.states import States
-from dptorch.tape.tape import Tape
-from dptorch.tape.taps import lift, tap
 
 __all__ = ["Recording", "active_modes"]
 

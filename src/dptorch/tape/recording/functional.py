@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from dptorch.tape.batch import BatchDims, map_batched
-from dptorch.tape.guard import ParameterGuard
-from dptorch.tape.invisible import uncompiled, visible
-from dptorch.tape.recording import Recording
-from dptorch.tape.tape import Tape
-from dptorch.tape.ways import mode_of
+from dptorch.tape.gradients.clipping_modes import mode_of
+from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.gradients.tape import Tape
+from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+from dptorch.tape.recording.patches import uncompiled, visible
+from dptorch.tape.recording.recording import Recording
 
 __all__ = ["record"]
 
@@ -36,8 +36,8 @@ def record(
         batch_dims: the batch dimension of the inputs: one number for all, or {argument name:
             dimension, or None for an input shared by all examples}.
         parameters: what to follow, by name; by default every parameter that requires grad.
-        mode: how norms and sums are computed, a name in `dptorch.tape.ways.MODES`. All give the same
-            numbers; a backward is made once, whatever the mode.
+        mode: how norms and sums are computed, a name in
+            `dptorch.tape.gradients.clipping_modes.MODES`. All give the same numbers; a backward is made once, whatever the mode.
 
     Yields:
         the `Tape`.

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dptorch.errors import ConfigurationError
-from dptorch.tape.calls import each_tensor
-from dptorch.tape.invisible import visible
-from dptorch.tape.provenance import Mixed, Reduced, Tag
-from dptorch.tape.recording import Recording
+from dptorch.tape.provenance.calls import each_tensor
+from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.recording.patches import visible
+from dptorch.tape.recording.recording import Recording
 
 __all__ = ["RecordedTensor", "promote"]
 

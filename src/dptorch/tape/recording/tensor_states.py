@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from dptorch.tape.aliases import Aliases, storage_of
-from dptorch.tape.provenance import Mixed, ParamOnly, Reduced, State, Tag
-from dptorch.tape.tape import Tape
+from dptorch.tape.gradients.tape import Tape
+from dptorch.tape.provenance.aliases import Aliases, storage_of
+from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, State, Tag
 
 __all__ = ["States"]
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dptorch.errors import PrivacyWarning
-from dptorch.tape.batch import BatchDims, map_batched
-from dptorch.tape.guard import ParameterGuard
-from dptorch.tape.invisible import uncompiled, visible
-from dptorch.tape.outputs import promote
-from dptorch.tape.recording import Recording
+from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+from dptorch.tape.recording.outputs import promote
+from dptorch.tape.recording.patches import uncompiled, visible
+from dptorch.tape.recording.recording import Recording
 
 __all__ = ["Watch", "watch_on"]
 
@@ -28,7 +28,7 @@ class Watch:
     Args:
         model: is changed in nothing but its hooks.
         parameters: the trainable parameters to follow, by name.
-        batch_dims: see `dptorch.tape.batch.BatchDims`.
+        batch_dims: see `dptorch.tape.recording.batch_dims.BatchDims`.
         on_recording: called with each new recording before its forward runs.
         first_inputs: called with the arguments of each forward, until it returns True.
     """

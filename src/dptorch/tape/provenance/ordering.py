@@ -7,8 +7,8 @@ one, few ops accept one, and anything else mixes.
 
 from __future__ import annotations
 
-from dptorch.tape.calls import Call, words
-from dptorch.tape.provenance import Order, State
+from dptorch.tape.provenance.calls import Call, words
+from dptorch.tape.provenance.tags import Order, State
 
 __all__ = ["KEEP_ORDER", "USE_ORDER", "order_of"]
 

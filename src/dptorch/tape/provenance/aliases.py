@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dptorch.tape.provenance import (
+from dptorch.tape.provenance.tags import (
     NOBODY,
     Lost,
     Mixed,

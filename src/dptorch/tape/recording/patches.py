@@ -18,13 +18,13 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
 from dptorch.errors import NotCoveredError
-from dptorch.tape.calls import Call, each_tensor
 from dptorch.tape.propagation import FAMILIES, infer
-from dptorch.tape.provenance import Mixed, ParamOnly, Reduced, Tag
-from dptorch.tape.recording import Recording, active_modes
+from dptorch.tape.provenance.calls import Call, each_tensor
+from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, Tag
+from dptorch.tape.recording.handlers import SPECIAL
+from dptorch.tape.recording.recording import Recording, active_modes
+from dptorch.tape.recording.taps import TAPS
 from dptorch.tape.rules import generic
-from dptorch.tape.special import SPECIAL
-from dptorch.tape.taps import TAPS
 
 __all__ = ["uncompiled", "visible"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dptorch.tape.device_cost import DeviceCost
-from dptorch.tape.tape import Site
-from dptorch.tape.ways import Mode
+from dptorch.tape.gradients.clipping_modes import Mode
+from dptorch.tape.gradients.device_cost import DeviceCost
+from dptorch.tape.gradients.tape import Site
 
 __all__ = ["Explanation"]
 

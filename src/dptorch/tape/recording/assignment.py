@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dptorch.errors import NotCoveredError
-from dptorch.tape.aliases import owner_of_each
-from dptorch.tape.calls import Call
 from dptorch.tape.propagation.movement import region
-from dptorch.tape.provenance import Lost, Mixed, State, Tag, read_owners, read_shadow, shadow
+from dptorch.tape.provenance.aliases import owner_of_each
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Lost, Mixed, State, Tag, read_owners, read_shadow, shadow
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["assign", "assign_parameter"]

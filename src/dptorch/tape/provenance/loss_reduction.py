@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.calls import words
-from dptorch.tape.provenance import Mixed, Reduced, State
+from dptorch.tape.provenance.calls import words
+from dptorch.tape.provenance.tags import Mixed, Reduced, State
 
 __all__ = ["follow_loss"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dptorch.tape.provenance import Tag
+from dptorch.tape.provenance.tags import Tag
 
 __all__ = ["Call", "Info", "canonical_name", "each_tensor", "info", "replace_tensors", "words"]
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from dptorch.errors import NotCoveredError, PrivacyError
-from dptorch.tape.device_cost import TYPICAL, DeviceCost
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.base import without_cancellation
-from dptorch.tape.gradients.memory import least_peak_order
+from dptorch.tape.gradients.clipping_modes import MODES, Mode, Way
+from dptorch.tape.gradients.device_cost import TYPICAL, DeviceCost
+from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.gradients.summing_order import least_peak_order
 from dptorch.tape.gradients.vjp import batched_vjp
-from dptorch.tape.guard import ParameterGuard
-from dptorch.tape.provenance import Reduced
-from dptorch.tape.ways import MODES, Mode, Way
+from dptorch.tape.provenance.tags import Reduced
 
 __all__ = ["Site", "Tape"]
 
@@ -47,7 +47,7 @@ class Tape:
         batch_size: number of examples B; 0 until a batch was seen.
         fired: whether any gradient has arrived.
         loss: how the loss of the last backward was reduced over the examples, or
-            `dptorch.tape.provenance.PER_EXAMPLE`;
+            `dptorch.tape.provenance.tags.PER_EXAMPLE`;
             None if the recording did not see it.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
         derived: ids of parameters that param-only tensors were computed from.

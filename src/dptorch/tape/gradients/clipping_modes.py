@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dptorch.errors import one_of
-from dptorch.tape.device_cost import DeviceCost
+from dptorch.tape.gradients.device_cost import DeviceCost
 
 __all__ = ["MODES", "NON_PRIVATE", "Mode", "Way", "mode_of"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from dptorch.tape.calls import each_tensor
-from dptorch.tape.provenance import PER_EXAMPLE, Mixed, Order, ParamOnly, Reduced, Tag
+from dptorch.tape.gradients.tape import Tape
+from dptorch.tape.provenance.calls import each_tensor
+from dptorch.tape.provenance.tags import PER_EXAMPLE, Mixed, Order, ParamOnly, Reduced, Tag
 from dptorch.tape.rules.recorder import Recorder
-from dptorch.tape.tape import Tape
 
 __all__ = ["SPECIAL", "Special"]
 

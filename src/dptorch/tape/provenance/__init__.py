@@ -1,0 +1,1 @@
+"""Whose data each index of a tensor is: tags, their way through writes and sorting, reduced losses."""

@@ -1,0 +1,1 @@
+"""Watch a model run: every torch function is seen, every trainable parameter is detached and tapped."""
