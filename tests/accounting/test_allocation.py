@@ -9,8 +9,8 @@ from scipy.special import gammaln, ndtr
 
 from dptorch import accounting
 from dptorch.accounting import RandomAllocationGaussian, SampledGaussian
-from dptorch.accounting.allocation import AllocationPair
-from dptorch.accounting.contour import log_mgf
+from dptorch.accounting.composition.contour import log_mgf
+from dptorch.accounting.pairs.random_allocation import AllocationPair
 from dptorch.errors import PrivacyError
 
 PLD = accounting.get("pld")

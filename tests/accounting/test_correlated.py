@@ -8,7 +8,7 @@ import pytest
 
 from dptorch import accounting
 from dptorch.accounting import CorrelatedGaussian, strategy_sensitivity
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.errors import ConfigurationError
 
 

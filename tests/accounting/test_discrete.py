@@ -10,7 +10,7 @@ import pytest
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledDiscreteGaussian, SampledGaussian
 from dptorch.accounting.accountants.rdp import _one_step, renyi_orders
-from dptorch.accounting.discrete import DiscretePair
+from dptorch.accounting.pairs.discrete_gaussian import DiscretePair
 from dptorch.errors import PrivacyError
 
 ORDERS = (2, 3, 5, 8, 16)

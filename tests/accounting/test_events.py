@@ -17,7 +17,7 @@ from dptorch.accounting import (
     SampledGaussian,
     TruncatedPoissonGaussian,
 )
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.errors import ConfigurationError
 
 EVENTS = [

@@ -8,10 +8,11 @@ import pytest
 from scipy.stats import binom, norm
 
 from dptorch import accounting
-from dptorch.accounting import FixedSizeGaussian, SampledGaussian, tilted
-from dptorch.accounting.composition import composed_epsilon
-from dptorch.accounting.dominating import SampledPair
-from dptorch.accounting.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting import FixedSizeGaussian, SampledGaussian
+from dptorch.accounting.composition import tilted
+from dptorch.accounting.composition.composed import composed_epsilon
+from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting.pairs.sampled import SampledPair
 from dptorch.errors import PrivacyError
 
 QUADRATURE = 1e-7  # the trapezoid rule at the kink of (p - αq)_+

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dptorch import accounting
 from dptorch.accounting import SampledGaussian, merge
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 
 BASE = {"noise_multiplier": 1.0, "sample_rate": 0.02, "steps": 300}
 ACCOUNTANTS = ["exact", "pld", "rdp"]

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dptorch.accounting import Adjacency, SampledGaussian, contour, dominating, tilted
-from dptorch.accounting.composition import composed_delta, composed_epsilon
-from dptorch.accounting.dominating import SampledPair
-from dptorch.accounting.reduction import directions
+from dptorch.accounting import Adjacency, SampledGaussian
+from dptorch.accounting.composition import contour, tilted
+from dptorch.accounting.composition.composed import composed_delta, composed_epsilon
+from dptorch.accounting.pairs import sampled as dominating
+from dptorch.accounting.pairs.reduction import directions
+from dptorch.accounting.pairs.sampled import SampledPair
 
 DIRECTIONS = ["remove", "add", "replace"]
 

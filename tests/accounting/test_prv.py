@@ -6,8 +6,8 @@ import pytest
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
-from dptorch.accounting.dominating import SampledPair
-from dptorch.accounting.reduction import reduced
+from dptorch.accounting.pairs.reduction import reduced
+from dptorch.accounting.pairs.sampled import SampledPair
 from dptorch.errors import ConfigurationError
 
 RUN = [SampledGaussian(1.0, 0.01, 200)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.audit import Evidence, judge
 from dptorch.audit.bounds import (
     BOUNDS,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.audit import Evidence, judge
 from dptorch.audit.thresholds import Bonferroni, Explicit, MultiSplit, Split
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.audit import audit_step, play_steps
 from dptorch.audit.games import SCORES, SortedBlocks
 from dptorch.errors import ConfigurationError

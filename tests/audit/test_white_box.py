@@ -14,7 +14,7 @@ from tests.oracles.loop import one_example_loop
 from torch import Tensor
 
 from dptorch import make_plan
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.audit import audit
 from dptorch.audit.games.dirac import TiedTable, play_dirac
 from dptorch.audit.result import prove

@@ -10,7 +10,6 @@ Example:
 from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.accounting.accountants.registry import get, names
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.calibration import noise_multiplier_for
 from dptorch.accounting.correlated import strategy_sensitivity
 from dptorch.accounting.events import (
     CorrelatedGaussian,
@@ -24,10 +23,11 @@ from dptorch.accounting.events import (
     TruncatedPoissonGaussian,
     merge,
 )
-from dptorch.accounting.planning import Choice, plan_budget
-from dptorch.accounting.solve import delta, epsilon, noise_multiplier, sample_rate, steps
-from dptorch.accounting.tradeoff import GaussianFit, gaussian_fit, trade_off_curve
-from dptorch.accounting.tuning import RUN_LAWS, RunLaw, tuned_epsilon
+from dptorch.accounting.planning.budget import Choice, plan_budget
+from dptorch.accounting.planning.calibration import noise_multiplier_for
+from dptorch.accounting.planning.solve import delta, epsilon, noise_multiplier, sample_rate, steps
+from dptorch.accounting.planning.tradeoff import GaussianFit, gaussian_fit, trade_off_curve
+from dptorch.accounting.planning.tuning import RUN_LAWS, RunLaw, tuned_epsilon
 
 __all__ = [
     "RUN_LAWS",

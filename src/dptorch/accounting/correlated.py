@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dptorch.accounting.checked import positive_int
+from dptorch.accounting.arguments import positive_int
 from dptorch.errors import ConfigurationError
 
 __all__ = ["strategy_sensitivity"]

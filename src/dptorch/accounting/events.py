@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
-from dptorch.accounting.checked import noise_of, number, positive_int, rate_of
+from dptorch.accounting.arguments import noise_of, number, positive_int, rate_of
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = [
@@ -46,7 +46,7 @@ class Event(ABC):
     """`steps` releases of one mechanism.
 
     A subclass is a frozen dataclass (accountants cache by it) with `steps` among its fields, names
-    itself in `kind`, and gets a case in `dptorch.accounting.reduction`.
+    itself in `kind`, and gets a case in `dptorch.accounting.pairs.reduction`.
 
     Attributes:
         steps: how many times the mechanism ran.
@@ -137,7 +137,7 @@ class SampledDiscreteGaussian(Event):
 
     As `SampledGaussian`, but contributions are integer vectors of norm at most D and every coordinate
     gets a draw of N_Z(0, (noise_multiplier · D)²). What is known of its cost, and why:
-    `dptorch.accounting.discrete`.
+    `dptorch.accounting.pairs.discrete_gaussian`.
 
     Attributes:
         noise_multiplier: scale of the noise over D; 0 means no noise (ε = inf).

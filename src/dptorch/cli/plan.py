@@ -98,7 +98,7 @@ def plan(
     [cyan]dptorch plan --sample-size 60000 --epsilon 3 --epochs 20 --runs 10[/]
     """
     from dptorch.accounting import RunLaw, plan_budget
-    from dptorch.accounting.checked import positive_int
+    from dptorch.accounting.arguments import positive_int
     from dptorch.plan import default_delta
 
     positive_int("sample_size", sample_size)

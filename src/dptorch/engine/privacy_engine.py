@@ -63,8 +63,9 @@ class PrivacyEngine(PrivateRun):
         plan: a plan made before, instead of all of the above.
         adaptive_clipping: see `dptorch.plan.make_plan`.
         clipping_mode: how per-example norms are computed, a name in
-            `dptorch.tape.gradients.clipping_modes.MODES`: "auto" takes what is fastest at each layer. Every mode gives the same gradients, but
-            "non-private", which trains without clipping and noise, for comparison.
+            `dptorch.tape.gradients.clipping_modes.MODES`: "auto" takes what is fastest at each layer.
+            Every mode gives the same gradients, but "non-private", which trains
+            without clipping and noise, for comparison.
         memory_budget: bytes of gradients that may be kept between backward and clipping; what needs
             more is computed in a second backward. By default half of what is free.
         on_budget_exhausted: what a step past the plan does: "raise" `BudgetExhausted`, or "stop":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dptorch.accounting.allocation import AllocationPair
-from dptorch.accounting.discrete import DiscretePair
-from dptorch.accounting.dominating import SampledPair
 from dptorch.accounting.events import Event
-from dptorch.accounting.fixed_size import FixedSizePair, WithReplacementPair
-from dptorch.accounting.reduction import can_reduce
+from dptorch.accounting.pairs.discrete_gaussian import DiscretePair
+from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting.pairs.random_allocation import AllocationPair
+from dptorch.accounting.pairs.reduction import can_reduce
+from dptorch.accounting.pairs.sampled import SampledPair
 
 __all__ = ["PAIRS", "accountants_covering"]
 

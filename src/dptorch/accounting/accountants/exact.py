@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
-from dptorch.accounting.composition import composed_delta, composed_epsilon
+from dptorch.accounting.composition.composed import composed_delta, composed_epsilon
 
 __all__ = ["ExactAccountant"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
-from dptorch.accounting.dominating import Pair, SampledPair, gaussian_delta, gaussian_epsilon
+from dptorch.accounting.pairs.sampled import Pair, SampledPair, gaussian_delta, gaussian_epsilon
 from dptorch.errors import PrivacyWarning
 
 __all__ = ["GDPAccountant", "central_limit_mu"]

@@ -8,18 +8,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from dptorch.accounting import contour, tilted
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.composition import composed_delta, composed_epsilon
-from dptorch.accounting.dominating import (
+from dptorch.accounting.composition import contour, tilted
+from dptorch.accounting.composition.composed import composed_delta, composed_epsilon
+from dptorch.accounting.events import History
+from dptorch.accounting.pairs.sampled import (
     Array,
     Pair,
     gaussian_delta,
     gaussian_epsilon,
     gaussian_mu,
 )
-from dptorch.accounting.events import History
 
 __all__ = ["PLDAccountant"]
 

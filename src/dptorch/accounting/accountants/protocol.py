@@ -10,9 +10,9 @@ from typing import Protocol, runtime_checkable
 
 from dptorch.accounting.accountants.coverage import PAIRS, accountants_covering
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.dominating import Pair
 from dptorch.accounting.events import Event, History
-from dptorch.accounting.reduction import Reduced, can_reduce, reduced
+from dptorch.accounting.pairs.reduction import Reduced, can_reduce, reduced
+from dptorch.accounting.pairs.sampled import Pair
 from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["Accountant", "PairAccountant", "check_delta", "check_epsilon"]

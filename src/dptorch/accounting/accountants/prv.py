@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
-from dptorch.accounting.contour import log_mgf
-from dptorch.accounting.dominating import Array, Pair, SampledPair
+from dptorch.accounting.composition.contour import log_mgf
+from dptorch.accounting.pairs.sampled import Array, Pair, SampledPair
 from dptorch.errors import ConfigurationError
 
 __all__ = ["PRVAccountant"]

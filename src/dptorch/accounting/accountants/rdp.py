@@ -10,10 +10,10 @@ import numpy as np
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant, check_delta
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.contour import log_mgf
-from dptorch.accounting.discrete import DiscretePair
-from dptorch.accounting.dominating import Array, Pair, SampledPair
+from dptorch.accounting.composition.contour import log_mgf
 from dptorch.accounting.events import History
+from dptorch.accounting.pairs.discrete_gaussian import DiscretePair
+from dptorch.accounting.pairs.sampled import Array, Pair, SampledPair
 
 __all__ = ["RDPAccountant", "renyi_divergences", "renyi_orders"]
 
@@ -28,7 +28,7 @@ class RDPAccountant(PairAccountant):
     sampled Gaussian under add/remove (Mironov, Talwar, Zhang 2019, arXiv:1908.10530). Under
     replace-one `dp-accounting` covers no Poisson sampling, and without sampling forgets that the
     sum moves by 2C; here the divergence is that of the `replace` pair of
-    `dptorch.accounting.dominating`, which at sample_rate = 1 is the Gaussian's with 2C.
+    `dptorch.accounting.pairs.sampled`, which at sample_rate = 1 is the Gaussian's with 2C.
 
     Its ε cannot go below log(1/δ) / 1023 or so, however large the noise: the largest order is 1024.
 
@@ -110,7 +110,7 @@ def _one_step(pair: Pair) -> Array:
     ε = 0 or δ = 0; hence the small surcharge.
     """
     if isinstance(pair, DiscretePair):
-        # The bound holds at integer orders (dptorch.accounting.discrete); the others say nothing.
+        # The bound of dptorch.accounting.pairs.discrete_gaussian holds at integer orders only.
         of_gaussian = _dp_accounting_divergences(pair.gaussian_noise, pair.sample_rate)
         found = np.where(renyi_orders() == np.floor(renyi_orders()), of_gaussian, np.inf)
     elif isinstance(pair, SampledPair) and pair.direction != "replace":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dptorch.accounting.dominating import gaussian_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.audit.bounds.many_runs import RATES, AtRate, count, error_limits
 from dptorch.audit.evidence import Evidence
 

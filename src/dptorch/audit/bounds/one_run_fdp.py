@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 
-from dptorch.accounting.dominating import gaussian_delta
+from dptorch.accounting.pairs.sampled import gaussian_delta
 from dptorch.audit.bounds.search import check_counts, largest_refuted
 from dptorch.errors import ConfigurationError
 

@@ -37,7 +37,8 @@ def record(
             dimension, or None for an input shared by all examples}.
         parameters: what to follow, by name; by default every parameter that requires grad.
         mode: how norms and sums are computed, a name in
-            `dptorch.tape.gradients.clipping_modes.MODES`. All give the same numbers; a backward is made once, whatever the mode.
+            `dptorch.tape.gradients.clipping_modes.MODES`. All give the same numbers; a
+            backward is made once, whatever the mode.
 
     Yields:
         the `Tape`.

@@ -17,9 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.allocation import AllocationPair
-from dptorch.accounting.discrete import DiscretePair
-from dptorch.accounting.dominating import Direction, Pair, SampledPair
 from dptorch.accounting.events import (
     CorrelatedGaussian,
     EpochwiseGaussian,
@@ -30,7 +27,10 @@ from dptorch.accounting.events import (
     SampledGaussian,
     TruncatedPoissonGaussian,
 )
-from dptorch.accounting.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting.pairs.discrete_gaussian import DiscretePair
+from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting.pairs.random_allocation import AllocationPair
+from dptorch.accounting.pairs.sampled import Direction, Pair, SampledPair
 from dptorch.errors import PrivacyError
 
 __all__ = ["Reduced", "can_reduce", "directions", "pair_of", "reduced"]

@@ -36,7 +36,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dptorch.accounting.dominating import (
+from dptorch.accounting.pairs.sampled import (
     NEGLIGIBLE,
     Array,
     SampledPair,

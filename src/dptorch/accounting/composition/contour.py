@@ -26,7 +26,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dptorch.accounting.dominating import Array, Pair
+from dptorch.accounting.pairs.sampled import Array, Pair
 from dptorch.errors import PrivacyError
 
 __all__ = [
@@ -105,7 +105,7 @@ def contour_delta(pairs: Sequence[Pair], epsilon: float, floor: float = 0.0) -> 
         Unsettled: the checks do not pass within the work limit.
 
     Example:
-        >>> from dptorch.accounting.dominating import SampledPair
+        >>> from dptorch.accounting.pairs.sampled import SampledPair
         >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
         >>> f"{contour_delta([pair], 1.8282367):.4e}"
         '1.0000e-05'
@@ -135,7 +135,7 @@ def negligible_tail(pairs: Sequence[Pair], log_delta: float) -> float:
     """The log of a mass that every step may lose without changing a δ of e^log_delta.
 
     Example:
-        >>> from dptorch.accounting.dominating import SampledPair
+        >>> from dptorch.accounting.pairs.sampled import SampledPair
         >>> negligible_tail([SampledPair("remove", 1.0, 0.01, 1000)], math.log(1e-5))
         -47
     """
@@ -152,7 +152,7 @@ def contour_epsilon(pairs: Sequence[Pair], delta: float, floor: float = 0.0) -> 
         As `contour_delta`: about 1e-9 / t in ε, t being the saddle.
 
     Example:
-        >>> from dptorch.accounting.dominating import SampledPair
+        >>> from dptorch.accounting.pairs.sampled import SampledPair
         >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
         >>> round(contour_epsilon([pair], 1e-5), 7)
         1.8282367
@@ -313,7 +313,7 @@ def log_mgf(pairs: Sequence[Pair], t: float, tail: float | None = None) -> float
         Absolute error about 1e-15 per step.
 
     Example:
-        >>> from dptorch.accounting.dominating import SampledPair
+        >>> from dptorch.accounting.pairs.sampled import SampledPair
         >>> gaussian = SampledPair("remove", noise_multiplier=2.0, sample_rate=1.0, steps=1)
         >>> log_mgf([gaussian], 3.0)  # t (1 + t) / (2 σ²)
         1.5

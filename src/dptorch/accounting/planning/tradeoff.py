@@ -8,10 +8,10 @@ import numpy as np
 
 from dptorch.accounting.accountants.pld import PLDAccountant
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.composition import composed_epsilon
-from dptorch.accounting.dominating import Array
+from dptorch.accounting.composition.composed import composed_epsilon
 from dptorch.accounting.events import History
-from dptorch.accounting.reduction import reduced
+from dptorch.accounting.pairs.reduction import reduced
+from dptorch.accounting.pairs.sampled import Array
 from dptorch.errors import ConfigurationError
 
 __all__ = ["GaussianFit", "gaussian_fit", "trade_off_curve"]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from dptorch.accounting.accountants.protocol import check_delta, check_epsilon
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.checked import positive_int
+from dptorch.accounting.arguments import positive_int
 from dptorch.accounting.events import SampledGaussian
-from dptorch.accounting.solve import noise_multiplier
-from dptorch.accounting.tuning import RunLaw, tuned_epsilon
+from dptorch.accounting.planning.solve import noise_multiplier
+from dptorch.accounting.planning.tuning import RunLaw, tuned_epsilon
 from dptorch.errors import ConfigurationError
 
 __all__ = ["Choice", "plan_budget"]

@@ -16,8 +16,8 @@ from dptorch.accounting.accountants import registry
 from dptorch.accounting.accountants.protocol import check_delta
 from dptorch.accounting.accountants.rdp import RDPAccountant
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.dominating import Array
 from dptorch.accounting.events import History
+from dptorch.accounting.pairs.sampled import Array
 from dptorch.errors import ConfigurationError, PrivacyError, one_of
 
 __all__ = ["RUN_LAWS", "RunLaw", "tuned_epsilon"]

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dptorch.accounting.dominating import Direction
+from dptorch.accounting.pairs.sampled import Direction
 
 __all__ = ["DiscretePair"]
 

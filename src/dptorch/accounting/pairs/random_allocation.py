@@ -29,8 +29,8 @@ from typing import Literal
 
 import numpy as np
 
-from dptorch.accounting.dominating import NEGLIGIBLE, Array, normal_masses
-from dptorch.accounting.tilted import connect_the_dots
+from dptorch.accounting.composition.tilted import connect_the_dots
+from dptorch.accounting.pairs.sampled import NEGLIGIBLE, Array, normal_masses
 from dptorch.errors import ConfigurationError
 
 __all__ = ["AllocationPair"]

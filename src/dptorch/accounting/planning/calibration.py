@@ -9,7 +9,7 @@ from dptorch.accounting.accountants import registry
 from dptorch.accounting.accountants.protocol import check_delta, check_epsilon
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.events import Event, SampledGaussian
-from dptorch.accounting.solve import noise_multiplier
+from dptorch.accounting.planning.solve import noise_multiplier
 from dptorch.errors import ConfigurationError
 
 __all__ = ["noise_multiplier_for"]

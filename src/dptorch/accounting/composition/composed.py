@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dptorch.accounting import contour, tilted
-from dptorch.accounting.dominating import (
+from dptorch.accounting.composition import contour, tilted
+from dptorch.accounting.pairs.sampled import (
     Pair,
     falling_root,
     gaussian_delta,
@@ -32,7 +32,7 @@ def composed_delta(pairs: Sequence[Pair], epsilon: float, floor: float = 0.0) ->
     """δ(ε) of `pairs`, or `floor` where that is larger.
 
     Example:
-        >>> from dptorch.accounting.dominating import SampledPair
+        >>> from dptorch.accounting.pairs.sampled import SampledPair
         >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
         >>> f"{composed_delta([pair], 1.8282367):.4e}"
         '1.0000e-05'
@@ -52,7 +52,7 @@ def composed_epsilon(pairs: Sequence[Pair], delta: float, floor: float = 0.0) ->
     """The ε at which δ(ε) is `delta`, or `floor` where that is larger.
 
     Example:
-        >>> from dptorch.accounting.dominating import SampledPair
+        >>> from dptorch.accounting.pairs.sampled import SampledPair
         >>> pair = SampledPair("remove", noise_multiplier=1.0, sample_rate=0.01, steps=1000)
         >>> round(composed_epsilon([pair], 1e-5), 7)
         1.8282367

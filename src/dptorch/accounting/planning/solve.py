@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
-from dptorch.accounting import contour
 from dptorch.accounting.accountants import registry
 from dptorch.accounting.accountants.protocol import Accountant, check_delta, check_epsilon
 from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.composition import contour
 from dptorch.accounting.events import SampledGaussian
-from dptorch.accounting.reduction import directions, pair_of
+from dptorch.accounting.pairs.reduction import directions, pair_of
 from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["delta", "epsilon", "noise_multiplier", "sample_rate", "steps"]

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dptorch.accounting.dominating import Array, Pair
+from dptorch.accounting.pairs.sampled import Array, Pair
 
 __all__ = ["Discretised", "LossTail", "compose", "connect_the_dots"]
 
@@ -117,7 +117,7 @@ def connect_the_dots(pair: Pair, interval: float, tail: float = -80.0) -> Discre
         The composed result's δ(ε) is at least that of `pair`, at every ε.
 
     Example:
-        >>> from dptorch.accounting.dominating import SampledPair
+        >>> from dptorch.accounting.pairs.sampled import SampledPair
         >>> part = connect_the_dots(SampledPair("remove", 1.0, 0.01, steps=5), 1e-3)
         >>> bool(abs(part.masses.sum() + part.infinite - 1) < 1e-12)
         True

@@ -1,0 +1,1 @@
+"""Dominating pairs of accounting events, and the reduction of a history to them."""
