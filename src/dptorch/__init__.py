@@ -1,5 +1,7 @@
 """dptorch: differential privacy for any PyTorch model."""
 
+from importlib.metadata import version as _version
+
 from dptorch.engine.logical_batch import StepDiagnostics
 from dptorch.engine.make_private import Private, make_private
 from dptorch.engine.privacy_engine import PrivacyEngine
@@ -9,7 +11,7 @@ from dptorch.tape import Tape, record
 from dptorch.validation.conversion import preparation, prepare
 from dptorch.validation.gradient_check import CheckReport, check
 
-__version__ = "0.1.0"
+__version__ = _version("dptorch")
 
 __all__ = [
     "CheckReport",

@@ -11,6 +11,7 @@ from dptorch import accounting
 from dptorch.accounting import FixedSizeGaussian, SampledGaussian
 from dptorch.accounting.composition import tilted
 from dptorch.accounting.composition.composed import composed_epsilon
+from dptorch.accounting.pairs.discretised import connect_the_dots
 from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPair
 from dptorch.accounting.pairs.sampled import SampledPair
 from dptorch.errors import PrivacyError
@@ -80,7 +81,7 @@ def test_two_steps_of_a_real_mechanism():
     sigma = 1.0
     x = np.linspace(-11, 11, 1201)
     pair = FixedSizePair(sigma, 0.5, 2)
-    loss = tilted.compose([tilted.connect_the_dots(pair, 1e-3)], 1e-3, 2.0)
+    loss = tilted.compose([connect_the_dots(pair, 1e-3)], 1e-3, 2.0)
     for mine, theirs, rest in [(1, 0, (0,)), (1, -1, (-1,)), (1, -1, (0,)), (-1, 1, (-1,))]:
         p = density((mine, *rest), 1, False, sigma, x)
         q = density((theirs, *rest), 1, False, sigma, x)

@@ -12,6 +12,7 @@ from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.accounting.composition import contour, tilted
 from dptorch.accounting.composition.composed import composed_delta, composed_epsilon
 from dptorch.accounting.pairs import sampled as dominating
+from dptorch.accounting.pairs.discretised import Discretised, connect_the_dots
 from dptorch.accounting.pairs.reduction import directions
 from dptorch.accounting.pairs.sampled import SampledPair
 
@@ -171,7 +172,7 @@ def test_gaussian_delta_by_multi_precision(mu, epsilon):
 def test_tilted_composition_by_brute_force(tilt):
     rng = np.random.default_rng(0)
     masses = rng.dirichlet(np.ones(5)) * 0.99
-    part = tilted.Discretised(masses, lowest=-2, infinite=0.01, steps=6)
+    part = Discretised(masses, lowest=-2, infinite=0.01, steps=6)
     loss = tilted.compose([part], interval=0.25, tilt=tilt)
     for epsilon in (0.0, 0.7, 2.0):
         truth = 1 - 0.99**6
@@ -196,7 +197,7 @@ def test_one_step_masses_are_googles(direction):
         sampling_prob=0.1,
         neighboring_relation=relation,
     )
-    ours = tilted.connect_the_dots(SampledPair(direction, 1.0, 0.1, 1), 1e-2)
+    ours = connect_the_dots(SampledPair(direction, 1.0, 0.1, 1), 1e-2)
     loss = tilted.compose([ours], 1e-2, 1.0)
     for epsilon in (0.0, 0.055, 0.07, 0.5, 3.0):
         pmf = google._pmf_add if direction == "add" else google._pmf_remove
@@ -224,7 +225,7 @@ def test_composed_bound_is_googles_where_a_plain_fft_is_accurate(adjacency):
     ).self_compose(1000)
     found = 0.0
     for direction in directions(adjacency):
-        part = tilted.connect_the_dots(SampledPair(direction, 1.0, 0.01, 1000), interval)
+        part = connect_the_dots(SampledPair(direction, 1.0, 0.01, 1000), interval)
         found = max(found, tilted.compose([part], interval, 6.0).epsilon(delta))
     assert found == pytest.approx(google.get_epsilon_for_delta(delta), abs=1e-6)
 
@@ -233,7 +234,7 @@ def test_the_tilt_matters_only_for_tightness():
     """Any tilt gives an upper bound; and a bound without its slack would be caught below it."""
     pair = SampledPair("remove", 1.0, 0.01, 1000)
     exact = composed_epsilon([pair], 1e-5)
-    part = tilted.connect_the_dots(pair, 1e-3)
+    part = connect_the_dots(pair, 1e-3)
     for tilt in (2.0, 5.0, 8.0):
         assert tilted.compose([part], 1e-3, tilt).epsilon(1e-5) >= exact
 
@@ -241,8 +242,8 @@ def test_the_tilt_matters_only_for_tightness():
 def test_optimistic_rounding_would_be_caught():
     """Negative control: rounding losses down instead of connecting the dots breaks the bound."""
     pair = SampledPair("remove", 1.0, 0.01, 1000)
-    part = tilted.connect_the_dots(pair, 1e-3)
-    down = tilted.Discretised(part.masses, part.lowest - 1, part.infinite, part.steps)
+    part = connect_the_dots(pair, 1e-3)
+    down = Discretised(part.masses, part.lowest - 1, part.infinite, part.steps)
     assert tilted.compose([down], 1e-3, 6.0).epsilon(1e-5) < composed_epsilon([pair], 1e-5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import version as installed_version
 from typing import Annotated, Any
 
 import typer
@@ -105,9 +106,7 @@ app.add_typer(ledger, name="ledger", rich_help_panel="Plan")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from dptorch import __version__
-
-        typer.echo(f"dptorch {__version__}")
+        typer.echo(f"dptorch {installed_version('dptorch')}")
         raise typer.Exit
 
 

@@ -13,6 +13,7 @@ from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.composition import contour, tilted
 from dptorch.accounting.composition.composed import composed_delta, composed_epsilon
 from dptorch.accounting.events import History
+from dptorch.accounting.pairs.discretised import connect_the_dots
 from dptorch.accounting.pairs.sampled import (
     Array,
     Pair,
@@ -173,5 +174,5 @@ def _composed(
     tilt: float,
     tail: float,
 ) -> tilted.LossTail:
-    parts = [tilted.connect_the_dots(pair, interval, tail) for pair in pairs]
+    parts = [connect_the_dots(pair, interval, tail) for pair in pairs]
     return tilted.compose(parts, interval, tilt)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 from dptorch.accounting.composition import contour, tilted
+from dptorch.accounting.pairs.discretised import connect_the_dots
 from dptorch.accounting.pairs.sampled import (
     Pair,
     falling_root,
@@ -122,7 +123,7 @@ def _two_grids(
     width = max(high - low for low, high in (pair.loss_ends(tail) for pair in pairs))
     return [
         tilted.compose(
-            [tilted.connect_the_dots(pair, interval, tail) for pair in pairs],
+            [connect_the_dots(pair, interval, tail) for pair in pairs],
             interval,
             tilt,
         )

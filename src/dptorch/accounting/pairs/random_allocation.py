@@ -12,8 +12,8 @@ expectations of convex functions of each Y_i, also after composition, where W is
 epochs. Replacing Y by any Ỹ of the same mean that is *larger in convex order* therefore gives an
 upper bound. Two such replacements make the computation finite: each Y is split between the two
 neighbouring points of a linear grid, keeping its mean, and Σ Ỹ_i is composed by FFT; then each loss
-log W is split between neighbouring points of the loss grid, keeping P and Q (connect the dots,
-`tilted`). What is cut off counts as an infinite loss.
+log W is split between neighbouring points of the loss grid, keeping P and Q (`discretised`:
+connect the dots). What is cut off counts as an infinite loss.
 
 Several selections: choosing k of t steps is choosing one of ⌊t/k⌋ in each of k blocks that are
 themselves drawn at random; showing the blocks gives k epochs of one in ⌊t/k⌋ (the bound that
@@ -29,7 +29,7 @@ from typing import Literal
 
 import numpy as np
 
-from dptorch.accounting.composition.tilted import connect_the_dots
+from dptorch.accounting.pairs.discretised import connect_the_dots
 from dptorch.accounting.pairs.sampled import NEGLIGIBLE, Array, normal_masses
 from dptorch.errors import ConfigurationError
 
