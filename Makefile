@@ -33,7 +33,7 @@ format: $(VENV)/.test  ## let ruff fix and format
 	$(BIN)/ruff format .
 
 zoo: $(VENV)/.test  ## every image model of the zoo against a loop; writes docs/zoo.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo_all
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo
 
 bench: $(VENV)/.test  ## time and memory of a private step, ours and others'; writes docs/cost.md
 	$(BIN)/dptorch bench --docs

@@ -1,7 +1,7 @@
 """Every image model by name against a loop over single examples; writes ``docs/zoo.md``.
 
-    python -m tests.zoo_all                 # all of them, about an hour on two cores
-    python -m tests.zoo_all vit_tiny swin   # only names that begin so; other rows are kept
+    python -m benchmarks.zoo                 # all of them, about an hour on two cores
+    python -m benchmarks.zoo vit_tiny swin   # only names that begin so; other rows are kept
 
 Each model runs at its published width and depth on two small images, every trainable parameter
 trained, BatchNorm replaced by GroupNorm by hand. Results are kept in ``docs/zoo.jsonl`` as they
@@ -19,17 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tests.oracles.torchvision_on_cpu  # noqa: F401
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import tests.oracles.torchvision_on_cpu  # noqa: F401
-from dptorch.tape import Recording
-from dptorch.tape.gradients.parameter_guard import ParameterGuard
-from dptorch.tape.recording.patches import visible
 from tests.oracles.loop import relative_error
 from tests.tape.zoo.vision import _steady as steady
 from tests.tape.zoo.vision import group_norm
+from torch import Tensor, nn
+
+from dptorch.tape import Recording
+from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.recording.patches import visible
 
 ROOT = Path(__file__).parents[1]
 ROWS, TABLE = ROOT / "docs" / "zoo.jsonl", ROOT / "docs" / "zoo.md"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.tape.zoo import ZOO
 from torch import Tensor, nn
 
 import dptorch
@@ -17,7 +18,6 @@ from dptorch.validation.chance import FixedChance
 from dptorch.validation.conversion import prepare
 from dptorch.validation.gradient_check import CheckReport, check
 from dptorch.validation.mixing import find_mixing, refuse_mixing
-from tests.tape.zoo import ZOO
 
 N = 6
 

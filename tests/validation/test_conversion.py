@@ -3,11 +3,11 @@
 import copy
 
 import pytest
+import tests.oracles.torchvision_on_cpu  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tests.oracles.torchvision_on_cpu  # noqa: F401
 from dptorch.errors import ConfigurationError
 from dptorch.validation.conversion import FrozenBatchNorm, Preparation, preparation, prepare
 from dptorch.validation.mixing import find_mixing

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tests.oracles.torchvision_on_cpu  # noqa: F401
 import torch
-from tests.seeds.cifar_files import write_cifar
+from tests.quickstarts.cifar_files import write_cifar
 from torch import nn
 
 from dptorch.compat.opacus0.dp_model_inspector import IncompatibleModuleException

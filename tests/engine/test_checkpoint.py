@@ -388,7 +388,7 @@ def test_a_fork_does_not_step() -> None:
     the test process has threads that a fork would leave behind."""
     script = """
         import os, torch, dptorch
-        from tests.test_checkpoint import Run
+        from tests.engine.test_checkpoint import Run
         run = Run()
         run.go(1)
         child = os.fork()

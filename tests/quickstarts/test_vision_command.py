@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tests.oracles.torchvision_on_cpu  # noqa: F401
-from tests.seeds.cifar_files import write_cifar
+from tests.quickstarts.cifar_files import write_cifar
 from torch import nn
 
 from dptorch.compat.private_vision import __main__ as vision

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.test_train_command import QUICK, data, in_an_empty_folder, refused, run
+from tests.cli.test_train import QUICK, data, in_an_empty_folder, refused, run
 
 from dptorch.ledger import open_ledger
 
