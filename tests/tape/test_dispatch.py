@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import dptorch
 from dptorch.errors import NotCoveredError
+from dptorch.tape.provenance import tags as provenance
 from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Lost, Tag, owners, tag_after_view
-from dptorch.tape.provenance.tags import tags as provenance
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.taps import full_precision, tap
 

@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 
 from dptorch import accounting
 from dptorch.accounting import RUN_LAWS, RunLaw, SampledGaussian, TruncatedPoissonGaussian
-from dptorch.accounting.planning.budget import tuning
+from dptorch.accounting.planning import tuning
 from dptorch.errors import ConfigurationError, PrivacyError
 
 ORDERS = np.concatenate([np.linspace(1.1, 10, 60), np.geomspace(11, 1000, 40)])
