@@ -19,7 +19,7 @@ import torch
 
 import dptorch
 import dptorch.engine.privacy_engine
-from dptorch.bench.workloads import WORKLOADS, Workload, recipe
+from dptorch.bench.workloads import WORKLOADS, Workload, get_workload
 from dptorch.engine.logical_batch import LogicalBatch
 from dptorch.noise import GaussianNoise
 from dptorch.tape import Tape
@@ -78,7 +78,7 @@ def step(work: Workload, model: torch.nn.Module, optimizer: Any, seconds: dict[s
 
 def measure(name: str, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds of each part in each round: of the ordinary step, of the private one."""
-    work = recipe(name).make()
+    work = get_workload(name).make()
     plain = copy.deepcopy(work.model)
     ordinary = torch.optim.SGD(plain.parameters(), lr=1e-6)
     engine = dptorch.PrivacyEngine(

@@ -168,7 +168,7 @@ def test_add_remove_is_not_stated_for_batches_of_the_users_own_loader() -> None:
 def test_only_the_steps_on_other_batches_lose_amplification() -> None:
     epsilons = [statement({"poisson": 10 - own, OWN_LOADER: own}).epsilon for own in (0, 1, 5, 10)]
     assert epsilons == sorted(set(epsilons))
-    exactly = accounting.get("pld").epsilon(
+    exactly = accounting.get_accountant("pld").epsilon(
         [SampledGaussian(1.1, PLAN.sample_rate, 9), SampledGaussian(1.1, 1.0, 1)], 1e-5
     )
     assert exactly <= epsilons[1] < 1.05 * exactly
@@ -222,7 +222,7 @@ def settings_for(sampling: str) -> dict[str, Any]:
 @pytest.mark.parametrize("sampling", SCHEMES)
 def test_calibration_uses_the_schemes_own_event(sampling: str) -> None:
     plan = make_plan(**settings_for(sampling), target_epsilon=3.0)
-    certified = accounting.get("pld").epsilon(
+    certified = accounting.get_accountant("pld").epsilon(
         [SCHEMES[sampling].event(plan.terms, plan.noise_multiplier, plan.steps)],
         1e-5,
         adjacency=plan.adjacency,

@@ -17,16 +17,16 @@ from typing import Any
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event, SampledDiscreteGaussian, SampledGaussian
 from dptorch.clipping import (
-    FUNCTIONS,
     LEAST_NORM,
     AdaptiveClipping,
     GroupSpec,
+    get_clipping_function,
     joint_norm,
     read_style,
 )
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
-from dptorch.noise import MECHANISMS
-from dptorch.sampling import Scheme, Terms, scheme_named
+from dptorch.noise import get_mechanism
+from dptorch.sampling import Scheme, Terms, get_scheme
 
 __all__ = ["LOSS_REDUCTIONS", "UNITS", "PrivacyPlan", "PrivacySpent", "default_delta", "make_plan"]
 
@@ -106,7 +106,7 @@ class PrivacyPlan:
     mechanism: str = "gaussian"
 
     def __post_init__(self) -> None:
-        one_of("clipping_fn", self.clipping_fn, FUNCTIONS)
+        get_clipping_function(self.clipping_fn)
         one_of("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         specs = [s if isinstance(s, GroupSpec) else GroupSpec(**s) for s in self.clipping_groups]
         style, groups = read_style(self.clipping_style, specs)
@@ -117,9 +117,9 @@ class PrivacyPlan:
         adaptive = AdaptiveClipping.of(self.adaptive_clipping)
         object.__setattr__(self, "adaptive_clipping", adaptive)
         object.__setattr__(self, "adjacency", Adjacency.of(self.adjacency))
-        accounting.get(self.accountant)
+        accounting.get_accountant(self.accountant)
         one_of("unit", self.unit, UNITS)
-        one_of("mechanism", self.mechanism, MECHANISMS)
+        get_mechanism(self.mechanism)
         if self.mechanism == "discrete_gaussian" and (
             self.clipping_groups or self.clipping_style != "all-layer" or self.adaptive_clipping
         ):
@@ -162,7 +162,7 @@ class PrivacyPlan:
     @property
     def scheme(self) -> Scheme:
         """How batches are drawn, and what it costs."""
-        return scheme_named(self.sampling)
+        return get_scheme(self.sampling)
 
     @property
     def terms(self) -> Terms:
@@ -209,7 +209,7 @@ class PrivacyPlan:
         history = self.history(
             self.steps if steps is None else steps, own_loader_steps=own_loader_steps
         )
-        return accounting.get(accountant or self.accountant).epsilon(
+        return accounting.get_accountant(accountant or self.accountant).epsilon(
             history, self.target_delta, adjacency=self.adjacency
         )
 
@@ -299,7 +299,7 @@ def make_plan(
         >>> plan.steps, plan.target_delta, plan.epsilon() <= 2.0
         (586, 1e-06, True)
     """
-    scheme = scheme_named(sampling)
+    scheme = get_scheme(sampling)
     terms = scheme.settle(
         Terms(*_rate(batch_size, sample_rate, sample_size), sample_size, capacity)
     )
@@ -343,7 +343,7 @@ def make_plan(
     scheme.check(terms, adjacency)
     if noise_multiplier is None:
         assert target_epsilon is not None
-        one_of("accountant", accountant, [*accounting.names(), "glw"])
+        accounting.get_accountant(accountant)
         noise_multiplier = accounting.noise_multiplier_for(
             lambda noise: event_of(scheme, mechanism, terms, noise, steps),
             target_epsilon=target_epsilon,
@@ -394,7 +394,8 @@ def event_of(
         ConfigurationError: no event stands for the two together.
     """
     event = scheme.event(terms, noise_multiplier, steps)
-    if one_of("mechanism", mechanism, MECHANISMS) == "gaussian":
+    get_mechanism(mechanism)
+    if mechanism == "gaussian":
         return event
     if not isinstance(event, SampledGaussian):
         raise ConfigurationError(

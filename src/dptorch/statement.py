@@ -303,7 +303,7 @@ def make_statement(
     # The ledger knows of steps that were lost after the last checkpoint, too.
     if own or (record is not None and adjacency not in record.adjacencies):
         adjacency = Adjacency.ZERO_OUT if adjacency is Adjacency.ADD_REMOVE else adjacency
-    bound = accounting.get(plan.accountant).is_upper_bound
+    bound = accounting.get_accountant(plan.accountant).is_upper_bound
     accountant = plan.accountant if bound else "pld"
     poisson = replace(plan, sampling="poisson", capacity=None)
     repeated = 0 if record is None else record.repeated_steps
@@ -316,7 +316,9 @@ def make_statement(
     unamplified = plan.history(steps + repeated, own_loader_steps=steps + repeated)
 
     def epsilon(history: list[Event], accountant: str) -> float:
-        return accounting.get(accountant).epsilon(history, plan.target_delta, adjacency=adjacency)
+        return accounting.get_accountant(accountant).epsilon(
+            history, plan.target_delta, adjacency=adjacency
+        )
 
     try:
         exact = epsilon(history, "exact")

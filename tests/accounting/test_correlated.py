@@ -54,7 +54,7 @@ def test_overlapping_columns_get_a_bound():
 def test_white_noise_is_the_plain_gaussian_mechanism():
     sensitivity = strategy_sensitivity(np.eye(100), participations=9, min_separation=10)
     event = CorrelatedGaussian(3.0, sensitivity)
-    found = accounting.get("pld").epsilon([event], 1e-5)
+    found = accounting.get_accountant("pld").epsilon([event], 1e-5)
     assert found == pytest.approx(gaussian_epsilon(1e-5, 1.0), rel=1e-9)
 
 

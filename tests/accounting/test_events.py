@@ -100,7 +100,7 @@ def test_bad_fields_of_one_kind_are_named(event, name, bad):
 )
 def test_once_an_epoch_and_correlated_noise_are_gaussians(name, event, mu):
     for adjacency, factor in (("add-remove", 1), ("zero-out", 1), ("replace-one", 2)):
-        found = accounting.get(name).epsilon([event], 1e-5, adjacency=adjacency)
+        found = accounting.get_accountant(name).epsilon([event], 1e-5, adjacency=adjacency)
         truth = gaussian_epsilon(1e-5, factor * mu)
         slack = 0.1 * truth if name == "rdp" else 1e-3
         assert truth - 1e-9 <= found <= truth + slack
@@ -109,7 +109,7 @@ def test_once_an_epoch_and_correlated_noise_are_gaussians(name, event, mu):
 def test_what_would_be_claimed_for_a_shuffled_loader():
     """10 epochs of 100 steps at σ = 1: 17.857 against 1.828 under Poisson sampling."""
     event = EpochwiseGaussian(1.0, steps_per_epoch=100, steps=1000)
-    exact = accounting.get("exact")
+    exact = accounting.get_accountant("exact")
     assert exact.epsilon([event], 1e-5) == pytest.approx(17.857, abs=1e-3)
     assert exact.epsilon([event.if_poisson()], 1e-5) == pytest.approx(1.8282367, abs=1e-6)
 
@@ -134,7 +134,7 @@ def truncated(capacity):
 @pytest.mark.parametrize("name", ["exact", "pld", "rdp"])
 def test_truncation_costs_delta_and_epsilon_jointly(name):
     """δ(ε) = δ_Poisson(ε) + (1 + e^ε) overflow, and ε is its inverse."""
-    accountant, poisson = accounting.get(name), [SampledGaussian(1.0, 0.01, 1000)]
+    accountant, poisson = accounting.get_accountant(name), [SampledGaussian(1.0, 0.01, 1000)]
     run = truncated(740)  # overflow about 1e-5 in all
     overflow = run[0].overflow
     assert 1e-5 < overflow < 2e-5
@@ -149,7 +149,7 @@ def test_truncation_costs_delta_and_epsilon_jointly(name):
 
 
 def test_a_safe_capacity_costs_no_epsilon_and_a_small_one_everything():
-    exact = accounting.get("exact")
+    exact = accounting.get_accountant("exact")
     poisson = exact.epsilon([SampledGaussian(1.0, 0.01, 1000)], 1e-5)
     safe = TruncatedPoissonGaussian.safe_capacity(0.01, 60_000, 1000)
     assert exact.epsilon(truncated(safe), 1e-5) == pytest.approx(poisson, abs=1e-5)
@@ -162,7 +162,7 @@ def test_a_safe_capacity_costs_no_epsilon_and_a_small_one_everything():
 @pytest.mark.parametrize("name", ["exact", "pld", "rdp"])
 def test_histories_of_different_kinds_compose(name):
     """Poisson, shuffled and correlated steps in any order; a Gaussian part equals its own event."""
-    accountant = accounting.get(name)
+    accountant = accounting.get_accountant(name)
     mixed = [EVENTS[0], EpochwiseGaussian(5.0, 100, 300), CorrelatedGaussian(8.0, 2.0)]
     same = [SampledGaussian(5.0, 1.0, 3), EVENTS[0], SampledGaussian(4.0, 1.0, 1)]
     for adjacency in ("add-remove", "replace-one"):

@@ -17,7 +17,7 @@ ACCOUNTANTS = ["exact", "pld", "rdp"]
 
 def cost(name, delta=1e-5, adjacency="add-remove", **changes):
     event = SampledGaussian(**{**BASE, **changes})
-    return accounting.get(name).epsilon([event], delta, adjacency=adjacency)
+    return accounting.get_accountant(name).epsilon([event], delta, adjacency=adjacency)
 
 
 @pytest.mark.parametrize("name", ACCOUNTANTS)
@@ -39,7 +39,7 @@ def test_epsilon_is_monotone(name, adjacency, rising):
 
 @pytest.mark.parametrize("name", ACCOUNTANTS)
 def test_splitting_and_reordering_a_history_changes_nothing(name):
-    accountant = accounting.get(name)
+    accountant = accounting.get_accountant(name)
     whole = accountant.epsilon([SampledGaussian(1.0, 0.02, 300)], 1e-5)
     split = [SampledGaussian(1.0, 0.02, steps) for steps in (150, 0, 100, 50)]
     assert accountant.epsilon(split, 1e-5) == whole
@@ -53,7 +53,7 @@ def test_nearly_equal_halves_cost_what_equal_halves_cost(name):
     """Really heterogeneous: two different events go through the code for mixtures."""
     half = SampledGaussian(1.0, 0.02, 150)
     twin = SampledGaussian(1.0 + 1e-9, 0.02, 150)
-    accountant = accounting.get(name)
+    accountant = accounting.get_accountant(name)
     assert accountant.epsilon([half, twin], 1e-5) == pytest.approx(
         accountant.epsilon([half, half], 1e-5), abs=1e-5
     )
@@ -62,7 +62,7 @@ def test_nearly_equal_halves_cost_what_equal_halves_cost(name):
 def test_a_gaussian_step_in_a_sampled_history():
     """sample_rate 1 inside a mixture uses another formula for K; at rate 0.999999 it must agree."""
     steps = SampledGaussian(1.0, 0.02, 300)
-    exact = accounting.get("exact")
+    exact = accounting.get_accountant("exact")
     for adjacency in ("add-remove", "replace-one"):
         mixed = exact.epsilon([steps, SampledGaussian(5.0, 1.0, 4)], 1e-5, adjacency=adjacency)
         near = exact.epsilon([steps, SampledGaussian(5.0, 1 - 1e-9, 4)], 1e-5, adjacency=adjacency)
@@ -71,7 +71,7 @@ def test_a_gaussian_step_in_a_sampled_history():
 
 @pytest.mark.parametrize("name", ["exact", "pld", "rdp", "gdp"])
 def test_edges(name):
-    accountant = accounting.get(name)
+    accountant = accounting.get_accountant(name)
     assert accountant.epsilon([], 1e-5) == 0.0
     assert accountant.epsilon([SampledGaussian(1.0, 0.1, 0)], 1e-5) == 0.0
     assert accountant.delta([SampledGaussian(0.0, 0.1, 0)], 1.0) == 0.0
@@ -90,7 +90,7 @@ def test_edges(name):
 def test_pld_brackets_exact_anywhere(log_sigma, log_rate, log_steps, log_delta, adjacency):
     run = [SampledGaussian(10**log_sigma, 10**log_rate, int(10**log_steps))]
     exact, pld = (
-        accounting.get(name).epsilon(run, 10**log_delta, adjacency=adjacency)
+        accounting.get_accountant(name).epsilon(run, 10**log_delta, adjacency=adjacency)
         for name in ("exact", "pld")
     )
     assert exact - 1e-9 <= pld <= exact + 1e-3 * max(1.0, exact / 10) + 1e-9
@@ -98,12 +98,12 @@ def test_pld_brackets_exact_anywhere(log_sigma, log_rate, log_steps, log_delta, 
 
 def test_no_amplification_is_the_gaussian_mechanism():
     for name in ("exact", "pld"):
-        found = accounting.get(name).epsilon([SampledGaussian(10.0, 1.0, 100)], 1e-5)
+        found = accounting.get_accountant(name).epsilon([SampledGaussian(10.0, 1.0, 100)], 1e-5)
         assert found == pytest.approx(gaussian_epsilon(1e-5, 1.0), abs=1e-3)
 
 
 def test_far_ends_do_not_crash():
-    exact = accounting.get("exact")
+    exact = accounting.get_accountant("exact")
     tiny = exact.delta([SampledGaussian(50.0, 0.001, 10)], 5.0)
     assert tiny == 0.0
     assert exact.delta([SampledGaussian(0.3, 0.5, 10_000)], 1.0) == 1.0
@@ -123,4 +123,4 @@ def test_merge_keeps_order_and_adds_neighbours():
 def test_rounding_below_zero_is_no_proof_of_perfect_privacy():
     """dp-accounting alone answers 0 here: its divergences come out as -1e-16."""
     run = [SampledGaussian(1e6, 0.01, 100)]
-    assert accounting.get("rdp").epsilon(run, 1e-9) > 1e-3
+    assert accounting.get_accountant("rdp").epsilon(run, 1e-9) > 1e-3

@@ -255,6 +255,6 @@ def test_where_the_contour_does_not_settle_the_grids_agree_with_pld(sigma, rate,
     from dptorch import accounting
 
     run = [SampledGaussian(sigma, rate, steps)]
-    exact, pld = (accounting.get(name).epsilon(run, delta) for name in ("exact", "pld"))
+    exact, pld = (accounting.get_accountant(name).epsilon(run, delta) for name in ("exact", "pld"))
     assert exact <= pld <= exact + 1e-3
     assert pld == pytest.approx(exact, rel=5e-3)

@@ -29,44 +29,44 @@ def history(row, sigma_factor=1.0):
 
 @every_row
 def test_exact_meets_the_reference(row):
-    found = accounting.get("exact").epsilon(history(row), float(row["delta"]))
+    found = accounting.get_accountant("exact").epsilon(history(row), float(row["delta"]))
     assert abs(found - float(row["eps_reference"])) < 1e-6
 
 
 @every_row
 def test_exact_lies_in_the_prv_interval(row):
-    found = accounting.get("exact").epsilon(history(row), float(row["delta"]))
+    found = accounting.get_accountant("exact").epsilon(history(row), float(row["delta"]))
     assert float(row["prv_lower"]) <= found <= float(row["prv_upper"])
 
 
 @every_row
 def test_pld_is_an_upper_bound_and_tight(row):
     """The web-scale row is where a plain FFT fails: 1.7169 there, for a true 1.7105."""
-    found = accounting.get("pld").epsilon(history(row), float(row["delta"]))
-    exact = accounting.get("exact").epsilon(history(row), float(row["delta"]))
+    found = accounting.get_accountant("pld").epsilon(history(row), float(row["delta"]))
+    exact = accounting.get_accountant("exact").epsilon(history(row), float(row["delta"]))
     assert exact <= found < exact + 1e-3
 
 
 @every_row
 def test_rdp_meets_the_table(row):
-    found = accounting.get("rdp").epsilon(history(row), float(row["delta"]))
+    found = accounting.get_accountant("rdp").epsilon(history(row), float(row["delta"]))
     assert found == pytest.approx(float(row["rdp"]), abs=1e-6)
 
 
 @every_row
 def test_gdp_meets_the_table_and_warns(row):
     if not row["gdp_clt"]:
-        assert accounting.get("gdp").epsilon(history(row), 1e-5) > 0
+        assert accounting.get_accountant("gdp").epsilon(history(row), 1e-5) > 0
         return
     with pytest.warns(PrivacyWarning, match="no bound"):
-        found = accounting.get("gdp").epsilon(history(row), float(row["delta"]))
+        found = accounting.get_accountant("gdp").epsilon(history(row), float(row["delta"]))
     assert found == pytest.approx(float(row["gdp_clt"]), abs=2e-6)
 
 
 @every_row
 @pytest.mark.parametrize("name", ["exact", "pld"])
 def test_delta_is_the_inverse_of_epsilon(row, name):
-    accountant, delta = accounting.get(name), float(row["delta"])
+    accountant, delta = accounting.get_accountant(name), float(row["delta"])
     epsilon = accountant.epsilon(history(row), delta)
     assert accountant.delta(history(row), epsilon) == pytest.approx(delta, rel=1e-5)
 
@@ -74,7 +74,7 @@ def test_delta_is_the_inverse_of_epsilon(row, name):
 def test_the_table_catches_one_percent_less_noise():
     """Negative control: the tolerance above is not so wide that a wrong σ would pass."""
     for row in ROWS:
-        found = accounting.get("exact").epsilon(history(row, 0.99), float(row["delta"]))
+        found = accounting.get_accountant("exact").epsilon(history(row, 0.99), float(row["delta"]))
         assert found > float(row["eps_reference"]) + 1e-3 * float(row["eps_reference"])
 
 
@@ -97,7 +97,7 @@ def test_exact_meets_rows_from_the_gaussian_closed_form(sigma, steps, delta):
         guess = mu**2 / 2 + mu * mp.sqrt(-2 * mp.log(delta))
         truth = float(mp.findroot(gap, (guess * 0.5, guess), solver="anderson", tol=1e-20))
     run = [SampledGaussian(sigma, 1.0, steps)]
-    assert accounting.get("exact").epsilon(run, delta) == pytest.approx(truth, abs=1e-6)
+    assert accounting.get_accountant("exact").epsilon(run, delta) == pytest.approx(truth, abs=1e-6)
 
 
 @pytest.mark.parametrize(("sigma", "rate", "delta"), [(1.0, 0.1, 1e-4), (0.7, 0.01, 1e-6)])
@@ -112,5 +112,5 @@ def test_exact_meets_rows_from_one_steps_closed_form(sigma, rate, delta):
             return mp.log(q * gaussian) - mp.log(delta)
 
         truth = float(mp.findroot(gap, (0.01, 3.0), solver="anderson", tol=1e-20))
-    found = accounting.get("exact").epsilon([SampledGaussian(sigma, rate, 1)], delta)
+    found = accounting.get_accountant("exact").epsilon([SampledGaussian(sigma, rate, 1)], delta)
     assert found == pytest.approx(truth, abs=1e-6)

@@ -15,7 +15,7 @@ from dptorch.audit.bounds import (
     BOUNDS,
     OneRun,
     clopper_pearson_epsilon,
-    get,
+    get_bound,
     mu_lower_bound,
     mu_lower_bound_from_scores,
     one_run_epsilon,
@@ -106,7 +106,7 @@ def test_gaussian_scores_are_exact_by_simulation() -> None:
 
 def test_scores_without_spread_prove_everything() -> None:
     scores = Evidence.of([1.0] * 30, [0.0] * 30)
-    assert get("gaussian").epsilon(scores, None, delta=1e-5, significance=0.05) == math.inf
+    assert get_bound("gaussian").epsilon(scores, None, delta=1e-5, significance=0.05) == math.inf
     assert mu_lower_bound_from_scores(Evidence.of([0.0] * 30, [0.0] * 30)) == 0.0
 
 
@@ -129,7 +129,7 @@ def test_ties_are_not_broken_by_membership() -> None:
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_perfect_scores_reach_the_ceiling_and_no_more(name: str) -> None:
-    bound = get(name)
+    bound = get_bound(name)
     rng = np.random.default_rng(1)
     perfect = Evidence(np.arange(400) + rng.random(400), np.arange(400) >= 200)
     ceiling = bound.ceiling(perfect, delta=1e-5, significance=0.05)

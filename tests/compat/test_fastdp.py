@@ -157,7 +157,7 @@ def test_a_loader_of_ones_own_is_charged_without_amplification() -> None:
     assert [w.category for w in caught] == [PrivacyWarning]
     spent = engine.get_privacy_spent()["eps_rdp"]
     whole, amplified = (
-        accounting.get("rdp").epsilon(
+        accounting.get_accountant("rdp").epsilon(
             [SampledGaussian(2.0, rate, 4)], engine.target_delta, adjacency="zero-out"
         )
         for rate in (1.0, BATCH / SIZE)

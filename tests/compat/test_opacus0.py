@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dptorch.accounting import SampledGaussian, get
+from dptorch.accounting import SampledGaussian, get_accountant
 from dptorch.compat.opacus0 import PrivacyEngine
 from dptorch.compat.opacus0.dp_model_inspector import DPModelInspector
 from dptorch.compat.opacus0.utils.uniform_sampler import UniformWithReplacementSampler
@@ -109,7 +109,9 @@ def test_the_rest_of_an_epoch_is_a_step() -> None:
                 optimizer.virtual_step()
     assert engine._run.history() == [SampledGaussian(1.0, 0.4, 6)]
     epsilon, alpha = optimizer.privacy_engine.get_privacy_spent(1e-3)
-    expected = get("rdp").epsilon([SampledGaussian(1.0, 0.4, 6)], 1e-3, adjacency="zero-out")
+    expected = get_accountant("rdp").epsilon(
+        [SampledGaussian(1.0, 0.4, 6)], 1e-3, adjacency="zero-out"
+    )
     assert epsilon == expected
     assert alpha > 1
 

@@ -158,7 +158,7 @@ def test_every_way_of_computing_it(monkeypatch: pytest.MonkeyPatch, mode: str, s
 def test_every_way_of_sampling(
     monkeypatch: pytest.MonkeyPatch, sampling: str, adjacency: Adjacency
 ) -> None:
-    for accountant in accounting.names():
+    for accountant in accounting.accountant_names():
         with contextlib.suppress(PrivacyError):  # it does not cover this sampling
             found = excess(monkeypatch, adjacency, sampling=sampling, accountant=accountant)
             assert found <= ROUNDING

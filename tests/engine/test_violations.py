@@ -289,17 +289,19 @@ def test_v10_an_accountant_that_reports_too_little_is_not_certified() -> None:
     run = {"noise_multiplier": 1.0, "sample_rate": 0.01, "steps": 1000, "delta": 1e-5}
     low, certified = (accounting.epsilon(**run, accountant=name) for name in ("gdp", "pld"))
     assert low < certified
-    assert not accounting.get("gdp").is_upper_bound
+    assert not accounting.get_accountant("gdp").is_upper_bound
     plan = dptorch.make_plan(
         batch_size=100, sample_size=10_000, steps=1000, noise_multiplier=1.0, accountant="gdp"
     )
     model = make_model()
     statement = dptorch.PrivacyEngine(model, plan=plan).statement()
     assert statement.accountant != "gdp"
-    assert accounting.get(statement.accountant).is_upper_bound
+    assert accounting.get_accountant(statement.accountant).is_upper_bound
     assert dptorch.make_plan(
         batch_size=100, sample_size=10_000, steps=1000, noise_multiplier=1.0
-    ).accountant in {n for n in accounting.names() if accounting.get(n).is_upper_bound}
+    ).accountant in {
+        n for n in accounting.accountant_names() if accounting.get_accountant(n).is_upper_bound
+    }
 
 
 # -- F1 to F9 --------------------------------------------------------------------------------------

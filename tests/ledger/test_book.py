@@ -51,7 +51,7 @@ def test_runs_on_one_data_set_add_up_and_others_do_not(location: str) -> None:
     again = open_ledger(location, create=False)
     total = again.dataset("a").total(1e-5)
     history = [SampledGaussian(2.0, 0.1, 10), SampledGaussian(3.0, 0.2, 5)]
-    expected = accounting.get("pld").epsilon(history, 1e-5, adjacency=Adjacency.ZERO_OUT)
+    expected = accounting.get_accountant("pld").epsilon(history, 1e-5, adjacency=Adjacency.ZERO_OUT)
     assert (total.runs, total.steps) == (2, 15)
     assert total.planned == pytest.approx(expected, rel=1e-12)
     assert total.adaptive == total.committed > total.planned
@@ -95,7 +95,7 @@ def test_two_releases_on_one_batch_cost_what_is_counted() -> None:
         float(np.maximum(p - np.exp(epsilon) * q, 0).sum() * cell)
         for p in (one_batch, np.outer(mixed, mixed))
     ]
-    exact = accounting.get("exact")
+    exact = accounting.get_accountant("exact")
     attempts = Attempts()
     for _ in range(2):
         attempts.add(SampledGaussian(sigma, rate, 1), first=0, steps=1)

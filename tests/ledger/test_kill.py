@@ -146,7 +146,7 @@ def true_epsilon(counts: np.ndarray) -> float:
         for times, steps in sorted(Counter(int(n) for n in counts).items())
         if times
     ]
-    return accounting.get("exact").epsilon(history, DELTA, adjacency="zero-out")
+    return accounting.get_accountant("exact").epsilon(history, DELTA, adjacency="zero-out")
 
 
 def killed_at_random(
@@ -243,5 +243,8 @@ def test_the_epsilon_of_a_resumed_engine_counts_the_lost_steps(tmp_path: Path) -
     assert run.repeated >= (counts == 2).sum()
     plan_only = SampledGaussian(NOISE, RATE, STEPS)
     assert true_epsilon(counts) > true_epsilon(np.ones(STEPS)) > 0
-    assert accounting.get("exact").epsilon(run.history, DELTA) >= true_epsilon(counts) - 1e-9
-    assert accounting.get("exact").epsilon([plan_only], DELTA) < true_epsilon(counts)
+    assert (
+        accounting.get_accountant("exact").epsilon(run.history, DELTA)
+        >= true_epsilon(counts) - 1e-9
+    )
+    assert accounting.get_accountant("exact").epsilon([plan_only], DELTA) < true_epsilon(counts)

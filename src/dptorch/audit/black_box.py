@@ -49,7 +49,7 @@ def audit_run(
     Raises:
         DataError: the folder holds no finished run, or one without canaries.
     """
-    argument = bounds.get(bound) if isinstance(bound, str) else bound
+    argument = bounds.get_bound(bound) if isinstance(bound, str) else bound
     if argument.needs_independent_scores:
         raise ConfigurationError(
             f"bound={bound!r} is for independent games; the canaries of one run share a model. Use "

@@ -169,8 +169,8 @@ def prove(
     Raises:
         ConfigurationError: an unknown name, or fewer than 20 canaries.
     """
-    argument = bounds.get(bound) if isinstance(bound, str) else bound
-    strategy = thresholds.get(threshold)
+    argument = bounds.get_bound(bound) if isinstance(bound, str) else bound
+    strategy = thresholds.get_threshold(threshold)
     if not 0 < significance < 1:
         raise ConfigurationError(f"significance={significance!r} must lie between 0 and 1.")
     if not 0 <= delta < 1:

@@ -15,7 +15,15 @@ from dptorch.audit.bounds.protocol import Bound
 from dptorch.audit.evidence import Evidence
 from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["STRATEGIES", "Bonferroni", "Explicit", "MultiSplit", "Split", "Threshold", "get"]
+__all__ = [
+    "STRATEGIES",
+    "Bonferroni",
+    "Explicit",
+    "MultiSplit",
+    "Split",
+    "Threshold",
+    "get_threshold",
+]
 
 
 class Threshold(Protocol):
@@ -129,16 +137,16 @@ STRATEGIES: dict[str, Threshold] = {
 }
 
 
-def get(strategy: Threshold | str | float | tuple[float, float]) -> Threshold:
-    """A strategy by name; a number (or a pair, for one-run bounds) is an explicit candidate.
+def get_threshold(strategy: Threshold | str | float | tuple[float, float]) -> Threshold:
+    """Return a strategy by name; a number (or a pair, for one-run bounds) is an explicit candidate.
 
     Raises:
         ConfigurationError: listing the names there are.
 
     Example:
-        >>> get("split")
+        >>> get_threshold("split")
         Split(share=0.5, seed=0)
-        >>> get(0.5)
+        >>> get_threshold(0.5)
         Explicit(candidate=0.5)
     """
     if isinstance(strategy, str):

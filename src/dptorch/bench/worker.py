@@ -18,7 +18,7 @@ import torch
 from dptorch.bench.engines import start
 from dptorch.bench.memory import Job, allocator_peak, largest_batch, live_bytes, resident_peak
 from dptorch.bench.registry import engines
-from dptorch.bench.workloads import Size, Unavailable, recipe
+from dptorch.bench.workloads import Size, Unavailable, get_workload
 
 __all__ = ["answer", "main"]
 
@@ -28,7 +28,7 @@ def answer(job: Job) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     engine = engines({n: Path(p) for n, p in job.peers.items()})[job.engine]
-    made, size = recipe(job.workload), Size(**job.size)  # type: ignore[arg-type]
+    made, size = get_workload(job.workload), Size(**job.size)  # type: ignore[arg-type]
 
     def begin(B: int) -> Callable[[], None]:
         work = made.make(size.with_("B", B), device=device, dtype=dtype)

@@ -21,8 +21,8 @@ __all__ = [
     "Size",
     "Unavailable",
     "Workload",
+    "get_workload",
     "hide_broken_torchvision",
-    "recipe",
 ]
 
 
@@ -129,8 +129,8 @@ class Recipe:
 WORKLOADS: dict[str, Recipe] = {}
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe of this name.
+def get_workload(name: str) -> Recipe:
+    """Return the recipe of the workload called `name`.
 
     Raises:
         ConfigurationError: if there is none.

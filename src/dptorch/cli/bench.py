@@ -136,7 +136,7 @@ def bench(
     from dptorch.bench.peers import read_peers
     from dptorch.bench.registry import choose, engines
     from dptorch.bench.suite import AXES, Options
-    from dptorch.bench.workloads import WORKLOADS, recipe
+    from dptorch.bench.workloads import WORKLOADS, get_workload
 
     console = Console()
     peers = read_peers(peer or [])
@@ -152,7 +152,7 @@ def bench(
         )
     few = sweep is not None or largest_batch
     usual = _FEW_WORKLOADS if few else [n for n, w in WORKLOADS.items() if w.default]
-    chosen = [recipe(name) for name in workloads or usual]
+    chosen = [get_workload(name) for name in workloads or usual]
     if few and not engine:
         engine = [name for name in _FEW_ENGINES if name in available]
     options = Options(

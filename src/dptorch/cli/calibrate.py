@@ -84,9 +84,17 @@ def _draw(plan: PrivacyPlan, target: float, path: Path) -> None:
     last = 2 * plan.steps
     # Planning accuracy will do for a curve; where `exact` does not cover the event, the plan's own
     # accountant does, at up to seconds a point.
-    accountant, points, factors = accounting.get("exact"), 24, [0.7, 0.85, 1.0, 1.25, 1.6]
+    accountant, points, factors = (
+        accounting.get_accountant("exact"),
+        24,
+        [0.7, 0.85, 1.0, 1.25, 1.6],
+    )
     if not accountant.covers(plan.event(1)):
-        accountant, points, factors = accounting.get(plan.accountant), 6, [0.8, 1.0, 1.25]
+        accountant, points, factors = (
+            accounting.get_accountant(plan.accountant),
+            6,
+            [0.8, 1.0, 1.25],
+        )
     counts = sorted({max(1, round(last * (k / points) ** 2)) for k in range(1, points + 1)})
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -341,7 +341,7 @@ def _totals(
 def _epsilon(run: RunSummary) -> float:
     from dptorch import accounting
 
-    return accounting.get(run.plan.accountant).epsilon(
+    return accounting.get_accountant(run.plan.accountant).epsilon(
         run.history, run.plan.target_delta, adjacency=run.plan.adjacency
     )
 

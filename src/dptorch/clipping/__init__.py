@@ -1,7 +1,7 @@
 """Clipping: bound what one example can contribute."""
 
 from dptorch.clipping.adaptive import COUNTS, AdaptiveClipping, centred_counts, noise_scales
-from dptorch.clipping.functions import FUNCTIONS, LEAST_NORM, coefficients
+from dptorch.clipping.functions import FUNCTIONS, LEAST_NORM, coefficients, get_clipping_function
 from dptorch.clipping.groups import (
     STYLES,
     ClippingGroup,
@@ -21,6 +21,7 @@ __all__ = [
     "GroupSpec",
     "centred_counts",
     "coefficients",
+    "get_clipping_function",
     "groups_of",
     "joint_norm",
     "noise_scales",

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["FUNCTIONS", "LEAST_NORM", "STABILITY", "ClippingFunction", "coefficients"]
+__all__ = [
+    "FUNCTIONS",
+    "LEAST_NORM",
+    "STABILITY",
+    "ClippingFunction",
+    "coefficients",
+    "get_clipping_function",
+]
 
 # (norms [B], max_grad_norm) -> coefficients [B]
 ClippingFunction = Callable[[Tensor, float], Tensor]
@@ -59,6 +66,19 @@ FUNCTIONS: dict[str, ClippingFunction] = {
 }
 
 
+def get_clipping_function(name: str) -> ClippingFunction:
+    """Return the clipping function called `name`.
+
+    Raises:
+        ConfigurationError: no clipping function has that name; all names are listed.
+
+    Example:
+        >>> get_clipping_function("global")(torch.tensor([0.5, 2.0]), 1.0).tolist()
+        [1.0, 0.0]
+    """
+    return FUNCTIONS[one_of("clipping_fn", name, FUNCTIONS)]
+
+
 def coefficients(norms: Tensor, max_grad_norm: float, function: str = "abadi") -> Tensor:
     """Each example's coefficient in the clipped sum.
 
@@ -81,11 +101,11 @@ def coefficients(norms: Tensor, max_grad_norm: float, function: str = "abadi") -
         >>> coefficients(torch.tensor([0.5, 2.0, float("nan")]), 1.0).tolist()
         [1.0, 0.5, 0.0]
     """
-    one_of("clipping_fn", function, FUNCTIONS)
+    clip = get_clipping_function(function)
     if not max_grad_norm >= LEAST_NORM:
         raise ConfigurationError(
             f"max_grad_norm={max_grad_norm!r} must be at least {LEAST_NORM}: a shorter gradient's norm "
             "may come out as 0 in float32. Scale the loss if gradients are that short."
         )
-    c = FUNCTIONS[function](norms, max_grad_norm)
+    c = clip(norms, max_grad_norm)
     return torch.where(norms.isfinite() & c.isfinite(), c, torch.zeros_like(c))

@@ -315,7 +315,9 @@ class AttachedEngine:
         delta, adjacency = self.target_delta, self.engine.plan.adjacency
 
         def epsilon(accountant: str) -> float:
-            return accounting.get(accountant).epsilon(history, delta, adjacency=adjacency)
+            return accounting.get_accountant(accountant).epsilon(
+                history, delta, adjacency=adjacency
+            )
 
         if mode == "glw":
             exact = epsilon("exact")

@@ -24,14 +24,14 @@ from dptorch.errors import (
     PrivacyWarning,
     one_of,
 )
-from dptorch.noise import MECHANISMS
+from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.plan import PrivacyPlan, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.tape import Recording
-from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, mode_of
+from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.tape.gradients.device_cost import cost_of, free_bytes
 from dptorch.tape.recording.batch_dims import BatchDims
 from dptorch.tape.recording.model_hooks import Watch, watch_on
@@ -144,7 +144,7 @@ class PrivacyEngine(PrivateRun):
     ) -> None:
         for name in unknown:
             one_of("argument", name, _arguments())
-        mode = mode_of(clipping_mode)
+        mode = get_mode(clipping_mode)
         self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
         if watch_on(model) is not None:
             raise ConfigurationError(
@@ -363,7 +363,7 @@ class PrivacyEngine(PrivateRun):
         self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
         if not sampled:
             self._warn_of_own_loader()
-        mechanism = MECHANISMS[self.plan.mechanism]
+        mechanism = get_mechanism(self.plan.mechanism)
         noise = mechanism(self.plan.noise_multiplier, secure_rng=self._secure_rng)
         # A seed is for repeating a run, in other physical batches too, which differ by rounding.
         context = 0

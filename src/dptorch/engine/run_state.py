@@ -164,7 +164,7 @@ class PrivateRun:
         if self._record is None or not self._record.repeated_steps:
             epsilon = self.plan.epsilon(self.steps_done, own_loader_steps=own)
         else:
-            epsilon = accounting.get(self.plan.accountant).epsilon(
+            epsilon = accounting.get_accountant(self.plan.accountant).epsilon(
                 self._record.attempts.events(),
                 self.plan.target_delta,
                 adjacency=self.plan.adjacency,

@@ -106,7 +106,7 @@ class _RenyiFilter(RDPAccountant):
 
 @lru_cache(maxsize=256)
 def _bound(by: str, history: tuple[Event, ...], delta: float, adjacency: Adjacency) -> float:
-    accountant = _RenyiFilter() if by == "filter" else accounting.get(by)
+    accountant = _RenyiFilter() if by == "filter" else accounting.get_accountant(by)
     try:
         return accountant.epsilon(history, delta, adjacency=adjacency)
     except PrivacyError:  # an event that it does not cover: no bound is known

@@ -168,7 +168,7 @@ class RunRecord:
         """ε of the run, at its plan's δ, when it has gone through the rest of its plan."""
         attempts = self.attempts.copy()
         attempts.add(self._plan.event(1), self._next, self._plan.steps - self._next)
-        return accounting.get(self._plan.accountant).epsilon(
+        return accounting.get_accountant(self._plan.accountant).epsilon(
             attempts.events(), self._plan.target_delta, adjacency=self._plan.adjacency
         )
 

@@ -6,7 +6,7 @@ from dptorch.sampling.loader import PhysicalBatch, PrivateLoader, dataset_size
 from dptorch.sampling.poisson import PoissonSampler
 from dptorch.sampling.sampler import Sampler
 from dptorch.sampling.scheme import Scheme, Terms
-from dptorch.sampling.schemes import NOT_COVERED, SCHEMES, scheme_named
+from dptorch.sampling.schemes import NOT_COVERED, SCHEMES, get_scheme
 from dptorch.sampling.truncated import TruncatedPoissonSampler
 from dptorch.sampling.users import Users, UserSampler
 
@@ -27,5 +27,5 @@ __all__ = [
     "UserSampler",
     "Users",
     "dataset_size",
-    "scheme_named",
+    "get_scheme",
 ]

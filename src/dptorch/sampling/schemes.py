@@ -11,7 +11,7 @@ from dptorch.sampling.poisson import POISSON
 from dptorch.sampling.scheme import Scheme
 from dptorch.sampling.truncated import TRUNCATED_POISSON
 
-__all__ = ["NOT_COVERED", "OWN_LOADER", "SCHEMES", "scheme_named"]
+__all__ = ["NOT_COVERED", "OWN_LOADER", "SCHEMES", "get_scheme"]
 
 #: Stands in place of a scheme's name for steps whose batch the engine did not draw.
 OWN_LOADER: Final = "the user's own loader"
@@ -35,8 +35,8 @@ NOT_COVERED: Final = (
 )
 
 
-def scheme_named(name: str) -> Scheme:
-    """The scheme called `name`.
+def get_scheme(name: str) -> Scheme:
+    """Return the scheme called `name`.
 
     Raises:
         ConfigurationError: there is none; names the nearest, and the two honest choices.

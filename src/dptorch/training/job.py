@@ -13,7 +13,7 @@ from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
 from dptorch.randomness import RootKey
-from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, mode_of
+from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.training import recipes
 from dptorch.training.canaries import Canaries, make_canaries, plant
 from dptorch.training.data import ReadOptions, TrainTest
@@ -149,7 +149,7 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     _refuse_contradictions(job)
     device = _device(job.device)
     if job.data is None:
-        recipe = recipes.get(job.recipe or "mnist")
+        recipe = recipes.get_recipe(job.recipe or "mnist")
         data = recipe.load()
         model_name, suggested = recipe.model, recipe.hyperparameters
         job = replace(job, recipe=recipe.name)
@@ -206,7 +206,7 @@ def _refuse_contradictions(job: Job) -> None:
             )
             left, right = options
             raise ConfigurationError(f"{left} {a} and {right} {b} exclude each other: {why}.")
-    if mode_of(job.clipping_mode) is NON_PRIVATE:
+    if get_mode(job.clipping_mode) is NON_PRIVATE:
         raise ConfigurationError(
             f"clipping_mode={job.clipping_mode!r} trains without privacy, and a run's folder says "
             "what its privacy is. For a comparison make a PrivacyEngine with it in a loop of your own."

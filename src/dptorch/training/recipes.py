@@ -18,7 +18,7 @@ from dptorch.errors import ConfigurationError, one_of
 from dptorch.training.data import Examples, TrainTest
 from dptorch.training.images import deskew, hog, standardise
 
-__all__ = ["RECIPES", "Hyperparameters", "Recipe", "for_own_data", "get", "mnist_images"]
+__all__ = ["RECIPES", "Hyperparameters", "Recipe", "for_own_data", "get_recipe", "mnist_images"]
 
 MNIST_TEST_PER_DIGIT = 100
 
@@ -159,14 +159,14 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-def get(name: str) -> Recipe:
-    """The recipe called `name`.
+def get_recipe(name: str) -> Recipe:
+    """Return the recipe called `name`.
 
     Raises:
         ConfigurationError: listing the names there are.
 
     Example:
-        >>> get("mnist").hyperparameters.sample_rate
+        >>> get_recipe("mnist").hyperparameters.sample_rate
         0.25
     """
     return RECIPES[one_of("recipe", name, RECIPES)]

@@ -16,8 +16,8 @@ RUN = [SampledGaussian(1.0, 0.01, 200)]
 @pytest.mark.parametrize("adjacency", ["add-remove", "replace-one"])
 def test_the_interval_holds_exact(adjacency):
     pytest.importorskip("prv_accountant")
-    accountant = accounting.get("prv")
-    exact = accounting.get("exact").epsilon(RUN, 1e-5, adjacency=adjacency)
+    accountant = accounting.get_accountant("prv")
+    exact = accounting.get_accountant("exact").epsilon(RUN, 1e-5, adjacency=adjacency)
     pairs = reduced(RUN, Adjacency(adjacency)).compositions[0]
     lower, estimate, upper = accountant.interval(pairs, 1e-5)
     assert lower <= exact <= upper == accountant.epsilon(RUN, 1e-5, adjacency=adjacency)
@@ -33,7 +33,9 @@ def test_the_packages_own_mechanism_agrees():
         eps_error=0.01,
         delta_error=1e-8,
     )
-    found = accounting.get("glw").interval((SampledPair("remove", 1.0, 0.01, 200),), 1e-5)
+    found = accounting.get_accountant("glw").interval(
+        (SampledPair("remove", 1.0, 0.01, 200),), 1e-5
+    )
     assert found == pytest.approx(package.compute_epsilon(1e-5, [200]), abs=1e-6)
 
 
@@ -43,4 +45,4 @@ def test_without_the_package_the_way_out_is_named(monkeypatch):
     prv._composed.cache_clear()
     monkeypatch.setitem(sys.modules, "prv_accountant", None)
     with pytest.raises(ConfigurationError, match="pip install prv-accountant"):
-        accounting.get("prv").epsilon(RUN, 1e-5)
+        accounting.get_accountant("prv").epsilon(RUN, 1e-5)

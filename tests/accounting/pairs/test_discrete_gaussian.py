@@ -73,12 +73,12 @@ def test_it_costs_what_the_gaussian_costs_at_integer_orders() -> None:
     for sigma, rate, steps in ((0.8, 0.02, 1), (1.0, 0.01, 1000), (5.0, 1.0, 10), (20.0, 1.0, 9)):
         discrete = [SampledDiscreteGaussian(sigma, rate, steps)]
         gaussian = [SampledGaussian(sigma, rate, steps)]
-        get = accounting.get("rdp").epsilon
+        get = accounting.get_accountant("rdp").epsilon
         assert get(gaussian, 1e-5) - 1e-9 <= get(discrete, 1e-5) <= 1.1 * get(gaussian, 1e-5)
 
 
 def test_replacement_is_covered_without_sampling_only() -> None:
-    rdp = accounting.get("rdp")
+    rdp = accounting.get_accountant("rdp")
     whole = [SampledDiscreteGaussian(2.0, 1.0, 10)]
     found = rdp.epsilon(whole, 1e-5, adjacency=Adjacency.REPLACE_ONE)
     assert found == pytest.approx(rdp.epsilon([SampledDiscreteGaussian(1.0, 1.0, 10)], 1e-5))
@@ -86,7 +86,7 @@ def test_replacement_is_covered_without_sampling_only() -> None:
         rdp.epsilon([SampledDiscreteGaussian(2.0, 0.1, 10)], 1e-5, adjacency=Adjacency.REPLACE_ONE)
 
 
-@pytest.mark.parametrize("name", [n for n in accounting.names() if n != "rdp"])
+@pytest.mark.parametrize("name", [n for n in accounting.accountant_names() if n != "rdp"])
 def test_other_accountants_refuse_it_by_name(name: str) -> None:
     with pytest.raises(PrivacyError, match=r"does not cover .*discrete Gaussian.*These do: rdp"):
-        accounting.get(name).epsilon([SampledDiscreteGaussian(1.0, 0.1, 10)], 1e-5)
+        accounting.get_accountant(name).epsilon([SampledDiscreteGaussian(1.0, 0.1, 10)], 1e-5)

@@ -124,13 +124,13 @@ def test_with_replacement_is_the_theorems_sum():
 def test_exact_and_pld_agree(sigma, steps):
     run = [FixedSizeGaussian(sigma, 600, 60_000, steps)]
     exact, pld = (
-        accounting.get(name).epsilon(run, 1e-5, adjacency="replace-one")
+        accounting.get_accountant(name).epsilon(run, 1e-5, adjacency="replace-one")
         for name in ("exact", "pld")
     )
     assert exact - 1e-9 <= pld <= exact + 1e-3 * max(1.0, exact / 10)
-    assert accounting.get("exact").delta(run, exact, adjacency="zero-out") == pytest.approx(
-        1e-5, rel=1e-4
-    )
+    assert accounting.get_accountant("exact").delta(
+        run, exact, adjacency="zero-out"
+    ) == pytest.approx(1e-5, rel=1e-4)
 
 
 def test_composing_each_direction_alone_would_be_caught():
@@ -154,7 +154,7 @@ def test_rdp_improves_on_dp_accounting_with_its_factor_mended():
 
     run = [FixedSizeGaussian(2.0, 600, 60_000, 1000)]
     exact, rdp = (
-        accounting.get(name).epsilon(run, 1e-5, adjacency="replace-one")
+        accounting.get_accountant(name).epsilon(run, 1e-5, adjacency="replace-one")
         for name in ("exact", "rdp")
     )
     assert exact < rdp < theirs(1.0) < 3.6
@@ -165,7 +165,7 @@ def test_every_record_every_step_is_the_gaussian_mechanism():
     run = [FixedSizeGaussian(10.0, 50, 50, 100)]
     plain = [SampledGaussian(10.0, 1.0, 100)]
     for name in ("exact", "pld", "rdp"):
-        accountant = accounting.get(name)
+        accountant = accounting.get_accountant(name)
         found = accountant.epsilon(run, 1e-5, adjacency="replace-one")
         assert found == pytest.approx(
             accountant.epsilon(plain, 1e-5, adjacency="replace-one"), rel=1e-3
@@ -174,7 +174,7 @@ def test_every_record_every_step_is_the_gaussian_mechanism():
 
 def test_replacement_costs_more():
     cost = [
-        accounting.get("pld").epsilon(
+        accounting.get_accountant("pld").epsilon(
             [FixedSizeGaussian(4.0, 10, 100, 50, replacement)], 1e-5, adjacency="replace-one"
         )
         for replacement in (False, True)
@@ -183,7 +183,7 @@ def test_replacement_costs_more():
 
 
 def test_refusals():
-    exact, run = accounting.get("exact"), [FixedSizeGaussian(1.0, 10, 100, 5)]
+    exact, run = accounting.get_accountant("exact"), [FixedSizeGaussian(1.0, 10, 100, 5)]
     with pytest.raises(PrivacyError, match=r"rate depends on the number of records.*zero-out"):
         exact.epsilon(run, 1e-5, adjacency="add-remove")
     with pytest.raises(PrivacyError, match="These do: pld"):

@@ -13,7 +13,7 @@ from dptorch.accounting.composition.contour import log_mgf
 from dptorch.accounting.pairs.random_allocation import AllocationPair
 from dptorch.errors import PrivacyError
 
-PLD = accounting.get("pld")
+PLD = accounting.get_accountant("pld")
 
 
 def call(strike, sigma):
@@ -155,7 +155,7 @@ def test_too_little_of_a_step_would_be_caught():
 def test_what_is_not_covered_says_so():
     event = RandomAllocationGaussian(1.0, 10, 10)
     with pytest.raises(PrivacyError, match="These do: pld"):
-        accounting.get("exact").epsilon([event], 1e-5)
+        accounting.get_accountant("exact").epsilon([event], 1e-5)
     with pytest.raises(PrivacyError, match="zero-out"):
         PLD.epsilon([event], 1e-5, adjacency="replace-one")
 

@@ -28,7 +28,7 @@ def test_every_choice_spends_the_whole_budget(limit, steps):
     assert ratios == sorted(ratios, reverse=True)
     for c in choices:
         run = [SampledGaussian(c.noise_multiplier, c.batch_size / 10_000, c.steps)]
-        assert 1.9999 < accounting.get("exact").epsilon(run, 1e-5) <= 2.0
+        assert 1.9999 < accounting.get_accountant("exact").epsilon(run, 1e-5) <= 2.0
         assert c.noise_per_gradient == c.noise_multiplier / c.batch_size
         assert c.signal_to_noise == pytest.approx(math.sqrt(c.steps) / c.noise_per_gradient)
         assert c.epochs == pytest.approx(c.steps * c.batch_size / 10_000)

@@ -82,9 +82,11 @@ def test_a_gaussian_run_by_hand():
 
 def test_it_costs_more_than_a_run_and_less_than_all():
     run = [SampledGaussian(2.0, 0.02, 500)]
-    one = accounting.get("exact").epsilon(run, 1e-5)
+    one = accounting.get_accountant("exact").epsilon(run, 1e-5)
     all_runs = accounting.tuned_epsilon(run, 1e-5, RunLaw("fixed", 30))
-    assert all_runs == accounting.get("pld").epsilon([SampledGaussian(2.0, 0.02, 15_000)], 1e-5)
+    assert all_runs == accounting.get_accountant("pld").epsilon(
+        [SampledGaussian(2.0, 0.02, 15_000)], 1e-5
+    )
     for name in ("logarithmic", "geometric", "poisson"):
         for adjacency in ("add-remove", "replace-one"):
             few, many = (

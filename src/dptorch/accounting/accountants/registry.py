@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.errors import one_of
 
-__all__ = ["get", "names"]
+__all__ = ["accountant_names", "get_accountant"]
 
 
 def _exact() -> Accountant:
@@ -50,24 +50,24 @@ _MAKERS: dict[str, Callable[[], Accountant]] = {
 _ALIASES = {"glw": "prv"}
 
 
-def names() -> list[str]:
-    """The accountants' names, aliases left out.
+def accountant_names() -> list[str]:
+    """Return the names of the accountants, without aliases.
 
     Example:
-        >>> names()
+        >>> accountant_names()
         ['exact', 'pld', 'rdp', 'prv', 'gdp']
     """
     return list(_MAKERS)
 
 
-def get(name: str) -> Accountant:
+def get_accountant(name: str) -> Accountant:
     """Return the accountant called `name`; "glw" (Gopi, Lee, Wutschitz) is another name of "prv".
 
     Raises:
         dptorch.errors.ConfigurationError: no accountant has that name; all names are listed.
 
     Example:
-        >>> get("glw").name
+        >>> get_accountant("glw").name
         'prv'
     """
     one_of("accountant", name, [*_MAKERS, *_ALIASES])

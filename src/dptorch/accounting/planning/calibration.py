@@ -62,7 +62,7 @@ def noise_multiplier_for(
     check_delta(delta)
     if like.steps == 0:
         return 0.0
-    asked = registry.get(accountant)
+    asked = registry.get_accountant(accountant)
 
     def excess(log_noise: float) -> float:
         """log ε - log target: falls with the noise, and nearly along a line."""

@@ -46,7 +46,7 @@ def epsilon(
         noise_multiplier: standard deviation of the noise over max_grad_norm; 0 gives inf.
         steps: 0 gives 0.0.
         delta: in (0, 1).
-        accountant: one of `dptorch.accounting.names()`, or "glw".
+        accountant: one of `dptorch.accounting.accountant_names()`, or "glw".
         adjacency: the neighbouring relation, an `Adjacency` or its value.
 
     Raises:
@@ -57,7 +57,7 @@ def epsilon(
         1.83
     """
     event = SampledGaussian(noise_multiplier, sample_rate, steps)
-    return registry.get(accountant).epsilon([event], delta, adjacency=adjacency)
+    return registry.get_accountant(accountant).epsilon([event], delta, adjacency=adjacency)
 
 
 def delta(
@@ -77,7 +77,7 @@ def delta(
         '9.9e-06'
     """
     event = SampledGaussian(noise_multiplier, sample_rate, steps)
-    return registry.get(accountant).delta([event], epsilon, adjacency=adjacency)
+    return registry.get_accountant(accountant).delta([event], epsilon, adjacency=adjacency)
 
 
 def noise_multiplier(
@@ -218,7 +218,7 @@ class _Question:
         return cls(
             check_epsilon(target, name="target_epsilon"),
             check_delta(delta),
-            registry.get(accountant),
+            registry.get_accountant(accountant),
             Adjacency.of(adjacency),
         )
 
@@ -261,7 +261,7 @@ class _Question:
         The exact accountant finds the neighbourhood; the one asked has the last word.
         """
         log_ends = (math.log(safe_end), math.log(costly_end))
-        exact = registry.get("exact")
+        exact = registry.get_accountant("exact")
         near, _ = _root(
             lambda log_x: self.moments_excess(run(math.exp(log_x))), math.log(start), 1.0, *log_ends
         )
@@ -307,7 +307,7 @@ class _Question:
             0.0,
             math.log(_MOST_STEPS),
         )
-        exact = registry.get("exact")
+        exact = registry.get_accountant("exact")
         low = _most_whole(lambda n: self.excess(run(n), exact), int(math.exp(near or 0.0)))
         if self.accountant.name != "exact":
             low = _most_whole(lambda n: self.excess(run(n)), low)

@@ -121,7 +121,7 @@ def tuned_epsilon(
     check_delta(delta)
     if law.name == "fixed":
         everything = [event for event in history for _ in range(int(law.mean_runs))]
-        return registry.get("pld").epsilon(everything, delta, adjacency=adjacency)
+        return registry.get_accountant("pld").epsilon(everything, delta, adjacency=adjacency)
     orders, one = RDPAccountant().divergences(history, adjacency=adjacency)
     if not np.isfinite(one).any():
         if any(getattr(event, "overflow", 0.0) for event in history):
@@ -152,7 +152,7 @@ def _poisson(
     history: History, orders: Array, one: Array, mean: float, adjacency: Adjacency | str
 ) -> Array:
     """Theorem 6: δ' is a run's δ at ε' = log(1 + 1/(λ - 1))."""
-    pld = registry.get("pld")
+    pld = registry.get_accountant("pld")
     total = np.full(orders.size, np.inf)
     # A hundredth of the orders' range loses little: the bound is flat around its best.
     for k in np.flatnonzero((orders >= 1.5) & np.isfinite(one))[::3]:

@@ -4,7 +4,7 @@ from dptorch.audit.bounds.gaussian import GaussianCounts, mu_lower_bound, mu_low
 from dptorch.audit.bounds.many_runs import ClopperPearson, clopper_pearson_epsilon
 from dptorch.audit.bounds.one_run import OneRun, one_run_epsilon, one_run_p_value
 from dptorch.audit.bounds.one_run_fdp import one_run_fdp_epsilon, one_run_fdp_refutes
-from dptorch.audit.bounds.protocol import BOUNDS, Bound, get
+from dptorch.audit.bounds.protocol import BOUNDS, Bound, get_bound
 
 __all__ = [
     "BOUNDS",
@@ -13,7 +13,7 @@ __all__ = [
     "GaussianCounts",
     "OneRun",
     "clopper_pearson_epsilon",
-    "get",
+    "get_bound",
     "mu_lower_bound",
     "mu_lower_bound_from_scores",
     "one_run_epsilon",

@@ -11,7 +11,7 @@ from dptorch.audit.bounds.one_run import OneRun
 from dptorch.audit.evidence import Evidence
 from dptorch.errors import one_of
 
-__all__ = ["BOUNDS", "Bound", "get"]
+__all__ = ["BOUNDS", "Bound", "get_bound"]
 
 
 class Bound(Protocol):
@@ -50,14 +50,14 @@ BOUNDS: Mapping[str, Bound] = {
 }
 
 
-def get(name: str) -> Bound:
-    """The bound of that name.
+def get_bound(name: str) -> Bound:
+    """Return the bound called `name`.
 
     Raises:
         ConfigurationError: listing the names there are.
 
     Example:
-        >>> get("one-run").name
+        >>> get_bound("one-run").name
         'one run (Steinke et al. 2023)'
     """
     return BOUNDS[one_of("bound", name, BOUNDS)]

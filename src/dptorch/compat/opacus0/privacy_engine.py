@@ -200,7 +200,7 @@ class PrivacyEngine:
         delta = self.target_delta if target_delta is None else target_delta
         history = [] if self._run is None else self._run.history()
         adjacency = self._plan.adjacency
-        epsilon = accounting.get("rdp").epsilon(history, delta, adjacency=adjacency)
+        epsilon = accounting.get_accountant("rdp").epsilon(history, delta, adjacency=adjacency)
         return epsilon, RDPAccountant().best_order(history, delta, adjacency=adjacency)
 
     def to(self, device: Any) -> PrivacyEngine:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from dptorch.errors import one_of
 from dptorch.tape.gradients.device_cost import DeviceCost
 
-__all__ = ["MODES", "NON_PRIVATE", "Mode", "Way", "mode_of"]
+__all__ = ["MODES", "NON_PRIVATE", "Mode", "Way", "get_mode"]
 
 
 class Way(NamedTuple):
@@ -128,14 +128,14 @@ _ALIASES = {
 }
 
 
-def mode_of(name: str) -> Mode:
-    """A mode by its name, or by one that another library gives it.
+def get_mode(name: str) -> Mode:
+    """Return a mode by its name, or by the name that another library gives it.
 
     Raises:
         ConfigurationError: for an unknown name, with the nearest.
 
     Example:
-        >>> mode_of("ghost").passes, mode_of("MixOpt").name
+        >>> get_mode("ghost").passes, get_mode("MixOpt").name
         (2, 'BK-MixOpt')
     """
     return MODES[_ALIASES.get(name) or one_of("clipping_mode", name, [*MODES, *_ALIASES])]

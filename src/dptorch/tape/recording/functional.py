@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from dptorch.tape.gradients.clipping_modes import mode_of
+from dptorch.tape.gradients.clipping_modes import get_mode
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import Tape
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
@@ -62,7 +62,7 @@ def record(
     """
     recording = Recording(model, parameters)
     tape = recording.tape
-    tape.mode = mode_of(mode)
+    tape.mode = get_mode(mode)
     tape.guard = ParameterGuard(tape.parameters, strict=False)
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: map_batched(

@@ -73,7 +73,7 @@ class IAccountant:
             eps_error, delta_error, alphas: accepted: the accountants have errors and orders of
                 their own.
         """
-        return accounting.get(self.name).epsilon(
+        return accounting.get_accountant(self.name).epsilon(
             self.all_events(), delta, adjacency=Adjacency.ZERO_OUT
         )
 
