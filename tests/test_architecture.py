@@ -144,6 +144,46 @@ def test_what_runs_upwards_or_in_a_circle_is_found(tmp_path):
     assert circles(graph) == {"dptorch.errors", "dptorch.plan"}
 
 
+def shadowed(modules: dict[str, Path]) -> list[str]:
+    """Modules that their package hides: its ``__init__`` binds their name to something else.
+
+    ``from dptorch.pkg.name import name`` in ``dptorch/pkg/__init__.py`` makes ``dptorch.pkg.name``
+    that function, so that the module cannot be reached as an attribute.
+    """
+    found = []
+    for package, path in modules.items():
+        if path.name != "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            bound: list[tuple[str, str]] = []  # (name, where it comes from)
+            if isinstance(node, ast.ImportFrom):
+                bound = [(a.asname or a.name, f"{node.module}.{a.name}") for a in node.names]
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                bound = [(node.name, "here")]
+            found += [
+                inner
+                for name, origin in bound
+                if (inner := f"{package}.{name}") in modules and origin != inner
+            ]
+    return found
+
+
+def test_no_module_is_shadowed_by_a_name_of_its_package():
+    assert shadowed(modules_of(SOURCE)) == []
+
+
+def test_a_shadowed_module_is_found(tmp_path):
+    """The broken twin."""
+    package = tmp_path / "dptorch"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from dptorch.check import check\nfrom dptorch import plan\ndef prepare(): ...\n"
+    )
+    for name in ("check", "plan", "prepare"):
+        (package / f"{name}.py").write_text("")
+    assert shadowed(modules_of(tmp_path)) == ["dptorch.check", "dptorch.prepare"]
+
+
 def test_files_are_short():
     long = {
         str(path.relative_to(SOURCE)): lines

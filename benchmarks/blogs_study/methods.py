@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from dptorch.blogs.engine import BloGSPrivacyEngine
+from dptorch.blogs.blogs_engine import BloGSPrivacyEngine
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import PrivacyWarning
 
-__all__ = ["DELTA", "METHODS", "Method", "Run"]
+__all__ = ["DELTA", "METHODS", "Method", "Training"]
 
 DELTA = 1e-5
 CLIP = 1.0
 
 
 @dataclass(frozen=True)
-class Run:
+class Training:
     """A model under training: iterate `loader`, and backward and step as always.
 
     Attributes:
@@ -44,12 +44,12 @@ class Method:
     Attributes:
         name: for the tables.
         kind: "none", "shuffle" or "noise"; what an adversary looks for depends on it.
-        start: (model, optimizer, data, batch size, steps, target epsilon, seed) -> `Run`.
+        start: (model, optimizer, data, batch size, steps, target epsilon, seed) -> `Training`.
     """
 
     name: str
     kind: str
-    start: Callable[..., Run]
+    start: Callable[..., Training]
 
 
 def _plain(
@@ -60,11 +60,11 @@ def _plain(
     steps: int,
     epsilon: float,
     seed: int | None,
-) -> Run:
-    return Run(_shuffled_loader(data, batch_size, seed), lambda: None, lambda: None)
+) -> Training:
+    return Training(_shuffled_loader(data, batch_size, seed), lambda: None, lambda: None)
 
 
-def _blogs(**settings: Any) -> Callable[..., Run]:
+def _blogs(**settings: Any) -> Callable[..., Training]:
     def start(
         model: nn.Module,
         optimizer: Optimizer,
@@ -73,7 +73,7 @@ def _blogs(**settings: Any) -> Callable[..., Run]:
         steps: int,
         epsilon: float,
         seed: int | None,
-    ) -> Run:
+    ) -> Training:
         engine = _quietly(
             BloGSPrivacyEngine,
             optimizer,
@@ -88,7 +88,7 @@ def _blogs(**settings: Any) -> Callable[..., Run]:
             **settings,
         )
         shuffled = engine.mechanism == "shuffle"
-        return Run(
+        return Training(
             _shuffled_loader(data, batch_size, seed) if shuffled else engine.loader(data),
             lambda: float(engine.get_privacy_spent()),
             engine.detach,
@@ -105,7 +105,7 @@ def _dpsgd(
     steps: int,
     epsilon: float,
     seed: int | None,
-) -> Run:
+) -> Training:
     engine = PrivacyEngine(
         model,
         batch_size=batch_size,
@@ -118,10 +118,10 @@ def _dpsgd(
         seed=seed,
     )
     engine.attach(optimizer)
-    return Run(engine.loader(data), lambda: engine.get_privacy_spent().epsilon, engine.detach)
+    return Training(engine.loader(data), lambda: engine.get_privacy_spent().epsilon, engine.detach)
 
 
-def _shuffle(index: str) -> Callable[..., Run]:
+def _shuffle(index: str) -> Callable[..., Training]:
     return _blogs(index=index, on_unattainable="minimum")
 
 

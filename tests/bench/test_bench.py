@@ -14,12 +14,12 @@ import torch
 from typer.testing import CliRunner
 
 from dptorch.bench import memory, suite
+from dptorch.bench.all_engines import choose, engines
+from dptorch.bench.cost_page import Measurements, load, page, save
 from dptorch.bench.engines import NON_PRIVATE, Engine, Settings, Step, start
 from dptorch.bench.exactness import WRONG, gradient_error
 from dptorch.bench.memory import Job, allocator_peak, ask, largest_batch, memory_bytes
 from dptorch.bench.peers import peer_engines, read_peers
-from dptorch.bench.registry import choose, engines
-from dptorch.bench.report import Run, load, page, save
 from dptorch.bench.suite import Options, Row, measure
 from dptorch.bench.timing import interleave
 from dptorch.bench.workloads import WORKLOADS, Size, Unavailable, Workload
@@ -276,7 +276,7 @@ def test_a_wrong_gradient_is_no_best_of_anything(tmp_path: Path) -> None:
     wrong = Row("mlp", "peer/wrong", 2, None, 4, ratio=1.1, gradient_error=0.5)
     right = Row("mlp", "peer/right", 2, None, 4, ratio=1.5, gradient_error=1e-6)
     failed = Row("mlp", "peer/none", 2, None, 4, ratio=1.0, gradient_error=float("nan"))
-    run = Run("cost", "dptorch bench", {}, {}, [wrong, right, failed])
+    run = Measurements("cost", "dptorch bench", {}, {}, [wrong, right, failed])
     save(run, tmp_path)
     text = page(load(tmp_path))
     assert "| mlp, B=2, d=4 | 1.50 |" in text
@@ -286,9 +286,9 @@ def test_a_wrong_gradient_is_no_best_of_anything(tmp_path: Path) -> None:
 
 
 def test_a_run_replaces_what_it_measures_and_leaves_other_workloads(tmp_path: Path) -> None:
-    def run(command: str, **ratios: float) -> Run:
+    def run(command: str, **ratios: float) -> Measurements:
         rows = [Row(w, "dptorch/auto", 2, None, 4, ratio=r) for w, r in ratios.items()]
-        return Run("cost", command, {"date": command}, {}, rows)
+        return Measurements("cost", command, {"date": command}, {}, rows)
 
     save(run("first", mlp=1.11, vit=1.22), tmp_path)
     save(run("second", vit=1.33, gpt2=1.44), tmp_path)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from dptorch.blogs import BloGSPrivacyEngine
-from dptorch.blogs.gaussian import group_settings
+from dptorch.blogs.noisy_steps import group_settings
 from dptorch.errors import ConfigurationError
 
 RECORDS, BATCH, STEPS = 64, 16, 8

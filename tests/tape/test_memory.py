@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import dptorch
+from dptorch.bench.all_engines import engines
 from dptorch.bench.engines import NON_PRIVATE, start
 from dptorch.bench.memory import allocator_peak
-from dptorch.bench.registry import engines
 from dptorch.bench.workloads import Size, get_workload
 from dptorch.tape import Tape
 from dptorch.tape.gradients import Dense, Geometry, convolution, tape

@@ -8,15 +8,15 @@ games       adversaries: Dirac canaries on the engine, the step game, new tokens
 scores      signs of membership, one family a file
 membership  trained attacks: LanguageMIA, ImageMIA
 result      claim, measurement and verdict
-roc, charts, report
+roc, audit_charts, audit_page
             curves, numbers people read off them, and the page
 """
 
+from dptorch.audit.audit_page import write_report
 from dptorch.audit.auditing import audit
 from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import audit_step, new_token_canaries, play_dirac, play_steps
 from dptorch.audit.membership import ImageMIA, LanguageMIA
-from dptorch.audit.report import write_report
 from dptorch.audit.result import AuditResult, judge
 
 __all__ = [

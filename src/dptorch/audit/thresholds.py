@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dptorch.audit.bounds.protocol import Bound
+from dptorch.audit.bounds.bound import Bound
 from dptorch.audit.evidence import Evidence
 from dptorch.errors import ConfigurationError, one_of
 

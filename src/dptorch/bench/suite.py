@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from dptorch.bench.all_engines import engines
 from dptorch.bench.engines import NON_PRIVATE, Engine, Step, start, versions
 from dptorch.bench.exactness import gradient_error
 from dptorch.bench.memory import Job, ask
-from dptorch.bench.registry import engines
 from dptorch.bench.timing import interleave
 from dptorch.bench.workloads import Recipe, Size, Unavailable
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from dptorch.bench.all_engines import engines
 from dptorch.bench.engines import start
 from dptorch.bench.memory import Job, allocator_peak, largest_batch, live_bytes, resident_peak
-from dptorch.bench.registry import engines
 from dptorch.bench.workloads import Size, Unavailable, get_workload
 
 __all__ = ["answer", "main"]

@@ -6,9 +6,9 @@ The shuffle is a heuristic without any privacy guarantee. `BloGSPrivacyEngine` w
 
 from typing import Any
 
-from dptorch.blogs.engine import BloGSPrivacyEngine
+from dptorch.blogs.blogs_engine import BloGSPrivacyEngine
 from dptorch.blogs.index import INDICES
-from dptorch.blogs.statement import BloGSSpent, BloGSStatement
+from dptorch.blogs.index_statement import BloGSSpent, BloGSStatement
 
 __all__ = ["INDICES", "BloGSPrivacyEngine", "BloGSSFTTrainer", "BloGSSpent", "BloGSStatement"]
 

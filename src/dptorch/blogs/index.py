@@ -1,9 +1,10 @@
 """The BloGS index: the number that ForgetNet's releases called epsilon.
 
 Two of its formulas are kept as they were published in code. Neither is a privacy guarantee: a
-permutation of blocks is not (ε, δ)-differentially private for any ε (see `dptorch.blogs.statement`),
-and both give a finite number even to a shuffle of one block, which changes nothing. They are here so
-that a run of the method can be compared with what was reported of it.
+permutation of blocks is not (ε, δ)-differentially private for any ε (see
+`dptorch.blogs.index_statement`), and both formulas give a finite number even for a shuffle of one
+block, which changes nothing. They are here so that a run of the method can be compared with what was
+reported for it.
 
 Symbols: a group of d coordinates cut into blocks of β, clip value C, T steps, q = batch size /
 number of records. E is the sum of the groups' values.

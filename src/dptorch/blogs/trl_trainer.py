@@ -23,10 +23,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from dptorch.blogs.engine import MECHANISMS, make_steps
-from dptorch.blogs.gaussian import NoisySteps
-from dptorch.blogs.statement import BloGSSpent, BloGSStatement
-from dptorch.blogs.steps import ShuffledSteps
+from dptorch.blogs.blogs_engine import MECHANISMS, make_steps
+from dptorch.blogs.index_statement import BloGSSpent, BloGSStatement
+from dptorch.blogs.noisy_steps import NoisySteps
+from dptorch.blogs.shuffled_steps import ShuffledSteps
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.statement import Statement
@@ -44,7 +44,7 @@ class BloGSSFTTrainer(SFTTrainer):
     blocks shuffled, once for each optimizer step. **That gives no privacy guarantee**; see
     `dptorch.blogs`. Every entry of ``state.log_history`` has ``nominal_epsilon``, the BloGS index.
 
-    ``mechanism="gaussian"``: differentially private, see `dptorch.blogs.gaussian`. A step draws
+    ``mechanism="gaussian"``: differentially private, see `dptorch.blogs.noisy_steps`. A step draws
     ``per_device_train_batch_size * gradient_accumulation_steps`` records in the mean, at most
     ``per_device_train_batch_size`` at a time. Entries have ``epsilon`` and ``delta``.
 

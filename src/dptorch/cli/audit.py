@@ -74,10 +74,10 @@ def audit(
     """
     from dptorch.atomic_files import replacing
     from dptorch.audit import audit as run_audit
+    from dptorch.audit.audit_page import write_report
     from dptorch.audit.black_box import has_canaries
-    from dptorch.audit.report import write_report
     from dptorch.audit.result import AuditResult
-    from dptorch.training.report import missing_packages
+    from dptorch.training.run_page import missing_packages
 
     white = adversary == "white-box" or (
         adversary == "auto" and not (target.is_dir() and has_canaries(target))

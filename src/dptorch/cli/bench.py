@@ -14,8 +14,8 @@ from dptorch.errors import ConfigurationError, one_of
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dptorch.bench.cost_page import Measurements
     from dptorch.bench.engines import Engine
-    from dptorch.bench.report import Run
     from dptorch.bench.suite import Options, Tell
     from dptorch.bench.workloads import Recipe
 
@@ -132,9 +132,9 @@ def bench(
     """
     from rich.console import Console
 
+    from dptorch.bench.all_engines import choose, engines
     from dptorch.bench.memory import memory_bytes
     from dptorch.bench.peers import read_peers
-    from dptorch.bench.registry import choose, engines
     from dptorch.bench.suite import AXES, Options
     from dptorch.bench.workloads import WORKLOADS, get_workload
 
@@ -224,20 +224,20 @@ def _runs(
     values: list[int],
     cap: int | None,
     console: Console,
-) -> Iterator[Run]:
+) -> Iterator[Measurements]:
     """Measure, showing a bar and a table for each workload; what there is after each of them, so
     that an interrupted run has its results."""
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-    from dptorch.bench.report import Run, remarks, terminal_table
+    from dptorch.bench.cost_page import Measurements, remarks, terminal_table
     from dptorch.bench.suite import Row, facts, largest, measure, sweep_sizes
     from dptorch.bench.workloads import Unavailable
 
     kind = f"sweep-{axis}" if axis else "largest-batch" if cap is not None else "cost"
     about = {e.name: e.what for e in options.engines}
     rows: list[Row] = []
-    run = Run(kind, _command(), facts(options), about, rows, cap)
+    run = Measurements(kind, _command(), facts(options), about, rows, cap)
     jobs = []
     for recipe in recipes:
         try:
@@ -282,9 +282,9 @@ def _command() -> str:
     return " ".join(result)
 
 
-def _write(run: Run, folder: Path, docs: bool) -> list[Path]:
+def _write(run: Measurements, folder: Path, docs: bool) -> list[Path]:
     """Save the run, and the page of all runs in the folder; returns the files."""
-    from dptorch.bench.report import load, page, save
+    from dptorch.bench.cost_page import load, page, save
 
     files = save(run, folder)
     text = page(load(folder))

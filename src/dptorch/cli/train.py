@@ -467,7 +467,7 @@ def _watched(run_job: Any, setup: Setup, folder: Any, console: Console, resume: 
 
 def _conclude(outcome: Outcome, console: Console) -> None:
     from dptorch.training.loop import spent_and_tested
-    from dptorch.training.report import missing_packages
+    from dptorch.training.run_page import missing_packages
 
     path = outcome.folder.path
     console.print()

@@ -23,8 +23,8 @@ from dptorch.errors import DataError
 from dptorch.training.canaries import CANARY_FILE
 from dptorch.training.data import Example
 from dptorch.training.job import Setup
-from dptorch.training.report import missing_packages, write_report
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
+from dptorch.training.run_page import missing_packages, write_report
 
 __all__ = ["Observer", "Outcome", "Silent", "evaluate", "train"]
 

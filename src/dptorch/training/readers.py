@@ -304,14 +304,14 @@ def read_csv(path: Path, options: ReadOptions) -> TrainTest:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    def opened() -> IO[str]:
+    def open_text() -> IO[str]:
         if path.name.lower().endswith(".gz"):
             return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
         return path.open(encoding="utf-8-sig", newline="")
 
     line = 0
     try:
-        with opened() as file:
+        with open_text() as file:
             reader = csv.reader(file)
             for row in reader:
                 line = reader.line_num

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.training.report import missing_packages, render
 from dptorch.training.run_folder import RunFolder
+from dptorch.training.run_page import missing_packages, render
 
 __all__ = ["COLUMNS", "TEST_COLUMNS", "check_destination", "release"]
 

@@ -24,7 +24,7 @@ from dptorch.tape.recording.batch_dims import BatchDims
 from dptorch.tape.recording.functional import record
 from dptorch.tape.recording.recording import Recording, active_modes
 from dptorch.validation.batch import Cutter
-from dptorch.validation.mixing import undisturbed
+from dptorch.validation.mixing import preserving_state
 
 __all__ = [
     "Comparison",
@@ -127,7 +127,7 @@ def run_tape(
     """
     reads = _Reads()
     with (
-        undisturbed(model),
+        preserving_state(model),
         reads,
         record(model, batch_dims=batch_dims, parameters=parameters) as tape,
     ):
@@ -200,7 +200,7 @@ def compare(
     singles: list[list[Tensor | None]] = []
     losses = []
     for i in range(examples):
-        with undisturbed(model):
+        with preserving_state(model):
             loss = loss_value(model, cutter.select([i], cast), loss_fn).sum()
             losses.append(loss.item())
             singles.append(list(torch.autograd.grad(loss, tensors, allow_unused=True)))

@@ -32,7 +32,7 @@ from dptorch.validation.compare import (
     tolerance_for,
     uncovered,
 )
-from dptorch.validation.mixing import MIXES, WAY_OUT, find_mixing, undisturbed
+from dptorch.validation.mixing import MIXES, WAY_OUT, find_mixing, preserving_state
 
 __all__ = ["CheckReport", "Finding", "ParameterRow", "check"]
 
@@ -109,7 +109,7 @@ def check(
     with ExitStack() as stack:
         stack.enter_context(watch.paused() if watch is not None else nullcontext())
         stack.enter_context(_gradients_kept(model))
-        stack.enter_context(undisturbed(model))
+        stack.enter_context(preserving_state(model))
         if training:
             model.train()
         job = _Check(model, batch, loss_fn, examples, batch_dims, parameters, tolerance)
@@ -173,7 +173,7 @@ class _Check:
     # -- the experiments ---------------------------------------------------------------------------
 
     def _calls(self, batch: Any) -> list[Call]:
-        with undisturbed(self.model):
+        with preserving_state(self.model):
             return calls_of(self.model, lambda: loss_value(self.model, batch, self.loss_fn))
 
     def _look_for_mixing(self) -> None:
@@ -224,7 +224,7 @@ class _Check:
     def _repeats(self) -> bool:
         values = []
         for seed in (1, 2):
-            with torch.no_grad(), undisturbed(self.model):
+            with torch.no_grad(), preserving_state(self.model):
                 torch.manual_seed(seed)
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002

@@ -19,7 +19,7 @@ from dptorch.tape.recording.batch_dims import BatchDims, map_batched
 from dptorch.tape.recording.patches import visible
 from dptorch.tape.recording.recording import Recording
 
-__all__ = ["MIXES", "WAY_OUT", "find_mixing", "perturbed", "refuse_mixing", "undisturbed"]
+__all__ = ["MIXES", "WAY_OUT", "find_mixing", "perturbed", "preserving_state", "refuse_mixing"]
 
 MIXES = "changing one example changed its values for another, so no per-example gradient exists."
 WAY_OUT = "Make it treat examples independently; dptorch.prepare(model) converts BatchNorm."
@@ -120,7 +120,7 @@ def _compare(
         return None
 
     def run(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[_Seen]:
-        with torch.set_grad_enabled(grad), undisturbed(model), _frozen(model):
+        with torch.set_grad_enabled(grad), preserving_state(model), _frozen(model):
             return _watch(model, *inputs, batch_dims)
 
     before = run(plain)
@@ -306,7 +306,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserving_state(model: nn.Module) -> Iterator[None]:
     """Random states, buffers and attributes of the model's modules are restored on the way out."""
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tables = [m.__dict__ for m in modules]

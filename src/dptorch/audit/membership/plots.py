@@ -21,7 +21,7 @@ def save(folder: Path, result: dict[str, Any], evidence: Evidence) -> None:
         ConfigurationError: matplotlib is missing.
     """
     try:
-        from dptorch.training.charts import AMBER, BLUE, MUTED, canvas
+        from dptorch.training.run_charts import AMBER, BLUE, MUTED, canvas
 
         folder.mkdir(parents=True, exist_ok=True)
         figure, axes = canvas("false positive rate", f"ROC, AUC {result['roc_auc']:.3f}")

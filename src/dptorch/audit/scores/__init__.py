@@ -10,11 +10,11 @@ shadows        training those other models
 
 from dptorch.audit.scores.gradient_norm import class_gradient_norm, text_gradient_norm
 from dptorch.audit.scores.lira import lira_offline, lira_online, logit_confidence
-from dptorch.audit.scores.loss import class_loss, text_loss
-from dptorch.audit.scores.min_k import min_k, min_k_plus_plus
+from dptorch.audit.scores.loss_score import class_loss, text_loss
+from dptorch.audit.scores.min_k_score import min_k, min_k_plus_plus
 from dptorch.audit.scores.quantile import quantile_regression
 from dptorch.audit.scores.reference import reference_ratio
-from dptorch.audit.scores.rmia import rmia
+from dptorch.audit.scores.rmia_score import rmia
 from dptorch.audit.scores.shadows import shadow_signals
 from dptorch.audit.scores.signals import (
     TokenStatistics,
@@ -22,7 +22,7 @@ from dptorch.audit.scores.signals import (
     token_statistics,
     tokenize,
 )
-from dptorch.audit.scores.zlib_ratio import zlib_ratio
+from dptorch.audit.scores.zlib_score import zlib_ratio
 
 __all__ = [
     "TokenStatistics",

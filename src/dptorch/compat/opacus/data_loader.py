@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from dptorch.compat.arguments import known_arguments
-from dptorch.compat.opacus.run import Run
+from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError
@@ -96,7 +96,7 @@ class DPDataLoader:
         self.prefetch_factor = prefetch_factor
         self.persistent_workers = persistent_workers
         self.max_physical_batch_size: int | None = None
-        self._run: Run | None = None
+        self._run: ScheduledRun | None = None
         self._open: tuple[PrivacyEngine | None, PrivateLoader] | None = None
 
     @classmethod
@@ -127,7 +127,7 @@ class DPDataLoader:
             **{name: getattr(data_loader, name) for name in _KEPT},
         )
 
-    def of_run(self, run: Run) -> DPDataLoader:
+    def of_run(self, run: ScheduledRun) -> DPDataLoader:
         """The same loader, whose batches the engine of `run` draws."""
         mine = copy(self)
         mine._run, mine._open = run, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from dptorch.compat.opacus.run import Run
+from dptorch.compat.opacus.scheduled_run import ScheduledRun
 
 __all__ = ["DPOptimizer", "as_dp_optimizer"]
 
@@ -12,11 +12,11 @@ __all__ = ["DPOptimizer", "as_dp_optimizer"]
 class DPOptimizer(Optimizer):
     """The user's own optimizer, whose ``step`` applies noisy gradients.
 
-    Setting `noise_multiplier` or `max_grad_norm` goes on under a new plan, see `Run.change`; noise
-    and clipping cannot come apart, and every step is accounted at the noise it had.
+    Setting `noise_multiplier` or `max_grad_norm` continues the run under a new plan, see
+    `ScheduledRun.change`. Every step is accounted at the noise it had.
     """
 
-    _dp_run: Run
+    _dp_run: ScheduledRun
 
     @property
     def noise_multiplier(self) -> float:
@@ -52,7 +52,7 @@ class DPOptimizer(Optimizer):
         return self
 
 
-def as_dp_optimizer(optimizer: Optimizer, run: Run) -> DPOptimizer:
+def as_dp_optimizer(optimizer: Optimizer, run: ScheduledRun) -> DPOptimizer:
     """The same object, now a `DPOptimizer` too."""
     kind = type(optimizer)
     if not isinstance(optimizer, DPOptimizer):

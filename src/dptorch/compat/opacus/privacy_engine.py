@@ -19,7 +19,7 @@ from dptorch.compat.opacus.accountants import create_accountant
 from dptorch.compat.opacus.data_loader import DPDataLoader, order_of, private_loader
 from dptorch.compat.opacus.grad_sample import GradSampleModule
 from dptorch.compat.opacus.optimizers import as_dp_optimizer
-from dptorch.compat.opacus.run import Run
+from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.engine import checkpoint
 from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
@@ -74,7 +74,7 @@ class PrivacyEngine:
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
         self.accountant = create_accountant(accountant)
         self.secure_mode = secure_mode
-        self.runs: list[Run] = []
+        self.runs: list[ScheduledRun] = []
 
     # -- making things private ---------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             **clipping_arguments(model, clipping, max_grad_norm, adaptive),
             **length,
         )
-        run = Run(
+        run = ScheduledRun(
             model,
             optimizer,
             plan,
@@ -426,7 +426,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         self.accountant.events = [Event.from_dict(values) for values in extra["by_hand"]]
         return dict(extra["own"])
 
-    def _run_of(self, module: nn.Module) -> Run:
+    def _run_of(self, module: nn.Module) -> ScheduledRun:
         model = module._module if isinstance(module, GradSampleModule) else module
         for run in self.runs:
             if run.model is model:

@@ -15,7 +15,7 @@ from dptorch import accounting
 from dptorch.accounting.accountants.rdp import RDPAccountant
 from dptorch.compat.arguments import OPEN_END, known_arguments
 from dptorch.compat.opacus.privacy_engine import clipping_arguments
-from dptorch.compat.opacus.run import Run
+from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus0.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.errors import ConfigurationError, PrivacyWarning
 from dptorch.plan import make_plan
@@ -87,7 +87,7 @@ class PrivacyEngine:
     ) -> None:
         self.module = module
         self._batch_dims = 0 if batch_first else 1
-        self._run: Run | None = None
+        self._run: ScheduledRun | None = None
         self._hook: Any = None
         self._part: PhysicalBatch | None = None
         if sample_rate is None and batch_size is not None and sample_size is not None:
@@ -142,7 +142,9 @@ class PrivacyEngine:
             raise ConfigurationError(
                 "this engine was attached before. Make a new PrivacyEngine; its epsilon comes on top."
             )
-        self._run = run = Run(self.module, optimizer, self._plan, batch_dims=self._batch_dims)
+        self._run = run = ScheduledRun(
+            self.module, optimizer, self._plan, batch_dims=self._batch_dims
+        )
         optimizer.privacy_engine = self  # type: ignore[attr-defined]
         if self._sampler is not None:
             self._sampler.serve(self.sample_rate, self._begin_epoch)

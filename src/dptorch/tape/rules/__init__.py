@@ -1,7 +1,7 @@
 """Rules: one file an op family. See `registry` for how to add one."""
 
 from dptorch.tape.rules import broadcast, contraction, convolution, embedding, normalisation
-from dptorch.tape.rules.generic import generic
+from dptorch.tape.rules.generic_rule import generic
 from dptorch.tape.rules.loss import LOSSES
 from dptorch.tape.rules.registry import RULES, rule
 

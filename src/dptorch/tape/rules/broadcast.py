@@ -17,7 +17,7 @@ from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import agree
 from dptorch.tape.provenance.calls import Call
 from dptorch.tape.provenance.tags import Tag, broadcast_shape, rows
-from dptorch.tape.rules.generic import generic
+from dptorch.tape.rules.generic_rule import generic
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
 

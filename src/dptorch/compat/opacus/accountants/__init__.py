@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from dptorch import accounting
 from dptorch.accounting import Adjacency, EpochwiseGaussian, Event, SampledGaussian
 from dptorch.compat.arguments import known_arguments
-from dptorch.compat.opacus.run import Run
+from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = [
@@ -35,7 +35,7 @@ class IAccountant:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.runs: list[Run] = []
+        self.runs: list[ScheduledRun] = []
 
     def all_events(self) -> list[Event]:
         """All that was released."""

@@ -17,13 +17,13 @@ from dptorch.sampling import PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.tape.recording.batch_dims import BatchDims
 
-__all__ = ["Run"]
+__all__ = ["ScheduledRun"]
 
 # What of a plan a schedule changes, directly or not.
 _SCHEDULED = ("noise_multiplier", "target_epsilon", "max_grad_norm", "clipping_groups", "steps")
 
 
-class Run:
+class ScheduledRun:
     """A model, its optimizer, and the engines that train it.
 
     A plan never changes. A schedule of noise or of clipping norms is therefore a sequence of plans,

@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from dptorch import make_plan
 from dptorch.audit import Evidence, audit, judge
-from dptorch.audit.report import allowed_curve, posterior, render_audit, risks, write_report
+from dptorch.audit.audit_page import allowed_curve, posterior, render_audit, risks, write_report
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import (
     auc,

@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from dptorch.blogs.allocation import equal_share, per_step, trainable_groups
 from dptorch.blogs.index import make_index
-from dptorch.blogs.shuffle import BlockShuffle
-from dptorch.blogs.statement import (
+from dptorch.blogs.index_statement import (
     BloGSSpent,
     BloGSStatement,
     running_statistics,
     warning_text,
 )
+from dptorch.blogs.shuffle import BlockShuffle
 from dptorch.engine.optimizer_binding import OptimizerBinding
 from dptorch.errors import (
     BudgetExhausted,
@@ -50,7 +50,7 @@ class ShuffledSteps:
         seed: permutations that can be repeated, instead of the operating system's randomness.
 
     Guarantees:
-        None of privacy; see `dptorch.blogs.statement`. Every gradient of a step is clipped and
+        None of privacy; see `dptorch.blogs.index_statement`. Every gradient of a step is clipped and
         shuffled, or `shuffle` raises and none is changed.
 
     Raises:

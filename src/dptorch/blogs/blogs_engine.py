@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dptorch.blogs.gaussian import NoisySteps
-from dptorch.blogs.statement import BloGSSpent, BloGSStatement
-from dptorch.blogs.steps import ShuffledSteps
+from dptorch.blogs.index_statement import BloGSSpent, BloGSStatement
+from dptorch.blogs.noisy_steps import NoisySteps
+from dptorch.blogs.shuffled_steps import ShuffledSteps
 from dptorch.engine.optimizer_binding import check_parameters
 from dptorch.errors import one_of
 from dptorch.sampling import PrivateLoader
@@ -27,10 +27,10 @@ class BloGSPrivacyEngine:
 
     ``mechanism="shuffle"`` is ForgetNet's method: every tensor of the batch gradient is clipped and
     its blocks are permuted, once per optimizer step, however many backwards were accumulated. It
-    gives **no** privacy guarantee (`dptorch.blogs.statement` says why); what it reports is the
+    gives **no** privacy guarantee (`dptorch.blogs.index_statement` says why); what it reports is the
     published formula's number, the *BloGS index*.
 
-    ``mechanism="gaussian"`` is differentially private: see `dptorch.blogs.gaussian`.
+    ``mechanism="gaussian"`` is differentially private: see `dptorch.blogs.noisy_steps`.
 
     Args:
         optimizer: over the model's trainable parameters; its `step` shuffles, too.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.training import charts
+from dptorch.training import run_charts
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 
 __all__ = ["missing_packages", "page_template", "render", "wilson_interval", "write_report"]
@@ -83,11 +83,11 @@ def render(
         seeded="not private" in claims["key_provenance"],
         tested=tested,
         accuracy_chart=tested
-        and charts.accuracy_against_epsilon(
+        and run_charts.accuracy_against_epsilon(
             [(row["epsilon"], row["test_accuracy"]) for row in rows],
             chance=1 / len(about["data"]["classes"]),
         ),
-        epsilon_chart=charts.epsilon_against_steps(
+        epsilon_chart=run_charts.epsilon_against_steps(
             [(row["step"], row["epsilon"]) for row in rows], plan["target_epsilon"]
         ),
         diagnostics=_diagnostics(rows),
@@ -133,7 +133,7 @@ def _diagnostics(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
         column = NOT_PRIVATE + key
         points = [(row["step"], row[column]) for row in rows if column in row]
         if points:
-            found.append((label, charts.diagnostic(points, label, percent=percent)))
+            found.append((label, run_charts.diagnostic(points, label, percent=percent)))
     return found
 
 

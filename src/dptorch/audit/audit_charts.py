@@ -9,7 +9,7 @@ import numpy as np
 from dptorch.audit.evidence import Array, Evidence
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import pointwise_band, roc_curve, uniform_band
-from dptorch.training.charts import AMBER, BLUE, GRID, INK, MUTED, canvas, data_uri
+from dptorch.training.run_charts import AMBER, BLUE, GRID, INK, MUTED, canvas, data_uri
 
 __all__ = ["epsilon_bars", "every", "roc_chart", "score_histogram"]
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from dptorch.accounting import trade_off_curve
 from dptorch.atomic_files import replacing
-from dptorch.audit import charts
+from dptorch.audit import audit_charts
 from dptorch.audit.evidence import Array
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import auc, auc_interval, tpr_at_fpr
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.training.report import missing_packages, page_template
+from dptorch.training.run_page import missing_packages, page_template
 
 __all__ = ["Risk", "allowed_curve", "posterior", "render_audit", "risks", "write_report"]
 
@@ -99,7 +99,7 @@ def render_audit(result: AuditResult) -> str:
     return str(
         page_template("dptorch.audit").render(
             result=result,
-            charts=charts.every(result, allowed_curve(result)),
+            charts=audit_charts.every(result, allowed_curve(result)),
             auc=auc(result.evidence),
             auc_low=low,
             auc_high=high,

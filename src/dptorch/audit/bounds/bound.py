@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from dptorch.audit.bounds.gaussian import GaussianCounts, GaussianScores
+from dptorch.audit.bounds.gaussian_shape import GaussianCounts, GaussianScores
 from dptorch.audit.bounds.many_runs import ClopperPearson
 from dptorch.audit.bounds.one_run import OneRun
 from dptorch.audit.evidence import Evidence

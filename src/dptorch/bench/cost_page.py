@@ -22,13 +22,13 @@ from dptorch.bench.exactness import WRONG
 from dptorch.bench.suite import AXES, Row
 from dptorch.bench.workloads import WORKLOADS
 
-__all__ = ["KINDS", "Run", "load", "page", "remarks", "save", "terminal_table"]
+__all__ = ["KINDS", "Measurements", "load", "page", "remarks", "save", "terminal_table"]
 
 KINDS = ("cost", *(f"sweep-{axis}" for axis in AXES), "largest-batch")
 
 
 @dataclass(frozen=True)
-class Run:
+class Measurements:
     """What one command measured.
 
     Args:
@@ -48,7 +48,7 @@ class Run:
     cap: int | None = None
 
 
-def save(run: Run, folder: Path) -> list[Path]:
+def save(run: Measurements, folder: Path) -> list[Path]:
     """Write the run, beside what earlier ones say of other workloads, as JSON and CSV, and a plot;
     returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,20 +64,21 @@ def save(run: Run, folder: Path) -> list[Path]:
     return files if _plot(run.kind, rows, files[2]) else files[:2]
 
 
-def load(folder: Path) -> list[Run]:
+def load(folder: Path) -> list[Measurements]:
     """The runs that a folder holds, in the order of `KINDS`, the oldest of a kind first."""
     return [run for kind in KINDS for run in _read(folder / f"{kind}.json")]
 
 
-def _read(file: Path) -> list[Run]:
+def _read(file: Path) -> list[Measurements]:
     if not file.exists():
         return []
     return [
-        Run(**r | {"rows": [Row(**x) for x in r["rows"]]}) for r in json.loads(file.read_text())
+        Measurements(**r | {"rows": [Row(**x) for x in r["rows"]]})
+        for r in json.loads(file.read_text())
     ]
 
 
-def _others(earlier: Sequence[Run], new: Run) -> list[Run]:
+def _others(earlier: Sequence[Measurements], new: Measurements) -> list[Measurements]:
     """Earlier runs without the workloads of the new one. Another cap is another question."""
     measured = {row.workload for row in new.rows}
     left = [
@@ -88,7 +89,7 @@ def _others(earlier: Sequence[Run], new: Run) -> list[Run]:
     return [run for run in left if run.rows]
 
 
-def _in_order(runs: Sequence[Run]) -> list[Row]:
+def _in_order(runs: Sequence[Measurements]) -> list[Row]:
     """The rows of all, workload by workload."""
     names = list(WORKLOADS)
     return sorted((row for run in runs for row in run.rows), key=lambda r: names.index(r.workload))
@@ -101,7 +102,7 @@ def _short(value: Any) -> Any:
 # -- Markdown --------------------------------------------------------------------------------------
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Measurements]) -> str:
     """One Markdown page of everything measured."""
     text = [_INTRODUCTION]
     for kind in dict.fromkeys(run.kind for run in runs):
@@ -146,7 +147,7 @@ _TITLES = {
 }
 
 
-def _circumstances(runs: Sequence[Run]) -> list[str]:
+def _circumstances(runs: Sequence[Measurements]) -> list[str]:
     """Of each run; where there are several, below the workloads that it was the last to measure."""
     text: list[str] = []
     for run in runs:
@@ -240,7 +241,7 @@ def _sweep(kind: str, all_rows: Sequence[Row]) -> list[str]:
     return text
 
 
-def _largest(run: Run, rows: Sequence[Row]) -> list[str]:
+def _largest(run: Measurements, rows: Sequence[Row]) -> list[str]:
     names = list(dict.fromkeys(r.engine for r in rows))
     found = {(r.workload, r.engine): r.largest_batch for r in rows}
     body = []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dptorch.errors import DataError
-from dptorch.training import report
+from dptorch.training import run_page
 from dptorch.training.run_folder import RunFolder
 
 pytest.importorskip("jinja2")
@@ -51,7 +51,7 @@ def page_of(folder: RunFolder, **changes: Any) -> str:
     about["statement"].update(changes.pop("statement", {}))
     about.update(changes)
     statement = (folder.path / "statement.txt").read_text()
-    return report.render(folder.path.name, about, folder.read_metrics(), statement)
+    return run_page.render(folder.path.name, about, folder.read_metrics(), statement)
 
 
 def test_the_page_holds_what_was_promised(finished: RunFolder) -> None:
@@ -59,7 +59,7 @@ def test_the_page_holds_what_was_promised(finished: RunFolder) -> None:
     about, last = finished.read_json("run.json"), finished.read_metrics()[-1]
     assert not page.open  # every tag is closed
     assert f"{100 * last['test_accuracy']:.1f}%" in page.text
-    assert report._rounded_up(last["epsilon"]) in page.text
+    assert run_page._rounded_up(last["epsilon"]) in page.text
     assert "10⁻⁵" in page.text
     statement = (finished.path / "statement.txt").read_text()
     assert " ".join(statement.split()) in page.text
@@ -109,14 +109,14 @@ def test_an_interrupted_run_is_labelled(finished: RunFolder) -> None:
 def test_names_are_escaped(finished: RunFolder) -> None:
     about = finished.read_json("run.json")
     about["data"]["source"] = "<script>alert(1)</script>"
-    page = report.render("x", about, finished.read_metrics(), "a < b")
+    page = run_page.render("x", about, finished.read_metrics(), "a < b")
     assert "<script>" not in page
     assert "a &lt; b" in page
 
 
 def test_the_same_run_gives_the_same_page(finished: RunFolder) -> None:
     first = (finished.path / "report.html").read_text()
-    report.write_report(finished)
+    run_page.write_report(finished)
     assert (finished.path / "report.html").read_text() == first
 
 
@@ -124,7 +124,7 @@ def test_the_same_run_gives_the_same_page(finished: RunFolder) -> None:
     ("value", "shown"), [(2.99991, "3.000"), (3.0, "3.000"), (3.00001, "3.001"), (math.inf, "∞")]
 )
 def test_a_bound_is_never_shown_smaller_than_it_is(value: float, shown: str) -> None:
-    assert report._rounded_up(value) == shown
+    assert run_page._rounded_up(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_a_bound_is_never_shown_smaller_than_it_is(value: float, shown: str) -> 
     [(1e-5, "10⁻⁵"), (1e-10, "10⁻¹⁰"), (2e-6, "2 · 10⁻⁶"), (0.001, "0.001"), (0.5, "0.5")],
 )
 def test_small_numbers_are_powers_of_ten(value: float, shown: str) -> None:
-    assert report._power(value) == shown
+    assert run_page._power(value) == shown
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (5, 10), (10, 10), (948, 1000)])
 def test_wilson_interval_solves_its_equation(successes: int, n: int) -> None:
     """Its ends p satisfy |share - p| = z sqrt(p (1 - p) / n)."""
     share, z = successes / n, 1.96
-    low, high = report.wilson_interval(share, n, z)
+    low, high = run_page.wilson_interval(share, n, z)
     assert 0 <= low <= share <= high <= 1
     for p in (low, high):
         if 0 < p < 1:
@@ -148,4 +148,4 @@ def test_wilson_interval_solves_its_equation(successes: int, n: int) -> None:
 
 def test_a_folder_without_a_run_is_named(tmp_path: Any) -> None:
     with pytest.raises(DataError, match="not the folder of a finished run"):
-        report.write_report(RunFolder(tmp_path))
+        run_page.write_report(RunFolder(tmp_path))

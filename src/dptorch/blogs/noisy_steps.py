@@ -20,9 +20,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dptorch.blogs.allocation import Group, trainable_groups
+from dptorch.blogs.index_statement import BloGSSpent
 from dptorch.blogs.shuffle import BlockShuffle
-from dptorch.blogs.statement import BloGSSpent
-from dptorch.blogs.steps import check_settings
+from dptorch.blogs.shuffled_steps import check_settings
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.randomness import RootKey
