@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dptorch.tape import Recording
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
-from dptorch.tape.recording.patches import visible
+from dptorch.tape.recording.patches import patched
 
 ROOT = Path(__file__).parents[1]
 ROWS, TABLE = ROOT / "docs" / "zoo.jsonl", ROOT / "docs" / "zoo.md"
@@ -97,10 +97,10 @@ def run(library: str, name: str) -> dict[str, Any]:
     x, y = torch.randn(2, 3, size, size), torch.tensor([1, 7])
     coefficients = torch.tensor([0.7, 0.2])
     started = time.perf_counter()
-    recording = Recording(model)
-    recording.tape.guard = ParameterGuard(recording.tape.parameters, strict=False)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    recording = Recording(model, guard=ParameterGuard(parameters, strict=False))
     x_tagged = recording.tag_batch(x)
-    with visible(), recording:
+    with patched(), recording:
         loss = loss_of(model, x_tagged, y).sum()
     loss.backward()
     norms = recording.tape.norms()

@@ -161,11 +161,11 @@ def test_one_example_moves_the_sum_by_no_more_than_the_norm_in_every_style(style
 
 
 def engine_on_detached(model: nn.Module, **overrides: Any) -> dptorch.PrivacyEngine:
-    from dptorch.tape.recording.model_hooks import watch_on
+    from dptorch.tape.recording.model_hooks import hooks_of
 
-    watch = watch_on(model)
-    assert watch is not None
-    watch.remove()
+    hooks = hooks_of(model)
+    assert hooks is not None
+    hooks.remove()
     return engine_on(model, **overrides)
 
 
@@ -177,7 +177,7 @@ def test_group_wise_styles_keep_nothing_after_the_backward(style: str) -> None:
     engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
     model(torch.randn(B, 5)).square().mean(1).mean().backward()
     [batch] = engine._batch._fired
-    assert not batch.tape._forms
+    assert not list(batch.tape._store)
     assert set(batch.sums) == {n for n, _ in model.named_parameters()}
 
 
@@ -222,7 +222,7 @@ def test_explain_names_every_site_and_its_way() -> None:
     loss_of(model, *batch).backward()
     optimizer.step()
     explanation = engine.explain()
-    ways = {site.parameter: site.way.name for site in explanation.sites}
+    ways = {site.parameter: site.method.name for site in explanation.sites}
     assert ways["blocks.0.weight"] == "gram"
     assert set(ways) == {n for n, _ in model.named_parameters()} - {"unused.weight", "unused.bias"}
     assert "blocks.0.weight" in str(explanation)
@@ -264,7 +264,7 @@ def test_each_name_does_what_its_paper_says(mode: str, passes: int, way: str) ->
     optimizer.step()
     explanation = engine.explain()
     assert explanation.two_passes == (passes == 2)
-    assert [site.way.name for site in explanation.sites] == [way]
+    assert [site.method.name for site in explanation.sites] == [method]
 
 
 @pytest.mark.parametrize(

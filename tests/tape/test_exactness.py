@@ -93,10 +93,10 @@ def _norm_error(case: Case, broken: torch.Tensor) -> float:
 def test_a_norm_without_cross_terms_is_caught(name: str) -> None:
     case = ZOO[name]()
     tape = recorded(case)
-    squared = [f.squared_norm() for forms in tape._forms.values() for f in forms]
+    squared = [f.squared_norm() for forms in tape._store._forms.values() for f in forms]
     broken = torch.stack(squared).sum(0).sqrt()
     if name == "layer_used_twice":  # both uses were merged; take them apart again
-        form = tape._forms[id(case.model.a.weight)][0]
+        form = tape._store._forms[id(case.model.a.weight)][0]
         half = form.left.shape[1] // 2
         cross = 2 * (
             (form.left[:, :half] * form.left[:, half:]).sum(-1)

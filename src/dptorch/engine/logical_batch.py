@@ -17,8 +17,9 @@ from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.errors import PrivacyError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PhysicalBatch
-from dptorch.tape import Recording, Tape
+from dptorch.tape import Tape
 from dptorch.tape.gradients.explain import Explanation
+from dptorch.tape.gradients.tape import TapeListener
 from dptorch.tape.provenance.tags import PER_EXAMPLE
 from dptorch.tape.recording.taps import full_precision
 
@@ -69,6 +70,31 @@ class _Batch:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
+class _Listener:
+    """Passes on what the tape of one forward pass reports.
+
+    Args:
+        logical: collects the gradients.
+        part: the physical batch that the forward pass is made on.
+    """
+
+    def __init__(self, logical: LogicalBatch, part: PhysicalBatch | None) -> None:
+        self._logical = logical
+        self._part = part
+
+    def on_first_gradient(self, tape: Tape) -> None:
+        """Note that gradients reach the tape."""
+        self._logical._fired.append(_Batch(tape, self._part))
+
+    def on_group(self, tape: Tape, group: int) -> None:
+        """Clip a group whose gradients have all arrived."""
+        self._logical._clip(self._logical._only_batch(), group)
+
+    def on_norms(self, tape: Tape) -> None:
+        """Weigh the gradients of the second pass."""
+        self._logical._between_passes()
+
+
 class LogicalBatch:
     """Collects the per-example gradients of one step, clips them and adds them up.
 
@@ -117,19 +143,20 @@ class LogicalBatch:
         self._seen: set[tuple[int, int]] = set()  # physical batches in _sums
         self._pending_places: set[tuple[int, int]] = set()  # and in _pending
 
-    def watch(self, recording: Recording) -> None:
-        """A forward pass begins: wait for gradients to reach its tape."""
+    @property
+    def groups_in_backward(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of parameters that are clipped in the backward; none if all are one group."""
+        if len(self.groups) == 1:
+            return ()
+        return tuple(tuple(group.parameters) for group in self.groups)
+
+    def begin_forward(self) -> TapeListener:
+        """A forward pass begins; returns what its tape reports to."""
         if self._fired and not self.attached and not self._warned_not_attached:
             self._warned_not_attached = True
             warnings.warn(_NOT_ATTACHED, PrivacyWarning, stacklevel=7)
         self._collect()
-        tape, part = recording.tape, self.part
-        tape.on_first_gradient = lambda tape: self._fired.append(_Batch(tape, part))
-        if len(self.groups) > 1:
-            tape.watch_groups([group.parameters for group in self.groups])
-            tape.on_group = lambda tape, i: self._clip(self._only_batch(), i)
-        else:
-            tape.on_norms = lambda tape: self._between_passes()
+        return _Listener(self, self.part)
 
     def begin(self, part: PhysicalBatch) -> None:
         """The engine's loader hands out a physical batch.
@@ -169,7 +196,7 @@ class LogicalBatch:
                 self._clip(batch, i)
         tape = batch.tape
         self.explanation = Explanation(
-            tape.mode, tape.made_two_passes, tuple(tape.sites), tape.device_cost
+            tape.config.mode, tape.made_two_passes, tuple(tape.sites), tape.config.device_cost
         )
         tape.close()
         present = self._weights(batch) > 0
@@ -230,7 +257,7 @@ class LogicalBatch:
             c, None if len(self.groups) == 1 else names, consume=True
         )
         if len(self.groups) > 1:
-            batch.tape.release(names)
+            batch.tape.free(names)
 
     def _between_passes(self) -> None:
         """The first of two backward passes is over: hand the tape its coefficients."""

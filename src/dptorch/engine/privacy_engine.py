@@ -30,11 +30,11 @@ from dptorch.plan import PrivacyPlan, Style, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
-from dptorch.tape import Recording
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.tape.gradients.device_cost import cost_of, free_bytes
+from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.recording.batch_dims import BatchDims
-from dptorch.tape.recording.model_hooks import Watch, watch_on
+from dptorch.tape.recording.model_hooks import ModelHooks, hooks_of
 from dptorch.validation.mixing import refuse_mixing
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class PrivacyEngine(PrivateRun):
             one_of("argument", name, _arguments())
         mode = get_mode(clipping_mode)
         self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
-        if watch_on(model) is not None:
+        if hooks_of(model) is not None:
             raise ConfigurationError(
                 "this model already has a privacy engine: its gradients would be clipped and noised "
                 "twice. Call detach() on the other engine first."
@@ -196,17 +196,17 @@ class PrivacyEngine(PrivateRun):
             self.use_ledger(ledger)
         # The model's hooks keep the engine alive: a forgotten engine trains nothing, rather than
         # training without privacy.
-        self._watch = Watch(
+        self._hooks = ModelHooks(
             model,
             parameters,
             batch_dims=batch_dims,
-            on_recording=self._begin_forward,
+            on_forward=self._begin_forward,
             first_inputs=(lambda a, k: refuse_mixing(model, a, k, batch_dims))
             if self_check
             else None,
         )
         if self._mode is NON_PRIVATE:
-            self._watch.remove()
+            self._hooks.remove()
             warnings.warn(
                 "clipping_mode='non-private': gradients are neither clipped nor noised. This run is "
                 "for comparison; its epsilon is infinite.",
@@ -214,15 +214,18 @@ class PrivacyEngine(PrivateRun):
                 stacklevel=2,
             )
 
-    def _begin_forward(self, recording: Recording) -> None:
-        tape = recording.tape
+    def _begin_forward(self) -> tuple[TapeConfig, TapeListener]:
+        """What the tape of a forward pass is made with."""
         p = next(iter(self._parameters.values()))
-        tape.mode = self._mode
         seeded = self._key.provenance != FROM_OS
-        tape.device_cost = cost_of(p.device, p.dtype, measured=not seeded)
         budget = self._memory_budget
-        tape.memory_budget = free_bytes(p.device) / 2 if budget is None else budget
-        self._batch.watch(recording)
+        config = TapeConfig(
+            mode=self._mode,
+            device_cost=cost_of(p.device, p.dtype, measured=not seeded),
+            memory_budget=free_bytes(p.device) / 2 if budget is None else budget,
+            groups=self._batch.groups_in_backward,
+        )
+        return config, self._batch.begin_forward()
 
     # -- binding -----------------------------------------------------------------------------------
 
@@ -260,7 +263,7 @@ class PrivacyEngine(PrivateRun):
         if self._binding is not None:
             self._binding.restore()
             self._binding = None
-        self._watch.remove()
+        self._hooks.remove()
 
     def loader(
         self,
@@ -333,7 +336,7 @@ class PrivacyEngine(PrivateRun):
 
         Gradients then go to ``.grad`` as usual; the engine's next private step overwrites them.
         """
-        return self._watch.paused()
+        return self._hooks.paused()
 
     # -- one step ----------------------------------------------------------------------------------
 

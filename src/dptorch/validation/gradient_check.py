@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.recording.batch_dims import BatchDims
-from dptorch.tape.recording.model_hooks import watch_on
+from dptorch.tape.recording.model_hooks import hooks_of
 from dptorch.validation.batch import Call, Cutter, calls_of
 from dptorch.validation.chance import no_chance
 from dptorch.validation.check_report import CheckReport, Finding, ParameterRow
@@ -105,9 +105,9 @@ def check(
         )
     if examples < 2:
         raise ConfigurationError(f"examples={examples}: at least two are needed to see them mix.")
-    watch = watch_on(model)
+    hooks = hooks_of(model)
     with ExitStack() as stack:
-        stack.enter_context(watch.paused() if watch is not None else nullcontext())
+        stack.enter_context(hooks.paused() if hooks is not None else nullcontext())
         stack.enter_context(_gradients_kept(model))
         stack.enter_context(preserving_state(model))
         if training:
@@ -342,7 +342,7 @@ class _Check:
 
     def _note_unreached(self, names: list[str], recorded: Recorded) -> None:
         tape = recorded.tape
-        used = [n for n in names if tape.uses.get(id(tape.parameters[n]))]
+        used = [n for n in names if tape.uses_of(n)]
         idle = [n for n in names if n not in used]
         if idle:
             self.findings.add(
@@ -383,8 +383,7 @@ class _Check:
         uses = 0
         slow: tuple[str, ...] = ()
         if recorded is not None:
-            twin = recorded.tape.parameters.get(name)
-            uses = recorded.tape.uses.get(id(twin), 0)
+            uses = recorded.tape.uses_of(name)
             slow = tuple(op for op, names in recorded.slow if name in names.split(", "))
         if name in self.excluded:
             status = "not covered"

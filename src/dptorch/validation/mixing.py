@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, PrivacyWarning
 from dptorch.tape.provenance.tags import Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
-from dptorch.tape.recording.patches import visible
+from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 
 __all__ = ["MIXES", "WAY_OUT", "find_mixing", "perturbed", "preserving_state", "refuse_mixing"]
@@ -217,7 +217,7 @@ def _watch(
         if any(_is_compiled(m) for m in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         args, kwargs = map_batched(recording.tag_batch, model, args, kwargs, batch_dims)
-        stack.enter_context(visible())
+        stack.enter_context(patched())
         stack.enter_context(recording)
         model(*args, **kwargs)
     return seen

@@ -1,4 +1,4 @@
-"""Which way a mode takes, and what a device is judged by."""
+"""Which method a mode takes, and what a device is judged by."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def conv(b: int, c: int, p: int, side: int) -> Convolution:
 
 
 @pytest.mark.parametrize(
-    ("form", "way"),
+    ("form", "method"),
     [
         (outer(256, 1, 1024, 1024), "gram"),  # an MLP: forming would write 1 GiB
         (outer(8, 64, 768, 768), "gram"),
@@ -36,25 +36,27 @@ def conv(b: int, c: int, p: int, side: int) -> Convolution:
         (conv(64, 512, 512, 4), "gram"),  # a late one
     ],
 )
-def test_auto_takes_the_way_that_is_known_to_be_fast(form: Outer | Convolution, way: str) -> None:
-    assert MODES["auto"].choose(form.ways(), TYPICAL["cpu"]).name == way
+def test_auto_takes_the_method_that_is_known_to_be_fast(
+    form: Outer | Convolution, method: str
+) -> None:
+    assert MODES["auto"].choose(form.norm_methods(), TYPICAL["cpu"]).name == method
 
 
 def test_auto_never_keeps_much_more_than_the_factors() -> None:
     for t in (1, 16, 64, 256, 1024):
         for p in (16, 256, 1024):
-            ways = outer(8, t, p, 256).ways()
-            factors = next(w.kept_bytes for w in ways if w.name == "form")
-            assert MODES["auto"].choose(ways, TYPICAL["cpu"]).kept_bytes <= 1.25 * factors
+            methods = outer(8, t, p, 256).norm_methods()
+            factors = next(w.kept_bytes for w in methods if w.name == "form")
+            assert MODES["auto"].choose(methods, TYPICAL["cpu"]).kept_bytes <= 1.25 * factors
 
 
 def test_the_papers_rule_is_of_space_and_not_of_time() -> None:
     """2 T^2 <= p d, where T (p + d) <= p d would say the other way."""
-    ways = outer(8, 150, 256, 256).ways()  # 45,000 <= 65,536, but 76,800 > 65,536
-    assert MODES["MixGhostClip"].choose(ways, TYPICAL["cpu"]).name == "gram"
-    ways = outer(8, 200, 256, 256).ways()
-    assert MODES["MixGhostClip"].choose(ways, TYPICAL["cpu"]).name == "form"
-    assert MODES["BK-MixOpt"].choose(ways, TYPICAL["cpu"]).name == "keep"
+    methods = outer(8, 150, 256, 256).norm_methods()  # 45,000 <= 65,536, but 76,800 > 65,536
+    assert MODES["MixGhostClip"].choose(methods, TYPICAL["cpu"]).name == "gram"
+    methods = outer(8, 200, 256, 256).norm_methods()
+    assert MODES["MixGhostClip"].choose(methods, TYPICAL["cpu"]).name == "form"
+    assert MODES["BK-MixOpt"].choose(methods, TYPICAL["cpu"]).name == "keep"
 
 
 def test_names_of_other_libraries() -> None:

@@ -20,7 +20,7 @@ from dptorch.audit.result import FEWEST_CANARIES
 from dptorch.audit.scores.signals import device_of, evaluating, logits_of
 from dptorch.errors import ConfigurationError
 from dptorch.randomness import RootKey
-from dptorch.tape.recording.model_hooks import watch_on
+from dptorch.tape.recording.model_hooks import hooks_of
 
 __all__ = ["TokenCanaries", "new_token_canaries"]
 
@@ -88,7 +88,7 @@ def new_token_canaries(
             f"count={count}, length={length}: expected at least {FEWEST_CANARIES} canaries of two or "
             "more tokens."
         )
-    if watch_on(model) is not None:
+    if hooks_of(model) is not None:
         raise ConfigurationError(
             "the model already has a privacy engine, which follows its embeddings as they are. Make "
             "canaries first, then the engine."

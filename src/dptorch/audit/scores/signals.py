@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from dptorch.audit.evidence import Array
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.tape.recording.model_hooks import watch_on
+from dptorch.tape.recording.model_hooks import hooks_of
 
 __all__ = [
     "TokenStatistics",
@@ -40,10 +40,10 @@ _LABELS = ("labels", "label", "y", "target")
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no engine listening; every module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
-    watch = watch_on(model)
+    hooks = hooks_of(model)
     model.eval()
     try:
-        with watch.paused() if watch is not None else nullcontext():
+        with hooks.paused() if hooks is not None else nullcontext():
             yield
     finally:
         for module, training in modes.items():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dptorch.tape.gradients.clipping_modes import Way
+from dptorch.tape.gradients.clipping_modes import NormMethod
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,19 +56,19 @@ class PerExampleGradient(ABC):
         return self.squared_norm().sqrt()
 
     def sizes(self) -> tuple[tuple[str, int], ...]:
-        """The sizes that decide between ways, with their letters."""
+        """The sizes that decide between methods, with their letters."""
         return ("B", self.batch_size), ("numel", math.prod(self.shape))
 
-    def ways(self) -> tuple[Way, ...]:
+    def norm_methods(self) -> tuple[NormMethod, ...]:
         """How its norm and weighted sum can be had, see `dptorch.tape.gradients.clipping_modes`."""
         numel = float(self.batch_size * math.prod(self.shape))
-        return (Way("formed", 2 * numel, 2 * numel, 8 * numel, 4 * numel, 4 * numel),)
+        return (NormMethod("formed", 2 * numel, 2 * numel, 8 * numel, 4 * numel, 4 * numel),)
 
-    def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
+    def measured(self, method: str) -> tuple[Tensor, PerExampleGradient]:
         """The squared norms, and the form to keep from here on.
 
         Args:
-            way: name of one of `ways`.
+            method: name of one of `norm_methods`.
         """
         return self.squared_norm(), self
 

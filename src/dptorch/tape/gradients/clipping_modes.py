@@ -1,6 +1,6 @@
-"""Ways to get from a per-example gradient to its norm and its clipped sum, and what each costs.
+"""Methods to compute the norm and the clipped sum of a per-example gradient, and what each costs.
 
-A gradient that is held in factors (a linear layer's, a convolution's) has up to three ways:
+A gradient that is held in factors (a linear layer's, a convolution's) has up to three methods:
 
 - ``gram``: the norm from Gram matrices over positions ("ghost norm"); the factors are kept, and the
   clipped sum is one product of them ("book-keeping");
@@ -23,14 +23,14 @@ from typing import NamedTuple
 from dptorch.errors import one_of
 from dptorch.tape.gradients.device_cost import DeviceCost
 
-__all__ = ["MODES", "NON_PRIVATE", "Mode", "Way", "get_mode"]
+__all__ = ["MODES", "NON_PRIVATE", "Mode", "NormMethod", "get_mode"]
 
 
-class Way(NamedTuple):
-    """One way, with its cost.
+class NormMethod(NamedTuple):
+    """One method, with its cost.
 
     Attributes:
-        name: "gram", "form", "keep"; or the name of the only way that a gradient has.
+        name: "gram", "form", "keep"; or the name of the only method that a gradient has.
         norm_flops: of the norm.
         sum_flops: of the clipped sum.
         moved_bytes: read and written by everything that is not a matrix product.
@@ -71,16 +71,16 @@ class Mode:
     passes: int = 1
     source: str = ""
 
-    def choose(self, ways: Sequence[Way], device: DeviceCost) -> Way:
-        """The way for one gradient."""
-        if len(ways) == 1:
-            return ways[0]
-        by_name = {w.name: w for w in ways}
+    def choose(self, methods: Sequence[NormMethod], device: DeviceCost) -> NormMethod:
+        """Return the method for one gradient."""
+        if len(methods) == 1:
+            return methods[0]
+        by_name = {m.name: m for m in methods}
         gram, formed = by_name.get("gram"), by_name[self.formed]
         if self.rule == "keep" or (gram is None and self.rule != "fastest"):
             return formed
         if self.rule == "fastest":
-            return fastest(ways, device, by_name["form"].kept_bytes, passes=self.passes)
+            return fastest(methods, device, by_name["form"].kept_bytes, passes=self.passes)
         assert gram is not None
         if self.rule == "gram":
             return gram
@@ -91,15 +91,17 @@ class Mode:
 _SLACK = 1.25
 
 
-def fastest(ways: Sequence[Way], device: DeviceCost, factor_bytes: float, *, passes: int) -> Way:
-    """The way that takes least time among those that keep little more than the factors."""
+def fastest(
+    methods: Sequence[NormMethod], device: DeviceCost, factor_bytes: float, *, passes: int
+) -> NormMethod:
+    """Return the method that takes least time among those that keep little more than the factors."""
     if passes == 2:  # the sum is made from factors in the second pass, whatever the norm came from
         return min(
-            (w for w in ways if w.name != "keep"),
-            key=lambda w: device.seconds(w.norm_flops, w.moved_bytes),
+            (m for m in methods if m.name != "keep"),
+            key=lambda m: device.seconds(m.norm_flops, m.moved_bytes),
         )
-    affordable = [w for w in ways if w.kept_bytes <= _SLACK * factor_bytes]
-    return min(affordable, key=lambda w: device.seconds(w.flops, w.moved_bytes))
+    affordable = [m for m in methods if m.kept_bytes <= _SLACK * factor_bytes]
+    return min(affordable, key=lambda m: device.seconds(m.flops, m.moved_bytes))
 
 
 NON_PRIVATE = Mode("non-private", "none", source="ordinary training, for comparison")

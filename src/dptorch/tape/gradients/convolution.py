@@ -25,7 +25,7 @@ from dptorch.tape.gradients.base import (
     without_cancellation,
     without_underflow,
 )
-from dptorch.tape.gradients.clipping_modes import Way
+from dptorch.tape.gradients.clipping_modes import NormMethod
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.gram import gram_norm
 
@@ -202,7 +202,7 @@ class Convolution(PerExampleGradient):
         positions = math.prod(self.grads.shape[3:])
         return self.grads.element_size() * positions * math.prod(self.shape[1:])
 
-    def ways(self) -> tuple[Way, ...]:
+    def norm_methods(self) -> tuple[NormMethod, ...]:
         b, size = self.batch_size, self.grads.element_size()
         p, d, offsets = self.shape[0], math.prod(self.shape[1:]), math.prod(self.shape[2:])
         t = self.grads.shape[1] * math.prod(self.grads.shape[3:])
@@ -211,23 +211,23 @@ class Convolution(PerExampleGradient):
         form, factors = 2.0 * b * t * p * d, size * (self.inputs.numel() + self.grads.numel())
         formed = size * b * p * d
         copied = 2 * offsets * self.inputs.numel() * size / math.prod(self.geometry.stride)
-        ways = [
-            Way("form", form, form, copied + 2 * formed, factors, formed),
-            Way("keep", form, 2 * formed / size, copied + 3 * formed, formed, formed),
+        methods = [
+            NormMethod("form", form, form, copied + 2 * formed, factors, formed),
+            NormMethod("keep", form, 2 * formed / size, copied + 3 * formed, formed, formed),
         ]
         if self._gram_possible():
             seen = self._seen()
             flops = 2.0 * b * (seen * seen * self.inputs.shape[2] + t * t * p)
             pairs = size * b * t * t
             moved = pairs * (2 * offsets + 5)
-            ways.append(Way("gram", flops, form, moved, factors, 2 * pairs))
-        return tuple(ways)
+            methods.append(NormMethod("gram", flops, form, moved, factors, 2 * pairs))
+        return tuple(methods)
 
-    def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
+    def measured(self, method: str) -> tuple[Tensor, PerExampleGradient]:
         kept: PerExampleGradient = self
-        if way == "gram":
+        if method == "gram":
             return self.gram(), self
-        if way == "keep":
+        if method == "keep":
             kept = self._formed()
             squared = kept.squared_norm()
         else:

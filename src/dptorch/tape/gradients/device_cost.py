@@ -1,6 +1,6 @@
 """How long matrix products and memory traffic take on a device: two numbers, measured once.
 
-The choice between ways needs no more than their ratio. Measuring takes a few tens of milliseconds, and
+The choice between methods needs only their ratio. Measuring takes a few tens of milliseconds, and
 the result is kept on disk, so that runs on one machine choose alike.
 """
 

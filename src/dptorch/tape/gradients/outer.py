@@ -16,7 +16,7 @@ from dptorch.tape.gradients.base import (
     without_cancellation,
     without_underflow,
 )
-from dptorch.tape.gradients.clipping_modes import Way
+from dptorch.tape.gradients.clipping_modes import NormMethod
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.gram import gram_cost, gram_norm_and_lengths
 
@@ -71,27 +71,27 @@ class Outer(PerExampleGradient):
         t, p, d = self._sizes
         return ("B", self.batch_size), ("T", t), ("d", d), ("p", p)
 
-    def ways(self) -> tuple[Way, ...]:
+    def norm_methods(self) -> tuple[NormMethod, ...]:
         t, p, d = self._sizes
         b, size = self.batch_size, self.left.element_size()
         form, factors = 2.0 * b * t * p * d, size * (self.left.numel() + self.right.numel())
         formed = size * b * p * d
         if t == 1:
-            gram = Way("gram", 2 * b * (p + d), form, 2 * factors, factors, 0)
+            gram = NormMethod("gram", 2 * b * (p + d), form, 2 * factors, factors, 0)
         else:
             flops, moved = gram_cost(self.left, self.right)
-            gram = Way("gram", flops, form, moved, factors, 2 * size * b * t * t)
+            gram = NormMethod("gram", flops, form, moved, factors, 2 * size * b * t * t)
         return (
             gram,
-            Way("form", form, form, 2 * formed, factors, formed),
-            Way("keep", form, 2 * formed / size, 3 * formed, formed, formed),
+            NormMethod("form", form, form, 2 * formed, factors, formed),
+            NormMethod("keep", form, 2 * formed / size, 3 * formed, formed, formed),
         )
 
-    def measured(self, way: str) -> tuple[Tensor, PerExampleGradient]:
-        if way == "gram":
+    def measured(self, method: str) -> tuple[Tensor, PerExampleGradient]:
+        if method == "gram":
             return self.gram(), self
         kept: PerExampleGradient = self
-        if way == "keep":
+        if method == "keep":
             kept = Dense(self.dense())
             squared = kept.squared_norm()
         else:

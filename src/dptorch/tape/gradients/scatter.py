@@ -15,7 +15,7 @@ from dptorch.tape.gradients.base import (
     weigh,
     without_cancellation,
 )
-from dptorch.tape.gradients.clipping_modes import Way
+from dptorch.tape.gradients.clipping_modes import NormMethod
 from dptorch.tape.gradients.outer import Outer
 
 __all__ = ["Scatter"]
@@ -63,10 +63,10 @@ class Scatter(PerExampleGradient):
         b, t, d = self.values.shape
         return ("B", b), ("T", t), ("d", d), ("V", self.shape[0])
 
-    def ways(self) -> tuple[Way, ...]:
+    def norm_methods(self) -> tuple[NormMethod, ...]:
         numel = float(self.values.numel())
         held = numel * self.values.element_size()
-        return (Way("segments", 2 * numel, 2 * numel, 6 * held, held, held),)
+        return (NormMethod("segments", 2 * numel, 2 * numel, 6 * held, held, held),)
 
     def squared_norm(self) -> Tensor:
         pairs, where = torch.unique(self._flat(), return_inverse=True)

@@ -1,4 +1,7 @@
-"""The tape: what the per-example gradients of one backward are made of, and what can be asked of it.
+"""The tape: the per-example gradients of one backward, their norms and their clipped sums.
+
+`Tape` puts together three parts: a `FormStore` keeps gradients until they are summed, `TwoPasses`
+does without keeping them, and a `GroupWatcher` notices when a group of parameters can be clipped.
 
 Shape legend: B examples.
 """
@@ -6,24 +9,26 @@ Shape legend: B examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dptorch.errors import NotCoveredError, PrivacyError
+from dptorch.errors import PrivacyError
 from dptorch.tape.gradients import Dense, PerExampleGradient
-from dptorch.tape.gradients.base import without_cancellation
-from dptorch.tape.gradients.clipping_modes import MODES, Mode, Way
+from dptorch.tape.gradients.clipping_modes import MODES, Mode, NormMethod
 from dptorch.tape.gradients.device_cost import TYPICAL, DeviceCost
+from dptorch.tape.gradients.group_watcher import GroupWatcher
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
-from dptorch.tape.gradients.summing_order import least_peak_order
+from dptorch.tape.gradients.store import FormStore, nonzero
+from dptorch.tape.gradients.two_passes import TwoPasses
 from dptorch.tape.gradients.vjp import batched_vjp
-from dptorch.tape.provenance.tags import Reduced
+from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
 
-__all__ = ["Site", "Tape"]
+__all__ = ["Site", "Tape", "TapeConfig", "TapeListener"]
 
 
 class Site(NamedTuple):
@@ -32,7 +37,39 @@ class Site(NamedTuple):
     parameter: str
     kind: str
     sizes: tuple[tuple[str, int], ...]
-    way: Way
+    method: NormMethod
+
+
+@dataclass(frozen=True)
+class TapeConfig:
+    """How a tape computes norms and sums.
+
+    Attributes:
+        mode: which methods it takes.
+        device_cost: what mode "auto" judges the methods by.
+        memory_budget: bytes of gradients that may be kept until they are clipped. A backward that
+            might keep more is made in two passes, if a listener can weigh its gradients in between.
+        groups: names of the parameters of each group that is clipped in the backward, as soon as
+            all its gradients have arrived. Without groups clipping waits for the end.
+    """
+
+    mode: Mode = MODES["auto"]
+    device_cost: DeviceCost = TYPICAL["cpu"]
+    memory_budget: float = math.inf
+    groups: tuple[tuple[str, ...], ...] = ()
+
+
+class TapeListener(Protocol):
+    """Is told in the backward what has arrived at a tape."""
+
+    def on_first_gradient(self, tape: Tape) -> None:
+        """The first gradient arrives."""
+
+    def on_group(self, tape: Tape, group: int) -> None:
+        """All gradients of a group of `TapeConfig.groups` have arrived."""
+
+    def on_norms(self, tape: Tape) -> None:
+        """The first of two passes is over. Must call `Tape.weigh`."""
 
 
 class Tape:
@@ -40,8 +77,9 @@ class Tape:
 
     Args:
         parameters: by name.
-        mode: how norms and sums are computed.
-        device_cost: what "auto" judges the ways by.
+        config: how norms and sums are computed.
+        guard: raises where autograd reaches a parameter past the tape.
+        listener: is told what arrives.
 
     Attributes:
         batch_size: number of examples B; 0 until a batch was seen.
@@ -50,14 +88,8 @@ class Tape:
             `dptorch.tape.provenance.tags.PER_EXAMPLE`;
             None if the recording did not see it.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
-        derived: ids of parameters that param-only tensors were computed from.
         expected_bytes: size of all sites' inputs and output gradients: the most that could be kept.
-        memory_budget: bytes of gradients that may be kept until they are clipped; a backward that might
-            keep more is made in two passes, if `on_norms` is set.
         sites: what was done where, for study.
-        on_group: called in the backward with the number of a group, see `watch_groups`, of which every
-            gradient has arrived.
-        on_norms: called between the passes of a backward in two passes; must call `weigh`.
 
     Example:
         >>> import torch, dptorch
@@ -76,44 +108,60 @@ class Tape:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        mode: Mode = MODES["auto"],
-        device_cost: DeviceCost = TYPICAL["cpu"],
+        config: TapeConfig | None = None,
+        *,
+        guard: ParameterGuard | None = None,
+        listener: TapeListener | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.names = {id(p): name for name, p in self.parameters.items()}
+        self.config = config or TapeConfig()
         self.batch_size = 0
-        self.uses: dict[int, int] = {}
         self.fired = False
-        self.closed = False
-        self.on_first_gradient: Callable[[Tape], None] | None = None
         self.loss: Reduced | None = None
-        self.guard: ParameterGuard | None = None
-        self.mode = mode
-        self.memory_budget = math.inf
-        self.device_cost = device_cost
-        self.derived: set[int] = set()
         self.expected_bytes = 0
         self.sites: list[Site] = []
-        self.on_group: Callable[[Tape, int], None] | None = None
-        self.on_norms: Callable[[Tape], None] | None = None
-        self._group_of: dict[int, int] = {}
-        self._waiting: list[set[int]] = []
-        self._arrived: dict[int, int] = {}
-        self._released: set[int] = set()
-        self._two_passes = False
-        self.made_two_passes = False
-        # Of the second pass: coefficients by parameter, and what they have added up to.
-        self._weights: dict[int, tuple[Tensor, Tensor | None]] | None = None
-        self._sums: dict[int, Tensor | None] = {}
-        self._magnitudes: dict[int, Tensor] = {}  # of the first pass
-        self._forms: dict[int, list[PerExampleGradient]] = {}
-        self._squared: dict[int, Tensor] = {}
-        self._versions: dict[int, list[int]] = {}  # of what is kept, when `_squared` was taken
+        self._guard = guard
+        self._listener = listener
+        self._store = FormStore(self._measure)
+        self._passes = TwoPasses()
+        self._watcher: GroupWatcher | None = None
+        if self.config.groups:
+            ids = {name: id(p) for name, p in self.parameters.items()}
+            self._watcher = GroupWatcher(self.config.groups, ids)
+        self._uses: dict[int, int] = {}
+        self._derived: set[int] = set()  # parameters that param-only tensors were computed from
+        self._closed = False
+        self._done: set[int] = set()  # parameters that take no more gradients
         self._intermediate: dict[int, Tensor] = {}  # param-only tensors, kept alive by id
         self._resolved = False
         self._aside = False
 
     # -- filled by the recording ------------------------------------------------------------------
+
+    def note_batch(self, size: int) -> None:
+        """Note the number of examples."""
+        self.batch_size = size
+
+    def note_use(self, parameter: Tensor) -> None:
+        """Note that a site uses a parameter: one gradient of it will arrive."""
+        self._uses[id(parameter)] = self._uses.get(id(parameter), 0) + 1
+
+    def uses_of(self, name: str) -> int:
+        """How many sites use a parameter; 0 for one that is not followed."""
+        return self._uses.get(id(self.parameters.get(name)), 0)
+
+    def note_derived(self, keys: Iterable[int]) -> None:
+        """Note the ids of parameters that a param-only tensor was computed from."""
+        self._derived.update(keys)
+
+    def note_size(self, nbytes: int) -> None:
+        """Note the size of a site's input or output."""
+        self.expected_bytes += nbytes
+
+    def note_loss(self, loss: Reduced | None) -> None:
+        """Note how the loss of the backward that begins was reduced; None for one value an example."""
+        self.loss = Reduced(PER_EXAMPLE) if loss is None else loss
 
     def add(self, parameter: Tensor, form: PerExampleGradient) -> None:
         """Add one site's gradient of a parameter or a param-only tensor.
@@ -124,7 +172,7 @@ class Tape:
         if self._aside:
             return
         key = id(parameter)
-        if self.closed or key in self._released:
+        if self._closed or key in self._done:
             raise PrivacyError(
                 "a second backward went through a forward pass whose gradients have been clipped "
                 "already: its examples would count twice. Add the losses and call backward() once, "
@@ -132,130 +180,85 @@ class Tape:
             )
         if not self.fired:
             self.fired = True
-            if self.on_first_gradient is not None:
-                self.on_first_gradient(self)
-        if self.guard is not None:
-            self.guard.tape_fired()
-        if self._weights is not None:
-            self._add_weighed(key, form)
+            if self._listener is not None:
+                self._listener.on_first_gradient(self)
+        if self._guard is not None:
+            self._guard.tape_fired()
+        name = self.names.get(key)
+        if self._passes.summing:
+            if name is not None:
+                self._passes.add(key, form, name)
             return
-        if key not in self.names:
+        if name is None:
             self._intermediate[key] = parameter
-        elif key in self._sums:
-            raise NotCoveredError(
-                f"parameter '{self.names[key]}' has several gradients from what looked like one use "
-                "of it (one op that takes it twice, or a reentrant checkpoint), which a mode of two "
-                "backward passes cannot add up. Use clipping_mode='auto' or a 'BK-' mode, with a "
-                "larger memory_budget."
-            )
-        elif self.uses.get(key, 0) == 1 and key not in self._forms:
+            self._store.add(key, form)
+            return
+        self._passes.refuse_second_use(key, name)
+        derived = key in self._derived
+        if self._uses.get(key, 0) == 1 and key not in self._store:
             # The only use: take its norm now, while its factors are in the cache.
-            self._squared[key], kept = self._measure(key, form)
-            if self._two_passes and key not in self.derived:
-                self._sums[key] = None
-                self._magnitudes[key] = form.magnitude()
+            squared, kept = self._measure(key, form)
+            if self._passes.taking_norms and not derived:
+                self._store.note_norm(key, squared)
+                self._passes.note(key, form)
                 return
-            form = kept
+            self._store.add_measured(key, kept, squared)
         else:
-            self._squared.pop(key, None)
-        forms = self._forms.setdefault(key, [])
-        for i, earlier in enumerate(forms):
-            merged = earlier.merge(form)
-            if merged is not None:
-                forms[i] = merged
-                break
-        else:
-            forms.append(form)
-        if key in self._squared:
-            self._versions[key] = _versions(forms)
-        self._count_arrival(key)
+            self._store.add(key, form)
+        if self._watcher is not None and self._listener is not None:
+            group = self._watcher.arrived(key, uses=self._uses.get(key, 0), derived=derived)
+            if group is not None:
+                self._listener.on_group(self, group)
 
     def _measure(self, key: int, form: PerExampleGradient) -> tuple[Tensor, PerExampleGradient]:
-        way = self.mode.choose(form.ways(), self.device_cost)
-        self.sites.append(Site(self.names[key], type(form).__name__, form.sizes(), way))
-        return form.measured(way.name)
+        method = self.config.mode.choose(form.norm_methods(), self.config.device_cost)
+        self.sites.append(Site(self.names[key], type(form).__name__, form.sizes(), method))
+        return form.measured(method.name)
 
-    # -- groups, clipped in the backward ----------------------------------------------------------
-
-    def watch_groups(self, groups: Sequence[Iterable[str]]) -> None:
-        """Call `on_group` as soon as all gradients of a group of parameters have arrived.
-
-        A group with a parameter that the loss does not reach, or that reaches it through a
-        param-only tensor, is not called for.
-        """
-        ids = {name: key for key, name in self.names.items()}
-        self._waiting = [{ids[name] for name in group} for group in groups]
-        self._group_of = {key: i for i, group in enumerate(self._waiting) for key in group}
-
-    def _count_arrival(self, key: int) -> None:
-        if self.on_group is None or key not in self._group_of:
-            return
-        self._arrived[key] = self._arrived.get(key, 0) + 1
-        if self._arrived[key] < self.uses.get(key, 0) or key in self.derived:
-            return
-        group = self._group_of[key]
-        self._waiting[group].discard(key)
-        if not self._waiting[group]:
-            self.on_group(self, group)
-
-    def release(self, names: Iterable[str]) -> None:
+    def free(self, names: Iterable[str]) -> None:
         """Free what is kept of some parameters and accept no more gradients of them."""
         for name in names:
             key = id(self.parameters[name])
-            self._released.add(key)
-            self._forms.pop(key, None)
-            self._squared.pop(key, None)
+            self._done.add(key)
+            self._store.free(key)
+
+    # -- two passes -------------------------------------------------------------------------------
 
     @property
     def wants_two_passes(self) -> bool:
         """Whether the next backward should be made in two passes."""
-        if self.on_norms is None or self.fired:
+        if self._listener is None or self.config.groups or self.fired:
             return False
-        return self.mode.passes == 2 or self.expected_bytes > self.memory_budget
+        return self.config.mode.passes == 2 or self.expected_bytes > self.config.memory_budget
 
-    # -- two passes -------------------------------------------------------------------------------
+    @property
+    def made_two_passes(self) -> bool:
+        """Whether the sums come from a second pass."""
+        return self._passes.made
 
     @contextmanager
     def first_of_two_passes(self) -> Iterator[None]:
         """A backward inside takes norms and keeps no gradient; another through the same graph, after
         `weigh`, adds up the weighted gradients."""
-        self._two_passes = True
-        try:
+        with self._passes.first():
             yield
-        finally:
-            self._two_passes = False
-        if self.fired and self.on_norms is not None:
-            self.on_norms(self)
+        if self.fired and self._listener is not None:
+            self._listener.on_norms(self)
 
     def weigh(self, coefficients: Mapping[str, Tensor]) -> None:
         """The second backward adds up ``coefficients[name][b] * gradient[b]``."""
-        distinct = {id(c): _nonzero(c) for c in coefficients.values()}
-        self._weights = {id(self.parameters[n]): distinct[id(c)] for n, c in coefficients.items()}
+        self._passes.weigh({id(self.parameters[n]): c for n, c in coefficients.items()})
 
     @contextmanager
     def second_of_two_passes(self) -> Iterator[None]:
         """A backward inside adds up the gradients that the first took the norms of."""
-        self.made_two_passes = True
         try:
-            yield
+            with self._passes.second():
+                yield
         finally:
-            self._weights = None
-            self._released.update(self.names)
+            self._done.update(self.names)
 
-    def _add_weighed(self, key: int, form: PerExampleGradient) -> None:
-        assert self._weights is not None
-        if key not in self._sums:  # was kept in the first pass
-            return
-        # A norm is good for the gradient it was taken of: NaN and what is far too long compare equal.
-        first, second = self._magnitudes.pop(key, None), form.magnitude()
-        if first is None or not torch.allclose(first, second, rtol=1e-3, equal_nan=True):
-            raise NotCoveredError(
-                f"the two backward passes gave '{self.names[key]}' different gradients: something in "
-                "the model's backward is random, or changes from one call to the next. Use "
-                "clipping_mode='auto' or a 'BK-' mode, with a larger memory_budget."
-            )
-        before, found = self._sums[key], _weighted_sum([form], *self._weights[key])
-        self._sums[key] = found if before is None or found is None else before + found
+    # -- param-only tensors, and backwards that are not the loss's ----------------------------------
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -274,9 +277,9 @@ class Tape:
         if not self._intermediate:
             return
         tensors = list(self._intermediate.values())
-        forms = [self._sum(self._forms.pop(id(t))).dense() for t in tensors]
+        forms = [self._store.pop(id(t)).dense() for t in tensors]
         bases = list(self.parameters.values())
-        with self.guard.lifted() if self.guard else nullcontext():
+        with self._guard.lifted() if self._guard else nullcontext():
             found = batched_vjp(
                 tensors,
                 bases,
@@ -284,22 +287,13 @@ class Tape:
                     f[start:stop].to(t.dtype) for f, t in zip(forms, tensors, strict=True)
                 ],
                 self.batch_size,
-                sum(p.numel() for p in bases if id(p) not in self._forms) or 1,
+                sum(p.numel() for p in bases if id(p) not in self._store) or 1,
             )
         self._intermediate.clear()
         for p, gradient in zip(bases, found, strict=True):
             if gradient is not None:
                 self.add(p, Dense(gradient))
-                self._squared.pop(id(p), None)
-
-    @staticmethod
-    def _sum(forms: list[PerExampleGradient]) -> PerExampleGradient:
-        if len(forms) == 1:
-            return forms[0]
-        total = forms[0].dense()
-        for form in forms[1:]:
-            total = total + form.dense()
-        return Dense(total)
+                self._store.forget_norm(id(p))
 
     # -- asked by everyone ------------------------------------------------------------------------
 
@@ -323,31 +317,11 @@ class Tape:
         self._ready(names)
         wanted = None if names is None else set(names)
         result = {}
-        for key in [*self._forms, *self._sums]:
+        for key in [*self._store, *self._passes.sums]:
             name = self.names.get(key)  # None: a param-only tensor that is not resolved yet
-            if name is None or (wanted is not None and name not in wanted):
-                continue
-            if key not in self._squared:
-                self._squared[key] = self._squared_norm_of_sum(key)
-                self._versions[key] = _versions(self._forms[key])
-            result[name] = self._squared[key]
+            if name is not None and (wanted is None or name in wanted):
+                result[name] = self._store.squared_norm(key)
         return result
-
-    def _squared_norm_of_sum(self, key: int) -> Tensor:
-        """Squared norms of the sum of several sites' gradients, cross terms included, [B]."""
-        forms = self._forms[key]
-        if len(forms) == 1:
-            squared, forms[0] = self._measure(key, forms[0])
-            return squared
-        total = torch.zeros(())
-        magnitude = torch.zeros(())
-        for form in forms:
-            total = self._measure(key, form)[0] + total
-            magnitude = form.magnitude() + magnitude
-        for i, first in enumerate(forms):
-            for second in forms[i + 1 :]:
-                total = total + 2 * first.inner(second)
-        return without_cancellation(total.clamp(min=0), magnitude, forms, formed=False)
 
     def norms(self, names: Iterable[str] | None = None) -> Tensor:
         """L2 norm of each example's whole gradient, or of some parameters' part of it; [B], at least
@@ -387,38 +361,18 @@ class Tape:
                 f"coefficients has shape {tuple(coefficients.shape)}, expected one number for each "
                 f"of the {self.batch_size} examples."
             )
-        coefficients, kept = _nonzero(coefficients)
-        wanted = list(self.parameters if names is None else names)
+        coefficients, kept = nonzero(coefficients)
+        wanted = {n: self.parameters[n] for n in (self.parameters if names is None else names)}
         result: dict[str, Tensor | None] = dict.fromkeys(wanted)
-        for name in self._order(wanted) if consume else wanted:
-            key = id(self.parameters[name])
-            if key in self._forms:
-                self._refuse_changed(key)
-                result[name] = _weighted_sum(self._forms[key], coefficients, kept)
+        for name in self._store.least_peak_order(wanted) if consume else wanted:
+            key = id(wanted[name])
+            if key in self._store:
+                result[name] = self._store.weighted_sum(key, name, coefficients, kept)
                 if consume:
-                    del self._forms[key]
+                    self._store.drop(key)
             else:
-                result[name] = self._sums.get(key)
-        return {n: _zeros(self.parameters[n]) if t is None else t for n, t in result.items()}
-
-    def _refuse_changed(self, key: int) -> None:
-        """What a norm was taken of must be what is added up."""
-        before = self._versions.get(key)
-        if key in self._squared and before is not None and before != _versions(self._forms[key]):
-            raise PrivacyError(
-                f"an input or an output gradient of the layer with '{self.names[key]}' was changed in "
-                "place between backward() and clipping: the norms are those of other gradients. Call "
-                "optimizer.step() or virtual_step() before the memory of a batch is used again."
-            )
-
-    def _order(self, names: Sequence[str]) -> list[str]:
-        """In which order to sum and free, for the least memory; among equals as they arrived, because
-        the input of the layer that comes last is the batch, which nobody frees."""
-        wanted = {id(self.parameters[n]): n for n in names}
-        kept = {wanted[key]: forms for key, forms in self._forms.items() if key in wanted}
-        sizes = {n: p.numel() * p.element_size() for n, p in self.parameters.items() if n in kept}
-        first = least_peak_order(kept, sizes)
-        return [*first, *(n for n in names if n not in kept)]
+                result[name] = self._passes.sums.get(key)
+        return {n: _zeros(wanted[n]) if t is None else t for n, t in result.items()}
 
     def per_example_gradients(self) -> dict[str, Tensor]:
         """Every example's gradient of every parameter, {name: [B, *shape]}: for study and tests.
@@ -426,54 +380,23 @@ class Tape:
         This forms what the rest of the library takes care never to form.
         """
         self._ready()
-        result = {}
-        for name, p in self.parameters.items():
-            forms = self._forms.get(id(p))
-            if forms:
-                self._refuse_changed(id(p))
-                result[name] = self._sum(forms).dense().reshape(self.batch_size, *p.shape)
-            else:
-                result[name] = p.detach().new_zeros(self.batch_size, *p.shape)
-        return result
+        n = self.batch_size
+        return {
+            name: self._store.dense(id(p), name).reshape(n, *p.shape)
+            if id(p) in self._store
+            else p.detach().new_zeros(n, *p.shape)
+            for name, p in self.parameters.items()
+        }
 
     def close(self) -> None:
         """Free everything and accept no more gradients."""
-        self._forms.clear()
-        self._squared.clear()
+        self._store.clear()
+        self._passes.clear()
         self._intermediate.clear()
-        self._sums.clear()
-        self._weights = None
         self.fired = False
-        self.closed = True
-
-
-def _nonzero(coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The coefficients that are not 0, and which they are; None for all of them."""
-    if bool(coefficients.all()):
-        return coefficients, None
-    kept = coefficients.nonzero().flatten()
-    return coefficients[kept], kept
-
-
-def _versions(forms: Iterable[PerExampleGradient]) -> list[int]:
-    """How often each of the tensors that are kept was written to."""
-    return [t._version for form in forms for t in form.held() if not t.is_inference()]
+        self._closed = True
 
 
 def _zeros(p: Tensor) -> Tensor:
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     return torch.zeros(p.shape, dtype=dtype, device=p.device)
-
-
-def _weighted_sum(
-    forms: Sequence[PerExampleGradient], coefficients: Tensor, kept: Tensor | None
-) -> Tensor | None:
-    """The weighted sum over the examples `kept`; what is left out may be NaN. None for no example."""
-    if not coefficients.numel():
-        return None
-    if kept is not None:
-        forms = [f.take(kept) for f in forms]
-    total = forms[0].weighted_sum(coefficients)
-    for form in forms[1:]:
-        total = total + form.weighted_sum(coefficients)
-    return total

@@ -1,1 +1,1 @@
-"""Watch a model run: every torch function is seen, every trainable parameter is detached and tapped."""
+"""Record a model: see every torch function, detach and tap every trainable parameter."""

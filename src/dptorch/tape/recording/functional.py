@@ -1,4 +1,4 @@
-"""The functional face of the tape."""
+"""`record`: per-example gradients of any model, without an engine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dptorch.tape.gradients.clipping_modes import get_mode
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
-from dptorch.tape.gradients.tape import Tape
+from dptorch.tape.gradients.tape import Tape, TapeConfig
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
-from dptorch.tape.recording.patches import uncompiled, visible
+from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
 
 __all__ = ["record"]
@@ -60,10 +60,11 @@ def record(
         >>> {name: tuple(g.shape) for name, g in tape.per_example_gradients().items()}["0.weight"]
         (5, 3, 2)
     """
-    recording = Recording(model, parameters)
-    tape = recording.tape
-    tape.mode = get_mode(mode)
-    tape.guard = ParameterGuard(tape.parameters, strict=False)
+    if parameters is None:
+        parameters = dict(model.named_parameters())
+    followed = {n: p for n, p in parameters.items() if p.requires_grad}
+    guard = ParameterGuard(followed, strict=False)
+    recording = Recording(model, followed, TapeConfig(mode=get_mode(mode)), guard=guard)
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: map_batched(
             recording.tag_batch, module, args, kwargs, batch_dims
@@ -71,7 +72,7 @@ def record(
         with_kwargs=True,
     )
     try:
-        with uncompiled(), visible(), recording:
-            yield tape
+        with uncompiled(), patched(), recording:
+            yield recording.tape
     finally:
         hook.remove()

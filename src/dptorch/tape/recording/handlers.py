@@ -12,7 +12,7 @@ from torch import Tensor
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.gradients.tape import Tape
 from dptorch.tape.provenance.calls import each_tensor
-from dptorch.tape.provenance.tags import PER_EXAMPLE, Mixed, Order, ParamOnly, Reduced, Tag
+from dptorch.tape.provenance.tags import Mixed, Order, ParamOnly, Reduced, Tag
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["SPECIAL", "Special"]
@@ -185,7 +185,7 @@ def backward(
                 "backward(create_graph=True): the tape does not follow second derivatives."
             )
         for tape in (recording.tape, *recording.joined):
-            tape.loss = state if isinstance(state, Reduced) else Reduced(PER_EXAMPLE)
+            tape.note_loss(state if isinstance(state, Reduced) else None)
         per_example = isinstance(state, Tag) and loss.shape == (recording.batch_size,)
         if loss.numel() != 1 and not per_example:
             raise ConfigurationError(

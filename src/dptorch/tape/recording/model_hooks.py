@@ -1,4 +1,4 @@
-"""Record every forward pass of a model from its hooks: what an attached engine stands on."""
+"""Module hooks that record every forward pass of a model, for an attached engine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from torch import Tensor, nn
 
 from dptorch.errors import PrivacyWarning
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
 from dptorch.tape.recording.outputs import promote
-from dptorch.tape.recording.patches import uncompiled, visible
+from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
 
-__all__ = ["Watch", "watch_on"]
+__all__ = ["ModelHooks", "hooks_of"]
 
 
-class Watch:
+class ModelHooks:
     """Hooks that record each forward pass of `model` made with gradients enabled.
 
     Args:
         model: is changed in nothing but its hooks.
         parameters: the trainable parameters to follow, by name.
         batch_dims: see `dptorch.tape.recording.batch_dims.BatchDims`.
-        on_recording: called with each new recording before its forward runs.
+        on_forward: called before each recorded forward; returns what its tape is made with.
         first_inputs: called with the arguments of each forward, until it returns True.
     """
 
@@ -39,13 +40,13 @@ class Watch:
         parameters: dict[str, Tensor],
         *,
         batch_dims: BatchDims,
-        on_recording: Callable[[Recording], None],
+        on_forward: Callable[[], tuple[TapeConfig, TapeListener]],
         first_inputs: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.guard = ParameterGuard(parameters, strict=True)
-        self._on_recording = on_recording
+        self._on_forward = on_forward
         self._first_inputs = first_inputs
         self._paused = False
         self._warned = False
@@ -75,7 +76,7 @@ class Watch:
 
     def __reduce__(self) -> Any:
         """Copies and pickles of the model are ordinary models: their hooks do nothing."""
-        return _unwatched, ()
+        return _without_hooks, ()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.parameters:
@@ -87,18 +88,19 @@ class Watch:
             self._open = None
         if self._paused or self._open is not None or not torch.is_grad_enabled():
             return None
-        recording = Recording(self.model, self.parameters)
-        recording.tape.guard = self.guard
+        config, listener = self._on_forward()
+        recording = Recording(
+            self.model, self.parameters, config, guard=self.guard, listener=listener
+        )
         tagged = map_batched(recording.tag_batch, module, args, kwargs, self._batch_dims)
         if self._first_inputs is not None:
             with self.paused():
                 done = self._first_inputs(args, kwargs)
             if done:
                 self._first_inputs = None
-        self._on_recording(recording)
         stack = ExitStack()
         stack.enter_context(uncompiled())
-        stack.enter_context(visible())
+        stack.enter_context(patched())
         stack.enter_context(recording)
         self._open = recording, stack
         return tagged
@@ -132,11 +134,11 @@ class Watch:
         return promote(output, recording)
 
 
-def watch_on(model: nn.Module) -> Watch | None:
-    """The watch whose hooks are on `model`, if there is one."""
+def hooks_of(model: nn.Module) -> ModelHooks | None:
+    """The hooks that are on `model`, if there are any."""
     for hook in model._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Watch) and owner.parameters:
+        if isinstance(owner, ModelHooks) and owner.parameters:
             return owner
     return None
 
@@ -152,10 +154,10 @@ def _calls_of(module: nn.Module) -> int:
     return calls
 
 
-def _unwatched() -> Watch:
-    watch = Watch.__new__(Watch)
-    watch.parameters = {}
-    watch._paused = True
-    watch._warned = False
-    watch._open = None
-    return watch
+def _without_hooks() -> ModelHooks:
+    hooks = ModelHooks.__new__(ModelHooks)
+    hooks.parameters = {}
+    hooks._paused = True
+    hooks._warned = False
+    hooks._open = None
+    return hooks

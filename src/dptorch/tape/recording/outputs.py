@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from dptorch.errors import ConfigurationError
 from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
-from dptorch.tape.recording.patches import visible
+from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 
 __all__ = ["RecordedTensor", "promote"]
@@ -46,7 +46,7 @@ class RecordedTensor(torch.Tensor):
             recording: Recording = getattr(recorded[0], _RECORDING)
             for t in recorded[1:]:
                 _adopt(t, recording)
-            with visible():
+            with patched():
                 return promote(recording.handle(func, args, kwargs), recording)
 
 

@@ -26,7 +26,7 @@ from dptorch.tape.recording.recording import Recording, active_modes
 from dptorch.tape.recording.taps import TAPS
 from dptorch.tape.rules import generic
 
-__all__ = ["uncompiled", "visible"]
+__all__ = ["patched", "uncompiled"]
 
 _depth = 0
 _plain_apply: Any = Function.__dict__["apply"]
@@ -43,7 +43,7 @@ def _innermost() -> Recording | None:
 
 
 @contextmanager
-def visible() -> Iterator[None]:
+def patched() -> Iterator[None]:
     """Patch on the first entry, restore on the last exit."""
     global _depth
     if _depth == 0:
@@ -122,7 +122,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
     distinct = list({id(p): p for p in parameters}.values())
     for p in distinct:
-        recording.count_use(p)
+        recording.tape.note_use(p)
     name = f"{cls.__name__}.apply"
     with torch._C.DisableTorchFunction():
         return generic(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dptorch.errors import ExamplesMixError, NotCoveredError
 from dptorch.tape.gradients import Dense, PerExampleGradient
-from dptorch.tape.gradients.tape import Tape
+from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.gradients.tape import Tape, TapeConfig, TapeListener
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance.calls import Call, Info, each_tensor, info, words
 from dptorch.tape.provenance.loss_reduction import follow_loss
@@ -61,6 +62,7 @@ class Recording(States):
         model: names modules and parameters in messages.
         parameters: the trainable parameters to follow, by name. Ones that do not require grad are
             constants and cost nothing.
+        config, guard, listener: of the tape.
 
     Attributes:
         tape: filled when gradients arrive.
@@ -69,10 +71,19 @@ class Recording(States):
         escaped: how often floating-point values of the batch were read into Python, by op.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__(
-            model, dict(model.named_parameters()) if parameters is None else parameters
-        )
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor] | None = None,
+        config: TapeConfig | None = None,
+        *,
+        guard: ParameterGuard | None = None,
+        listener: TapeListener | None = None,
+    ) -> None:
+        if parameters is None:
+            parameters = dict(model.named_parameters())
+        followed = {n: p for n, p in parameters.items() if p.requires_grad}
+        super().__init__(model, Tape(followed, config, guard=guard, listener=listener))
         self.generic_ops: Counter[tuple[str, str]] = Counter()
         self.sites = 0
         self.escaped: Counter[str] = Counter()
@@ -97,7 +108,7 @@ class Recording(States):
         """Record a site: `gradients` gets the outputs' gradients and `saved`, in the backward."""
         tape = self.tape
         for t in (*outputs, *saved):
-            tape.expected_bytes += t.nbytes
+            tape.note_size(t.nbytes)
 
         def on_gradient(grads: Sequence[Tensor | None], kept: Sequence[Tensor]) -> None:
             for parameter, form in gradients(grads, kept):
@@ -116,16 +127,12 @@ class Recording(States):
             source = state.source  # expanded to the batch by the model: take it before that
         n, tape = self.batch_size, self.tape
         if source is not p:
-            self.count_use(source)
+            tape.note_use(source)
 
         def on_gradient(g: Tensor) -> None:
             tape.add(source, Dense(_reduce_to(g, source.shape, tag, n)))
 
         return lift(source, shape, self._handle, on_gradient)
-
-    def count_use(self, p: Tensor) -> None:
-        """Note that a site uses a parameter."""
-        self.tape.uses[id(p)] = self.tape.uses.get(id(p), 0) + 1
 
     def note_generic(self, call: Call) -> None:
         """Note that an op has no rule of its own."""
@@ -210,7 +217,7 @@ class Recording(States):
                 self._refuse_vmap(name, tensors)
             out = func(*args, **kwargs)
             if parameters:
-                self.tape.derived.update(parameters.keys() & self._followed.keys())
+                self.tape.note_derived(parameters.keys() & self._followed.keys())
                 self._mark_param_only(name, args, kwargs, out)
             return out
         if name not in FAMILIES and name not in RULES and is_composite(func):
@@ -283,7 +290,7 @@ class Recording(States):
     def _site(self, call: Call) -> Any:
         """An op that takes both examples and a parameter."""
         for p in call.parameters:
-            self.count_use(self.untransposed(p)[0])
+            self.tape.note_use(self.untransposed(p)[0])
         self.sites += 1
         return self._with_rule(call)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,19 +34,19 @@ class States(TorchFunctionMode):
 
     Args:
         model: names modules and parameters in messages.
-        parameters: the trainable parameters to follow, by name.
+        tape: follows its parameters.
 
     Attributes:
         tape: filled when gradients arrive.
         batch_size: number of examples B; 0 until a batch was tagged.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, tape: Tape) -> None:
         super().__init__()
         self.model = model
-        self.tape = Tape({n: p for n, p in parameters.items() if p.requires_grad})
+        self.tape = tape
         self.batch_size = 0
-        self._followed = self.tape.names
+        self._followed = tape.names
         self._token = _Token()
         self._aliases = Aliases()
         self._depth = 0
@@ -162,7 +161,8 @@ class States(TorchFunctionMode):
                 "the batch is empty. An empty Poisson batch is a step of its own: use the engine's "
                 "loader, which turns it into a padding example of weight zero."
             )
-        self.batch_size = self.tape.batch_size = self._token.batch_size = size
+        self.batch_size = self._token.batch_size = size
+        self.tape.note_batch(size)
         if t.requires_grad or isinstance(t, nn.Parameter):
             with torch._C.DisableTorchFunction():
                 t = t.view_as(t)  # another recording's output keeps its own state
