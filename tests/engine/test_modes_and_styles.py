@@ -213,7 +213,7 @@ def test_a_small_memory_budget_makes_two_passes_and_the_same_gradients() -> None
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_explain_names_every_site_and_its_way() -> None:
+def test_explain_names_every_site_and_its_method() -> None:
     model, batch = case()
     engine = engine_on(model, clipping_mode="BK-ghost")
     with pytest.raises(PrivacyError, match="one step first"):
@@ -222,9 +222,9 @@ def test_explain_names_every_site_and_its_way() -> None:
     loss_of(model, *batch).backward()
     optimizer.step()
     explanation = engine.explain()
-    ways = {site.parameter: site.method.name for site in explanation.sites}
-    assert ways["blocks.0.weight"] == "gram"
-    assert set(ways) == {n for n, _ in model.named_parameters()} - {"unused.weight", "unused.bias"}
+    methods = {site.parameter: site.method.name for site in explanation.sites}
+    assert methods["blocks.0.weight"] == "gram"
+    assert set(methods) == {n for n, _ in model.named_parameters()} - {"unused.weight", "unused.bias"}
     assert "blocks.0.weight" in str(explanation)
     assert explanation.flops > 0
 
@@ -247,14 +247,14 @@ def test_non_private_is_ordinary_training_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "passes", "way"),
+    ("mode", "passes", "method"),
     [
         ("default", 1, "keep"), ("non-ghost", 1, "keep"), ("ghost", 2, "gram"),
         ("ghost_mixed", 2, "form"), ("MixGhostClip", 2, "form"), ("MixOpt", 1, "keep"),
         ("BK-ghost", 1, "gram"), ("BK-MixGhostClip", 1, "form"), ("BK-MixOpt", 1, "keep"),
     ],
 )  # fmt: skip
-def test_each_name_does_what_its_paper_says(mode: str, passes: int, way: str) -> None:
+def test_each_name_does_what_its_paper_says(mode: str, passes: int, method: str) -> None:
     """A layer with 2 T^2 > p d, where the mixed rules form the gradient."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4, bias=False)
