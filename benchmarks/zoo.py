@@ -23,8 +23,7 @@ import tests.oracles.torchvision_on_cpu  # noqa: F401
 import torch
 import torch.nn.functional as F
 from tests.oracles.loop import relative_error
-from tests.tape.zoo.vision import _steady as steady
-from tests.tape.zoo.vision import group_norm
+from tests.tape.zoo.vision import group_norm, steady
 from torch import Tensor, nn
 
 from dptorch.tape import Recording

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cli.test_train import QUICK, data, in_an_empty_folder, refused, run
+from tests.cli.commands import QUICK, refused, run
+from tests.ledger.setup import OS, plan
 
 from dptorch.ledger import open_ledger
-
-__all__ = ["data", "in_an_empty_folder"]  # fixtures
 
 
 def parsed(*arguments: str) -> Any:
@@ -107,8 +106,6 @@ def test_a_killed_run_counts_its_lost_steps_when_it_resumes(
 
 
 def test_a_dead_run_is_closed(data: Path) -> None:
-    from tests.ledger.test_book import OS, plan
-
     pages = open_ledger("ledger.db").dataset("points")
     record = pages.run(plan(), OS)
     record.count(0, plan().event(1))

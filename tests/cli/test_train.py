@@ -4,49 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from tests.cli.commands import QUICK, refused, run
 
 from dptorch.cli import train as train_command
-from dptorch.cli.app import app
 from dptorch.plan import PrivacyPlan
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-
-
-@pytest.fixture
-def data() -> Path:
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 2, 300)
-    path = Path("points.csv")
-    lines = ["u,v,kind"] + [
-        f"{a:.3f},{a + b:.3f},{b}" for a, b in zip(rng.random(300), y, strict=True)
-    ]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-QUICK = ("--label", "kind", "--epochs", "2", "--noise-multiplier", "2")
-
-
-def refused(result: Result) -> str:
-    """The message of a command that failed as it should: one line, no traceback."""
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("Error: ")
-    return lines[0]
 
 
 def test_own_data_from_csv_to_report(data: Path) -> None:

@@ -1,13 +1,17 @@
 """Small models, data and engines for the engine's tests."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import dptorch
+from dptorch.clipping.sums import ClippedSum
+from dptorch.noise import GaussianNoise
 
 SIZE = 24
 
@@ -56,6 +60,23 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
     return parameters(model)
+
+
+def recorded_sums(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]
+) -> list[dict[str, Tensor]]:
+    """The sums that reach the noise while `run` runs."""
+    sums: list[dict[str, Tensor]] = []
+    plain = GaussianNoise.privatize
+
+    def privatize(self: GaussianNoise, clipped: ClippedSum, *rest: Any, **more: Any) -> Any:
+        sums.append({k: v.clone() for k, v in clipped.values.items()})
+        return plain(self, clipped, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GaussianNoise, "privatize", privatize)
+        run()
+    return sums
 
 
 def clipped_mean(model: nn.Module, data: TensorDataset, bound: float, divisor: float) -> Tensor:

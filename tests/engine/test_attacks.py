@@ -1,7 +1,6 @@
 """Ordinary-looking scripts whose stated epsilon would be false. Each is refused, or made true."""
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,16 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 
 import dptorch
 from dptorch.errors import ConfigurationError, NotCoveredError, PrivacyError, PrivacyWarning
-from tests.engine.setup import SIZE, make_data, make_engine, make_model, parameters, train
-from tests.engine.test_privacy import recorded_sums
+from tests.engine.setup import (
+    SIZE,
+    make_data,
+    make_engine,
+    make_model,
+    parameters,
+    recorded_sums,
+    train,
+)
+from tests.oracles.loop import norm_of
 
 
 def attached(model: nn.Module, **settings: Any) -> tuple[dptorch.PrivacyEngine, torch.optim.SGD]:
@@ -44,7 +51,7 @@ def contribution(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor) -
     _, optimizer = attached(model, max_grad_norm=1.0, loss_reduction="sum", self_check=False)
     model(x).sum(1).sum().backward()
     sums = recorded_sums(monkeypatch, optimizer.step)[0]
-    return math.sqrt(sum(v.double().square().sum().item() for v in sums.values()))
+    return norm_of(sums)
 
 
 def worst_of_cancelling_records(

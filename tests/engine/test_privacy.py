@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,26 +17,18 @@ from dptorch.clipping import functions
 from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import PrivacyError
 from dptorch.noise import GaussianNoise
-from tests.engine.setup import SIZE, make_data, make_engine, make_model, parameters, train
+from tests.engine.setup import (
+    SIZE,
+    make_data,
+    make_engine,
+    make_model,
+    parameters,
+    recorded_sums,
+    train,
+)
+from tests.oracles.loop import norm_of
 
 BOUND = 0.5
-
-
-def recorded_sums(
-    monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]
-) -> list[dict[str, Tensor]]:
-    """The sums that reach the noise while `run` runs."""
-    sums: list[dict[str, Tensor]] = []
-    plain = GaussianNoise.privatize
-
-    def privatize(self: GaussianNoise, clipped: ClippedSum, *rest: Any, **more: Any) -> Any:
-        sums.append({k: v.clone() for k, v in clipped.values.items()})
-        return plain(self, clipped, *rest, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GaussianNoise, "privatize", privatize)
-        run()
-    return sums
 
 
 def outlier_data() -> tuple[TensorDataset, TensorDataset]:
@@ -62,7 +53,7 @@ def distance(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> float:
         batches = engine.loader(data, max_physical_batch_size=7)
         sums += recorded_sums(monkeypatch, partial(train, model, optimizer, batches))
     first, second = sums
-    return math.sqrt(sum((first[k] - second[k]).square().sum().item() for k in first))
+    return norm_of({k: first[k] - second[k] for k in first})
 
 
 @pytest.mark.parametrize("clipping_fn", functions.FUNCTIONS)
@@ -286,7 +277,7 @@ def test_several_losses_on_one_forward_are_clipped_together(
     F.cross_entropy(out, y).backward(retain_graph=True)
     F.cross_entropy(out, y).backward()
     sums = recorded_sums(monkeypatch, optimizer.step)
-    norm = math.sqrt(sum(v.square().sum().item() for v in sums[0].values()))
+    norm = norm_of(sums[0])
     assert norm <= SIZE * 1e-3 * (1 + 1e-5)
 
 

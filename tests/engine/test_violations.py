@@ -8,7 +8,6 @@ happened there.
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ from dptorch.noise import GaussianNoise
 from dptorch.randomness import RootKey
 from dptorch.sampling import PoissonSampler, PrivateLoader
 from tests.engine.setup import make_data, make_engine, make_model, parameters, train
+from tests.oracles.loop import norm_of
 
 C = 0.1
 ROUNDING = 1 + 1e-5
@@ -90,7 +90,7 @@ def test_v1_clipping_norm_and_noise_scale_cannot_part(monkeypatch: pytest.Monkey
     plain = GaussianNoise.privatize
 
     def privatize(self: GaussianNoise, clipped: ClippedSum, *rest: Any, **more: Any) -> Any:
-        norm = math.sqrt(sum(v.square().sum().item() for v in clipped.values.values()))
+        norm = norm_of(clipped.values)
         noisy = plain(self, clipped, *rest, **more)
         divided = more["divisor"]
         seen.extend((norm, noisy.max_norm * divided, s * divided) for s in noisy.stddev.values())
@@ -266,7 +266,7 @@ def test_v9_half_precision_does_not_loosen_the_bound(
     def privatize(self: GaussianNoise, clipped: ClippedSum, *rest: Any, **more: Any) -> Any:
         nonlocal worst
         assert all(v.dtype == torch.float32 for v in clipped.values.values())
-        norm = math.sqrt(sum(v.square().sum().item() for v in clipped.values.values()))
+        norm = norm_of(clipped.values)
         worst = max(worst, norm / C)
         return plain(self, clipped, *rest, **more)
 

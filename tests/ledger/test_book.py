@@ -17,29 +17,12 @@ from dptorch.accounting.events import (
     SampledDiscreteGaussian,
 )
 from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyError
-from dptorch.ledger import Cap, DatasetLedger, open_ledger
+from dptorch.ledger import Cap, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon, planned_epsilon
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.store import Store
 from dptorch.sampling import SCHEMES
-
-OS = "operating system"
-
-
-def plan(steps: int = 10, noise: float = 2.0, rate: float = 0.1) -> dptorch.PrivacyPlan:
-    return dptorch.make_plan(
-        sample_rate=rate, sample_size=100, steps=steps, noise_multiplier=noise, target_delta=1e-5
-    )
-
-
-def take(pages: DatasetLedger, steps: int, of: dptorch.PrivacyPlan | None = None) -> str:
-    """A run that takes some steps and closes; returns its id."""
-    of = of or plan()
-    record = pages.run(of, OS)
-    for step in range(steps):
-        record.count(step, of.event(1))
-    record.close()
-    return record.run
+from tests.ledger.setup import OS, plan, take
 
 
 def test_runs_on_one_data_set_add_up_and_others_do_not(location: str) -> None:

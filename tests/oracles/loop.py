@@ -1,6 +1,7 @@
 """The oracle for per-example gradients: run the model on one example at a time."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,17 @@ def one_example_loop(
         for (name, p), g in zip(parameters.items(), grads, strict=True):
             rows[name].append(torch.zeros_like(p) if g is None else g)
     return {name: torch.stack(r) for name, r in rows.items()}
+
+
+def norms_of(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Norm [B] of each example's gradient over all parameters, from {name: [B, *shape]}."""
+    squared = [g.reshape(len(g), -1).square().sum(1) for g in gradients.values()]
+    return torch.stack(squared).sum(0).sqrt()
+
+
+def norm_of(values: Mapping[str, Tensor]) -> float:
+    """Norm over all parameters of one sum or gradient {name: *shape}, in float64."""
+    return math.sqrt(sum(v.double().square().sum().item() for v in values.values()))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

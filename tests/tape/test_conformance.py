@@ -4,13 +4,13 @@ The rules are tested by themselves in ``test_rules_property.py``; here whole lay
 that a layer which a future torch adds fails this file until it has a row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.tape.test_rules_property import check, convolution, weighed
+from tests.tape.properties import check, convolution, weighed
 from tests.tape.zoo.base import Lambda
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -40,11 +40,7 @@ flag = st.booleans()
 few = st.integers(1, 3)
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def layer(

@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from tests.oracles.loop import one_example_loop, relative_error
+from tests.oracles.loop import norms_of, one_example_loop, relative_error
 from tests.tape.zoo import ZOO, Case
 
 import dptorch
 from dptorch.tape import Tape
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def recorded(case: Case, mode: str = "auto") -> Tape:
@@ -39,11 +33,7 @@ def test_norms_and_clipped_sums_equal_the_loop(name: str, mode: str) -> None:
     expected = one_example_loop(case.model, case.batch, case.loss)
     tape = recorded(case, mode)
 
-    norms = (
-        torch.stack([g.reshape(len(g), -1).square().sum(1) for g in expected.values()])
-        .sum(0)
-        .sqrt()
-    )
+    norms = norms_of(expected)
     torch.testing.assert_close(tape.norms(), norms, rtol=1e-9, atol=1e-12)
     coefficients = torch.rand(norms.shape[0])
     clipped = tape.clipped_sum(coefficients)
@@ -81,12 +71,7 @@ def test_float32_is_close() -> None:
 
 def _norm_error(case: Case, broken: torch.Tensor) -> float:
     expected = one_example_loop(case.model, case.batch, case.loss)
-    norms = (
-        torch.stack([g.reshape(len(g), -1).square().sum(1) for g in expected.values()])
-        .sum(0)
-        .sqrt()
-    )
-    return relative_error(broken, norms)
+    return relative_error(broken, norms_of(expected))
 
 
 @pytest.mark.parametrize("name", ["gpt2_tied", "layer_used_twice", "functional_tied_head"])

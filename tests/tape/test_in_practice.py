@@ -1,13 +1,13 @@
 """The tape under checkpointing, autocast, compilation, low precision, and odd ways of training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.oracles.loop import one_example_loop, relative_error
+from tests.oracles.loop import norm_of, norms_of, one_example_loop, relative_error
 from tests.tape.zoo import ZOO
-from tests.tape.zoo.base import B, Case, Lambda
+from tests.tape.zoo.base import B, Case, Lambda, squares
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,22 +18,12 @@ from dptorch.tape.provenance.tags import Reduced
 D = 6
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def squares(model: nn.Module, *batch: Tensor) -> Tensor:
-    return model(*batch).square().flatten(1).sum(1)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def exact(tape: Tape, expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
     formed = tape.per_example_gradients()
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
-    assert relative_error(tape.norms(), norms) <= tolerance
+    assert relative_error(tape.norms(), norms_of(expected)) <= tolerance
     for name, gradient in expected.items():
         assert relative_error(formed[name], gradient) <= tolerance, name
 
@@ -127,13 +117,11 @@ def test_autocast_gives_norms_in_float32() -> None:
         expected = one_example_loop(
             model, (x, y), lambda m, a, b: F.cross_entropy(m(a), b, reduction="none")
         )
-    truth = torch.stack([g.flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
-    assert relative_error(norms, truth) < 2e-2
+    assert relative_error(norms, norms_of(expected)) < 2e-2
     factors = (0.1 / norms).clamp(max=1)
     for i in range(16):
         one = tape.clipped_sum(factors * (torch.arange(16) == i))
-        size = torch.stack([v.square().sum() for v in one.values()]).sum().sqrt()
-        assert size <= 0.1 * (1 + 1e-5)
+        assert norm_of(one) <= 0.1 * (1 + 1e-5)
         assert all(v.dtype == torch.float32 for v in one.values())
 
 
@@ -150,9 +138,7 @@ def test_low_precision_parameters(dtype: torch.dtype) -> None:
     loss.backward()
     assert tape.norms().dtype == torch.float32
     expected = one_example_loop(model, (ids,), squares)
-    truth = (
-        torch.stack([g.float().flatten(1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
-    )
+    truth = norms_of({name: g.float() for name, g in expected.items()})
     assert relative_error(tape.norms(), truth) < 3e-2
 
 

@@ -9,7 +9,7 @@ import pytest
 import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 import torch.nn.functional as F
-from tests.oracles.loop import one_example_loop, relative_error
+from tests.oracles.loop import norms_of, one_example_loop, relative_error
 from torch import Tensor, nn
 
 import dptorch
@@ -72,10 +72,6 @@ def loss_of(model: nn.Module, *batch: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def truth(folder: Path, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return one_example_loop(load(folder, torch.float64), batch, loss_of)
-
-
-def norms_of(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
 
 
 def weighted(gradients: dict[str, Tensor], coefficients: Tensor) -> Tensor:

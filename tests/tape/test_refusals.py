@@ -1,6 +1,6 @@
 """What has no per-example gradient, or hides it, is refused by name, never silently accepted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,12 +16,7 @@ from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 B, D = 4, 6
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def run(model: nn.Module, loss: Callable[[Any], Tensor] | None = None, *batch: Tensor) -> None:

@@ -128,7 +128,7 @@ def group_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def _steady(model: nn.Module) -> nn.Module:
+def steady(model: nn.Module) -> nn.Module:
     """Switch off what is random, and fill zero-initialised scales and tables, which hide errors."""
     for module in model.modules():
         for probability in ("p", "drop_prob", "drop_rate"):
@@ -142,7 +142,7 @@ def _steady(model: nn.Module) -> nn.Module:
 
 def _image_case(model: nn.Module, size: int) -> Case:
     batch = (torch.randn(2, 3, size, size), torch.tensor([0, 2]))
-    return Case(_steady(group_norm(model)).double(), batch, classes)
+    return Case(steady(group_norm(model)).double(), batch, classes)
 
 
 # One small member of each family: (name or class, image size, settings).
