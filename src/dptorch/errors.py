@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
+from typing import Final
 
 __all__ = [
     "BudgetExhausted",
@@ -15,7 +19,11 @@ __all__ = [
     "PrivacyError",
     "PrivacyWarning",
     "one_of",
+    "warn",
 ]
+
+# Packages whose frames lie between a user's line and a warning about it.
+_NOT_THE_CALLER: Final = ("dptorch", "torch", "contextlib", "functools")
 
 
 class PrivacyError(RuntimeError):
@@ -72,3 +80,28 @@ def one_of(name: str, value: object, valid: Iterable[str]) -> str:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     listed = ", ".join(repr(n) for n in names)
     raise ConfigurationError(f"{name}={value!r} is not known. Valid: {listed}.{hint}")
+
+
+def warn(message: str) -> None:
+    """Give a `PrivacyWarning` at the caller's line: that of the first frame outside dptorch, and
+    outside torch, whose calls and hooks lead to many warnings.
+
+    Guarantees:
+        The warning names the user's file and line, however deep inside dptorch it is given
+        (`tests/test_errors.py`).
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warn("the run goes on")
+        >>> str(caught[0].message), caught[0].category.__name__
+        ('the run goes on', 'PrivacyWarning')
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and _package_of(frame) in _NOT_THE_CALLER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PrivacyWarning, stacklevel=level)
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

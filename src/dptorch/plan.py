@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypedDict
+
+from typing_extensions import Unpack
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event, SampledDiscreteGaussian, SampledGaussian
+from dptorch.accounting.arguments import positive_int
 from dptorch.clipping import (
     LEAST_NORM,
     AdaptiveClipping,
@@ -24,11 +26,19 @@ from dptorch.clipping import (
     joint_norm,
     read_style,
 )
-from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
+from dptorch.errors import ConfigurationError, one_of, warn
 from dptorch.noise import get_mechanism
 from dptorch.sampling import Scheme, Terms, get_scheme
 
-__all__ = ["LOSS_REDUCTIONS", "UNITS", "PrivacyPlan", "PrivacySpent", "default_delta", "make_plan"]
+__all__ = [
+    "LOSS_REDUCTIONS",
+    "UNITS",
+    "PlanSettings",
+    "PrivacyPlan",
+    "PrivacySpent",
+    "default_delta",
+    "make_plan",
+]
 
 LOSS_REDUCTIONS = ("mean", "sum")
 UNITS = ("example", "user", "packed sequence")
@@ -65,23 +75,17 @@ class PrivacyPlan:
             adaptive clipping, the first bound.
         expected_batch_size: public constant that the noisy sum is divided by under a mean loss.
         target_delta: δ of the statement.
-        clipping_fn: name in `dptorch.clipping.FUNCTIONS`.
-        clipping_style: what is clipped together, see `dptorch.clipping.read_style`: "all-layer" (one
-            norm over all parameters), "layer-wise", "param-wise", "block-wise", or "named groups".
+        clipping_style: name of what is clipped together: "all-layer" (one norm over all parameters),
+            "layer-wise", "param-wise", "block-wise", or "named groups".
         clipping_groups: the user's own groups, for the last two.
-        adaptive_clipping: how the clipping norm follows the gradients; None for a constant norm.
-        accountant: name of the accountant whose ε is stated.
-        adjacency: the neighbouring relation.
-        loss_reduction: how the user's loss joins the examples, "mean" or "sum".
         unit: what one record is: "example"; "user", of whom at most max_examples_per_user examples
             enter a step; or "packed sequence", a row into which several texts were packed.
         target_epsilon: the ε that noise_multiplier was calibrated to, if it was.
         sample_size: number of records, where it was given and is treated as public.
-        sampling: name in `dptorch.sampling.SCHEMES`: how batches are drawn.
-        capacity: most records in a batch, for truncated Poisson sampling.
-        max_examples_per_user: most examples of one user in a step, for the unit "user".
         mechanism: "gaussian", or "discrete_gaussian": contributions rounded to integers, with integer
             noise; see docs/noise.md. It forms every example's gradient, and is accounted by "rdp".
+        clipping_fn, accountant, adjacency, loss_reduction, sampling, capacity, max_examples_per_user,
+        adaptive_clipping: as in `PlanSettings`.
     """
 
     sample_rate: float
@@ -139,9 +143,9 @@ class PrivacyPlan:
                 "max_grad_norm with unit='user'."
             )
         if self.max_examples_per_user is not None:
-            _whole("max_examples_per_user", self.max_examples_per_user)
+            positive_int("max_examples_per_user", self.max_examples_per_user)
         if self.capacity is not None:
-            _whole("capacity", self.capacity)
+            positive_int("capacity", self.capacity)
         SampledGaussian(self.noise_multiplier, self.sample_rate, self.steps)  # checks all three
         _positive("max_grad_norm", self.max_grad_norm)
         if self.max_grad_norm < LEAST_NORM:
@@ -240,110 +244,128 @@ class PrivacyPlan:
         return [f"{name}: {mine!r}, {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
 
 
-def make_plan(
-    *,
-    batch_size: float | None = None,
-    sample_rate: float | None = None,
-    sample_size: int | None = None,
-    epochs: float | None = None,
-    steps: int | None = None,
-    target_epsilon: float | None = None,
-    noise_multiplier: float | None = None,
-    target_delta: float | None = None,
-    max_grad_norm: float = 1.0,
-    clipping_fn: str = "abadi",
-    clipping_style: Style = "all-layer",
-    adaptive_clipping: AdaptiveClipping | Mapping[str, float] | float | bool | None = None,
-    accountant: str = "pld",
-    adjacency: Adjacency | str | None = None,
-    loss_reduction: str = "mean",
-    unit: str = "example",
-    sampling: str = "poisson",
-    capacity: int | None = None,
-    max_examples_per_user: int | None = None,
-    mechanism: str = "gaussian",
-) -> PrivacyPlan:
-    """A plan from what a user knows: two of (batch size, rate, number of records), a length, and
-    either the ε wanted or the noise.
+class PlanSettings(TypedDict, total=False):
+    """The settings that a plan is made from, by keyword; see `make_plan`.
 
-    Args:
-        batch_size: expected number of records a step draws. A record is one `unit`, so this is a
+    A setting that is left out has the default stated here.
+
+    Attributes:
+        batch_size: expected number of records that a step draws. A record is one `unit`, so this is a
             number of users where the unit is the user.
-        sample_rate: probability of drawing each record; batch_size / sample_size.
-        sample_size: number of records. Treated as public if given.
+        sample_rate: probability with which a step draws each record; batch_size / sample_size.
+        sample_size: number of records. It is treated as public if it is given.
         epochs: length of the run in passes over the data; steps = ceil(epochs / sample_rate).
         steps: length of the run in steps.
-        target_epsilon: calibrate the noise so that all steps together spend at most this.
-        noise_multiplier: or state the noise; ε follows.
+        target_epsilon: calibrate the noise so that all steps together spend at most this ε.
+        noise_multiplier: or state the noise, standard deviation over max_grad_norm; ε follows.
         target_delta: δ; by default 1 / (10 * sample_size), at most 1e-5, rounded down to a power
             of ten.
-        adjacency: the neighbouring relation. By default zero-out where sample_size is given, since
-            rate and batch size then tell it, and add/remove otherwise.
-        sampling: name in `dptorch.sampling.SCHEMES`. One that goes through the data in epochs makes an
-            epoch a whole number of steps, and adjusts rate and batch size to it.
-        capacity: most records in a batch of truncated Poisson sampling; by default B + 8 sqrt(B) for
-            an expected B, or more where that would be exceeded too often.
-        clipping_style: a name, a list of module names or patterns (each module that matches is a
-            group), or {pattern: norm} or {pattern: (norm, noise weight)}.
+        max_grad_norm: bound C on the norm of one record's gradient; by default 1.
+        clipping_fn: name in `dptorch.clipping.FUNCTIONS`; by default "abadi".
+        clipping_style: what is clipped together: a name of `dptorch.clipping.read_style` (by default
+            "all-layer"), a list of module names or patterns (each module that matches is a group), or
+            {pattern: norm} or {pattern: (norm, noise weight)}.
         adaptive_clipping: let the norm follow a quantile of the gradient norms (Andrew et al.
             2021), privately: True, the quantile, or `dptorch.clipping.AdaptiveClipping`.
-        max_grad_norm, clipping_fn, accountant, loss_reduction, unit, max_examples_per_user: see
-            `PrivacyPlan`.
+        accountant: name of the accountant whose ε is stated; by default "pld".
+        adjacency: the neighbouring relation. By default zero-out where sample_size is given, since
+            rate and batch size then tell it, and add/remove otherwise.
+        loss_reduction: how the loss joins the examples, "mean" (the default) or "sum".
+        unit: what one record is, see `PrivacyPlan`; by default "example".
+        sampling: name in `dptorch.sampling.SCHEMES`; by default "poisson". A scheme that goes through
+            the data in epochs makes an epoch a whole number of steps, and adjusts rate and batch size
+            to it.
+        capacity: largest number of records in a batch of truncated Poisson sampling; by default
+            B + 8 sqrt(B) for an expected B, or more where that would be exceeded too often.
+        max_examples_per_user: largest number of one user's examples in a step, for unit="user".
+        mechanism: "gaussian" (the default) or "discrete_gaussian", see `PrivacyPlan`.
+    """
+
+    batch_size: float | None
+    sample_rate: float | None
+    sample_size: int | None
+    epochs: float | None
+    steps: int | None
+    target_epsilon: float | None
+    noise_multiplier: float | None
+    target_delta: float | None
+    max_grad_norm: float
+    clipping_fn: str
+    clipping_style: Style
+    adaptive_clipping: AdaptiveClipping | Mapping[str, float] | float | bool | None
+    accountant: str
+    adjacency: Adjacency | str | None
+    loss_reduction: str
+    unit: str
+    sampling: str
+    capacity: int | None
+    max_examples_per_user: int | None
+    mechanism: str
+
+
+# The settings that are fields of the plan as they are, with the defaults that `PrivacyPlan` states.
+_FIELDS: Final = (
+    "clipping_fn",
+    "accountant",
+    "loss_reduction",
+    "unit",
+    "target_epsilon",
+    "sample_size",
+    "sampling",
+    "max_examples_per_user",
+    "mechanism",
+)
+
+
+def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
+    """Make a plan from what a user knows.
+
+    Give two of batch_size, sample_rate and sample_size; the length of the run, as epochs or steps; and
+    either target_epsilon or noise_multiplier.
+
+    Args:
+        settings: see `PlanSettings`.
 
     Raises:
-        ConfigurationError: where arguments are missing, contradict each other or cannot be met; for
-            a target ε out of reach it names the smallest that is.
+        ConfigurationError: where settings are unknown, missing, contradict each other or cannot be
+            met; for a target ε out of reach it names the smallest that is.
 
     Example:
         >>> plan = make_plan(batch_size=256, sample_size=50_000, epochs=3, target_epsilon=2.0)
         >>> plan.steps, plan.target_delta, plan.epsilon() <= 2.0
         (586, 1e-06, True)
     """
-    scheme = get_scheme(sampling)
-    terms = scheme.settle(
-        Terms(*_rate(batch_size, sample_rate, sample_size), sample_size, capacity)
-    )
+    for name in settings:
+        one_of("setting", name, PlanSettings.__annotations__)
+    sample_size = settings.get("sample_size")
+    scheme = get_scheme(settings.get("sampling", "poisson"))
+    rate, batch_size = _rate(settings.get("batch_size"), settings.get("sample_rate"), sample_size)
+    terms = scheme.settle(Terms(rate, batch_size, sample_size, settings.get("capacity")))
     rate = terms.sample_rate
-    style, groups = read_style(clipping_style)
+    style, groups = read_style(settings.get("clipping_style", "all-layer"))
+    adjacency = settings.get("adjacency")
     if adjacency is None:
         adjacency = Adjacency.ADD_REMOVE if sample_size is None else Adjacency.ZERO_OUT
     adjacency = Adjacency.of(adjacency)
-    if (epochs is None) == (steps is None):
-        raise ConfigurationError(
-            f"epochs={epochs!r} and steps={steps!r}: give exactly one, the length of the run."
-        )
-    if steps is None:
-        assert epochs is not None
-        _positive("epochs", epochs)
-        # 1 / rate is often a hair above the whole number it means.
-        steps = math.ceil(round(epochs / rate, 6))
+    steps = _steps(settings.get("epochs"), settings.get("steps"), rate)
+    delta = _delta(settings.get("target_delta"), sample_size, terms.expected_batch_size / rate)
+    if terms.capacity is None and scheme.capacity is not None and sample_size is not None:
+        terms = replace(terms, capacity=scheme.capacity(terms, steps, delta))
+    scheme.check(terms, adjacency)
+    noise_multiplier, target_epsilon = (
+        settings.get("noise_multiplier"),
+        settings.get("target_epsilon"),
+    )
     if (target_epsilon is None) == (noise_multiplier is None):
         raise ConfigurationError(
             f"target_epsilon={target_epsilon!r} and noise_multiplier={noise_multiplier!r}: give "
             "exactly one; the other follows."
         )
-    delta = target_delta
-    if delta is None:
-        if sample_size is None:
-            raise ConfigurationError(
-                "target_delta is missing, and without sample_size there is no default. Give a "
-                "number well below one over the number of records, for example 1e-5."
-            )
-        delta = default_delta(sample_size)
-    elif sample_size is not None and 1 / sample_size <= delta < 1:
-        warnings.warn(
-            f"target_delta={delta:g} is not below 1/{sample_size}: a mechanism that publishes one "
-            f"record in full would satisfy it. Use at most "
-            f"{10.0 ** math.floor(math.log10(0.1 / sample_size)):g}.",
-            PrivacyWarning,
-            stacklevel=2,
-        )
-    if capacity is None and scheme.capacity is not None and sample_size is not None:
-        terms = replace(terms, capacity=scheme.capacity(terms, steps, delta))
-    scheme.check(terms, adjacency)
     if noise_multiplier is None:
         assert target_epsilon is not None
+        accountant = settings.get("accountant", PrivacyPlan.accountant)
         accounting.get_accountant(accountant)
+        mechanism = settings.get("mechanism", PrivacyPlan.mechanism)
         noise_multiplier = accounting.noise_multiplier_for(
             lambda noise: event_of(scheme, mechanism, terms, noise, steps),
             target_epsilon=target_epsilon,
@@ -351,27 +373,20 @@ def make_plan(
             accountant=accountant,
             adjacency=adjacency,
         )
+    fields_given: dict[str, Any] = {n: v for n, v in settings.items() if n in _FIELDS}
     return PrivacyPlan(
         sample_rate=rate,
         steps=steps,
         noise_multiplier=noise_multiplier,
-        max_grad_norm=float(max_grad_norm),
+        max_grad_norm=float(settings.get("max_grad_norm", 1.0)),
         expected_batch_size=terms.expected_batch_size,
         target_delta=delta,
-        clipping_fn=clipping_fn,
         clipping_style=style,
         clipping_groups=groups,
-        adaptive_clipping=AdaptiveClipping.of(adaptive_clipping),
-        accountant=accountant,
+        adaptive_clipping=AdaptiveClipping.of(settings.get("adaptive_clipping")),
         adjacency=adjacency,
-        loss_reduction=loss_reduction,
-        unit=unit,
-        target_epsilon=target_epsilon,
-        sample_size=sample_size,
-        sampling=sampling,
         capacity=terms.capacity,
-        max_examples_per_user=max_examples_per_user,
-        mechanism=mechanism,
+        **fields_given,
     )
 
 
@@ -383,6 +398,38 @@ def default_delta(sample_size: int) -> float:
         (1e-06, 1e-08)
     """
     return min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
+
+
+def _steps(epochs: float | None, steps: int | None, rate: float) -> int:
+    """The length of the run in steps, from the one of the two that is given."""
+    if epochs is None and steps is not None:
+        return steps
+    if epochs is None or steps is not None:
+        raise ConfigurationError(
+            f"epochs={epochs!r} and steps={steps!r}: give exactly one, the length of the run."
+        )
+    _positive("epochs", epochs)
+    # 1 / rate is often a hair above the whole number it means.
+    return math.ceil(round(epochs / rate, 6))
+
+
+def _delta(target: float | None, sample_size: int | None, expected_size: float) -> float:
+    """δ of the plan: the one wanted, or the default. `expected_size` is batch size over rate."""
+    if target is None:
+        if sample_size is None:
+            raise ConfigurationError(
+                "target_delta is missing, and without sample_size there is no default. Give a "
+                "number well below one over the number of records, for example 1e-5."
+            )
+        return default_delta(sample_size)
+    size = expected_size if sample_size is None else sample_size
+    if 1 / size <= target < 1:
+        warn(
+            f"target_delta={target:g} is not below 1/{size:.6g}, one over the number of records: a "
+            "mechanism that publishes one record in full would satisfy it. Use at most "
+            f"{10.0 ** math.floor(math.log10(0.1 / size)):g}."
+        )
+    return target
 
 
 def event_of(
@@ -451,8 +498,3 @@ def _rate(
 def _positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
         raise ConfigurationError(f"{name}={value!r} must be a finite number above 0.")
-
-
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name}={value!r} must be a whole number, at least 1.")

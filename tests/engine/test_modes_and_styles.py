@@ -224,7 +224,10 @@ def test_explain_names_every_site_and_its_method() -> None:
     explanation = engine.explain()
     methods = {site.parameter: site.method.name for site in explanation.sites}
     assert methods["blocks.0.weight"] == "gram"
-    assert set(methods) == {n for n, _ in model.named_parameters()} - {"unused.weight", "unused.bias"}
+    assert set(methods) == {n for n, _ in model.named_parameters()} - {
+        "unused.weight",
+        "unused.bias",
+    }
     assert "blocks.0.weight" in str(explanation)
     assert explanation.flops > 0
 

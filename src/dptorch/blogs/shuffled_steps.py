@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +22,8 @@ from dptorch.errors import (
     BudgetExhausted,
     ConfigurationError,
     PrivacyError,
-    PrivacyWarning,
     one_of,
+    warn,
 )
 from dptorch.randomness import FROM_SEED, RootKey
 from dptorch.sampling import PrivateLoader
@@ -107,12 +106,10 @@ class ShuffledSteps:
         attained = self.index.after(steps, self.per_step)
         if attained > target_epsilon:
             self.target = attained
-            warnings.warn(
+            warn(
                 f"target_epsilon={target_epsilon:g} cannot be met: blocks of one coordinate have a "
                 f"BloGS index of {attained:.4g} after {steps} steps. The run uses them and stops "
-                "there.",
-                PrivacyWarning,
-                stacklevel=4,
+                "there."
             )
         self._names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
         block_sizes = {
@@ -128,11 +125,7 @@ class ShuffledSteps:
         )
         self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
-        warnings.warn(
-            warning_text(self.unshuffled, self.buffers, key.provenance == FROM_SEED),
-            PrivacyWarning,
-            stacklevel=4,
-        )
+        warn(warning_text(self.unshuffled, self.buffers, key.provenance == FROM_SEED))
 
     @property
     def exhausted(self) -> bool:
@@ -208,7 +201,7 @@ class ShuffledSteps:
             raise BudgetExhausted(message)
         if not self._warned_exhausted:
             self._warned_exhausted = True
-            warnings.warn(message, PrivacyWarning, stacklevel=5)
+            warn(message)
 
     def spent(self) -> BloGSSpent:
         """The index so far; it grows with every step."""

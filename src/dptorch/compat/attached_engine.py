@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import math
 import types
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from dptorch import accounting
 from dptorch.accounting.accountants.rdp import RDPAccountant
-from dptorch.clipping import AdaptiveClipping
 from dptorch.clipping.functions import STABILITY
 from dptorch.compat.arguments import OPEN_END
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning, one_of
-from dptorch.plan import make_plan
+from dptorch.errors import ConfigurationError, PrivacyError, one_of, warn
+from dptorch.plan import PlanSettings, make_plan
 from dptorch.sampling import PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import Statement
@@ -42,20 +41,17 @@ class AttachedEngine:
 
     Args:
         module: any model; what is frozen stays so.
-        batch_size: expected number of examples in a step.
-        sample_size: number of examples.
-        epochs, num_steps: length of the run, one of them. With `target_epsilon` it is the budget: a
-            step past it raises. An epoch has ceil(sample_size / batch_size) steps, as many as a
-            DataLoader has batches. With `noise_multiplier` the run has no end.
-        noise_multiplier: standard deviation of the noise over max_grad_norm; before target_epsilon
-            where both are given.
-        target_epsilon, target_delta: the guarantee at the end.
+        settings: of `dptorch.plan.PlanSettings`, batch_size and sample_size at least. An epoch has
+            ceil(sample_size / batch_size) steps, as many as a DataLoader has batches. With
+            target_epsilon the length of the run is its budget: a step past it raises. With
+            noise_multiplier, which comes before target_epsilon where both are given, the run has no
+            end.
+        num_steps: length of the run, instead of epochs.
         default_delta: sample_size -> δ where none is given.
         accounting_mode: of `ACCOUNTANTS`, or "all": the noise is then calibrated by "rdp".
         modes: the accounting modes that the original has.
         named_params: (name, parameter) pairs to train: exactly the trainable ones.
         record_snr: estimate signal and noise in each step, for `get_training_stats`.
-        settings: further arguments of `dptorch.plan.make_plan`.
         clipping_mode: see `dptorch.PrivacyEngine`.
         seed: for tests: randomness from a number, which is not private.
 
@@ -71,68 +67,42 @@ class AttachedEngine:
         self,
         module: nn.Module,
         *,
-        batch_size: float,
-        sample_size: int,
-        max_grad_norm: float,
-        epochs: float | None,
-        num_steps: int | None = None,
-        noise_multiplier: float | None,
-        target_epsilon: float | None,
-        target_delta: float | None,
-        default_delta: Callable[[int], float],
-        accounting_mode: str,
-        modes: Sequence[str],
         named_params: Sequence[tuple[str, Tensor]] | None,
         record_snr: bool,
+        accounting_mode: str,
+        modes: Sequence[str],
+        default_delta: Callable[[int], float],
         clipping_mode: str,
-        clipping_fn: str = "abadi",
-        clipping_style: Any = "all-layer",
-        adaptive_clipping: AdaptiveClipping | None = None,
-        loss_reduction: str = "mean",
-        sampling: str = "poisson",
+        num_steps: int | None = None,
         seed: int | None = None,
+        **settings: Unpack[PlanSettings],
     ) -> None:
         self.accounting_mode = one_of("accounting_mode", accounting_mode, modes)
         self._modes = [m for m in modes if m != "all"]
         self._check_named(module, named_params)
-        for name, size in (("batch_size", batch_size), ("sample_size", sample_size)):
-            if not (math.isfinite(size) and size > 0):
-                raise ConfigurationError(f"{name}={size!r} must be a number of examples above 0.")
-        steps = OPEN_END
-        if noise_multiplier is None:
-            if target_epsilon is None:
-                raise ConfigurationError(
-                    "neither noise_multiplier nor target_epsilon is given: one of them says how much "
-                    "noise there is."
-                )
-            steps = _planned_steps(epochs, num_steps, batch_size, sample_size)
+        self.batch_size = batch_size = _size("batch_size", settings.get("batch_size"))
+        size = _size("sample_size", settings.get("sample_size"))
+        self.sample_size = settings["sample_size"]
+        self.epochs = settings.pop("epochs", None)
+        self.target_epsilon = settings.get("target_epsilon")
+        if settings.get("noise_multiplier") is not None:
+            settings |= {"steps": OPEN_END, "target_epsilon": None}
+        elif self.target_epsilon is not None:
+            settings["steps"] = _planned_steps(self.epochs, num_steps, batch_size, size)
+        else:
+            raise ConfigurationError(
+                "neither noise_multiplier nor target_epsilon is given: one of them says how much "
+                "noise there is."
+            )
+        if settings.get("target_delta") is None:
+            settings["target_delta"] = default_delta(int(size))
+        settings["accountant"] = "rdp" if accounting_mode == "all" else ACCOUNTANTS[accounting_mode]
         self.engine = PrivacyEngine(
-            module,
-            plan=make_plan(
-                batch_size=batch_size,
-                sample_size=sample_size,
-                steps=steps,
-                noise_multiplier=noise_multiplier,
-                target_epsilon=target_epsilon if noise_multiplier is None else None,
-                target_delta=default_delta(sample_size) if target_delta is None else target_delta,
-                max_grad_norm=max_grad_norm,
-                clipping_fn=clipping_fn,
-                clipping_style=clipping_style,
-                adaptive_clipping=adaptive_clipping,
-                accountant="rdp" if accounting_mode == "all" else ACCOUNTANTS[accounting_mode],
-                loss_reduction=loss_reduction,
-                sampling=sampling,
-            ),
-            clipping_mode=clipping_mode,
-            seed=seed,
+            module, plan=make_plan(**settings), clipping_mode=clipping_mode, seed=seed
         )
         self.module = module
         self.named_params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.num_params = sum(p.numel() for _, p in self.named_params)
-        self.batch_size = batch_size
-        self.sample_size = sample_size
-        self.epochs = epochs
-        self.target_epsilon = target_epsilon
         self.record_snr = record_snr
         self.optimizer: Optimizer | None = None
         self._engine_step: Any = None
@@ -388,11 +358,9 @@ class LossVectorEngine(AttachedEngine):
             )
         if callback is not None and not self._warned_callback:
             self._warned_callback = True
-            warnings.warn(
+            warn(
                 "callback is called with the noisy gradient in .grad, just before the optimizer's "
-                "step; the sum without noise is shown to nobody.",
-                PrivacyWarning,
-                stacklevel=4,
+                "step; the sum without noise is shown to nobody."
             )
         self._callback = callback
         # A loss that was scaled up for half precision is scaled back, gradients and all.
@@ -417,8 +385,14 @@ def automatic_clipping(stability: float | None) -> str:
     return "automatic"
 
 
+def _size(name: str, size: float | None) -> float:
+    if size is None or not (math.isfinite(size) and size > 0):
+        raise ConfigurationError(f"{name}={size!r} must be a number of examples above 0.")
+    return size
+
+
 def _planned_steps(
-    epochs: float | None, num_steps: int | None, batch_size: float, sample_size: int
+    epochs: float | None, num_steps: int | None, batch_size: float, sample_size: float
 ) -> int:
     if num_steps is not None:
         if epochs is not None:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.attached_engine import AttachedEngine, automatic_clipping
 from dptorch.errors import ConfigurationError, one_of
+from dptorch.plan import PlanSettings
 
 __all__ = ["PrivacyEngine"]
 
@@ -37,8 +39,8 @@ class PrivacyEngine(AttachedEngine):
     Several backwards before a step are one batch of that many parts.
 
     Args:
-        module, batch_size, sample_size, epochs, num_steps, noise_multiplier, target_epsilon, \
-named_params, record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
+        module, num_steps, named_params, record_snr, settings: see \
+`dptorch.compat.attached_engine.AttachedEngine`.
         max_grad_norm: bound C on one example's gradient. With "automatic" clipping it only scales the
             step, and is 1 unless `numerical_stability_constant` is given, as in fastDP.
         target_delta: by default 1 / (2 * sample_size), as in fastDP.
@@ -56,7 +58,7 @@ named_params, record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
             what comes before the first of them belongs to its block.
         num_GPUs: 1: noise is added once, to the whole sum.
         torch_seed_is_fixed: accepted: noise comes from a key of its own, never from torch's seed.
-        sampling, seed: see `dptorch.PrivacyEngine`.
+        seed: see `dptorch.PrivacyEngine`.
 
     Example:
         >>> import torch
@@ -77,18 +79,11 @@ named_params, record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
     """
 
     @known_arguments
-    def __init__(
+    def __init__(  # type: ignore[misc]  # its names of functions and styles are not the plan's
         self,
         module: nn.Module,
         *,
-        batch_size: float,
-        sample_size: int,
-        max_grad_norm: float = 1.0,
-        epochs: float | None = None,
         num_steps: int | None = None,
-        noise_multiplier: float | None = None,
-        target_epsilon: float | None = None,
-        target_delta: float | None = None,
         alphas: Sequence[float] | None = None,
         record_snr: bool = False,
         named_params: Sequence[tuple[str, Tensor]] | None = None,
@@ -97,13 +92,12 @@ named_params, record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
         eps_error: float = 0.05,
         clipping_mode: str = "MixOpt",
         clipping_fn: str = "automatic",
-        loss_reduction: str = "mean",
         origin_params: Sequence[str] | None = None,
         clipping_style: str | Sequence[str] = "all-layer",
         num_GPUs: int = 1,
         torch_seed_is_fixed: bool = False,
-        sampling: str = "poisson",
         seed: int | None = None,
+        **settings: Unpack[PlanSettings],
     ) -> None:
         if num_GPUs != 1:
             raise ConfigurationError(
@@ -116,40 +110,31 @@ named_params, record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
         if function == "automatic":
             function = automatic_clipping(numerical_stability_constant)
             if numerical_stability_constant is None:
-                max_grad_norm = 1.0
+                settings["max_grad_norm"] = 1.0
         style: Any = clipping_style
         if isinstance(style, str):
             one_of("clipping_style", style, _STYLES)
         else:
-            style = _blocks(module, list(style), max_grad_norm)
+            style = _blocks(module, list(style), settings.get("max_grad_norm", 1.0))
+        settings |= {"clipping_fn": function, "clipping_style": style}
         super().__init__(
             module,
-            batch_size=batch_size,
-            sample_size=sample_size,
-            max_grad_norm=max_grad_norm,
-            epochs=epochs,
             num_steps=num_steps,
-            noise_multiplier=noise_multiplier,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
             default_delta=lambda n: 1 / (2 * n),
             accounting_mode=accounting_mode,
             modes=("rdp", "glw", "all"),
             named_params=named_params,
             record_snr=record_snr,
             clipping_mode=_MODES[one_of("clipping_mode", clipping_mode, _MODES)],
-            clipping_fn=function,
-            clipping_style=style,
-            loss_reduction=loss_reduction,
-            sampling=sampling,
             seed=seed,
+            **settings,
         )
         self.alphas = alphas
         self.eps_error = eps_error
         self.clipping_mode = clipping_mode
         self.clipping_fn = clipping_fn
         self.clipping_style = clipping_style
-        self.loss_reduction = loss_reduction
+        self.loss_reduction = self.engine.plan.loss_reduction
 
     @property
     def bias_only(self) -> bool:

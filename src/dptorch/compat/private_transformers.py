@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from dptorch.clipping import AdaptiveClipping
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.attached_engine import LossVectorEngine
 from dptorch.errors import one_of
+from dptorch.plan import PlanSettings
 
 __all__ = ["PrivacyEngine", "freeze_isolated_params_for_vit"]
 
@@ -38,8 +40,7 @@ class PrivacyEngine(LossVectorEngine):
 
     Args:
         module: any model; tied and shared weights, too, in every mode.
-        batch_size, sample_size, epochs, noise_multiplier, target_epsilon, named_params, record_snr: \
-see `dptorch.compat.attached_engine.AttachedEngine`.
+        named_params, record_snr, settings: see `dptorch.compat.attached_engine.AttachedEngine`.
         max_grad_norm: bound on one example's gradient, over all layers together.
         target_delta: by default sample_size ** -1.1, as in private-transformers.
         alphas, eps_error: accepted: the accountants here have orders and errors of their own.
@@ -49,7 +50,7 @@ see `dptorch.compat.attached_engine.AttachedEngine`.
             then each layer's norm follows the median of its gradients' norms, privately.
         accounting_mode: "rdp", "glw" or "all".
         skip_checks: accepted: there is no list of models.
-        sampling, seed: see `dptorch.PrivacyEngine`.
+        seed: see `dptorch.PrivacyEngine`.
 
     Example:
         >>> import torch
@@ -71,13 +72,6 @@ see `dptorch.compat.attached_engine.AttachedEngine`.
         self,
         module: nn.Module,
         *,
-        batch_size: float,
-        sample_size: int,
-        max_grad_norm: float,
-        epochs: float | None = None,
-        noise_multiplier: float | None = None,
-        target_epsilon: float | None = None,
-        target_delta: float | None = None,
         alphas: Sequence[float] | None = None,
         record_snr: bool = True,
         named_params: Sequence[tuple[str, Tensor]] | None = None,
@@ -86,31 +80,24 @@ see `dptorch.compat.attached_engine.AttachedEngine`.
         accounting_mode: str = "rdp",
         eps_error: float = 0.05,
         skip_checks: bool = False,
-        sampling: str = "poisson",
         seed: int | None = None,
+        **settings: Unpack[PlanSettings],
     ) -> None:
         one_of("clipping_mode", clipping_mode, _MODES)
+        if clipping_mode in _PER_LAYER:
+            settings["clipping_style"] = "layer-wise"
+        if clipping_mode == "per_layer_percentile":
+            settings["adaptive_clipping"] = AdaptiveClipping()
         super().__init__(
             module,
-            batch_size=batch_size,
-            sample_size=sample_size,
-            max_grad_norm=max_grad_norm,
-            epochs=epochs,
-            noise_multiplier=noise_multiplier,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
             default_delta=lambda n: n**-1.1,
             accounting_mode=accounting_mode,
             modes=("rdp", "glw", "all"),
             named_params=named_params,
             record_snr=record_snr,
             clipping_mode=_MODES[clipping_mode],
-            clipping_style="layer-wise" if clipping_mode in _PER_LAYER else "all-layer",
-            adaptive_clipping=AdaptiveClipping()
-            if clipping_mode == "per_layer_percentile"
-            else None,
-            sampling=sampling,
             seed=seed,
+            **settings,
         )
         self.alphas = alphas
         self.eps_error = eps_error

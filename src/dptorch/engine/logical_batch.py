@@ -4,7 +4,6 @@ them once."""
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.clipping.rounding import rounded_sum
 from dptorch.clipping.sums import ClippedSum, RoundedSum
-from dptorch.errors import PrivacyError, PrivacyWarning
+from dptorch.errors import PrivacyError, warn
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Tape
@@ -154,7 +153,7 @@ class LogicalBatch:
         """A forward pass begins; returns what its tape reports to."""
         if self._fired and not self.attached and not self._warned_not_attached:
             self._warned_not_attached = True
-            warnings.warn(_NOT_ATTACHED, PrivacyWarning, stacklevel=7)
+            warn(_NOT_ATTACHED)
         self._collect()
         return _Listener(self, self.part)
 

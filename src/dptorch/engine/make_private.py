@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from typing_extensions import Unpack
 
 from dptorch.accounting import Adjacency
-from dptorch.engine.privacy_engine import PrivacyEngine
+from dptorch.engine.privacy_engine import EngineSettings, PrivacyEngine
 from dptorch.errors import ConfigurationError
 from dptorch.sampling import NOT_COVERED, PrivateLoader, dataset_size
 
@@ -31,7 +32,7 @@ def make_private(
     loader: DataLoader[Any],
     *,
     max_physical_batch_size: int | None = None,
-    **engine_kwargs: Any,
+    **settings: Unpack[EngineSettings],
 ) -> Private:
     """Make an existing model, optimizer and DataLoader private in one call.
 
@@ -43,8 +44,9 @@ def make_private(
         model, optimizer: as for `PrivacyEngine` and its `attach`.
         loader: a DataLoader with a batch size over a map-style dataset.
         max_physical_batch_size: see `PrivacyEngine.loader`.
-        engine_kwargs: see `PrivacyEngine`. Batch size and number of records come from the loader; under
-            add/remove adjacency, which protects the number of records, give sample_rate.
+        settings: the keyword arguments of `PrivacyEngine`. Batch size and number of records come from
+            the loader; under add/remove adjacency, which protects the number of records, give
+            sample_rate.
 
     Returns:
         (model, optimizer, loader, engine).
@@ -76,25 +78,25 @@ def make_private(
             "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights "
             f"to the loss. {NOT_COVERED}"
         )
-    if engine_kwargs.get("unit") == "user":
+    if settings.get("unit") == "user":
         raise ConfigurationError(
             "unit='user': a DataLoader's batch size counts examples, not users. Make a PrivacyEngine "
             "with a batch_size in users, and engine.loader(dataset, user_ids=...)."
         )
-    if engine_kwargs.get("plan") is None:
-        adjacency = engine_kwargs.get("adjacency")
+    if settings.get("plan") is None:
+        adjacency = settings.get("adjacency")
         if adjacency is not None and Adjacency.of(adjacency) is Adjacency.ADD_REMOVE:
-            if engine_kwargs.get("sample_rate") is None:
+            if settings.get("sample_rate") is None:
                 raise ConfigurationError(
                     "adjacency='add-remove' protects the number of records, so the sampling rate may "
                     "not be computed from it. Give sample_rate, from what is public, or use "
                     "adjacency='zero-out': the same epsilon, and the number is public."
                 )
-            engine_kwargs.setdefault("batch_size", loader.batch_size)
+            settings.setdefault("batch_size", loader.batch_size)
         else:
-            engine_kwargs.setdefault("batch_size", min(loader.batch_size, size))
-            engine_kwargs.setdefault("sample_size", size)
-    engine = PrivacyEngine(model, **engine_kwargs)
+            settings.setdefault("batch_size", min(loader.batch_size, size))
+            settings.setdefault("sample_size", size)
+    engine = PrivacyEngine(model, **settings)
     try:
         engine.attach(optimizer)
         private = engine.loader(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
-from dptorch.accounting import Adjacency
-from dptorch.clipping import COUNTS, AdaptiveClipping
+from dptorch.clipping import COUNTS
 from dptorch.engine import checkpoint
 from dptorch.engine.loading import loader_of
 from dptorch.engine.optimizer_binding import OptimizerBinding, check_parameters, write_gradients
@@ -21,12 +18,12 @@ from dptorch.errors import (
     BudgetExhausted,
     ConfigurationError,
     PrivacyError,
-    PrivacyWarning,
     one_of,
+    warn,
 )
 from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
-from dptorch.plan import PrivacyPlan, Style, make_plan
+from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
 from dptorch.randomness import FROM_OS, RootKey
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
@@ -40,7 +37,21 @@ from dptorch.validation.mixing import refuse_mixing
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger
 
-__all__ = ["PrivacyEngine"]
+__all__ = ["EngineSettings", "PrivacyEngine"]
+
+
+class EngineSettings(PlanSettings, total=False):
+    """The keyword arguments of `PrivacyEngine`, which says what each means."""
+
+    plan: PrivacyPlan | None
+    clipping_mode: str
+    memory_budget: float | None
+    on_budget_exhausted: str
+    batch_dims: BatchDims
+    self_check: bool
+    ledger: DatasetLedger | None
+    secure_rng: bool
+    seed: int | None
 
 
 class PrivacyEngine(PrivateRun):
@@ -56,12 +67,9 @@ class PrivacyEngine(PrivateRun):
 
     Args:
         model: any module; unmodified. Parameters that should not be trained are frozen before.
-        batch_size, sample_rate, sample_size, epochs, steps, target_epsilon, noise_multiplier,
-        target_delta, max_grad_norm, clipping_fn, clipping_style, accountant, adjacency,
-        loss_reduction, unit, sampling, capacity, max_examples_per_user, mechanism: see
-        `dptorch.plan.make_plan`.
-        plan: a plan made before, instead of all of the above.
-        adaptive_clipping: see `dptorch.plan.make_plan`.
+        settings: what the plan is made from, such as batch_size, sample_size, epochs and
+            target_epsilon: see `dptorch.plan.PlanSettings`.
+        plan: a plan made before, instead of settings.
         clipping_mode: how per-example norms are computed, a name in
             `dptorch.tape.gradients.clipping_modes.MODES`: "auto" takes what is fastest at each layer.
             Every mode gives the same gradients, but "non-private", which trains
@@ -112,38 +120,25 @@ class PrivacyEngine(PrivateRun):
         model: nn.Module,
         *,
         plan: PrivacyPlan | None = None,
-        batch_size: float | None = None,
-        sample_rate: float | None = None,
-        sample_size: int | None = None,
-        epochs: float | None = None,
-        steps: int | None = None,
-        target_epsilon: float | None = None,
-        noise_multiplier: float | None = None,
-        target_delta: float | None = None,
-        max_grad_norm: float = 1.0,
-        clipping_fn: str = "abadi",
         clipping_mode: str = "auto",
-        clipping_style: Style = "all-layer",
-        adaptive_clipping: AdaptiveClipping | Mapping[str, float] | float | bool | None = None,
         memory_budget: float | None = None,
-        accountant: str = "pld",
-        adjacency: Adjacency | str | None = None,
-        loss_reduction: str = "mean",
-        unit: str = "example",
-        sampling: str = "poisson",
-        capacity: int | None = None,
-        max_examples_per_user: int | None = None,
-        mechanism: str = "gaussian",
         on_budget_exhausted: str = "raise",
         batch_dims: BatchDims = 0,
         self_check: bool = True,
         ledger: DatasetLedger | None = None,
         secure_rng: bool = False,
         seed: int | None = None,
-        **unknown: Any,
+        **settings: Unpack[PlanSettings],
     ) -> None:
-        for name in unknown:
-            one_of("argument", name, _arguments())
+        for name in settings:
+            one_of("argument", name, EngineSettings.__annotations__)
+        if plan is None:
+            plan = make_plan(**settings)
+        elif settings:
+            raise ConfigurationError(
+                f"plan= and {', '.join(f'{n}=' for n in settings)} are given: the plan says all that "
+                "the guarantee depends on. Leave them out, or make the engine without plan=."
+            )
         mode = get_mode(clipping_mode)
         self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
         if hooks_of(model) is not None:
@@ -159,28 +154,6 @@ class PrivacyEngine(PrivateRun):
                 "the model has no trainable parameter. Unfreeze what should be trained with "
                 "requires_grad_(True) before making the engine."
             )
-        plan = plan or make_plan(
-            batch_size=batch_size,
-            sample_rate=sample_rate,
-            sample_size=sample_size,
-            epochs=epochs,
-            steps=steps,
-            target_epsilon=target_epsilon,
-            noise_multiplier=noise_multiplier,
-            target_delta=target_delta,
-            max_grad_norm=max_grad_norm,
-            clipping_fn=clipping_fn,
-            clipping_style=clipping_style,
-            adaptive_clipping=adaptive_clipping,
-            accountant=accountant,
-            adjacency=adjacency,
-            loss_reduction=loss_reduction,
-            unit=unit,
-            sampling=sampling,
-            capacity=capacity,
-            max_examples_per_user=max_examples_per_user,
-            mechanism=mechanism,
-        )
         if plan.mechanism == "discrete_gaussian" and mode.passes != 1:
             raise ConfigurationError(
                 f"clipping_mode={clipping_mode!r} never holds the gradients of examples, which "
@@ -207,11 +180,9 @@ class PrivacyEngine(PrivateRun):
         )
         if self._mode is NON_PRIVATE:
             self._hooks.remove()
-            warnings.warn(
+            warn(
                 "clipping_mode='non-private': gradients are neither clipped nor noised. This run is "
-                "for comparison; its epsilon is infinite.",
-                PrivacyWarning,
-                stacklevel=2,
+                "for comparison; its epsilon is infinite."
             )
 
     def _begin_forward(self) -> tuple[TapeConfig, TapeListener]:
@@ -307,10 +278,8 @@ class PrivacyEngine(PrivateRun):
     def _begin_epoch(self, step: int) -> None:
         self._batch.drop()
         if self.exhausted:
-            warnings.warn(
-                f"all {self.plan.steps} steps of the plan are done; the loader has no more batches.",
-                PrivacyWarning,
-                stacklevel=4,
+            warn(
+                f"all {self.plan.steps} steps of the plan are done; the loader has no more batches."
             )
 
     def receive(self, part: PhysicalBatch | None, *, complete: bool = True) -> None:
@@ -394,12 +363,10 @@ class PrivacyEngine(PrivateRun):
     def _warn_of_own_loader(self) -> None:
         if not self._warned_own_loader:
             self._warned_own_loader = True
-            warnings.warn(
+            warn(
                 "a batch did not come from engine.loader(), so it is not known to be drawn as the "
                 f"plan says ({self.plan.sampling}): epsilon is stated without amplification by "
-                "sampling, and is much larger. Take batches from engine.loader(dataset).",
-                PrivacyWarning,
-                stacklevel=5,
+                "sampling, and is much larger. Take batches from engine.loader(dataset)."
             )
 
     def _refuse(self) -> bool:
@@ -413,14 +380,8 @@ class PrivacyEngine(PrivateRun):
             raise BudgetExhausted(message)
         if not self._warned_exhausted:
             self._warned_exhausted = True
-            warnings.warn(message, PrivacyWarning, stacklevel=4)
+            warn(message)
         return False
-
-
-def _arguments() -> list[str]:
-    """What PrivacyEngine takes."""
-    parameters = inspect.signature(PrivacyEngine).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _checked_budget(memory_budget: float | None) -> float | None:

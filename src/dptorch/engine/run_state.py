@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +16,7 @@ from dptorch.clipping import groups_of
 from dptorch.engine import checkpoint
 from dptorch.engine.logical_batch import LogicalBatch, StepDiagnostics
 from dptorch.engine.optimizer_binding import OptimizerBinding
-from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
+from dptorch.errors import ConfigurationError, PrivacyError, warn
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
 from dptorch.sampling.schemes import OWN_LOADER
@@ -307,11 +306,9 @@ class PrivateRun:
         run = state["run"]
         if self._ledger is None:
             if run is not None:
-                warnings.warn(
+                warn(
                     f"this run was kept in a ledger (as {run}), and goes on without it: steps that "
-                    "were lost since the checkpoint are not counted. Pass ledger=.",
-                    PrivacyWarning,
-                    stacklevel=3,
+                    "were lost since the checkpoint are not counted. Pass ledger=."
                 )
             return
         record = self._record = self._ledger.run(
@@ -323,10 +320,8 @@ class PrivateRun:
             own_loader_steps=state["sampling_run"].get(OWN_LOADER, 0),
         )
         if record.repeated_steps:
-            warnings.warn(
+            warn(
                 f"{record.repeated_steps} steps were released after this checkpoint was written, and "
                 "lost. They count: at the end of its plan the run will have spent "
-                f"epsilon={record.epsilon_at_end():.4g} instead of {self.plan.epsilon():.4g}.",
-                PrivacyWarning,
-                stacklevel=3,
+                f"epsilon={record.epsilon_at_end():.4g} instead of {self.plan.epsilon():.4g}."
             )

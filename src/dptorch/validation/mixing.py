@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, PrivacyWarning
+from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, warn
 from dptorch.tape.provenance.tags import Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
 from dptorch.tape.recording.patches import patched
@@ -52,11 +52,9 @@ def refuse_mixing(
     except (PrivacyError, ConfigurationError):
         return True  # the recording of the real forward pass, next, raises it in its own words
     except Exception as error:
-        warnings.warn(
+        warn(
             f"whether the model mixes examples was not checked: running it a second time failed "
-            f"({type(error).__name__}: {error}). What a recording sees is checked all the same.",
-            PrivacyWarning,
-            stacklevel=2,
+            f"({type(error).__name__}: {error}). What a recording sees is checked all the same."
         )
         return True
     if where:

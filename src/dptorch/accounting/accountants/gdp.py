@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.pairs.sampled import Pair, SampledPair, gaussian_delta, gaussian_epsilon
-from dptorch.errors import PrivacyWarning
+from dptorch.errors import warn
 
 __all__ = ["GDPAccountant", "central_limit_mu"]
 
@@ -43,11 +42,9 @@ class GDPAccountant(PairAccountant):
 
 def _limit(compositions: Compositions) -> float:
     if any(pair.mu is None for pairs in compositions for pair in pairs):
-        warnings.warn(
+        warn(
             "accountant 'gdp' uses the central limit theorem: its numbers are no bound and can be far "
-            "too small. Use 'exact' to plan and 'pld' to state.",
-            PrivacyWarning,
-            stacklevel=4,
+            "too small. Use 'exact' to plan and 'pld' to state."
         )
     return max(central_limit_mu(pairs) for pairs in compositions)
 

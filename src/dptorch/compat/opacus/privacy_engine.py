@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from dptorch.compat.opacus.optimizers import as_dp_optimizer
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.engine import checkpoint
-from dptorch.errors import ConfigurationError, PrivacyWarning, one_of
+from dptorch.errors import ConfigurationError, one_of, warn
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import dataset_size
 from dptorch.statement import Statement
@@ -197,12 +196,10 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             others: see `make_private`.
         """
         if self.accountant.all_events():
-            warnings.warn(
+            warn(
                 f"this engine has spent privacy before: epsilon={target_epsilon:g} is what the new run "
                 "will spend by itself, and get_epsilon() tells what all have spent together. Use a "
-                "new PrivacyEngine for other data.",
-                PrivacyWarning,
-                stacklevel=3,
+                "new PrivacyEngine for other data."
             )
         return self._make_private(
             module,
@@ -265,11 +262,9 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
                     "Leave one out."
                 )
             seed = noise_generator.initial_seed()
-            warnings.warn(
+            warn(
                 "noise_generator: batches and noise follow from its seed, so whoever knows it can "
-                "take the noise off. This run is for tests, and not private.",
-                PrivacyWarning,
-                stacklevel=4,
+                "take the noise off. This run is for tests, and not private."
             )
         plan = make_plan(
             sample_rate=loader.sample_rate,
@@ -291,12 +286,10 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         self.runs.append(run)
         self.accountant.runs.append(run)
         if plan.sampling != "poisson":
-            warnings.warn(
+            warn(
                 f"poisson_sampling=False: batches of a {plan.sampling} loader are not amplified by "
                 "sampling, so epsilon counts every epoch as a release of every example, and is "
-                "larger than the accountant of Poisson batches would say. Use poisson_sampling=True.",
-                PrivacyWarning,
-                stacklevel=4,
+                "larger than the accountant of Poisson batches would say. Use poisson_sampling=True."
             )
         private = GradSampleModule(model) if wrap_model else model
         dp_optimizer = as_dp_optimizer(optimizer, run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from dptorch.accounting import Event
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import ConfigurationError, PrivacyWarning
+from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
@@ -130,12 +129,10 @@ class ScheduledRun:
         new = plan
         if noise_multiplier is not None and noise_multiplier != plan.noise_multiplier:
             if plan.target_epsilon is not None:
-                warnings.warn(
+                warn(
                     f"the noise was chosen for epsilon={plan.target_epsilon:g} at the end of the "
                     "run, without a schedule: with one the run ends at another epsilon. "
-                    "get_epsilon() counts the noise of every step.",
-                    PrivacyWarning,
-                    stacklevel=4,
+                    "get_epsilon() counts the noise of every step."
                 )
             new = replace(new, noise_multiplier=float(noise_multiplier), target_epsilon=None)
         if max_grad_norm is not None and max_grad_norm != plan.max_grad_norm:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from dptorch.compat.arguments import OPEN_END, known_arguments
 from dptorch.compat.opacus.privacy_engine import clipping_arguments
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus0.utils.uniform_sampler import UniformWithReplacementSampler
-from dptorch.errors import ConfigurationError, PrivacyWarning
+from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import make_plan
 from dptorch.sampling import PhysicalBatch
 
@@ -219,13 +218,11 @@ def _without_sampler(batch_size: float | None, target_epsilon: float | None) -> 
             "(batch_sampler=) before the engine, or give batch_size and sample_size."
         )
     if target_epsilon is not None:
-        warnings.warn(
+        warn(
             "no UniformWithReplacementSampler goes with this engine's rate, and a shuffled loader is "
             "not amplified by sampling: the noise is chosen for steps in each of which any example "
             "may take part, and is much larger. Make the DataLoader with "
-            "batch_sampler=UniformWithReplacementSampler(num_samples, sample_rate), before the engine.",
-            PrivacyWarning,
-            stacklevel=4,
+            "batch_sampler=UniformWithReplacementSampler(num_samples, sample_rate), before the engine."
         )
     return {"sample_rate": 1.0, "batch_size": batch_size}
 

@@ -6,14 +6,15 @@ What each argument means here, where that differs: `docs/migrating.md`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.attached_engine import LossVectorEngine, automatic_clipping
-from dptorch.errors import PrivacyWarning, one_of
+from dptorch.errors import one_of, warn
+from dptorch.plan import PlanSettings
 
 __all__ = ["PrivacyEngine"]
 
@@ -27,8 +28,7 @@ class PrivacyEngine(LossVectorEngine):
     ``optimizer.virtual_step(loss=loss)`` adds a part of the batch. ``backward()`` is not called.
 
     Args:
-        module, batch_size, sample_size, epochs, noise_multiplier, target_epsilon, named_params, \
-record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
+        module, named_params, record_snr, settings: see `dptorch.compat.attached_engine.AttachedEngine`.
         max_grad_norm: bound on one example's gradient.
         target_delta: by default 1 / (2 * sample_size), as in private_vision.
         alphas, eps_error: accepted: the accountants here have orders and errors of their own.
@@ -40,7 +40,7 @@ record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
             "all". "gdp" promises too much: noise is calibrated by numerical composition instead.
         clip_function: "vanilla" (Abadi), "global" (keep or drop), "autov" (C / n), "autos"
             (C / (n + γ)).
-        sampling, seed: see `dptorch.PrivacyEngine`.
+        seed: see `dptorch.PrivacyEngine`.
 
     Example:
         >>> import torch
@@ -64,13 +64,6 @@ record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
         self,
         module: nn.Module,
         *,
-        batch_size: float,
-        sample_size: int,
-        max_grad_norm: float,
-        epochs: float | None = None,
-        noise_multiplier: float | None = None,
-        target_epsilon: float | None = None,
-        target_delta: float | None = None,
         alphas: Sequence[float] | None = None,
         record_snr: bool = True,
         named_params: Sequence[tuple[str, Tensor]] | None = None,
@@ -81,39 +74,30 @@ record_snr: see `dptorch.compat.attached_engine.AttachedEngine`.
         accounting_mode: str = "rdp_cks",
         eps_error: float = 0.05,
         clip_function: str = "vanilla",
-        sampling: str = "poisson",
         seed: int | None = None,
+        **settings: Unpack[PlanSettings],
     ) -> None:
         function = _FUNCTIONS[one_of("clip_function", clip_function, _FUNCTIONS)]
         if clip_function == "autos":
             function = automatic_clipping(numerical_stability_constant)
         if accounting_mode == "gdp":
-            warnings.warn(
+            warn(
                 "accounting_mode='gdp' is a limit and no bound: it promises more than holds. Noise is "
                 "calibrated by numerical composition, and get_privacy_spent() gives its 'eps_upper' "
-                "beside 'eps_gdp'.",
-                PrivacyWarning,
-                stacklevel=3,
+                "beside 'eps_gdp'."
             )
+        settings["clipping_fn"] = function
         mode = ("MixGhostClip" if mixed else "ghost") if ghost_clipping else "non-ghost"
         super().__init__(
             module,
-            batch_size=batch_size,
-            sample_size=sample_size,
-            max_grad_norm=max_grad_norm,
-            epochs=epochs,
-            noise_multiplier=noise_multiplier,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
             default_delta=lambda n: 1 / (2 * n),
             accounting_mode=accounting_mode,
             modes=_ACCOUNTING,
             named_params=named_params,
             record_snr=record_snr,
             clipping_mode=mode,
-            clipping_fn=function,
-            sampling=sampling,
             seed=seed,
+            **settings,
         )
         self.alphas = alphas
         self.eps_error = eps_error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dptorch.errors import PrivacyWarning
+from dptorch.errors import warn
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
@@ -108,11 +107,9 @@ class ModelHooks:
     def _warn_of_copy(self, module: nn.Module) -> None:
         if module.training and torch.is_grad_enabled() and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "this model is a copy of one that has a privacy engine; the copy has none, and "
-                "training it is not private. Make an engine for it, or use torch.no_grad().",
-                PrivacyWarning,
-                stacklevel=4,
+                "training it is not private. Make an engine for it, or use torch.no_grad()."
             )
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -124,12 +121,10 @@ class ModelHooks:
         if recording.escaped and not self._warned:
             self._warned = True
             reads = ", ".join(f"{op}() {n} times" for op, n in recording.escaped.items())
-            warnings.warn(
+            warn(
                 f"the model reads values of the batch into Python in its forward pass ({reads}). If "
                 "one that depends on several examples enters the computation again, their "
-                "gradients mix and the guarantee is void. dptorch.check names the module.",
-                PrivacyWarning,
-                stacklevel=4,
+                "gradients mix and the guarantee is void. dptorch.check names the module."
             )
         return promote(output, recording)
 
