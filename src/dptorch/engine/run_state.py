@@ -263,6 +263,7 @@ class PrivateRun:
             "sampling_run": dict(self.sampling_run),
             "run": None if self._record is None else self._record.run,
             "run_begun": self._record is not None and self._record.begun,
+            "ledger_head": None if self._record is None else self._record.head,
         }
         return checkpoint.seal(values, self._key)
 
@@ -316,6 +317,7 @@ class PrivateRun:
             key.provenance,
             run=run,
             begun=state["run_begun"],
+            head=state.get("ledger_head"),
             steps_done=state["steps_done"],
             own_loader_steps=state["sampling_run"].get(OWN_LOADER, 0),
         )

@@ -17,8 +17,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dptorch.errors import ConfigurationError
-from dptorch.ledger.book import DatasetLedger, Ledger, RunSummary, Total, Verification
+from dptorch.ledger.book import DatasetLedger, Ledger, RunSummary, Total
 from dptorch.ledger.budget import Cap
+from dptorch.ledger.chain import Verification
 from dptorch.ledger.dataset_id import beside
 from dptorch.ledger.record import RunRecord
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hmac
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dptorch.accounting import Adjacency, Event
 from dptorch.errors import ConfigurationError, LedgerError
+from dptorch.ledger import chain
 from dptorch.ledger.budget import Cap, adaptive_epsilon, planned_epsilon
+from dptorch.ledger.chain import Verification
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.dataset_id import named
-from dptorch.ledger.entry import GENESIS, Entry, seal
+from dptorch.ledger.entry import Entry
 from dptorch.ledger.record import RunRecord, adjacencies_of, cap_in, close_dead, committed_in
 from dptorch.plan import PrivacyPlan
 
 if TYPE_CHECKING:
     from dptorch.ledger.store import Store
 
-__all__ = ["DatasetLedger", "Ledger", "RunSummary", "Total", "Verification"]
+__all__ = ["DatasetLedger", "Ledger", "RunSummary", "Total"]
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,6 @@ class Total:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What `Ledger.verify` found.
-
-    Attributes:
-        entries: how many there are.
-        head: hash of the last one; keep it elsewhere, and what comes before cannot be changed
-            unnoticed.
-        problems: empty if the chain holds.
-        clock_went_back: entries written while the clock was behind the entry before.
-    """
-
-    entries: int
-    head: str
-    problems: list[str]
-    clock_went_back: list[int]
-
-
 class Ledger:
     """A durable, hash-chained record of everything released. Made by `dptorch.ledger.open_ledger`."""
 
@@ -149,53 +132,15 @@ class Ledger:
         return close_dead(self.store, run)
 
     def verify(self, pinned_head: str | None = None) -> Verification:
-        """Recompute every hash.
+        """Recompute every hash; see `dptorch.ledger.chain.verify`.
 
         Args:
             pinned_head: a head kept from earlier; some entry must have it.
-
-        Guarantees:
-            Editing, deleting, inserting or reordering entries is found; so is cutting off the end,
-            unless the head record is set back with it. Somebody who can write to the database can
-            rebuild all of it consistently, unless the ledger has a key that they lack, or
-            `pinned_head` is given: then only what came after the pin can be rebuilt.
         """
-        problems: list[str] = []
-        behind: list[int] = []
-        previous, time, count = GENESIS, "", 0
-        pin_found = pinned_head is None
         with self.store.read() as transaction:
-            for entry in transaction.entries():
-                count += 1
-                problems += self._problems(entry, count, previous, time)
-                if '"clock_behind"' in entry.body:
-                    behind.append(entry.seq)
-                pin_found = pin_found or hmac.compare_digest(entry.hash, str(pinned_head))
-                previous, time = entry.hash, entry.time
-            seq, head = transaction.head
-        if (seq, head) != (count, previous):
-            problems.append(
-                f"the head record says that {seq} entries end in {head[:16]}..., but {count} end in "
-                f"{previous[:16]}...: entries were cut off or added"
+            return chain.verify(
+                transaction.entries(), transaction.head, self._key, pinned_head=pinned_head
             )
-        if not pin_found:
-            problems.append(
-                f"no entry has the pinned hash {str(pinned_head)[:16]}...: the ledger was cut off "
-                "before it, or rewritten"
-            )
-        return Verification(count, previous, problems, behind)
-
-    def _problems(self, entry: Entry, seq: int, previous: str, time: str) -> list[str]:
-        found = []
-        if entry.seq != seq:
-            found.append(f"entry {seq} is missing or out of place: entry {entry.seq} is there")
-        if not hmac.compare_digest(seal(entry, self._key), entry.hash):
-            found.append(f"entry {entry.seq} was edited: its hash does not fit it")
-        if entry.previous != previous:
-            found.append(f"entry {entry.seq} does not follow the entry before it")
-        if entry.time < time:
-            found.append(f"entry {entry.seq} is dated before the entry before it")
-        return found
 
 
 class DatasetLedger:
@@ -216,6 +161,7 @@ class DatasetLedger:
         begun: bool = True,
         steps_done: int = 0,
         own_loader_steps: int = 0,
+        head: Sequence[Any] | None = None,
     ) -> RunRecord:
         """The pages of one run; see `RunRecord`. Nothing is written yet."""
         return RunRecord(
@@ -226,6 +172,7 @@ class DatasetLedger:
             begun=begun,
             steps_done=steps_done,
             own_loader_steps=own_loader_steps,
+            head=head,
         )
 
     @property
@@ -238,12 +185,14 @@ class DatasetLedger:
         """Set, change or (None) lift the budget of the data set. The change is an entry too.
 
         Raises:
-            ConfigurationError: what is spent or reserved is above it already, or a run is not
-                covered under its adjacency.
+            ConfigurationError: what is spent or reserved is above it already, or a run has another
+                unit, or is not covered under its adjacency.
+            LedgerError: the ledger is broken, or cannot be written.
         """
-        with self.store.write() as transaction:
+        with self.store.decide() as transaction:
             if cap is not None:
                 runs_so_far = _summaries(transaction.entries(dataset=self.dataset))
+                _refuse_other_units(runs_so_far, cap)
                 _refuse_uncovered(runs_so_far, cap.adjacency)
                 committed = committed_in(transaction, self.dataset)
                 events = [event for history in committed.values() for event in history]
@@ -337,6 +286,17 @@ def _summary(entries: list[Entry]) -> RunSummary:
         committed=[Event.from_dict(event) for event in last.detail["committed"]],
         adjacencies=adjacencies_of(plan, attempts),
     )
+
+
+def _refuse_other_units(runs: list[RunSummary], cap: Cap) -> None:
+    for run in runs:
+        if (run.history or run.committed) and run.plan.unit != cap.unit:
+            raise ConfigurationError(
+                f"a cap for unit={cap.unit!r} cannot count run {run.run} on {run.dataset!r}: its "
+                f"unit is {run.plan.unit!r}, and the costs of different units cannot be added up. "
+                f"Set the cap for unit={run.plan.unit!r} (`dptorch ledger cap ... --unit`), if all "
+                "runs on the data set have that unit."
+            )
 
 
 def _refuse_uncovered(runs: list[RunSummary], adjacency: Adjacency) -> None:

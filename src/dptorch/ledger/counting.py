@@ -56,12 +56,22 @@ class Attempts:
     def of(cls, entries: Iterable[Entry]) -> Attempts:
         """What the entries of one run add up to."""
         attempts = cls()
+        attempts.add_entries(entries)
+        return attempts
+
+    def add_entries(self, entries: Iterable[Entry]) -> None:
+        """Count what further entries of the run say.
+
+        Raises:
+            LedgerError: they give back steps that were never added.
+        """
+        events: dict[str, Event] = {}  # by the text of an entry's body: most are alike
         for entry in entries:
             if entry.first is not None and entry.steps is not None:
-                event = Event.from_dict(entry.detail["event"])
-                count = attempts.add if entry.kind == "steps" else attempts.take_back
-                count(event, entry.first, entry.steps)
-        return attempts
+                if entry.body not in events:
+                    events[entry.body] = Event.from_dict(entry.detail["event"])
+                count = self.add if entry.kind == "steps" else self.take_back
+                count(events[entry.body], entry.first, entry.steps)
 
     def add(self, event: Event, first: int, steps: int) -> None:
         """Count a release of each of the steps first, first + 1, ..."""

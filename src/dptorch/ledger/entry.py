@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 __all__ = ["GENESIS", "Entry", "canonical", "seal"]
@@ -20,10 +20,11 @@ class Entry:
     Attributes:
         seq: 1, 2, 3, ... without gaps.
         time: UTC, ISO 8601; never before the time of the entry before.
-        kind: "open" (the ledger was made), "cap", "begin", "resume", "steps" or "close".
+        kind: "open" (the ledger was made), "cap", "begin", "reserve", "steps" or "close".
         dataset: fingerprint of the data set, see `dptorch.ledger.dataset_id`.
         run: the run's id.
-        session: seq of the "begin", "resume" or "close" that the entry belongs to.
+        session: seq of the "begin", "reserve" or "close" that the entry belongs to. Whoever wrote
+            the last one of a run owns the run.
         first, steps: "steps": the interval of step indices about to be released. "close": the end
             of the last interval that was not used.
         body: the rest, as canonical JSON.
@@ -69,8 +70,7 @@ def seal(entry: Entry, key: bytes | None) -> str:
         entry: its `hash` is ignored.
         key: without it, anybody can compute the hash; with it, its holders only (HMAC).
     """
-    content = asdict(entry)
-    del content["hash"]
+    content = {name: value for name, value in vars(entry).items() if name != "hash"}
     message = canonical(content).encode()
     if key is None:
         return hashlib.sha256(message).hexdigest()

@@ -1,16 +1,23 @@
-"""A run's own pages of the ledger: each step is written there before its noise becomes visible."""
+"""The ledger's entries of one run: each step is written there before its noise becomes visible.
+
+A run has one owner. Its entries "begin", "reserve" and "close" are the lease: whoever wrote the last
+of them owns the run, in whichever process. The transaction that counts a step reads it, so that a
+process which lost the run is refused before it draws noise.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
-from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError
+from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyWarning
 from dptorch.ledger.budget import Cap, admit
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import Entry, canonical
@@ -29,8 +36,8 @@ __all__ = [
 ]
 
 
-class DataSetPages(Protocol):
-    """What a run's record needs of `DatasetLedger`: whose budget, where it is kept, how often."""
+class Books(Protocol):
+    """What a run needs of `DatasetLedger`: whose budget, where it is kept, how often."""
 
     @property
     def dataset(self) -> str: ...
@@ -41,18 +48,36 @@ class DataSetPages(Protocol):
     @property
     def steps_per_write(self) -> int: ...
 
-    @property
-    def cap(self) -> Cap | None: ...
+
+@dataclass(frozen=True)
+class _Reservation:
+    """What a run may commit to, as one transaction sees it.
+
+    Attributes:
+        known: whether the ledger has the run.
+        in_ledger: what the ledger has counted of it, and up to which entry that was read.
+        unknown: steps of its checkpoint that the ledger does not have, as intervals.
+        attempts: both together.
+        history: its whole history once its plan is done.
+        sole: whether it was admitted as the only run of the data set.
+    """
+
+    known: bool
+    in_ledger: tuple[Attempts, int]
+    unknown: list[tuple[int, int]]
+    attempts: Attempts
+    history: list[Event]
+    sole: bool
 
 
 class RunRecord:
-    """What an engine tells the ledger. Made by `DatasetLedger.run`.
+    """What an engine tells the ledger of its run. Made by `DatasetLedger.run`.
 
     `open` reserves the whole plan under the data set's cap; `count` writes down a step; `close`
     gives back what was reserved and not used.
 
     Args:
-        ledger: the data set's pages.
+        ledger: the ledger of the data set.
         plan: of the run.
         key_provenance: where its randomness comes from.
         run: id of a run to go on with; by default a new one.
@@ -61,26 +86,34 @@ class RunRecord:
         steps_done: how many steps the checkpoint holds that the run goes on from.
         own_loader_steps: how many of them took their batch from a loader of the user's own. If any
             did, each of them that the ledger does not know is taken for one.
+        head: what `head` was when the checkpoint was written.
 
     Attributes:
         run: the run's id, 16 hexadecimal digits.
         begun: whether the ledger knows it.
         attempts: how often each of its steps was released, in sessions that were killed too.
+        head: (seq, hash) of the last entry that was written for the run here, or before its
+            checkpoint was; None if there was none. A ledger without it is an older copy.
 
     Guarantees:
         - When `count(step, event)` returns, the step is on disk; when it raises, the step must not
-          be released.
-        - Over all sessions of a run, whenever and however they were killed, `attempts` has every
-          step for which `count` returned.
-        - Two processes never go on with one run: the later `open` shuts the earlier one out.
+          be released (`tests/engine/test_ledger.py`,
+          `test_every_step_is_on_disk_before_its_noise_is_drawn`).
+        - Over all sessions of a run, whenever and however they were killed, paused or resumed, the
+          ledger has every step for which `count` returned
+          (`test_200_kills_lose_no_step`, `test_200_schedules_count_every_step`).
+        - One process owns the run at a time. The first `open` or `count` of a resumed run takes it
+          over. Whoever had it before is refused from then on, also after `close`
+          (`test_32_processes_that_resume_one_checkpoint`).
 
     Raises:
-        LedgerError: the ledger does not know `run`, or knows it with another plan or data set.
+        LedgerError: the ledger does not know `run`, knows it with another plan or data set, or is
+            an older copy than the one that it was kept in.
     """
 
     def __init__(
         self,
-        ledger: DataSetPages,
+        ledger: Books,
         plan: PrivacyPlan,
         key_provenance: str,
         *,
@@ -88,26 +121,27 @@ class RunRecord:
         begun: bool = True,
         steps_done: int = 0,
         own_loader_steps: int = 0,
+        head: Sequence[Any] | None = None,
     ) -> None:
         self._ledger = ledger
         self._plan = plan
         self._key_provenance = key_provenance
-        self._next = steps_done
-        self._session: int | None = None
+        self._steps_loaded = self._next = steps_done
+        self._open = False
         self._written_to = steps_done  # steps below are on disk, for this session
         self._reserved: Event = plan.event(1)  # what each of the remaining steps was reserved as
-        self._sole = True  # whether the run may still become the data set's only one
-        self.attempts = Attempts()
+        (self._unknown_event,) = plan.history(1, own_loader_steps=min(own_loader_steps, 1))
+        self._lease: int | None = None  # seq of the entry by which the run is owned
+        self._may_take_over = run is not None
+        self._in_ledger = (Attempts(), 0)
         self.run = run or secrets.token_hex(8)
         self.begun = False
+        self.head: tuple[int, str] | None = None if head is None else (int(head[0]), str(head[1]))
         if run is not None:
-            self._read_sessions(begun)
-        # Steps of a checkpoint that the ledger does not know, because the run had none for a while:
-        # written down when the run opens.
-        (self._unknown_event,) = plan.history(1, own_loader_steps=min(own_loader_steps, 1))
-        self._unknown = _intervals(s for s in range(steps_done) if not self.attempts.times(s))
-        for first, steps in self._unknown:
-            self.attempts.add(self._unknown_event, first, steps)
+            with ledger.store.read() as transaction:
+                self._refuse_other_run(transaction, begun)
+                self._in_ledger = self._read(transaction)
+        self.attempts, _ = self._with_unknown(self._in_ledger[0])
 
     def open(self) -> None:
         """Reserve what remains of the plan, before the first step; does nothing if it is open.
@@ -115,8 +149,9 @@ class RunRecord:
         Raises:
             BudgetExhausted: the data set's cap does not leave enough.
             ConfigurationError: the cap is for a neighbouring relation that does not cover the run.
+            LedgerError: another process owns the run, or the ledger is broken.
         """
-        if self._session is None:
+        if not self._open:
             self._reserve(self._plan.event(1))
 
     def count(self, step: int, event: Event) -> None:
@@ -128,7 +163,7 @@ class RunRecord:
 
         Raises:
             BudgetExhausted: the step is past what was reserved.
-            LedgerError: it could not be written down.
+            LedgerError: it could not be written down, or another process owns the run.
             ConfigurationError: the cap is for a neighbouring relation that does not cover it.
         """
         if step != self._next or step >= self._plan.steps:
@@ -138,30 +173,36 @@ class RunRecord:
             )
         self.open()
         if event != self._reserved:
-            self.close()  # gives back what was written ahead as the other event
             self._reserve(event)
-        if step >= self._written_to:
+        if step < self._written_to:  # in a block that is on disk
+            with self._ledger.store.read() as transaction:
+                self._refuse_unless_owned(transaction)
+        else:
             block = min(self._ledger.steps_per_write, self._plan.steps - step)
-            assert self._session is not None
             with self._ledger.store.write() as transaction:
-                self._refuse_if_superseded(transaction)
-                self._append_steps(transaction, self._session, event, step, block)
+                self._refuse_unless_owned(transaction)
+                entry = self._append_steps(transaction, self._lease, event, step, block)
             self._written_to = step + block
+            self.head = (entry.seq, entry.hash)
         self.attempts.add(event, step, 1)
         self._next = step + 1
 
     def close(self) -> None:
         """Give back what was reserved and not used. A later `count` reserves anew.
 
-        Does nothing if the run is not open, or another process has gone on with it.
+        Does nothing if the run is not open, or if another process has gone on with it. That process
+        then owns it, and a later `count` here is refused.
+
+        Raises:
+            LedgerError: it could not be written, or the ledger is broken. The reservation stays.
         """
-        if self._session is None:
+        if not self._open:
             return
-        with self._ledger.store.write() as transaction:
-            if transaction.last_session(self.run) == self._session:
-                unused = (self._next, self._written_to - self._next)
-                _close(transaction, self.run, unused)
-        self._session = None
+        with self._ledger.store.decide() as transaction:
+            if self._owns(transaction):
+                entry = _close(transaction, self.run, self._unused)
+                self._lease, self.head = entry.seq, (entry.seq, entry.hash)
+        self._open = False
         self._written_to = self._next
 
     def epsilon_at_end(self) -> float:
@@ -187,63 +228,141 @@ class RunRecord:
         """Releases beyond one for each step done: what being killed has cost."""
         return self.attempts.total - self._next
 
-    # -- inside ------------------------------------------------------------------------------------
+    # -- reserving ---------------------------------------------------------------------------------
 
     def _reserve(self, event: Event) -> None:
-        """Commit to releasing each remaining step as `event`."""
-        ledger = self._ledger
-        whole_run = self.attempts.copy()
-        whole_run.add(event, self._next, self._plan.steps - self._next)
-        history = whole_run.events()
-        may_be_sole = self._sole and not self._unknown
-        # Before the lock is taken: what an accountant has computed once, it looks up.
-        cap = ledger.cap
-        if cap is not None:
-            self._refuse_other_terms(cap, whole_run)
-            admit(cap, {}, self.run, history, may_be_sole=may_be_sole)
-        with ledger.store.write() as transaction:
-            cap = cap_in(transaction, ledger.dataset)
-            if cap is not None:
-                self._refuse_other_terms(cap, whole_run)
-            sole = cap is not None and admit(
-                cap,
-                committed_in(transaction, ledger.dataset),
-                self.run,
-                history,
-                may_be_sole=may_be_sole,
-            )
-            known = transaction.last_session(self.run) is not None
+        """Commit to releasing each remaining step as `event`, and own the run from then on."""
+        store = self._ledger.store
+        with (
+            store.read() as transaction
+        ):  # before the lock: an accountant looks up what it computed
+            store.check(transaction)
+            self._admitted(transaction, event)
+        with store.decide() as transaction:
+            found = self._admitted(transaction, event)
+            if self._open:  # give back what was written ahead as another event
+                _close(transaction, self.run, self._unused)
             entry = transaction.append(
-                "reserve" if known else "begin",
-                dataset=ledger.dataset,
+                "reserve" if found.known else "begin",
+                dataset=self._ledger.dataset,
                 run=self.run,
                 body={
-                    "committed": [e.to_dict() for e in history],
-                    "sole": sole,
+                    "committed": [e.to_dict() for e in found.history],
+                    "sole": found.sole,
                     "steps_done": self._next,
                     "key": self._key_provenance,
                     "plan": json.loads(self._plan.to_json()),
                     "plan_hash": plan_hash(self._plan),
                 },
             )
-            for first, steps in self._unknown:
-                self._append_steps(transaction, entry.seq, self._unknown_event, first, steps)
-        self.begun, self._unknown = True, []
-        self._session, self._written_to, self._reserved = entry.seq, self._next, event
-        self._sole = sole or not self.attempts.total
+            lease = entry.seq
+            for first, steps in found.unknown:
+                entry = self._append_steps(transaction, lease, self._unknown_event, first, steps)
+        news = found.attempts.total - self.attempts.total
+        self._lease, self.head = lease, (entry.seq, entry.hash)
+        self._open, self._written_to, self._reserved = True, self._next, event
+        self._may_take_over, self.begun = False, True
+        self._in_ledger, self.attempts = found.in_ledger, found.attempts
+        if news > 0:
+            warnings.warn(
+                f"{news} steps of run {self.run} were released by another process since its "
+                "checkpoint was loaded here. They count, and that process is refused from now on: at "
+                f"the end of its plan the run will have spent epsilon={self.epsilon_at_end():.4g}.",
+                PrivacyWarning,
+                stacklevel=2,
+            )
+
+    def _admitted(self, transaction: Transaction, event: Event) -> _Reservation:
+        """What the run commits to by releasing each remaining step as `event`.
+
+        Raises:
+            LedgerError, BudgetExhausted, ConfigurationError: it may not.
+        """
+        self._refuse_unless_owned(transaction)
+        last = transaction.last_session(self.run)
+        session = None if last is None else transaction.entry(last)
+        in_ledger = self._read(transaction)
+        counted = in_ledger[0].copy()
+        first, steps = self._unused
+        if steps:
+            counted.take_back(self._reserved, first, steps)
+        attempts, unknown = self._with_unknown(counted)
+        whole_run = attempts.copy()
+        whole_run.add(event, self._next, self._plan.steps - self._next)
+        history = whole_run.events()
+        cap = cap_in(transaction, self._ledger.dataset)
+        sole = False
+        if cap is not None:
+            self._refuse_other_terms(cap, whole_run)
+            may_be_sole = session is None or session.detail["sole"] or not counted.total
+            sole = admit(
+                cap,
+                committed_in(transaction, self._ledger.dataset),
+                self.run,
+                history,
+                may_be_sole=may_be_sole and not unknown,
+            )
+        return _Reservation(session is not None, in_ledger, unknown, attempts, history, sole)
+
+    def _read(self, transaction: Transaction) -> tuple[Attempts, int]:
+        """What the ledger has counted of the run, and up to which entry."""
+        counted, read_to = self._in_ledger
+        counted = counted.copy()
+        counted.add_entries(transaction.entries(run=self.run, after=read_to))
+        return counted, transaction.head[0]
+
+    def _with_unknown(self, counted: Attempts) -> tuple[Attempts, list[tuple[int, int]]]:
+        """`counted` and the steps of the checkpoint that it lacks; those steps alone.
+
+        There are some where the run had no ledger for a while. They are written down when the run
+        opens.
+        """
+        attempts = counted.copy()
+        unknown = _intervals(s for s in range(self._steps_loaded) if not counted.times(s))
+        for first, steps in unknown:
+            attempts.add(self._unknown_event, first, steps)
+        return attempts, unknown
+
+    @property
+    def _unused(self) -> tuple[int, int]:
+        """(first, how many) of the steps that are on disk and were not taken."""
+        return self._next, self._written_to - self._next
 
     def _append_steps(
-        self, transaction: Transaction, session: int, event: Event, first: int, steps: int
-    ) -> None:
-        transaction.append(
+        self, transaction: Transaction, lease: int | None, event: Event, first: int, steps: int
+    ) -> Entry:
+        assert lease is not None
+        return transaction.append(
             "steps",
             dataset=self._ledger.dataset,
             run=self.run,
-            session=session,
+            session=lease,
             first=first,
             steps=steps,
             body={"event": event.to_dict()},
         )
+
+    # -- refusals ----------------------------------------------------------------------------------
+
+    def _owns(self, transaction: Transaction) -> bool:
+        held = self.head is None or transaction.holds(*self.head)
+        return held and transaction.last_session(self.run) == self._lease
+
+    def _refuse_unless_owned(self, transaction: Transaction) -> None:
+        """Raise LedgerError if another process owns the run, or the ledger is an older copy."""
+        if self.head is not None and not transaction.holds(*self.head):
+            raise LedgerError(
+                f"the ledger {self._ledger.store.location} lacks entry {self.head[0]}, which run "
+                f"{self.run} has written. It was restored from an older copy, or rewritten: steps "
+                "that were released are missing in it. The step was not taken and not counted. "
+                "Restore the newest copy, and run `dptorch ledger verify`."
+            )
+        if not self._may_take_over and not self._owns(transaction):
+            raise LedgerError(
+                f"run {self.run} was closed or gone on with by another process; this one may not "
+                "go on. The step was not taken and not counted. To go on here, load the newest "
+                "checkpoint into a new engine."
+            )
 
     def _refuse_other_terms(self, cap: Cap, whole_run: Attempts) -> None:
         _refuse_other_unit(cap.unit, self._plan.unit)
@@ -262,26 +381,17 @@ class RunRecord:
                 "or take batches from engine.loader under sampling='poisson'."
             )
 
-    def _refuse_if_superseded(self, transaction: Transaction) -> None:
-        if transaction.last_session(self.run) != self._session:
-            raise LedgerError(
-                f"run {self.run} was closed or gone on with by another process; this one may not "
-                "go on. The step was not taken and not counted."
-            )
-
-    def _read_sessions(self, must_be_known: bool) -> None:
-        """What earlier sessions of the run have released."""
-        with self._ledger.store.read() as transaction:
-            entries = list(transaction.entries(run=self.run))
-        sessions = [entry for entry in entries if entry.kind != "steps"]
-        if not sessions and not must_be_known:
+    def _refuse_other_run(self, transaction: Transaction, must_be_known: bool) -> None:
+        """Raise LedgerError unless the ledger knows the run as this one."""
+        self._refuse_unless_owned(transaction)
+        begun = next(iter(transaction.entries(run=self.run, kinds=["begin"])), None)
+        if begun is None:
+            if must_be_known:
+                raise LedgerError(
+                    f"the ledger {self._ledger.store.location} does not know run {self.run}, so it "
+                    "cannot say which steps were lost. Give the ledger that the run was begun with."
+                )
             return
-        if not sessions:
-            raise LedgerError(
-                f"the ledger {self._ledger.store.location} does not know run {self.run}, so it cannot "
-                "say which steps were lost. Give the ledger that the run was begun with."
-            )
-        begun = sessions[0]
         if begun.dataset != self._ledger.dataset:
             raise LedgerError(
                 f"run {self.run} is on the data set {begun.dataset!r}, not {self._ledger.dataset!r}: "
@@ -293,8 +403,6 @@ class RunRecord:
                 "begun with, or begin a new run."
             )
         self.begun = True
-        self.attempts = Attempts.of(entries)
-        self._sole = sessions[-1].detail["sole"] or not self.attempts.total
 
 
 def _intervals(steps: Iterable[int]) -> list[tuple[int, int]]:
@@ -346,9 +454,9 @@ def close_dead(store: Store, run: str) -> Entry:
     """Close a run whose process is gone; if it is not, its next step is refused.
 
     Raises:
-        LedgerError: the ledger does not know the run.
+        LedgerError: the ledger does not know the run, or is broken.
     """
-    with store.write() as transaction:
+    with store.decide() as transaction:
         return _close(transaction, run, unused=(0, 0))
 
 

@@ -22,12 +22,14 @@ from sqlalchemy import event as sa_event
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from dptorch.errors import ConfigurationError, DataError, LedgerError
+from dptorch.ledger import chain
 from dptorch.ledger.entry import GENESIS, Entry, canonical, seal
 
 __all__ = ["FORMAT", "Store", "Transaction"]
 
 FORMAT: Final = 1
 _LOCK: Final = 0x6470746F  # PostgreSQL's advisory lock while the tables are made
+_ROWS_AT_ONCE: Final = 5000
 
 _metadata = sa.MetaData()
 _Seq = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -122,9 +124,11 @@ class Transaction:
         dataset: str | None = None,
         run: str | None = None,
         kinds: Sequence[str] | None = None,
+        after: int = 0,
     ) -> Iterator[Entry]:
-        """Entries in order, those that match all that is given."""
-        query = sa.select(_entries).order_by(_entries.c.seq)
+        """Entries in order, those that match all that is given and whose seq is above `after`."""
+        query = sa.select(_entries).order_by(_entries.c.seq).where(_entries.c.seq > after)
+        query = query.execution_options(yield_per=_ROWS_AT_ONCE)
         if dataset is not None:
             query = query.where(_entries.c.dataset == dataset)
         if run is not None:
@@ -135,10 +139,27 @@ class Transaction:
             yield Entry(**row._mapping)
 
     def last_session(self, run: str) -> int | None:
-        """Seq of the last "begin", "resume" or "close" of a run."""
+        """Seq of the last "begin", "reserve" or "close" of a run; None if it has none."""
         query = sa.select(sa.func.max(_entries.c.session)).where(_entries.c.run == run)
         found: int | None = self._connection.execute(query).scalar_one()
         return found
+
+    def entry(self, seq: int) -> Entry | None:
+        """The entry with this number, if there is one."""
+        row = self._connection.execute(sa.select(_entries).where(_entries.c.seq == seq)).first()
+        return None if row is None else Entry(**row._mapping)
+
+    def holds(self, seq: int, hash: str) -> bool:
+        """Whether the entry with this number has this hash."""
+        query = sa.select(_entries.c.hash).where(_entries.c.seq == seq)
+        return self._connection.execute(query).scalar_one_or_none() == hash
+
+    def count(self) -> int:
+        """How many entries there are."""
+        counted: int = self._connection.execute(
+            sa.select(sa.func.count()).select_from(_entries)
+        ).scalar_one()
+        return counted
 
 
 class Store:
@@ -173,8 +194,9 @@ class Store:
         self._key = key
         self._timeout_s = timeout_s
         self._process = os.getpid()
+        self._checked = chain.START
         self._path, url = _parse(location)
-        self.location = str(self._path.absolute()) if self._path else _without_password(url)
+        self.location = str(self._path) if self._path else _without_password(url)
         if self._path is not None:
             if not create and not self._path.exists():
                 raise DataError(
@@ -197,6 +219,7 @@ class Store:
                     raise DataError(f"{self.location} holds no dptorch ledger.")
                 self._create()
             self._check_format()
+        self._file = self._identity()
 
     @property
     def backend(self) -> str:
@@ -210,16 +233,54 @@ class Store:
         Raises:
             LedgerError: it could not be written; nothing of it was.
         """
-        self._refuse_fork()
+        self._look_again()
         with self._errors("write"), self._engine.connect() as connection:
             writing = connection.execution_options(dptorch_writes=True)
             with writing.begin():
                 yield Transaction(writing, self._key)
 
     @contextlib.contextmanager
+    def decide(self) -> Iterator[Transaction]:
+        """A `write()` that may rely on what it reads: the chain has been checked.
+
+        Raises:
+            LedgerError: the chain is broken, or it could not be written; nothing of it was.
+        """
+        with self.read() as transaction:  # the long part, while others may write
+            self.check(transaction)
+        with self.write() as transaction:
+            self.check(transaction)
+            yield transaction
+
+    def check(self, transaction: Transaction) -> None:
+        """Raise LedgerError if the chain is broken.
+
+        The first check of a process reads every entry, a later one those that were added since. It
+        also finds entries that were deleted since; one that was edited since is found by the first
+        check of another process, and by `verify`.
+        """
+        before = self._checked
+        if before.seq and not transaction.holds(before.seq, before.hash):
+            before = chain.START
+        found = chain.verify(
+            transaction.entries(after=before.seq), transaction.head, self._key, after=before
+        )
+        problems = found.problems
+        missing = found.last.seq - transaction.count()
+        if missing and not problems:
+            problems = [f"{missing} entries are missing"]
+        if problems:
+            raise LedgerError(
+                f"the ledger {self.location} is broken: {problems[0]}. What was spent cannot be "
+                "known from it, so it admits nothing. Nothing was spent. Run `dptorch ledger verify`, "
+                "and restore the newest copy that is whole."
+            )
+        self._checked = found.last
+
+    @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
         """A transaction that sees one state of the ledger."""
-        self._refuse_fork()
+        self._look_again()
         with self._errors("read"), self._engine.connect() as connection:
             if self.backend == "postgresql":
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
@@ -230,12 +291,30 @@ class Store:
         """Let go of the database; the next use opens it again."""
         self._engine.dispose()
 
-    def _refuse_fork(self) -> None:
+    def _look_again(self) -> None:
+        """Refuse a fork of the process; open the file anew if another one was put in its place."""
         if os.getpid() != self._process:
             raise LedgerError(
                 f"this ledger was opened in process {self._process} and is used in its fork "
                 f"{os.getpid()}, which would share its connection. Open it again there."
             )
+        found = self._identity()
+        if found != self._file:  # an open connection would go on with the file that is gone
+            self._engine.dispose()
+            self._file = found
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file the path of the ledger leads to; None on a server."""
+        if self._path is None:
+            return None
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise LedgerError(
+                f"The ledger {self.location} is gone ({error.strerror}). Put it back where it was. "
+                "Nothing was released, and nothing was spent."
+            ) from None
+        return found.st_dev, found.st_ino
 
     def _tables_exist(self) -> bool:
         with self._engine.connect() as connection:
@@ -348,14 +427,15 @@ _ADVICE = {
 def _parse(location: str | Path) -> tuple[Path | None, sa.URL]:
     text = str(location)
     if "://" not in text:
-        return Path(text), sa.URL.create("sqlite+pysqlite", database=text)
+        path = Path(text).absolute()  # whatever the working directory becomes
+        return path, sa.URL.create("sqlite+pysqlite", database=str(path))
     try:
         url = sa.make_url(text)
     except SQLAlchemyError:
         url = None
     kind = url.get_backend_name() if url is not None else None
     if url is not None and kind == "sqlite" and url.database:
-        return Path(url.database), url.set(drivername="sqlite+pysqlite")
+        return _parse(url.database)
     if url is not None and kind in ("postgresql", "postgres"):
         return None, url.set(drivername="postgresql+psycopg")
     raise ConfigurationError(

@@ -1,0 +1,294 @@
+"""One run has one owner; and what is counted is decided on a ledger that is whole."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dptorch
+from dptorch.accounting import SampledGaussian
+from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyWarning
+from dptorch.ledger import Cap, open_ledger
+from dptorch.ledger.budget import adaptive_epsilon
+from dptorch.ledger.record import RunRecord
+from dptorch.ledger.store import Store
+from tests.ledger.processes import shared, spawn, wait
+from tests.ledger.test_book import EDITS, execute, plan, take
+
+OS = "operating system"
+PLAN = plan(10)
+STEP = PLAN.event(1)
+
+
+def begin(location: str, steps: int, **settings: Any) -> RunRecord:
+    run = open_ledger(location, **settings).dataset("a").run(PLAN, OS)
+    for step in range(steps):
+        run.count(step, STEP)
+    return run
+
+
+def resume(location: str, run: RunRecord, steps_done: int) -> RunRecord:
+    pages = open_ledger(location).dataset("a")
+    return pages.run(PLAN, OS, run=run.run, steps_done=steps_done, head=run.head)
+
+
+def test_a_paused_run_that_another_process_resumed_is_refused(location: str) -> None:
+    first = begin(location, 3)
+    first.close()
+    second = resume(location, first, 3)
+    second.count(3, STEP)
+    for _ in range(2):  # also after it has closed again
+        with pytest.raises(LedgerError, match="another process"):
+            first.count(3, STEP)
+        first.close()
+    second.close()
+    with pytest.raises(LedgerError, match="another process"):
+        first.open()
+    second.count(4, STEP)
+    (run,) = open_ledger(location).runs()
+    assert run.history == [SampledGaussian(2.0, 0.1, 5)]
+
+
+def test_a_paused_run_that_nobody_resumed_goes_on(location: str) -> None:
+    run = begin(location, 3)
+    for step in range(3, 6):
+        run.close()
+        run.count(step, STEP)
+    assert open_ledger(location).runs()[0].history == [SampledGaussian(2.0, 0.1, 6)]
+
+
+def test_steps_taken_after_a_checkpoint_was_loaded_are_counted(location: str) -> None:
+    first = begin(location, 2)
+    second = resume(location, first, 2)
+    for step in range(2, 8):
+        first.count(step, STEP)
+    with pytest.warns(PrivacyWarning, match=r"6 steps of run .* by another process"):
+        second.open()
+    assert second.repeated_steps == 6
+    with pytest.raises(LedgerError, match="another process"):
+        first.count(8, STEP)
+    for step in range(2, 10):
+        second.count(step, STEP)
+    (run,) = open_ledger(location).runs()
+    assert run.history == second.attempts.events()
+    assert (run.steps, run.repeated) == (10, 6)
+    assert adaptive_epsilon(run.committed, 1e-5) == adaptive_epsilon(run.history, 1e-5)
+
+
+def test_a_run_that_does_not_fit_any_more_when_it_is_taken_over_is_refused(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    pages.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 1.05, 1e-5))
+    first = begin(location, 1)
+    second = resume(location, first, 1)
+    for step in range(1, 9):
+        first.count(step, STEP)
+    with pytest.raises(BudgetExhausted, match="Nothing was spent"):
+        second.open()
+    first.count(9, STEP)  # it still owns the run
+    assert open_ledger(location).runs()[0].repeated == 0
+
+
+def test_two_runs_from_one_checkpoint_of_before_the_first_step(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    original = pages.run(PLAN, OS)
+    copied = pages.run(PLAN, OS, run=original.run, begun=False)
+    copied.count(0, STEP)
+    with pytest.raises(LedgerError, match="another process"):
+        original.count(0, STEP)
+
+
+def test_a_run_closed_from_outside_stops_at_its_next_step(location: str) -> None:
+    run = begin(location, 3, steps_per_write=8)
+    open_ledger(location).close_run(run.run)
+    with pytest.raises(LedgerError, match="closed or gone on"):
+        run.count(3, STEP)
+    assert open_ledger(location).runs()[0].steps == 8  # its block counts in full
+
+
+def test_a_change_of_event_gives_back_and_reserves_in_one_transaction(location: str) -> None:
+    run = begin(location, 2, steps_per_write=5)
+    dear = SampledGaussian(2.0, 1.0, 1)
+    run.count(2, dear)
+    run.count(3, STEP)
+    kinds = [entry.kind for entry in open_ledger(location).entries(run=run.run)]
+    assert kinds == ["begin", "steps", "close", "reserve", "steps", "close", "reserve", "steps"]
+    run.close()
+    history = open_ledger(location).runs()[0].history
+    assert sorted(history, key=str) == sorted([SampledGaussian(2.0, 0.1, 3), dear], key=str)
+
+
+# -- 32 real processes -----------------------------------------------------------------------------
+
+RESUMED = 32
+
+
+def resumed_at_once(location: str) -> tuple[np.ndarray, np.ndarray]:
+    """How often each step was released, and was counted, when 32 processes resume one checkpoint."""
+    pages = open_ledger(location).dataset("a")
+    pages.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 2, 1e-5))
+    first = begin(location, 2)
+    table = shared((RESUMED, PLAN.steps))
+
+    def work(row: np.ndarray, chance: random.Random) -> None:
+        import warnings
+
+        warnings.simplefilter("ignore", PrivacyWarning)
+        try:
+            run = resume(location, first, 2)
+            for step in range(2, PLAN.steps):
+                run.count(step, STEP)
+                row[step] += 1
+                if chance.random() < 0.3:
+                    run.close()
+        except (LedgerError, BudgetExhausted):
+            return
+
+    pages.store.close()
+    children = [
+        spawn(lambda row=row, seed=seed: work(row, random.Random(seed)))  # type: ignore[misc]
+        for seed, row in enumerate(table)
+    ]
+    assert [wait(child) for child in children] == [0] * RESUMED
+    (run,) = pages.runs()
+    entries = pages.ledger.entries(run=run.run)
+    counted = np.zeros(PLAN.steps, int)
+    for entry in entries:
+        if entry.kind == "steps":
+            counted[entry.first] += 1
+    released = table.sum(0)
+    released[:2] += 1
+    total = pages.total()
+    assert total.adaptive <= total.committed <= (total.cap.epsilon if total.cap else 0)
+    assert pages.ledger.verify().problems == []
+    return released, counted
+
+
+def test_32_processes_that_resume_one_checkpoint(location: str) -> None:
+    released, counted = resumed_at_once(location)
+    assert (released <= counted).all()
+    assert counted.max() <= RESUMED
+
+
+# -- the ledger must be whole ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", [name for name in EDITS if name != "backdated"])
+def test_nothing_is_admitted_or_given_back_on_a_broken_ledger(location: str, edit: str) -> None:
+    run = begin(location, 5)
+    execute(location, *EDITS[edit].split("; "))
+    pages = open_ledger(location).dataset("a")
+    for refused in (
+        pages.run(PLAN, OS).open,
+        lambda: pages.set_cap(Cap(50.0, 1e-5)),
+        lambda: pages.ledger.close_run(run.run),
+    ):
+        with pytest.raises(LedgerError, match=r"is broken.*Nothing was spent"):
+            refused()
+
+
+def test_rows_deleted_after_the_first_check_are_found_by_the_next(location: str) -> None:
+    pages = open_ledger(location).dataset("a")
+    take(pages, 5)
+    pages.run(PLAN, OS).open()  # has checked all there is
+    execute(location, "DELETE FROM dptorch_ledger_entries WHERE seq = 4")
+    with pytest.raises(LedgerError, match="1 entries are missing"):
+        pages.run(PLAN, OS).open()
+
+
+def test_without_the_check_a_run_is_admitted_on_a_broken_ledger(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken twin."""
+    take(open_ledger(location).dataset("a"), 5)
+    execute(location, EDITS["deleted"])
+    monkeypatch.setattr(Store, "check", lambda self, transaction: None)
+    open_ledger(location).dataset("a").run(PLAN, OS).open()
+
+
+def test_a_later_check_reads_only_what_is_new(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dptorch.ledger import chain
+
+    pages = open_ledger(location).dataset("a")
+    take(pages, 10)
+    seen: list[int] = []
+    seal = chain.seal
+    monkeypatch.setattr(chain, "seal", lambda e, key: seen.append(e.seq) or seal(e, key))
+    pages.run(PLAN, OS).open()
+    again = len(seen)
+    pages.run(PLAN, OS).open()
+    assert again <= 13
+    assert len(seen) - again <= 1
+
+
+def old_copy(location: str, folder: Path) -> Path:
+    """The file of a ledger as it is now, in one piece."""
+    copy = folder / "copy.db"
+    with closing(sqlite3.connect(location)) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    return copy
+
+
+def test_an_older_copy_of_the_ledger_is_refused(tmp_path: Path) -> None:
+    location = str(tmp_path / "ledger.db")
+    run = begin(location, 3)
+    copy = old_copy(location, tmp_path)
+    for step in range(3, 6):
+        run.count(step, STEP)
+    # Under the open connection of the run, which would go on with the file that is gone.
+    for suffix in ("-wal", "-shm"):
+        Path(location + suffix).unlink(missing_ok=True)
+    copy.rename(location)
+    with pytest.raises(LedgerError, match="older copy"):
+        run.count(6, STEP)  # the run that is alive
+    with pytest.raises(LedgerError, match="older copy"):
+        resume(location, run, 6)  # and from a checkpoint that is newer than the copy
+    # What cannot be known: a checkpoint that is as old as the copy.
+    early = open_ledger(location).dataset("a")
+    early.run(PLAN, OS, run=run.run, steps_done=3).open()
+
+
+def test_a_ledger_that_is_gone_is_refused(tmp_path: Path) -> None:
+    location = str(tmp_path / "ledger.db")
+    run = begin(location, 3)
+    Path(location).unlink()
+    with pytest.raises(LedgerError, match=r"is gone.*Nothing was released"):
+        run.count(3, STEP)
+    assert not Path(location).exists()
+
+
+# -- units -----------------------------------------------------------------------------------------
+
+
+def of_users() -> dptorch.PrivacyPlan:
+    return dptorch.make_plan(
+        batch_size=4,
+        sample_size=16,
+        steps=5,
+        noise_multiplier=2.0,
+        target_delta=1e-5,
+        unit="user",
+        max_examples_per_user=4,
+    )
+
+
+@pytest.mark.parametrize("unit", ["example", "user"])
+def test_runs_and_cap_have_one_unit_in_either_order(location: str, unit: str) -> None:
+    mine, theirs = (PLAN, of_users()) if unit == "example" else (of_users(), PLAN)
+    pages = open_ledger(location).dataset("a")
+    take(pages, 2, mine)
+    with pytest.raises(ConfigurationError, match=f"its unit is {unit!r}"):
+        pages.set_cap(Cap(50.0, 1e-5, unit=theirs.unit))
+    assert pages.cap is None
+    pages.set_cap(Cap(50.0, 1e-5, unit=unit))
+    take(pages, 2, mine)
+    with pytest.raises(BudgetExhausted, match=f"{unit!r}"):
+        take(pages, 2, theirs)
+    assert len(pages.runs()) == 2
