@@ -351,10 +351,30 @@ def test_out_with_a_parameter_is_refused() -> None:
 
 
 def test_an_unknown_op_names_parameter_op_module_and_way_out() -> None:
-    inner = Lambda(lambda m, x: torch.kron(x, m.w), w=torch.randn(2, 2))
+    inner = Lambda(lambda m, x: _weighed(x, m.w), w=torch.randn(D))
     model = nn.Sequential(nn.Linear(D, D), inner)
-    with pytest.raises(NotCoveredError, match=r"module '1'.*parameter '1.w'.*'kron'.*rowwise"):
+    named = r"module '1'.*parameter '1.w'.*'dptorch_tests::weighed'.*rowwise"
+    with pytest.raises(NotCoveredError, match=named):
         run(model)
+
+
+@torch.library.custom_op("dptorch_tests::weighed", mutates_args=())
+def _weighed(x: Tensor, w: Tensor) -> Tensor:
+    """An operator that torch cannot take apart."""
+    return x * w
+
+
+_weighed.register_autograd(lambda ctx, g: (g, g.sum(0)))
+
+
+def test_a_library_function_is_not_taken_for_its_namesake_in_torch() -> None:
+    def sigmoid(x: Tensor) -> Tensor:  # mixes, under the name of an op that does not
+        if torch.overrides.has_torch_function_unary(x):
+            return torch.overrides.handle_torch_function(sigmoid, (x,), x)
+        return x - x.mean(0)
+
+    with pytest.raises(ExamplesMixError):
+        run(layers(lambda m, x: m.b(sigmoid(m.a(x)))))
 
 
 def test_examples_of_another_recording() -> None:

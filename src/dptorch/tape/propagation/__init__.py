@@ -9,11 +9,14 @@ from dptorch.tape.propagation import (
     joining,
     layers,
     losses,
+    matrices,
     movement,
     products,
     reductions,
+    writing,
 )
-from dptorch.tape.propagation.table import FAMILIES, infer, rowwise
+from dptorch.tape.propagation.inference import infer
+from dptorch.tape.propagation.table import FAMILIES, rowwise
 
 __all__ = [
     "FAMILIES",
@@ -22,8 +25,10 @@ __all__ = [
     "joining",
     "layers",
     "losses",
+    "matrices",
     "movement",
     "products",
     "reductions",
     "rowwise",
+    "writing",
 ]

@@ -7,28 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.propagation.table import FAMILIES, Found, agree, family
+from dptorch.tape.propagation.table import FAMILIES, Found, agree, family, only_tag
 from dptorch.tape.provenance.calls import Call, each_tensor, words
 from dptorch.tape.provenance.tags import Lost, Tag, owners, regular_or_explicit
 
 __all__ = ["along_broadcast", "elementwise", "refuse_positions"]
 
+# Beside these, everything that torch tags as pointwise (`table.find`).
 _ELEMENTWISE = words(
-    """add sub mul div rdiv pow neg abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square
-    reciprocal sin cos tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid erf
-    erfc erfinv lgamma digamma floor ceil round trunc frac sign sgn clamp clip clamp_min
-    clamp_max maximum minimum fmax fmin fmod remainder floor_divide where masked_fill lerp
-    addcmul addcdiv hypot logaddexp nan_to_num copysign relu relu6 gelu silu mish elu selu
-    celu leaky_relu rrelu hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink
-    softplus softsign logsigmoid threshold logit sinc xlogy heaviside rsub dropout
-    alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d
-    native_dropout bernoulli normal uniform exponential rand_like randn_like zeros_like
-    ones_like empty_like full_like randint_like eq ne lt le gt ge equal isnan isinf isfinite
-    isclose logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor
-    bitwise_not lshift rshift clone contiguous detach float double half bfloat16 long int
-    short bool char byte cpu cuda cfloat fill zero positive alias real imag conj angle
-    pin_memory polygamma i0 ldexp nextafter float_power polar view_as_complex special_expit
-    special_erf .data .real .imag"""
+    """add sub rdiv pow gelu hardswish rrelu rrelu_with_noise softsign tanhshrink log_sigmoid
+    log_sigmoid_forward dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d
+    dropout2d dropout3d native_dropout _masked_scale bernoulli normal uniform exponential poisson
+    binomial cauchy geometric log_normal random _standard_gamma _standard_gamma_grad rand_like
+    randn_like zeros_like ones_like empty_like full_like randint_like equal isclose isreal lshift
+    rshift contiguous detach float double half bfloat16 long int short bool char byte cpu cuda
+    cfloat cdouble chalf masked_fill rsub
+    fill zero alias real imag conj _conj resolve_conj resolve_neg _neg_view
+    pin_memory _pin_memory lift lift_fresh float_power floor_divide polar complex view_as_complex
+    _to_copy _prelu_kernel .data .real .imag to_dense special_expit clone"""
 )
 
 
@@ -59,12 +55,14 @@ def elementwise(call: Call, outputs: Sequence[Any]) -> Found:
     return tag
 
 
-def refuse_positions(call: Call, tag: Tag, shape: Sequence[int]) -> None:
+def refuse_positions(
+    call: Call, tag: Tag, shape: Sequence[int], operands: Sequence[Tensor] | None = None
+) -> None:
     """Where a row stands among irregular ones may depend on other examples, so a constant that
-    differs from row to row may not enter."""
+    differs from row to row may not enter. All operands are looked at unless some are named."""
     assert tag.dim is not None
     back = len(shape) - tag.dim
-    for t in each_tensor(call.args, call.kwargs):
+    for t in each_tensor(call.args, call.kwargs) if operands is None else operands:
         if call.tag_of(t) is None and t.dim() >= back and t.shape[-back] > 1:
             raise Lost("a constant with one row for each meets irregularly ordered examples")
 
@@ -76,23 +74,23 @@ for _name in _ELEMENTWISE:
 @family("to type type_as")
 def first_operand(call: Call, outputs: Sequence[Any]) -> Found:
     """Casts: only the first operand's examples count."""
-    return call.tag_of(call.args[0])
+    return call.tag_of(call.first)
 
 
 @family("copy")
 def copy(call: Call, outputs: Sequence[Any]) -> Found:
     """``x.copy_(y)``: what x held is gone."""
-    source = call.arg(1, "src")
+    source = call.arg("src")
     tag = call.tag_of(source)
     if tag is None:  # constants: harmless wherever the examples were
-        return call.tag_of(call.args[0])
+        return call.tag_of(call.first)
     return along_broadcast(source, tag, outputs[0].shape)
 
 
 @family("where")
 def where(call: Call, outputs: Sequence[Any]) -> Found:
     """Selection; with the condition alone it is `nonzero`."""
-    if len(call.args) == 1 and not call.kwargs:
+    if len(call.bound) == 1:
         return nonzero(call, outputs)
     return elementwise(call, outputs)
 
@@ -102,7 +100,9 @@ def nonzero(call: Call, outputs: Sequence[Any]) -> Found:
     """Positions of true elements: each belongs to the example of its element."""
     x, tag = call.tagged[0]
     assert tag.dim is not None
-    table = call.name != "where" and not call.kwargs.get("as_tuple", False) and len(call.args) == 1
+    table = (
+        isinstance(outputs[0], Tensor) and call.name != "where" and not call.arg("as_tuple", False)
+    )
     along = outputs[0][:, tag.dim] if table else outputs[tag.dim]
     owner = owners(tag, x.shape[tag.dim], call.batch_size, x.device)[along]
     return regular_or_explicit(owner, 0, call.batch_size, tag.step)
@@ -121,5 +121,21 @@ def broadcast_tensors(call: Call, outputs: Sequence[Any]) -> list[Found]:
     found: list[Found] = []
     for t, out in zip(operands, outputs, strict=True):
         tag = call.tag_of(t)
-        found.append(None if tag is None else along_broadcast(t, tag, out.shape))
+        spread = tag is not None and tag.dim is not None
+        found.append(along_broadcast(t, tag, out.shape) if tag is not None and spread else tag)
     return found
+
+
+@family("bucketize isin searchsorted")
+def looked_up(call: Call, outputs: Sequence[Any]) -> Found:
+    """Values looked up in a constant row, each by itself."""
+    values = {"isin": "elements", "searchsorted": "self"}.get(call.name, "input")
+    x = call.arg(values, call.arg("input"))
+    if call.name == "searchsorted":
+        row, x = call.arg("sorted_sequence"), call.arg("self", call.arg("input"))
+        if row.dim() > 1:
+            tag = agree([tag for _, tag in call.tagged])
+            if tag.dim is None or tag.dim >= row.dim() - 1 or len(call.tagged) < 2:
+                raise Lost("the sorted rows and the values are not of the same examples")
+            return tag
+    return only_tag(call, x)

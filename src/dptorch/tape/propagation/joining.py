@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import Found, agree, family
+from dptorch.tape.provenance.aliases import owner_of_each
 from dptorch.tape.provenance.calls import Call
-from dptorch.tape.provenance.tags import NOBODY, Lost, Tag, owners, regular_or_explicit
+from dptorch.tape.provenance.tags import (
+    NOBODY,
+    Lost,
+    Tag,
+    owners,
+    read_owners,
+    regular_or_explicit,
+)
 
 __all__: list[str] = []
 
@@ -18,8 +27,8 @@ __all__: list[str] = []
 @family("cat")
 def cat(call: Call, outputs: Sequence[Any]) -> Found:
     """Concatenation, along the examples or across them."""
-    parts = [t for t in call.arg(0, "tensors") if t.numel() or t.dim() > 1]
-    dim = int(call.arg(1, "dim", call.kwargs.get("axis", 0))) % outputs[0].dim()
+    parts = [t for t in call.arg("tensors") if t.numel() or t.dim() > 1]
+    dim = int(call.arg("dim", 0)) % outputs[0].dim()
     tags = [call.tag_of(t) for t in parts]
     known = [g for g in tags if g is not None]
     if all(g is not None and g.dim in (dim, None) for g in tags):
@@ -44,8 +53,8 @@ def cat(call: Call, outputs: Sequence[Any]) -> Found:
 @family("stack")
 def stack(call: Call, outputs: Sequence[Any]) -> Found:
     """Stacking makes a new dimension."""
-    parts = list(call.arg(0, "tensors"))
-    dim = int(call.arg(1, "dim", 0)) % outputs[0].dim()
+    parts = list(call.arg("tensors"))
+    dim = int(call.arg("dim", 0)) % outputs[0].dim()
     tags = [call.tag_of(t) for t in parts]
     known = [g for g in tags if g is not None]
     if all(g is not None and g.dim is None for g in tags):
@@ -61,20 +70,20 @@ def stack(call: Call, outputs: Sequence[Any]) -> Found:
 
 @family("gather take_along_dim")
 def gather(call: Call, outputs: Sequence[Any]) -> Found:
-    """Look-ups along a dimension that does not hold the examples."""
-    position, word = (2, "indices") if call.name == "take_along_dim" else (1, "index")
-    dim = call.arg(position, "dim")
+    """Look-ups along a dimension; along that of the examples each row is looked up for its own."""
+    dim = call.arg("dim")
     if dim is None:
         raise Lost("indices into the flattened batch")
-    x, index = call.arg(0, "input"), call.arg(3 - position, word)
+    x, index = call.arg("input"), call.arg("index", call.arg("indices"))
     dim %= x.dim()
     tag, by = call.tag_of(x), call.tag_of(index)
     if tag is None:
         assert by is not None
         return by  # looking up in constants
-    if tag.dim == dim:
-        raise Lost("rows move between examples")
     assert tag.dim is not None
+    if tag.dim == dim:
+        owner = owners(tag, x.shape[dim], call.batch_size, x.device)[index].to(torch.int32)
+        return _moved(owner.cpu(), index, by, call.batch_size)
     if index.shape[tag.dim] != x.shape[tag.dim]:
         raise Lost("only some of the examples are looked up")
     if by is None and tag.explicit is not None:
@@ -82,25 +91,88 @@ def gather(call: Call, outputs: Sequence[Any]) -> Found:
     return tag if by is None else agree([tag, by])
 
 
+@family("take")
+def take(call: Call, outputs: Sequence[Any]) -> Found:
+    """Numbers of elements of a constant."""
+    if call.tag_of(call.first) is not None:
+        raise Lost("it looks up in the flattened batch")
+    return call.tag_of(call.arg("index"))
+
+
+def _moved(owner: Tensor, index: Tensor, by: Tag | None, batch_size: int) -> Tag | None:
+    """The tag of elements with these owners, which `index` chose.
+
+    Raises:
+        Lost: if one example's index chose from another.
+    """
+    if by is not None and not torch.equal(owner, owner_of_each(index, by, batch_size)):
+        raise Lost("an index that carries examples picks rows of others")
+    return read_owners(owner, batch_size)
+
+
 @family("scatter scatter_add scatter_reduce")
 def scatter(call: Call, outputs: Sequence[Any]) -> Found:
-    """Scatters along a dimension that does not hold the examples."""
-    x = call.arg(0, "input")
-    dim = call.arg(1, "dim") % x.dim()
+    """Scatters along a dimension; along that of the examples each row goes to its own."""
+    x, index = call.first, call.arg("index")
+    dim = call.arg("dim") % x.dim()
     tags = [tag for _, tag in call.tagged]
     if any(g.dim == dim for g in tags):
-        raise Lost("rows move between examples")
+        return _scatter_along(call, x, dim, index)
     if any(t.shape[g.dim] != outputs[0].shape[g.dim] for t, g in call.tagged if g.dim is not None):
         raise Lost("only some of the examples are written to")
+    if tags[0].explicit is not None and len(tags) < 3:
+        raise Lost("a constant with one row for each meets irregularly ordered examples")
     return agree(tags)
 
 
-@family("index_add index_copy index_fill")
+def _scatter_along(call: Call, x: Tensor, dim: int, index: Tensor) -> Tag | None:
+    """Elements go to rows that were nobody's or their own example's."""
+    n = call.batch_size
+    source = call.arg("src")
+    by = call.tag_of(index)
+    writers = owner_of_each(index, by, n)
+    if isinstance(source, Tensor):
+        of = owner_of_each(source, call.tag_of(source), n)
+        of = of[tuple(slice(0, k) for k in index.shape)]
+        if bool(((writers >= 0) & (of >= 0) & (writers != of)).any()):
+            raise Lost("rows are moved by an index of another example")
+        writers = torch.maximum(writers, of)
+    if by is not None and call.tag_of(x) is None:
+        return _territory(index, writers.to(index.device), x.shape[dim], n).at(dim)
+    before = owner_of_each(x, call.tag_of(x), n).clone()
+    where = index.cpu()
+    first = before.scatter_reduce(dim, where, writers, "amin", include_self=False)
+    last = before.scatter_reduce(dim, where, writers, "amax", include_self=False)
+    constant = last == NOBODY
+    kept = constant | (before == last) | (before == NOBODY)
+    last = torch.where(constant, before, last)
+    if not torch.equal(first, torch.where(constant, first, last)) or not bool(kept.all()):
+        raise Lost("rows are written to another example")
+    return read_owners(last, n)
+
+
+def _territory(index: Tensor, writers: Tensor, size: int, batch_size: int) -> Tag:
+    """The tag of a constant with `size` rows that examples wrote to at places of their own choice.
+
+    Each must have kept to rows that are its own by their number, and those that it left out are its
+    own too: it could have written there.
+
+    Raises:
+        Lost: if the places are no such rows (its class, say: examples of one class would meet).
+    """
+    for step in dict.fromkeys((size // batch_size, 1)):
+        own = step > 0 and size % (step * batch_size) == 0
+        if own and torch.equal((index // step) % batch_size, writers.to(index.dtype)):
+            return Tag(0, step)
+    raise Lost("examples write to rows that are not their own")
+
+
+@family("index_add index_copy index_fill index_reduce")
 def by_index(call: Call, outputs: Sequence[Any]) -> Found:
     """Writes at indices along one dimension, which may hold the examples if each stays its own."""
-    x, index = call.arg(0, "input"), call.arg(2, "index")
-    dim = call.arg(1, "dim") % x.dim()
-    value = call.arg(3, "value" if call.name == "index_fill" else "source")
+    x, index = call.first, call.arg("index")
+    dim = call.arg("dim") % x.dim()
+    value = call.arg("value" if call.name == "index_fill" else "source")
     into, by, of = call.tag_of(x), call.tag_of(index), call.tag_of(value)
     if call.name == "index_fill" and of is not None:
         raise Lost("the value that is filled in carries examples")
@@ -117,6 +189,8 @@ def by_index(call: Call, outputs: Sequence[Any]) -> Found:
         return into
     if any(not torch.equal(w, writers[0]) for w in writers):
         raise Lost("rows are moved by an index of another example")
+    if into is None and by is not None:
+        return _territory(index, writers[0], x.shape[dim], call.batch_size).at(dim)
     if into is None:
         owner = torch.full((x.shape[dim],), NOBODY, dtype=torch.int64, device=device)
     else:
@@ -133,7 +207,7 @@ def by_index(call: Call, outputs: Sequence[Any]) -> Found:
 @family("masked_scatter")
 def masked_scatter(call: Call, outputs: Sequence[Any]) -> Found:
     """Elements in a row are put where a mask is true."""
-    x, mask, source = call.arg(0, "input"), call.arg(1, "mask"), call.arg(2, "source")
+    x, mask, source = call.arg("input"), call.arg("mask"), call.arg("source")
     tag, by, of = call.tag_of(x), call.tag_of(mask), call.tag_of(source)
     known = tag if tag is not None else by
     if of is not None and known is not None and known.dim is not None:

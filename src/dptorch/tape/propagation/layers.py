@@ -8,20 +8,18 @@ from typing import Any
 import torch
 
 from dptorch.tape.propagation.elementwise import along_broadcast, refuse_positions
-from dptorch.tape.propagation.table import Found, agree, family
+from dptorch.tape.propagation.table import Found, agree, family, only_tag
 from dptorch.tape.provenance.calls import Call
-from dptorch.tape.provenance.tags import Lost, Tag
+from dptorch.tape.provenance.tags import Lost, Tag, owners, regular_or_explicit
 
-__all__: list[str] = []
+__all__ = ["bag_owners"]
 
 
 @family("layer_norm native_layer_norm rms_norm")
 def last_dims(call: Call, outputs: Sequence[Any]) -> Found:
     """Normalisation over the last dimensions."""
-    x, shape = call.arg(0, "input"), call.arg(1, "normalized_shape")
-    tag = call.tag_of(x)
-    if tag is None or len(call.tagged) > 1:
-        raise Lost("the scale carries examples")
+    x, shape = call.arg("input"), call.arg("normalized_shape")
+    tag = only_tag(call, x)
     assert tag.dim is not None
     if tag.dim >= x.dim() - len(shape):
         raise Lost("normalisation over the examples")
@@ -30,6 +28,13 @@ def last_dims(call: Call, outputs: Sequence[Any]) -> Found:
 
 # Ranks at which dimension 0 is a batch dimension, where another rank would mean something else.
 _RANKS = {"im2col": (4,), "fold": (3,), "col2im": (3,), "group_norm": range(2, 9)}
+# Pooling without a batch dimension takes inputs of one dimension less.
+_RANKS |= {
+    f"{kind}pool{n}d{more}": (n + 2,)
+    for kind in ("max_", "avg_", "lp_", "adaptive_avg_", "adaptive_max_", "fractional_max_")
+    for n in (1, 2, 3)
+    for more in ("", "_with_indices")
+}
 
 
 @family(
@@ -38,68 +43,126 @@ _RANKS = {"im2col": (4,), "fold": (3,), "col2im": (3,), "group_norm": range(2, 9
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d
     lp_pool2d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
     adaptive_max_pool2d_with_indices group_norm native_group_norm interpolate upsample fold im2col
-    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle affine_grid prelu
-    local_response_norm"""
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle affine_grid
+    affine_grid_generator prelu local_response_norm convolution _convolution col2im
+    _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_lanczos2d_aa upsample_nearest
+    upsample_bilinear multinomial"""
 )
 def rows_of_input(call: Call, outputs: Sequence[Any]) -> Found:
     """Ops that treat the rows of dimension 0 of their first operand independently."""
-    x = call.arg(0, "input", call.kwargs.get("theta"))
-    tag = call.tag_of(x)
-    if tag is None or len(call.tagged) > 1:
-        raise Lost("a weight or a size carries examples")
+    x = call.first
+    tag = only_tag(call, x)
     if tag.dim != 0:
         raise Lost("the op takes its rows from dimension 0, where the examples are not")
-    if call.name.startswith("conv") and x.dim() != call.arg(1, "weight").dim():
+    if "conv" in call.name and x.dim() != call.arg("weight").dim():
         raise Lost("an unbatched convolution over the examples")
     if "pixel" in call.name and x.dim() < 4:
         raise Lost("an unbatched image")
     if x.dim() not in _RANKS.get(call.name, range(9)):
         raise Lost("an unbatched input")
-    if call.name in ("prelu", "channel_shuffle", "local_response_norm") and x.dim() < 2:
+    if x.dim() < 2:
         raise Lost("an unbatched input")
     return tag
 
 
 @family(
-    "grid_sample max_unpool1d max_unpool2d max_unpool3d lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+    """grid_sample grid_sampler grid_sampler_2d grid_sampler_3d max_unpool1d max_unpool2d max_unpool3d
+    fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d
+    fractional_max_pool3d_with_indices lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"""
 )
 def rows_of_inputs(call: Call, outputs: Sequence[Any]) -> Found:
     """The same for ops with several inputs; weights come after the first two."""
-    inputs = [*call.args[:2], *(call.args[1] if isinstance(call.args[1], (list, tuple)) else ())]
+    values = list(call.bound.values())
+    if "fractional" in call.name:
+        x, noise = values[0], call.arg("_random_samples", call.arg("random_samples"))
+        inputs = [x, noise]
+        if x.dim() not in _RANKS[call.name.removesuffix("_with_indices")]:
+            raise Lost("an unbatched input")
+    else:
+        inputs = [*values[:2], *(values[1] if isinstance(values[1], (list, tuple)) else ())]
+        if "unpool" in call.name and values[0].dim() != int(call.name[-2]) + 2:
+            raise Lost("an unbatched input")
     for t, tag in call.tagged:
         if not any(t is other for other in inputs):
             raise Lost("a weight carries examples")
         if tag.dim != 0 or t.dim() < 2:
             raise Lost("the op takes its rows from dimension 0, where the examples are not")
-    return agree([tag for _, tag in call.tagged])
+    agreed = agree([tag for _, tag in call.tagged])
+    if agreed.explicit is not None and any(
+        isinstance(t, torch.Tensor) and call.tag_of(t) is None for t in inputs
+    ):
+        raise Lost("a constant with one row for each meets irregularly ordered examples")
+    return agreed
 
 
-@family("embedding_bag")
-def embedding_bag(call: Call, outputs: Sequence[Any]) -> Found:
-    """Bags of a frozen table: rows of ids, or ids in a row and offsets."""
-    ids, offsets = call.arg(0, "input"), call.arg(2, "offsets")
-    table = call.arg(1, "weight")
-    if call.tag_of(table) is not None or (offsets is not None and call.tag_of(ids) is not None):
-        raise Lost("the table, or ids without rows, carry examples")
+@family("embedding_bag _embedding_bag _embedding_bag_forward_only")
+def embedding_bag(call: Call, outputs: Sequence[Any]) -> Found | list[Found]:
+    """Bags of a frozen table: rows of ids, or ids in a row and where each bag begins."""
+    ids, offsets = call.arg("input", call.arg("indices")), call.arg("offsets")
+    if call.tag_of(call.arg("weight")) is not None:
+        raise Lost("the table carries examples")
     if any(tag.dim != 0 for _, tag in call.tagged):
         raise Lost("bags are rows of dimension 0, where the examples are not")
-    return agree([tag for _, tag in call.tagged])
+    if ids.dim() == 1:
+        bags = outputs[0].shape[0]
+        found: Found = bag_owners(call, ids, offsets, bags)
+    else:
+        found = agree([tag for _, tag in call.tagged])
+    return [found, *[None] * (len(outputs) - 1)]
+
+
+def bag_owners(call: Call, ids: torch.Tensor, offsets: torch.Tensor, bags: int) -> Tag:
+    """Whose each bag of ids in a row is: its ids', and an empty one's is whose place it is.
+
+    Raises:
+        Lost: if a bag holds ids of several examples, or places and ids disagree.
+    """
+    n = call.batch_size
+    ends = [*offsets.tolist()[1:], ids.shape[0]][:bags]
+    starts = offsets.tolist()[:bags]
+    by, of = call.tag_of(offsets), call.tag_of(ids)
+    weights = call.tag_of(call.arg("per_sample_weights"))
+    of = weights if of is None else of
+    if of is None:
+        raise Lost("ids in a row that are not the batch's")
+    if weights is not None and weights != of:
+        raise Lost("ids and their weights are of different examples")
+    places = owners(by, offsets.shape[0], n).tolist() if by is not None else None
+    if places is None and bags == n:
+        places = list(range(n))
+    own = owners(of, ids.shape[0], n).tolist()
+    found = []
+    for i, (start, stop) in enumerate(zip(starts, ends, strict=True)):
+        inside = set(own[start:stop])
+        if places is not None:
+            inside.add(places[i])
+        if len(inside) != 1:
+            raise Lost("a bag holds ids of several examples, or none whose it is")
+        found.append(inside.pop())
+    return regular_or_explicit(torch.tensor(found), 0, n)
 
 
 @family("instance_norm")
 def instance_norm(call: Call, outputs: Sequence[Any]) -> Found:
     """Each example by itself, unless running statistics are kept."""
-    if call.arg(1, "running_mean") is not None and call.arg(5, "use_input_stats", True):
+    if call.arg("running_mean") is not None and call.arg("use_input_stats", True):
         raise Lost("InstanceNorm updates running statistics from the whole batch")
     return rows_of_input(call, outputs)
 
 
-@family("batch_norm native_batch_norm")
+@family(
+    """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _batch_norm_no_update"""
+)
 def batch_norm(call: Call, outputs: Sequence[Any]) -> Found:
     """Fixed statistics only: in training mode BatchNorm mixes the examples."""
-    if call.arg(5, "training", False) or call.arg(1, "running_mean") is None:
+    trains = call.arg("training", call.arg("train", False))
+    if trains or call.arg("running_mean") is None:
         raise Lost("BatchNorm in training mode takes its statistics from the whole batch")
-    x = call.arg(0, "input")
+    x = call.arg("input")
     tag = call.tag_of(x)
     if tag is None or len(call.tagged) > 1:
         raise Lost("the statistics carry examples")
@@ -108,12 +171,16 @@ def batch_norm(call: Call, outputs: Sequence[Any]) -> Found:
     return tag
 
 
-@family("pad constant_pad_nd")
+@family(
+    """pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+    replication_pad2d replication_pad3d"""
+)
 def padding(call: Call, outputs: Sequence[Any]) -> Found:
     """F.pad works on the last dimensions."""
-    x, tag = call.tagged[0]
+    x = call.first
+    tag = only_tag(call, x)
     assert tag.dim is not None
-    amounts = call.arg(1, "pad")
+    amounts = call.arg("pad", call.arg("padding"))
     if tag.dim >= x.dim() - len(amounts) // 2:
         slot = x.dim() - 1 - tag.dim
         if any(amounts[2 * slot : 2 * slot + 2]):
@@ -129,7 +196,7 @@ def leading_dims(call: Call, outputs: Sequence[Any]) -> Found:
     inner = 2 if attention else 1
     found = []
     for t, tag in call.tagged:
-        if not attention and not any(t is other for other in call.args[:2]):
+        if not attention and not any(t is other for other in call.operands()[:2]):
             raise Lost("a weight carries examples")
         assert tag.dim is not None
         if tag.dim >= t.dim() - inner:
@@ -143,7 +210,13 @@ def leading_dims(call: Call, outputs: Sequence[Any]) -> Found:
 
 @family("one_hot")
 def one_hot(call: Call, outputs: Sequence[Any]) -> Found:
-    """A new last dimension."""
+    """A new last dimension.
+
+    Raises:
+        Lost: without a number of classes, which is then one more than the largest class of the batch.
+    """
+    if call.arg("num_classes", -1) == -1:
+        raise Lost("the number of classes is taken from the examples; say num_classes=")
     return call.tagged[0][1]
 
 
@@ -158,7 +231,7 @@ def embedding(call: Call, outputs: Sequence[Any]) -> Found:
 @family("_pack_padded_sequence")
 def pack(call: Call, outputs: Sequence[Any]) -> list[Found]:
     """Sequences sorted by length, their positions one after another: [sum of lengths, ...]."""
-    x, batch_first = call.args[0], call.args[2]
+    x, batch_first = call.first, call.arg("batch_first")
     tag = call.tag_of(x)
     if tag is None or tag.dim != (0 if batch_first else 1):
         raise Lost("the packed sequences are not the examples")
@@ -170,7 +243,8 @@ def pack(call: Call, outputs: Sequence[Any]) -> list[Found]:
 @family("_pad_packed_sequence")
 def unpack(call: Call, outputs: Sequence[Any]) -> list[Found]:
     """The inverse of `pack`."""
-    data, counts, batch_first = call.args[:3]
+    data, counts = call.first, call.arg("batch_sizes")
+    batch_first = call.arg("batch_first")
     tag = call.tag_of(data)
     if tag is None or tag.dim != 0:
         raise Lost("the packed sequences are not the examples")

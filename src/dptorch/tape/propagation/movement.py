@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from dptorch.tape.propagation.elementwise import along_broadcast
-from dptorch.tape.propagation.table import Found, agree, family
-from dptorch.tape.provenance.calls import Call
+from dptorch.tape.propagation.table import Found, agree, family, only_tag
+from dptorch.tape.provenance.aliases import owner_of_each
+from dptorch.tape.provenance.calls import Call, each_tensor
 from dptorch.tape.provenance.tags import (
     Lost,
     Tag,
     owners,
+    read_owners,
     read_shadow,
     regular_or_explicit,
     shadow,
@@ -32,15 +34,15 @@ __all__ = ["region"]
 
 @family(
     """view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel _reshape_alias
-    atleast_1d atleast_2d atleast_3d"""
+    _unsafe_view"""
 )
 def view(call: Call, outputs: Sequence[Any]) -> Found:
     """Reshapes."""
-    x = call.args[0]
+    x = call.first
     tag = call.tag_of(x)
     if tag is None:  # only the shape of the other operand was used
         return None
-    if call.name == "view" and len(call.args) > 1 and isinstance(call.args[1], torch.dtype):
+    if call.name == "view" and x.dtype != outputs[0].dtype:
         if x.element_size() != outputs[0].element_size():
             raise Lost("elements are reinterpreted at another size")
         return tag
@@ -57,8 +59,7 @@ def view_as_real(call: Call, outputs: Sequence[Any]) -> Found:
 def transpose(call: Call, outputs: Sequence[Any]) -> Found:
     """Two dimensions change places."""
     x, tag = call.tagged[0]
-    a = call.arg(1, "dim0", call.kwargs.get("axis0")) % x.dim()
-    b = call.arg(2, "dim1", call.kwargs.get("axis1")) % x.dim()
+    a, b = call.arg("dim0") % x.dim(), call.arg("dim1") % x.dim()
     assert tag.dim is not None
     return tag.at(b) if tag.dim == a else tag.at(a) if tag.dim == b else tag
 
@@ -67,46 +68,46 @@ def transpose(call: Call, outputs: Sequence[Any]) -> Found:
 def permute(call: Call, outputs: Sequence[Any]) -> Found:
     """All dimensions change places."""
     x, tag = call.tagged[0]
-    order = call.kwargs.get("dims", call.args[1] if len(call.args) == 2 else call.args[1:])
+    order = call.arg("dims")
     return tag.at([d % x.dim() for d in order].index(tag.dim))
 
 
-# Where `dim` stands, and what it is by default, in ops that cut along one dimension.
-_CUT = {"split": (2, 0), "chunk": (2, 0), "split_with_sizes": (2, 0), "narrow": (1, None)}
-_DROP = {"select": (1, None), "unbind": (1, 0)}
-
-
-@family("split chunk split_with_sizes narrow select unbind")
+# Ops that cut along one dimension, by default the first.
+@family(
+    "split chunk split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk narrow slice"
+)
 def cut(call: Call, outputs: Sequence[Any]) -> Found | list[Found]:
     """Slices along one dimension, usually not that of the examples."""
     x, tag = call.tagged[0]
-    dropped = call.name in _DROP
-    position, default = (_DROP if dropped else _CUT)[call.name]
-    dim = call.arg(position, "dim", default)
-    if isinstance(dim, int) and call.args and call.args[0] is x:
-        dim %= x.dim()
-        if dim != tag.dim:
-            assert tag.dim is not None
-            return tag.at(tag.dim - 1) if dropped and dim < tag.dim else tag
+    dim = call.arg("dim", 0)
+    if isinstance(dim, int) and x is call.first and dim % x.dim() != tag.dim:
+        return tag
+    return movement(call, outputs)
+
+
+@family("select unbind")
+def drop(call: Call, outputs: Sequence[Any]) -> Found | list[Found]:
+    """The same, without the dimension."""
+    x, tag = call.tagged[0]
+    dim = call.arg("dim", 0)
+    if isinstance(dim, int) and x is call.first and dim % x.dim() != tag.dim:
+        assert tag.dim is not None
+        return tag.at(tag.dim - 1) if dim % x.dim() < tag.dim else tag
     return movement(call, outputs)
 
 
 @family(
     """movedim t .T .mT .H .mH adjoint tensor_split hsplit vsplit dsplit flip roll diagonal unfold
-    rot90 __iter__ fliplr flipud"""
+    rot90 __iter__ fliplr flipud linalg_diagonal"""
 )
 def movement(call: Call, outputs: Sequence[Any]) -> list[Found]:
     """Data movement of one operand, by its shadow."""
-    x = call.args[0]
-    tag = call.tag_of(x)
-    if tag is None or len(call.tagged) > 1:
-        raise Lost("an index carries examples")
+    x = call.first
+    tag = only_tag(call, x)
     assert tag.dim is not None
     index = shadow(x.shape, tag.dim, x.device)
-    if call.name.startswith("."):
-        moved = getattr(index, call.name[1:])
-    else:
-        moved = call.func(index, *call.args[1:], **call.kwargs)
+    is_property = call.name.startswith(".")
+    moved = getattr(index, call.name[1:]) if is_property else call.run({id(x): index})
     parts = moved if isinstance(moved, (list, tuple)) else (moved,)
     size = x.shape[tag.dim]
     found: list[Found] = []
@@ -116,10 +117,23 @@ def movement(call: Call, outputs: Sequence[Any]) -> list[Found]:
     return found
 
 
+@family("diag diag_embed diagflat block_diag select_scatter slice_scatter diagonal_scatter")
+def among_zeros(call: Call, outputs: Sequence[Any]) -> Found:
+    """Elements are put among zeros or into those of another tensor: run on the owners themselves."""
+    table = {
+        # zero, which torch fills in, is nobody's
+        id(t): owner_of_each(t, call.tag_of(t), call.batch_size).to(torch.int64, copy=True) + 1
+        for t in each_tensor(call.args, call.kwargs)
+    }
+    table = {i: t.to(outputs[0].device) for i, t in table.items()}
+    owner = (call.run(table) - 1).to(torch.int32).cpu()
+    return read_owners(owner, call.batch_size)
+
+
 @family("expand expand_as broadcast_to")
 def expand(call: Call, outputs: Sequence[Any]) -> Found:
     """New dimensions come in front."""
-    x = call.args[0]
+    x = call.first
     tag = call.tag_of(x)
     return None if tag is None else along_broadcast(x, tag, outputs[0].shape)
 
@@ -127,8 +141,8 @@ def expand(call: Call, outputs: Sequence[Any]) -> Found:
 @family("index_select")
 def index_select(call: Call, outputs: Sequence[Any]) -> Found:
     """Rows by number; numbers that carry examples must pick from their own, or from a constant."""
-    x, index = call.arg(0, "input"), call.arg(2, "index")
-    dim = call.arg(1, "dim") % x.dim()
+    x, index = call.arg("input"), call.arg("index")
+    dim = call.arg("dim") % x.dim()
     tag, by = call.tag_of(x), call.tag_of(index)
     if tag is None:
         assert by is not None
@@ -145,7 +159,7 @@ def index_select(call: Call, outputs: Sequence[Any]) -> Found:
 @family("masked_select")
 def masked_select(call: Call, outputs: Sequence[Any]) -> Found:
     """The selected elements in a row, each still its example's."""
-    x, mask = call.arg(0, "input"), call.arg(1, "mask")
+    x, mask = call.arg("input"), call.arg("mask")
     shape = torch.broadcast_shapes(x.shape, mask.shape)
     tag = agree([along_broadcast(t, g, shape) for t, g in call.tagged])
     assert tag.dim is not None
@@ -163,6 +177,14 @@ def getitem(call: Call, outputs: Sequence[Any]) -> Found:
         if simple is not None:
             return simple
     return region(call, x, tag, index)
+
+
+@family("index _unsafe_index")
+def index(call: Call, outputs: Sequence[Any]) -> Found:
+    """What indexing becomes in the core: a tensor or None for each dimension."""
+    x = call.first
+    parts = tuple(slice(None) if p is None else p for p in call.arg("indices"))
+    return region(call, x, call.tag_of(x), parts)
 
 
 def _basic(x: Tensor, tag: Tag, index: Any) -> Tag | None:
@@ -269,21 +291,45 @@ def repeat(call: Call, outputs: Sequence[Any]) -> Found:
 
 
 @family("repeat_interleave")
-def repeat_interleave(call: Call, outputs: Sequence[Any]) -> Found:
+def repeat_interleave(call: Call, outputs: Sequence[Any]) -> Any:
     """Each index several times in a row."""
-    x = call.args[0]
-    tag = call.tag_of(x)
-    times = call.arg(1, "repeats")
-    dim = call.arg(2, "dim")
-    if tag is None or not isinstance(times, int):
-        raise Lost("the number of repeats carries examples, or is a tensor")
-    if dim is None:
-        inner = math.prod(x.shape[(tag.dim or 0) :]) // x.shape[tag.dim or 0]
-        if tag.dim != 0 or tag.explicit is not None:
+    x = call.first
+    tag, times = call.tag_of(x), call.arg("repeats")
+    dim = call.arg("dim")
+    if dim is None and (tag is None or tag.dim != 0 or x.dim() > 1):
+        if tag is None or tag.dim != 0 or tag.explicit is not None:
             raise Lost("repeat_interleave folds examples together")
-        return Tag(0, tag.step * times * inner)
-    if dim % x.dim() != tag.dim:
+        if isinstance(times, Tensor):
+            return NotImplemented
+        return Tag(0, tag.step * times * (math.prod(x.shape) // x.shape[0]))
+    dim = 0 if dim is None else dim % x.dim()
+    if isinstance(times, Tensor):
+        return _repeated_by_counts(call, x, tag, times, dim)
+    if tag is None:
+        raise Lost("the number of repeats carries examples")
+    if dim != tag.dim:
         return tag
     if tag.explicit is not None:
         return Tag(tag.dim, 1, tuple(o for o in tag.explicit for _ in range(times)))
     return Tag(tag.dim, tag.step * times)
+
+
+def _repeated_by_counts(call: Call, x: Tensor, tag: Tag | None, times: Tensor, dim: int) -> Tag:
+    """Each index as often as its own example says."""
+    by = call.tag_of(times)
+    n, size = call.batch_size, x.shape[dim]
+    counts = times.expand(size) if times.numel() == 1 else times
+    if tag is not None and tag.dim != dim:
+        if by is not None:
+            raise Lost("how often something is repeated depends on the examples")
+        return tag
+    if tag is not None and by is not None and tag != by.at(dim):
+        raise Lost("the number of repeats is another example's")
+    own = tag if tag is not None else by
+    assert own is not None
+    if own.dim is None or times.numel() == 1 < size:
+        raise Lost("the number of repeats is another example's")
+    if tag is None and size != x.shape[dim]:
+        raise Lost("rows that belong to no example are repeated")
+    owner = owners(own, size, n, counts.device).repeat_interleave(counts)
+    return regular_or_explicit(owner, dim, n)

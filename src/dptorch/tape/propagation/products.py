@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.propagation.elementwise import along_broadcast
+from dptorch.tape.propagation.elementwise import along_broadcast, refuse_positions
 from dptorch.tape.propagation.table import Found, agree, family
 from dptorch.tape.provenance.calls import Call
 from dptorch.tape.provenance.tags import Lost
@@ -15,41 +15,48 @@ from dptorch.tape.provenance.tags import Lost
 __all__ = ["einsum_operands", "expand_einsum"]
 
 
-@family("matmul mm bmm mv __rmatmul__ baddbmm addmm linear cdist")
+# Products with something that is added to them, in their first operand.
+_ADDED = ("baddbmm", "addmm", "addmv", "addbmm", "addr", "_addmm_activation")
+
+
+@family(
+    """matmul mm bmm mv __rmatmul__ baddbmm addmm addmv addbmm _addmm_activation linear cdist
+    _cdist_forward _sparse_mm"""
+)
 def product(call: Call, outputs: Sequence[Any]) -> Found:
     """Matrix products: free dimensions keep the examples, the contracted one may not hold them."""
     out, name = outputs[0], call.name
-    operands = list(call.args)
+    operands = call.operands()
     found = []
+    added: Tensor | None = None
     if name == "__rmatmul__":
-        operands = [operands[1], operands[0]]
-    elif name in ("baddbmm", "addmm"):
+        operands.reverse()
+    elif name in _ADDED:
         added, operands = operands[0], operands[1:]
         tag = call.tag_of(added)
         if tag is not None:
             found.append(along_broadcast(added, tag, out.shape))
     elif name == "linear":
-        bias = call.arg(2, "bias")
-        if call.tag_of(bias) is not None or call.tag_of(call.arg(1, "weight")) is not None:
+        if any(call.tag_of(t) is not None for t in operands[1:]):
             raise Lost("the weight of a linear layer carries examples")
-        operands = [call.arg(0, "input")]
-    a = operands[0]
-    b = operands[1] if len(operands) > 1 else call.kwargs.get("other", call.kwargs.get("mat2"))
+        operands = operands[:1]
+    a, b = operands[0], operands[1] if len(operands) > 1 else None
     tag = call.tag_of(a)
     if tag is not None:
         assert tag.dim is not None
-        if tag.dim == a.dim() - 1:
+        if tag.dim == a.dim() - 1 or (name == "addbmm" and tag.dim == 0):
             raise Lost("the product contracts the examples")
         vector = b is not None and b.dim() == 1
-        found.append(tag.at(tag.dim - a.dim() + out.dim() + (1 if vector else 0)))
+        found.append(tag.at(tag.dim - a.dim() + out.dim() + vector))
     tag = call.tag_of(b)
     if b is not None and tag is not None:
         assert tag.dim is not None
-        contracted = b.dim() - (1 if name == "cdist" else 2)
-        if b.dim() == 1 or tag.dim == contracted:
+        distances = name in ("cdist", "_cdist_forward")
+        contracted = b.dim() - (1 if distances else 2)
+        if b.dim() == 1 or tag.dim == contracted or (name == "addbmm" and tag.dim == 0):
             raise Lost("the product contracts the examples")
         dim = tag.dim - b.dim() + out.dim() + (1 if a.dim() == 1 and tag.dim < contracted else 0)
-        if name == "cdist" and tag.dim == b.dim() - 2:
+        if distances and tag.dim == b.dim() - 2:
             dim = out.dim() - 1
         found.append(tag.at(dim))
     agreed = agree(found)
@@ -57,7 +64,18 @@ def product(call: Call, outputs: Sequence[Any]) -> Found:
         call.tag_of(t) is None and isinstance(t, Tensor) and t.dim() > 2 for t in operands
     ):
         raise Lost("a constant with one matrix for each meets irregularly ordered examples")
+    if agreed.explicit is not None and added is not None and call.tag_of(added) is None:
+        refuse_positions(call, agreed, out.shape, [added])
     return agreed
+
+
+@family("outer ger addr")
+def outer(call: Call, outputs: Sequence[Any]) -> Found:
+    """Outer products of two vectors: each keeps its own dimension."""
+    *added, a, b = call.operands()
+    found = [along_broadcast(t, g, outputs[0].shape) for t in added if (g := call.tag_of(t))]
+    found += [tag.at(i) for i, t in enumerate((a, b)) if (tag := call.tag_of(t)) is not None]
+    return agree(found)
 
 
 @family("einsum")
@@ -86,7 +104,7 @@ def einsum(call: Call, outputs: Sequence[Any]) -> Found:
 
 def einsum_operands(call: Call) -> tuple[str, list[Tensor]]:
     """The equation and the operands of an einsum call in either of its spellings."""
-    equation = call.args[0]
+    equation = call.first
     if not isinstance(equation, str):
         raise Lost("einsum with sublists")
     rest = call.args[1:]

@@ -1,6 +1,7 @@
 """The table of op families, and how it is asked.
 
-There is no default: an op that is not in the table loses its examples, and a result that has lost
+There is no default. `inference` opens an op that is not in the table into the core operators that it
+is made of; one of them that is not in the table either loses the examples, and a result that has lost
 them may not meet a parameter or a loss. `rowwise` adds an op of your own.
 """
 
@@ -9,12 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from dptorch.tape.provenance.calls import Call, words
-from dptorch.tape.provenance.tags import Lost, Reduced, Tag, complete
+from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.tags import Lost, Reduced, Tag
 
-__all__ = ["FAMILIES", "Family", "Found", "agree", "family", "infer", "named_dims", "rowwise"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Found",
+    "agree",
+    "family",
+    "find",
+    "named_dims",
+    "only_tag",
+    "rowwise",
+]
 
 # What is known of an output: a tag, a reduction over the examples, or None for a constant.
 Found = Tag | Reduced | None
@@ -22,10 +34,6 @@ Family = Callable[[Call, Sequence[Any]], "Found | list[Found]"]
 F = TypeVar("F", bound=Family)
 
 FAMILIES: dict[str, Family] = {}
-
-# Joins and look-ups, whose operands may each be one whole example; and ops that look at more than
-# the values of their operands.
-_SEVERAL_EXAMPLES = words("""stack cat column_stack hstack vstack batch_norm""")
 
 
 def family(names: str) -> Callable[[F], F]:
@@ -39,32 +47,41 @@ def family(names: str) -> Callable[[F], F]:
     return add
 
 
-def infer(call: Call, outputs: Sequence[Any]) -> list[Found]:
-    """The tag (or reduction) of each output.
+def find(name: str) -> Family | None:
+    """The family of an op, by its `canonical_name` or the name of a core operator; None if unknown.
 
-    Raises:
-        Lost: if the examples meet, or the op has no rule.
+    What torch tags as pointwise is elementwise, and ``slice_copy`` moves data as ``slice`` does.
     """
-    tagged = call.tagged
-    for _, tag in tagged:
-        if tag.dim is None and (call.batch_size == 1 or call.name not in _SEVERAL_EXAMPLES):
-            if call.name == "batch_norm":
-                FAMILIES["batch_norm"](call, outputs)
-            if any(other is not tag and other != tag for _, other in tagged):
-                raise Lost("different examples meet")
-            return [tag] * len(outputs)
-    found = FAMILIES.get(call.name)
+    found = FAMILIES.get(name)
+    if found is not None or name in _NO_FAMILY:
+        return found
+    if name.endswith("_copy"):
+        found = FAMILIES.get(name.removesuffix("_copy"))
+    elif _is_pointwise(name):
+        found = FAMILIES["add"]
     if found is None:
-        raise Lost(
-            "the op has no provenance rule; declare it with dptorch.tape.rowwise if it is one"
-        )
-    result = found(call, outputs)
-    if type(result) is Tag:
-        return [result] * len(outputs)
-    results = result if isinstance(result, list) else [result] * len(outputs)
-    if any(isinstance(r, Reduced) for r in results) and not all(complete(t) for _, t in tagged):
-        raise Lost("rows that belong to no example are summed with the examples")
-    return results
+        _NO_FAMILY.add(name)
+    else:
+        FAMILIES[name] = found
+    return found
+
+
+_NO_FAMILY: set[str] = set()
+
+
+def _is_pointwise(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    if packet is None:
+        return False
+    overloads = [getattr(packet, o) for o in packet.overloads()]
+    # Overloads of numbers alone belong to torch.jit, those with out= to kernels; both carry no tags.
+    of_tensors = [
+        o
+        for o in overloads
+        if any(str(a.type) == "Tensor" for a in o._schema.arguments)
+        and not any(a.is_out for a in o._schema.arguments)
+    ]
+    return bool(of_tensors) and all(torch.Tag.pointwise in o.tags for o in of_tensors)
 
 
 def rowwise(name: str) -> None:
@@ -77,6 +94,7 @@ def rowwise(name: str) -> None:
         >>> rowwise("my_fused_op")
     """
     FAMILIES[name] = _declared
+    _NO_FAMILY.discard(name)
 
 
 def _declared(call: Call, outputs: Sequence[Any]) -> Found:
@@ -97,15 +115,21 @@ def agree(tags: Sequence[Tag]) -> Tag:
     return tags[0]
 
 
-def named_dims(call: Call, x: Tensor, position: int, default: Any = None) -> list[int]:
+def named_dims(call: Call, x: Tensor, default: Any = None) -> list[int]:
     """The dimensions an op reduces or scans, non-negative; all of them when none is named."""
-    dim = call.kwargs.get("dim", call.kwargs.get("axis"))
-    if dim is None and len(call.args) > position:
-        candidate = call.args[position]
-        if isinstance(candidate, (tuple, list)) or type(candidate) is int:
-            dim = candidate
-    if dim is None:
-        dim = default
+    dim = call.arg("dim", default)
     if dim is None or (isinstance(dim, (tuple, list)) and not dim):
         return list(range(x.dim()))
     return [d % max(x.dim(), 1) for d in ((dim,) if isinstance(dim, int) else dim)]
+
+
+def only_tag(call: Call, x: Any) -> Tag:
+    """The tag of `x`, which is to be the only operand that carries examples, spread along a dimension.
+
+    Raises:
+        Lost: if another operand carries them.
+    """
+    tag = call.tag_of(x)
+    if tag is None or tag.dim is None or any(t is not x for t, _ in call.tagged):
+        raise Lost("an operand other than the first carries examples")
+    return tag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dptorch.tape.provenance.schemas import bind
 from dptorch.tape.provenance.tags import Tag
 
 __all__ = ["Call", "Info", "canonical_name", "each_tensor", "info", "replace_tensors", "words"]
@@ -89,6 +91,11 @@ def canonical_name(func: Callable[..., Any]) -> str:
     """
     if func is F.unfold:  # not Tensor.unfold, which moves data along one dimension
         return "im2col"
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _operator_name(func)
+    module = getattr(func, "__module__", None)
+    if isinstance(func, types.FunctionType) and not f"{module}.".startswith("torch."):
+        return f"{module}.{func.__qualname__}"  # a library's own function is not torch's namesake
     name: str = getattr(func, "__name__", type(func).__name__)
     if name == "__get__":
         return "." + str(getattr(getattr(func, "__self__", None), "__name__", "?"))
@@ -98,6 +105,14 @@ def canonical_name(func: Callable[..., Any]) -> str:
     if name.endswith("_"):
         name = name[:-1]
     return _SYNONYMS.get(name, name)
+
+
+def _operator_name(func: Any) -> str:
+    packet = getattr(func, "_overloadpacket", func)
+    name: str = packet.__name__
+    space = packet._qualified_op_name.partition("::")[0]
+    bare = name.rstrip("_")
+    return _SYNONYMS.get(bare, bare) if space == "aten" else f"{space}::{name}"
 
 
 class Info(NamedTuple):
@@ -205,6 +220,7 @@ class Call:
     """
 
     __slots__ = (
+        "_bound",
         "args",
         "batch_size",
         "func",
@@ -234,12 +250,27 @@ class Call:
         self.parameters = parameters
         self.batch_size = batch_size
         self.in_place = in_place
+        self._bound: dict[str, Any] | None = None
 
-    def arg(self, position: int, keyword: str, default: Any = None) -> Any:
-        """An argument by position or keyword."""
-        if len(self.args) > position:
-            return self.args[position]
-        return self.kwargs.get(keyword, default)
+    @property
+    def bound(self) -> dict[str, Any]:
+        """The arguments by the names that torch gives them, in the order of its schema."""
+        if self._bound is None:
+            self._bound = bind(self.func, self.args, self.kwargs)
+        return self._bound
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """An argument by the name that torch gives it, however it was passed."""
+        return self.bound.get(name, default)
+
+    @property
+    def first(self) -> Any:
+        """The first operand, whatever it is called."""
+        return self.args[0] if self.args else next(iter(self.bound.values()), None)
+
+    def operands(self) -> list[Tensor]:
+        """The arguments that are tensors, in the order of the schema."""
+        return [v for v in self.bound.values() if isinstance(v, Tensor)]
 
     def tag_of(self, t: Any) -> Tag | None:
         """The tag of an operand, or None if it carries no examples."""

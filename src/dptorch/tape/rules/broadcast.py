@@ -16,7 +16,7 @@ from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import agree
 from dptorch.tape.provenance.calls import Call
-from dptorch.tape.provenance.tags import Tag, broadcast_shape, rows
+from dptorch.tape.provenance.tags import ParamOnly, Tag, broadcast_shape, rows
 from dptorch.tape.rules.generic_rule import generic
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
@@ -28,13 +28,11 @@ from dptorch.tape.rules.registry import rule
 )
 def elementwise(call: Call, recording: Recorder) -> Any:
     """Elementwise ops of an activation with a parameter of any broadcastable shape."""
-    tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)]
-    if call.in_place and call.is_parameter(call.args[0]):
+    tensors = call.operands()
+    if call.in_place and call.is_parameter(call.first):
         return generic(call, recording)  # writes into the parameter
     if call.name == "masked_fill" and not call.in_place:
-        x, mask, value = (
-            call.args[:3] if len(call.args) > 2 else (*call.args[:2], call.kwargs["value"])
-        )
+        x, mask, value = call.first, call.arg("mask"), call.arg("value")
         if isinstance(value, Tensor):  # masked_fill takes a value of no dimension only
             func = torch.where
             args = (mask, value, x)
@@ -50,7 +48,7 @@ def elementwise(call: Call, recording: Recorder) -> Any:
         if tag.dim is not None:
             target[tag.dim] = shape[tag.dim]
         table[id(p)] = recording.lift(p, target, tag)
-    written = call.args[0] if call.in_place else None
+    written = call.first if call.in_place else None
     before = None if written is None else recording.state(written)
     out = call.run(table)
     if written is not None and before != tag:
@@ -64,7 +62,7 @@ def _joint_tag(call: Call, shape: torch.Size) -> Tag:
     found = [
         tag if tag.dim is None else along_broadcast(t, tag, shape)
         for t, tag in call.tagged
-        if not (call.name == "copy" and t is call.args[0])  # what it held is gone
+        if not (call.name == "copy" and t is call.first)  # what it held is gone
     ]
     return agree(found or [tag for _, tag in call.tagged])
 
@@ -72,9 +70,9 @@ def _joint_tag(call: Call, shape: torch.Size) -> Tag:
 @rule("cat stack")
 def join(call: Call, recording: Recorder) -> Any:
     """A class token or prompt joined to the sequence: it was expanded to the batch before."""
-    parts = list(call.args[0])
+    parts = list(call.arg("tensors"))
     tag = call.tagged[0][1]
-    dim = int(call.arg(1, "dim", call.kwargs.get("axis", 0)))
+    dim = int(call.arg("dim", 0))
     rank = parts[0].dim()
     dim = dim % (rank + (call.name == "stack"))
     if any(g != tag for _, g in call.tagged) or tag.explicit is not None:
@@ -89,11 +87,28 @@ def join(call: Call, recording: Recorder) -> Any:
     return out
 
 
+@rule("broadcast_tensors")
+def broadcast_tensors(call: Call, recording: Recorder) -> Any:
+    """Each operand expanded by itself; a parameter stays one, to be lifted where it meets the batch."""
+    operands = call.args[0] if isinstance(call.args[0], (list, tuple)) else call.args
+    shape = broadcast_shape(*[t.shape for t in operands])
+    expanded = []
+    for t in operands:
+        e = t.expand(shape)
+        tag = call.tag_of(t)
+        if tag is not None:
+            recording.mark(e, tag if tag.dim is None else along_broadcast(t, tag, shape))
+        elif call.is_parameter(t):
+            recording.mark(e, ParamOnly(source=t))
+        expanded.append(e)
+    return tuple(expanded)
+
+
 @rule("scaled_dot_product_attention")
 def attention_bias(call: Call, recording: Recorder) -> Any:
     """A bias or mask made from parameters alone (T5, Swin, BEiT), lifted along the batch."""
-    mask = call.arg(3, "attn_mask")
-    query = call.args[0]
+    mask = call.arg("attn_mask")
+    query = call.arg("query")
     tag = call.tag_of(query)
     if tag is None or tag.explicit is not None or any(g != tag for _, g in call.tagged):
         return NotImplemented
@@ -110,7 +125,7 @@ def attention_bias(call: Call, recording: Recorder) -> Any:
 @rule("prelu")
 def prelu(call: Call, recording: Recorder) -> Any:
     """``max(x, 0) + weight * min(x, 0)``, one slope in all or one a channel (dimension 1)."""
-    x, weight = call.arg(0, "input"), call.arg(1, "weight")
+    x, weight = call.arg("input"), call.arg("weight")
     tag = call.tag_of(x)
     if tag is None or not call.is_parameter(weight) or tag.dim == 1 or x.dim() < 2:
         return NotImplemented

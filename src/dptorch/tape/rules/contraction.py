@@ -32,7 +32,7 @@ Pairs = Iterator[tuple[Tensor, PerExampleGradient]]
 @rule("linear")
 def linear(call: Call, recording: Recorder) -> Any:
     """``x @ w.T + b`` for x of any rank."""
-    x, w, b = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    x, w, b = call.arg("input"), call.arg("weight"), call.arg("bias")
     tag = call.tag_of(x)
     if tag is None or tag.dim == x.dim() - 1 or len(call.tagged) > 1:
         return NotImplemented
@@ -45,14 +45,14 @@ def linear(call: Call, recording: Recorder) -> Any:
 @rule("addmm")
 def addmm(call: Call, recording: Recorder) -> Any:
     """``b + x @ w``, as Hugging Face's Conv1D calls it."""
-    b, x, w = call.args[:3]
+    b, x, w = call.operands()
     tag = call.tag_of(x)
-    scaled = call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1
+    scaled = call.arg("beta", 1) != 1 or call.arg("alpha", 1) != 1
     if tag is None or tag.dim == 1 or len(call.tagged) > 1 or scaled:
         return NotImplemented
     if b.dim() > 1:
         return NotImplemented
-    out = call.func(detached(b), x, detached(w), *call.args[3:])
+    out = call.func(detached(b), x, detached(w))
     return _affine(call, recording, out, tag, x, w, b, out_first=False)
 
 
@@ -90,8 +90,8 @@ def _affine(
 @rule("bilinear")
 def bilinear(call: Call, recording: Recorder) -> Any:
     """``x1 @ W @ x2 + b``: a linear layer on the outer products of its two inputs."""
-    x1, x2 = call.arg(0, "input1"), call.arg(1, "input2")
-    w, b = call.arg(2, "weight"), call.arg(3, "bias")
+    x1, x2 = call.arg("input1"), call.arg("input2")
+    w, b = call.arg("weight"), call.arg("bias")
     tags = [call.tag_of(x1), call.tag_of(x2)]
     tag = tags[0] or tags[1]
     if tag is None or any(t is not None and t != tag for t in tags):
@@ -131,7 +131,7 @@ def _sum_dtype(t: Tensor) -> torch.dtype:
 @rule("matmul mm bmm mv __rmatmul__")
 def matmul(call: Call, recording: Recorder) -> Any:
     """Matrix products with the parameter on either side."""
-    a, b = call.args[:2]
+    a, b = call.operands()
     if call.name == "__rmatmul__":
         a, b = b, a
     batch = max(a.dim(), b.dim(), 2) - 2

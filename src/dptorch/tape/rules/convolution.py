@@ -32,7 +32,7 @@ def _tuple(value: Any, rank: int) -> tuple[int, ...]:
 @rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
 def convolution(call: Call, recording: Recorder) -> Any:
     """Weight and bias of any convolution over a batch in dimension 0."""
-    x, w, b = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    x, w, b = call.arg("input"), call.arg("weight"), call.arg("bias")
     rank = int(call.name[-2])
     tag = call.tag_of(x)
     if tag is None or tag.dim != 0 or len(call.tagged) > 1:
@@ -40,14 +40,14 @@ def convolution(call: Call, recording: Recorder) -> Any:
     if x.dim() != rank + 2:
         return NotImplemented
     transposed = "transpose" in call.name
-    stride = _tuple(call.arg(3, "stride", 1), rank)
-    padding = call.arg(4, "padding", 0)
+    stride = _tuple(call.arg("stride", 1), rank)
+    padding = call.arg("padding", 0)
     if transposed:
-        output_padding = _tuple(call.arg(5, "output_padding", 0), rank)
-        groups, dilation = call.arg(6, "groups", 1), _tuple(call.arg(7, "dilation", 1), rank)
+        output_padding = _tuple(call.arg("output_padding", 0), rank)
+        groups, dilation = call.arg("groups", 1), _tuple(call.arg("dilation", 1), rank)
     else:
         output_padding = (0,) * rank
-        dilation, groups = _tuple(call.arg(5, "dilation", 1), rank), call.arg(6, "groups", 1)
+        dilation, groups = _tuple(call.arg("dilation", 1), rank), call.arg("groups", 1)
     pads: list[int] = []
     if isinstance(padding, str):
         padding, pads = _resolve(padding, w.shape[2:], dilation)

@@ -27,19 +27,16 @@ def embedding(call: Call, recording: Recorder) -> Any:
         NotCoveredError: for `max_norm`, which changes the table outside the noised step, and for
             `scale_grad_by_freq`, which divides by counts over the whole batch.
     """
-    if call.func is torch.embedding:
-        table, ids = call.args[:2]
-        padding = call.arg(2, "padding_idx", -1)
-        padding = None if padding == -1 else padding
-    else:
-        ids, table = call.arg(0, "input"), call.arg(1, "weight")
-        padding = call.arg(2, "padding_idx")
-        if call.arg(3, "max_norm") is not None:
-            raise NotCoveredError(
-                f"{recording.describe(table)}: max_norm rewrites the table in the forward pass, "
-                "outside the noised step. Use max_norm=None."
-            )
-    if call.arg(5 if call.func is not torch.embedding else 3, "scale_grad_by_freq", False):
+    builtin = call.func is torch.embedding  # without max_norm, and with -1 for no padding
+    table, ids = call.arg("weight"), call.arg("indices") if builtin else call.arg("input")
+    padding = call.arg("padding_idx", -1 if builtin else None)
+    padding = None if builtin and padding == -1 else padding
+    if call.arg("max_norm") is not None:
+        raise NotCoveredError(
+            f"{recording.describe(table)}: max_norm rewrites the table in the forward pass, outside "
+            "the noised step. Use max_norm=None."
+        )
+    if call.arg("scale_grad_by_freq", False):
         raise NotCoveredError(
             f"{recording.describe(table)}: scale_grad_by_freq divides by counts over the whole "
             "batch. Use scale_grad_by_freq=False."
@@ -48,11 +45,7 @@ def embedding(call: Call, recording: Recorder) -> Any:
     if tag is None or not call.is_parameter(table):
         return NotImplemented
     n = call.batch_size
-    out = (
-        call.func(table.detach(), ids)
-        if call.func is torch.embedding
-        else call.func(ids, table.detach())
-    )
+    out = call.func(table.detach(), ids) if builtin else call.func(ids, table.detach())
 
     def gradients(
         grads: Sequence[Tensor | None], saved: Sequence[Tensor]
@@ -76,10 +69,10 @@ def embedding_bag(call: Call, recording: Recorder) -> Any:
     Raises:
         NotCoveredError: for `max_norm` and `scale_grad_by_freq`, as `embedding` does.
     """
-    ids, table = call.arg(0, "input"), call.arg(1, "weight")
-    mode, scale = call.arg(6, "mode", "mean"), call.arg(8, "per_sample_weights")
-    padding = call.arg(10, "padding_idx")
-    if call.arg(3, "max_norm") is not None or call.arg(5, "scale_grad_by_freq", False):
+    ids, table = call.arg("input"), call.arg("weight")
+    mode, scale = call.arg("mode", "mean"), call.arg("per_sample_weights")
+    padding = call.arg("padding_idx")
+    if call.arg("max_norm") is not None or call.arg("scale_grad_by_freq", False):
         raise NotCoveredError(
             f"{recording.describe(table)}: max_norm rewrites the table in the forward pass, and "
             "scale_grad_by_freq divides by counts over the whole batch. Use neither."
@@ -88,7 +81,7 @@ def embedding_bag(call: Call, recording: Recorder) -> Any:
     if tag is None or tag.dim != 0 or mode == "max":
         return NotImplemented
     if ids.dim() == 1:
-        each = _size_of_bags(ids, call.arg(2, "offsets"))
+        each = _size_of_bags(ids, call.arg("offsets"))
         if not each or not tag.regular or tag.step % each:
             return NotImplemented
         bag_tag, shape = Tag(0, tag.step // each), (-1, each)

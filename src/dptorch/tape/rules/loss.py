@@ -33,8 +33,8 @@ def _mean_of_means(losses: Tensor, counted: Tensor, tag: Tag, n: int) -> Tensor:
 
 def cross_entropy(call: Call, recording: Recorder) -> Any:
     """F.cross_entropy and F.nll_loss with reduction="mean" and class indices."""
-    scores, target = call.args[0], call.arg(1, "target")
-    weight, ignore = call.arg(2, "weight"), call.arg(4, "ignore_index", -100)
+    scores, target = call.arg("input"), call.arg("target")
+    weight, ignore = call.arg("weight"), call.arg("ignore_index", -100)
     if reduction_of(call) != "mean" or target.is_floating_point():
         return NotImplemented
     tag = call.tag_of(scores)
@@ -47,7 +47,7 @@ def cross_entropy(call: Call, recording: Recorder) -> Any:
         return NotImplemented
     kwargs: dict[str, Any] = {"weight": weight, "ignore_index": ignore, "reduction": "none"}
     if call.name == "cross_entropy":
-        kwargs["label_smoothing"] = call.arg(7, "label_smoothing", 0.0)
+        kwargs["label_smoothing"] = call.arg("label_smoothing", 0.0)
     losses = call.func(scores, target, **kwargs)
     if losses.shape == (call.batch_size,):  # one position each; the loss of an ignored one is 0
         out = losses.mean()

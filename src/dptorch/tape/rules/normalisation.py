@@ -70,10 +70,10 @@ _FULL = (torch.float32, torch.float64)
 @rule("layer_norm rms_norm")
 def last_dims(call: Call, recording: Recorder) -> Any:
     """LayerNorm and RMSNorm: the scale has the shape of the last dimensions."""
-    x, shape, weight = call.arg(0, "input"), call.arg(1, "normalized_shape"), call.arg(2, "weight")
+    x, shape, weight = call.arg("input"), call.arg("normalized_shape"), call.arg("weight")
     layer = call.name == "layer_norm"
-    bias = call.arg(3, "bias") if layer else None
-    eps = call.arg(4 if layer else 3, "eps", 1e-5 if layer else None)
+    bias = call.arg("bias") if layer else None
+    eps = call.arg("eps", 1e-5 if layer else None)
     tag, n = call.tag_of(x), call.batch_size
     inner = len(shape)
     if tag is None or len(call.tagged) > 1:
@@ -135,8 +135,8 @@ def _channels(t: Tensor, tag: Tag, n: int) -> Tensor:
 @rule("group_norm")
 def group_norm(call: Call, recording: Recorder) -> Any:
     """GroupNorm: the scale has one value a channel."""
-    x, groups = call.arg(0, "input"), call.arg(1, "num_groups")
-    weight, bias, eps = call.arg(2, "weight"), call.arg(3, "bias"), call.arg(4, "eps", 1e-5)
+    x, groups = call.arg("input"), call.arg("num_groups")
+    weight, bias, eps = call.arg("weight"), call.arg("bias"), call.arg("eps", 1e-5)
     tag, n = call.tag_of(x), call.batch_size
     if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
@@ -232,9 +232,9 @@ def instance_norm(call: Call, recording: Recorder) -> Any:
     Raises:
         ExamplesMixError: if it tracks running statistics, which average over the batch.
     """
-    x, mean, var = call.arg(0, "input"), call.arg(1, "running_mean"), call.arg(2, "running_var")
-    weight, bias = call.arg(3, "weight"), call.arg(4, "bias")
-    from_input, eps = call.arg(5, "use_input_stats", True), call.arg(7, "eps", 1e-5)
+    x, mean, var = call.arg("input"), call.arg("running_mean"), call.arg("running_var")
+    weight, bias = call.arg("weight"), call.arg("bias")
+    from_input, eps = call.arg("use_input_stats", True), call.arg("eps", 1e-5)
     if mean is not None and from_input:
         raise ExamplesMixError(
             f"{recording.module_path()}: InstanceNorm updates running statistics from the whole "
@@ -263,8 +263,8 @@ def batch_norm(call: Call, recording: Recorder) -> Any:
         ExamplesMixError: in training mode, naming the module.
     """
     refuse_batch_statistics(call, recording)
-    x, mean, var = call.arg(0, "input"), call.arg(1, "running_mean"), call.arg(2, "running_var")
-    weight, bias, eps = call.arg(3, "weight"), call.arg(4, "bias"), call.arg(7, "eps", 1e-5)
+    x, mean, var = call.arg("input"), call.arg("running_mean"), call.arg("running_var")
+    weight, bias, eps = call.arg("weight"), call.arg("bias"), call.arg("eps", 1e-5)
     tag, n = call.tag_of(x), call.batch_size
     if tag is None or tag.dim != 0 or len(call.tagged) > 1:
         return NotImplemented
@@ -286,7 +286,7 @@ def batch_norm(call: Call, recording: Recorder) -> Any:
 
 def refuse_batch_statistics(call: Call, recording: Recorder) -> None:
     """Raise if this BatchNorm would take its statistics from the batch."""
-    if call.arg(5, "training", False) or call.arg(1, "running_mean") is None:
+    if call.arg("training", False) or call.arg("running_mean") is None:
         raise ExamplesMixError(
             f"{recording.module_path()}: BatchNorm in training mode normalises each example with "
             "statistics of the whole batch, so no per-example gradient exists. Convert the model "
