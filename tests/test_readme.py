@@ -38,19 +38,17 @@ def test_the_clipping_page_runs_as_printed(capsys) -> None:
     assert printed.split()[-1].startswith("1.118")
 
 
-def test_importing_is_quick_and_brings_no_optional_package() -> None:
+def test_importing_loads_little_and_no_optional_package() -> None:
+    """What is loaded is counted: how long it takes depends on the machine."""
     code = (
-        "import time, torch, numpy, sys; before = set(sys.modules); start = time.perf_counter();"
-        "import dptorch; print(time.perf_counter() - start);"
-        "print(' '.join(sorted({m.split('.')[0] for m in set(sys.modules) - before})))"
+        "import torch, numpy, sys; before = set(sys.modules);"
+        "import dptorch; print(' '.join(set(sys.modules) - before))"
     )
-    seconds, modules = subprocess.run(
+    modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    loaded = set(modules.split())
-    optional = {
-        "dp_accounting", "matplotlib", "mlxtend", "pandas", "peft", "pyarrow", "rich", "scipy",
-        "sklearn", "timm", "torchvision", "transformers", "typer",
-    }  # fmt: skip
-    assert not loaded & optional
-    assert float(seconds) < 1.0
+    ).stdout.split()
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+    assert packages <= {"dptorch", "numpy", "cryptography", "_openssl", "_cffi_backend"}
+    rooms = {module.split(".")[1] for module in modules if module.startswith("dptorch.")}
+    assert not rooms & {"audit", "bench", "blogs", "cli", "compat", "integrations", "training"}
+    assert len(modules) < 200

@@ -69,7 +69,6 @@ def test_a_browser_shows_the_page(result: AuditResult, tmp_path: Path) -> None:
         [*command, "--dump-dom", copy.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
         check=True,
     ).stdout
     assert "<title>drawn true,true,true wide true</title>" in dom
@@ -78,7 +77,6 @@ def test_a_browser_shows_the_page(result: AuditResult, tmp_path: Path) -> None:
     subprocess.run(
         [*command, f"--screenshot={picture}", page.as_uri()],
         capture_output=True,
-        timeout=120,
         check=True,
     )
     assert picture.stat().st_size > 50_000

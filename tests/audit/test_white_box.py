@@ -4,7 +4,6 @@ The engine is broken from outside, one line at a time, as a mistake in it would.
 """
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -131,14 +130,12 @@ def test_what_repeats_is_seen_over_the_whole_run(
 
 
 def test_power_at_epsilon_4_38() -> None:
-    began = time.perf_counter()
     plan = make_plan(
         sample_rate=1.0, sample_size=1000, steps=25, noise_multiplier=5.0, target_delta=1e-5
     )
     assert plan.epsilon() == pytest.approx(gaussian_epsilon(1e-5, 1.0), abs=1e-2)  # 4.377
     result = audit(plan, canaries=1000, seed=1)
     assert 3.5 <= result.epsilon_lower <= plan.epsilon()
-    assert time.perf_counter() - began < 60
 
 
 def test_false_alarms_of_the_engine_itself() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports tor
 import torch
 from typer.testing import CliRunner
 
-from dptorch.bench import memory, suite
+from dptorch.bench import memory, suite, timing
 from dptorch.bench.all_engines import choose, engines
 from dptorch.bench.cost_page import Measurements, load, page, save
 from dptorch.bench.engines import NON_PRIVATE, Engine, Settings, Step, start
@@ -33,39 +33,72 @@ ENGINES = engines()
 # -- time ------------------------------------------------------------------------------------------
 
 
-def test_a_step_to_itself_is_one_and_a_slow_twin_shows() -> None:
-    """CPU time says it to 10 %. Wall time of steps as short as these also holds the slices that a
-    busy machine gives to others, so of it only what no load can hide is asked."""
-    x = torch.randn(300, 300)
+class WorkClock:
+    """Stands for `time` in the timing module: its clocks move by the work that is done, and by nothing
+    that else runs on the machine."""
 
-    def step() -> None:
-        for _ in range(5):
-            x @ x
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
 
-    def thrice() -> None:
-        for _ in range(3):
-            step()
+    def perf_counter(self) -> float:
+        return self.wall
 
+    monotonic = perf_counter
+
+    def process_time(self) -> float:
+        return self.cpu
+
+    def work(self, wall: float, cpu: float) -> Callable[[], None]:
+        """A step that takes these seconds."""
+
+        def step() -> None:
+            self.wall += wall
+            self.cpu += cpu
+
+        return step
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> WorkClock:
+    made = WorkClock()
+    monkeypatch.setattr(timing, "time", made)
+    return made
+
+
+def test_a_step_to_itself_is_one_and_a_slow_twin_shows(clock: WorkClock) -> None:
+    step, thrice = clock.work(0.25, 0.5), clock.work(0.75, 1.0)
     found = interleave(step, {"same": step, "slow": thrice}, seconds=0, rounds=40)
-    assert 0.9 < found["same"].cpu_ratio < 1.1
-    assert 2.7 < found["slow"].cpu_ratio < 3.3
-    assert 0.6 < found["same"].ratio < 1.6
-    assert found["slow"].ratio > 2
-    for timing in found.values():
-        assert timing.ratio_p10 <= timing.ratio <= timing.ratio_p90
+    assert (found["same"].ratio, found["same"].cpu_ratio) == (1, 1)
+    assert (found["slow"].ratio, found["slow"].cpu_ratio) == (3, 2)
+    assert (found["same"].step_ms, found["slow"].step_ms) == (250, 750)
     assert found["same"].rounds == 40
 
 
-def test_rounds_follow_the_seconds_and_slow_engines_sit_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By a clock that goes on by one second each time it is read, first after 8 rounds."""
-    quick, slow = (lambda: None), (lambda: time.sleep(0.005))
+def test_each_step_is_divided_by_the_ordinary_one_beside_it(clock: WorkClock) -> None:
+    """A machine that slows down by the minute slows both: the ratio stays, medians apart would not."""
+    slowness = 1.0
+
+    def step(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal slowness
+            slowness *= 1.01
+            clock.wall += seconds * slowness
+
+        return run
+
+    found = interleave(step(1.0), {"twice": step(2.0)}, seconds=0, rounds=40)["twice"]
+    assert found.ratio == pytest.approx(2, rel=0.02)
+    assert found.ratio_p10 <= found.ratio <= found.ratio_p90
+    assert found.step_ms > 2 * 1000 * 1.5
+
+
+def test_rounds_follow_the_seconds_and_slow_engines_sit_out(clock: WorkClock) -> None:
+    quick, slow = clock.work(1.0, 1.0), clock.work(20.0, 20.0)
     found = interleave(quick, {"quick": quick, "slow": slow}, seconds=0, rounds=24)
     assert (found["quick"].rounds, found["slow"].rounds) == (24, 6)
-    seconds = iter(range(1000))
-    monkeypatch.setattr("dptorch.bench.timing.time.monotonic", lambda: next(seconds))
-    assert interleave(quick, {"quick": quick}, seconds=30)["quick"].rounds == 8 + 29
+    # A round takes two seconds: 8 at the least, and otherwise as many as there is time for.
+    assert interleave(quick, {"quick": quick}, seconds=3)["quick"].rounds == 8
+    assert interleave(quick, {"quick": quick}, seconds=30)["quick"].rounds == 15
 
 
 # -- workloads and engines -------------------------------------------------------------------------

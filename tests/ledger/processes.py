@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 
-__all__ = ["kill", "shared", "spawn", "wait"]
+__all__ = ["kill", "shared", "spawn", "until", "wait"]
 
 
 def shared(shape: tuple[int, ...]) -> np.ndarray:
@@ -54,3 +55,14 @@ def kill(pid: int) -> int:
     """End a child at once, whatever it is doing; returns its exit code."""
     os.kill(pid, signal.SIGKILL)
     return wait(pid)
+
+
+def until(reached: Callable[[], object], *pids: int) -> None:
+    """Look again and again, however long it takes; if `pids` are given, until these have all ended."""
+    while not reached() and (not pids or any(map(_running, pids))):
+        time.sleep(0.0003)
+
+
+def _running(pid: int) -> bool:
+    """Whether a child still runs; one that has ended is left for `wait`."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None

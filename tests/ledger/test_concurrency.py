@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from dptorch.accounting import Event
 from dptorch.errors import BudgetExhausted
 from dptorch.ledger import Cap, open_ledger, record
 from dptorch.ledger.budget import adaptive_epsilon
-from tests.ledger.processes import kill, shared, spawn, wait
+from tests.ledger.processes import kill, shared, spawn, until, wait
 
 WRITERS, KILLED = 32, 8
 PLAN = dptorch.make_plan(
     sample_rate=1.0, sample_size=100, steps=5, noise_multiplier=6.0, target_delta=1e-5
 )
 STEPS, REFUSED = 0, 1  # columns of the table: what each writer did
+LOOKED, GO = 0, 1  # and of the table of the negative control
 
 
 def cap_for(runs: int) -> Cap:
@@ -32,7 +32,7 @@ def cap_for(runs: int) -> Cap:
 def writer(location: str, row: np.ndarray, seed: int) -> None:
     """Begin run after run, each of some of its planned steps, until the budget is gone."""
     chance = random.Random(seed)
-    pages = open_ledger(location, timeout_s=120).dataset("shared")
+    pages = open_ledger(location, timeout_s=3600).dataset("shared")
     for _ in range(4):
         run = pages.run(PLAN, "operating system")
         try:
@@ -63,7 +63,7 @@ def test_32_writers_stay_below_the_cap_and_lose_nothing(location: str) -> None:
         spawn(lambda row=row, seed=seed: writer(location, row, seed))  # type: ignore[misc]
         for seed, row in enumerate(table)
     ]
-    time.sleep(0.5)
+    until(lambda: table[:, STEPS].sum() >= 20, *children)  # in the middle of the work
     killed = [kill(pid) for pid in children[:KILLED]]
     assert set(killed) <= {0, -9}
     assert [wait(pid) for pid in children[KILLED:]] == [0] * (WRITERS - KILLED)
@@ -80,7 +80,8 @@ def test_32_writers_stay_below_the_cap_and_lose_nothing(location: str) -> None:
 
 
 def test_looking_before_locking_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: a writer that decides on what it read before it had the lock."""
+    """Negative control: eight writers that decide on what they read before they had the lock, and
+    before any of them wrote."""
     location = str(tmp_path / "ledger.db")
     cap = cap_for(6)
     open_ledger(location).dataset("shared").set_cap(cap)
@@ -92,20 +93,17 @@ def test_looking_before_locking_is_caught(tmp_path: Path, monkeypatch: pytest.Mo
     seen: dict[str, list[Event]] = {}
 
     def hasty(row: np.ndarray) -> None:
-        book = open_ledger(location)
-        while not row[REFUSED]:
-            with book.store.read() as transaction:
-                seen.clear()
-                seen.update(read(transaction, "shared"))
-            time.sleep(0.05)
-            run = book.dataset("shared").run(PLAN, "operating system")
-            try:
-                run.open()
-            except BudgetExhausted:
-                row[REFUSED] = 1
+        book = open_ledger(location, timeout_s=3600)
+        with book.store.read() as transaction:
+            seen.update(read(transaction, "shared"))
+        row[LOOKED] = 1
+        until(lambda: row[GO])
+        book.dataset("shared").run(PLAN, "operating system").open()
 
     monkeypatch.setattr(record, "committed_in", stale)
     table = shared((8, 2))
     children = [spawn(lambda row=row: hasty(row)) for row in table]  # type: ignore[misc]
+    until(table[:, LOOKED].all, *children)
+    table[:, GO] = 1
     assert [wait(pid) for pid in children] == [0] * 8
     assert max(committed_over_time(location)) > cap.epsilon

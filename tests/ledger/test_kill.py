@@ -6,12 +6,13 @@ before anything else can see it. Real engine, real ledger, real checkpoints, SIG
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sqlite3
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dptorch.ledger.entry import Entry
 from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan
 from tests.engine.setup import SIZE, make_data, make_model
-from tests.ledger.processes import kill, shared, spawn, wait
+from tests.ledger.processes import kill, shared, spawn, until, wait
 
 KILLS = 200
 STEPS = 24
@@ -52,8 +53,11 @@ class RecordsAfter(RunRecord):
             super().count(*late)
 
 
-def watched(row: np.ndarray, record: type) -> None:
-    """In a child: mark each step once its noise exists, and keep the ledger with `record`."""
+def watched(row: np.ndarray, record: type, dies_at: int | None) -> None:
+    """In a child: mark each step once its noise exists, and keep the ledger with `record`.
+
+    The child kills itself with the noise of step `dies_at` drawn.
+    """
 
     def run(self: DatasetLedger, plan: PrivacyPlan, provenance: str, **kwargs: Any) -> RunRecord:
         made: RunRecord = record(self, plan, provenance, **kwargs)
@@ -64,6 +68,8 @@ def watched(row: np.ndarray, record: type) -> None:
     def seen(self: GaussianNoise, clipped: Any, key: Any, step: int, **kwargs: Any) -> Any:
         noisy = privatize(self, clipped, key, step, **kwargs)
         row[step] += 1
+        if step == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return noisy
 
     DatasetLedger.run = run  # type: ignore[method-assign]
@@ -106,12 +112,18 @@ def train(location: str, folder: Path, row: np.ndarray, dataset: str) -> None:
 
 
 def life(
-    location: str, folder: Path, row: np.ndarray, dataset: str, record: type = RunRecord
+    location: str,
+    folder: Path,
+    row: np.ndarray,
+    dataset: str,
+    *,
+    record: type = RunRecord,
+    dies_at: int | None = None,
 ) -> int:
     """Fork a child that trains; returns its pid."""
 
     def work() -> None:
-        watched(row, record)
+        watched(row, record, dies_at)
         train(location, folder, row, dataset)
 
     return spawn(work)
@@ -149,9 +161,7 @@ def true_epsilon(counts: np.ndarray) -> float:
     return accounting.get_accountant("exact").epsilon(history, DELTA, adjacency="zero-out")
 
 
-def killed_at_random(
-    location: str, folder: Path, *, kills: int, record: type = RunRecord, seed: int = 0
-) -> Counter[str]:
+def killed_at_random(location: str, folder: Path, *, kills: int, seed: int = 0) -> Counter[str]:
     """Train run after run, killing at random instants; returns what happened."""
     chance = random.Random(seed)
     table = shared((kills + 1, STEPS + 2))
@@ -160,8 +170,8 @@ def killed_at_random(
     while found["kills"] < kills:
         row, dataset = table[run], f"run-{run}"
         row[READY] = 0
-        pid = life(location, folder, row, dataset, record)
-        _wait_for_the_moment(row, chance)
+        pid = life(location, folder, row, dataset)
+        _wait_for_the_moment(pid, row, chance)
         if (code := kill(pid)) == 0:
             found["completed"] += 1
             truth = int(true_epsilon(row[:STEPS]) * 1e6)
@@ -174,23 +184,18 @@ def killed_at_random(
     return found
 
 
-def _wait_for_the_moment(row: np.ndarray, chance: random.Random) -> None:
+def _wait_for_the_moment(pid: int, row: np.ndarray, chance: random.Random) -> None:
     """Until some number of steps has been seen, and a random part of a step more; one time in eight
     a random part of start-up and resumption."""
     if chance.random() < 0.125:
         time.sleep(chance.random() * 0.1)
         return
-
-    def until(reached: Callable[[], Any]) -> float:
-        began = time.monotonic()
-        while not reached() and not row[EPSILON] and time.monotonic() - began < 30:
-            time.sleep(0.0003)
-        return time.monotonic() - began
-
-    until(lambda: row[READY])
+    until(lambda: row[READY], pid)
     steps = chance.randrange(1, 5)
     ahead = row[:STEPS].sum() + steps
-    a_step = until(lambda: row[:STEPS].sum() >= ahead) / steps
+    began = time.monotonic()
+    until(lambda: row[:STEPS].sum() >= ahead, pid)
+    a_step = (time.monotonic() - began) / steps
     time.sleep(chance.random() * 1.5 * a_step)
 
 
@@ -222,23 +227,23 @@ def test_200_kills_lose_no_step(location: str, tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_records_afterwards_is_caught(tmp_path: Path) -> None:
-    """Negative control: each kill in a step's second half would have to miss."""
-    path = str(tmp_path / "ledger.db")
-    found = killed_at_random(path, tmp_path, kills=12, record=RecordsAfter)
-    assert found["under-counted"] > 0
+    """Negative control: the last step before a kill is missing."""
+    path, row, found = str(tmp_path / "ledger.db"), shared((STEPS + 2,)), Counter[str]()
+    for record in (RunRecord, RecordsAfter):
+        row[:] = 0
+        assert wait(life(path, tmp_path, row, record.__name__, record=record, dies_at=5)) == -9
+        check(path, record.__name__, row, found)
+        assert found["under-counted"] == (record is RecordsAfter)
 
 
 def test_the_epsilon_of_a_resumed_engine_counts_the_lost_steps(tmp_path: Path) -> None:
-    """No chance involved: a child is killed at a known step, the parent resumes."""
+    """No chance involved: a child is killed in its ninth step, another one goes on from the
+    checkpoint of the eighth."""
     path, table = str(tmp_path / "ledger.db"), shared((1, STEPS + 2))
-    pid = life(path, tmp_path, table[0], "run-0")
-    while table[0, :STEPS].sum() < 8:
-        time.sleep(0.0005)
-    kill(pid)
-    pid = life(path, tmp_path, table[0], "run-0")
-    assert wait(pid) == 0
+    assert wait(life(path, tmp_path, table[0], "run-0", dies_at=8)) == -9
+    assert wait(life(path, tmp_path, table[0], "run-0")) == 0
     counts = table[0, :STEPS]
-    assert counts.max() == 2, "no step was lost: the test says nothing"
+    assert counts.tolist() == [2 if step == 8 else 1 for step in range(STEPS)]
     (run,) = open_ledger(path).runs()
     assert run.repeated >= (counts == 2).sum()
     plan_only = SampledGaussian(NOISE, RATE, STEPS)

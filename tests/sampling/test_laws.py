@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from tests.oracles.random_words import counted_words
 
 from dptorch.errors import ConfigurationError
 from dptorch.randomness import RootKey
@@ -36,6 +36,8 @@ from dptorch.sampling import (
 
 FALSE_ALARM = 1e-7
 KEY = RootKey.from_seed(11)
+# A keyed permutation of 10**8 takes 32 words a row and column of a square of them.
+EPOCH_WORDS = 32 * 10**4
 
 Draw = Callable[[int], np.ndarray]  # step -> indices
 
@@ -305,10 +307,21 @@ def test_work_is_of_the_order_of_the_batch(name: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 * 2**20
-    began = time.perf_counter()
-    sizes = [len(sampler.draw(10**6 + step)) for step in range(100)]
-    assert 100 / (time.perf_counter() - began) > 100
+    with counted_words() as words:
+        sizes = [len(sampler.draw(10**6 + step)) for step in range(100)]
+    assert words.taken <= 1.25 * 100 * 4096 + EPOCH_WORDS
     assert abs(sum(sizes) / 100 - 4096) < 6 * 6.4 + 1
+
+
+def test_a_sampler_that_asks_every_example_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin: one random word for each example of the population."""
+    monkeypatch.setattr(
+        "dptorch.sampling.poisson.poisson_indices",
+        lambda generator, size, rate: np.flatnonzero(generator.random(size) < rate),
+    )
+    with counted_words() as words:
+        make("poisson", size=10**6, batch=4096).draw(0)
+    assert words.taken >= 10**6
 
 
 def test_schemes_and_names_agree() -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from scipy import stats
+from tests.oracles.random_words import counted_words
 
 from dptorch.errors import ConfigurationError
 from dptorch.randomness import RootKey
@@ -229,15 +229,14 @@ def test_work_is_of_the_order_of_the_batch() -> None:
     sampler = PoissonSampler(10**8, 4096 / 10**8, RootKey.from_seed(0))
     sampler.draw(0)
     tracemalloc.start()
-    began = time.perf_counter()
     batches = 50
-    sizes = [len(sampler.draw(step)) for step in range(batches)]
-    seconds = time.perf_counter() - began
+    with counted_words() as words:
+        sizes = [len(sampler.draw(step)) for step in range(batches)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert abs(sum(sizes) / batches - 4096) < 6 * 64 / math.sqrt(batches)
     assert peak < 2**20
-    assert batches / seconds > 100
+    assert words.taken <= 1.25 * 4096 * batches
 
 
 def test_fits_the_protocol() -> None:

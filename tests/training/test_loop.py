@@ -148,6 +148,7 @@ def test_another_plan_cannot_be_resumed(job: Job, tmp_path: Path) -> None:
         train(prepare(replace(job, noise_multiplier=0.5)), folder, resume=True)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_is_not_held_back() -> None:
     with StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
