@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ from torch.utils.data import (
 )
 
 import dptorch
-from dptorch.errors import ConfigurationError, DataError, PrivacyWarning
+from dptorch.engine.logical_batch import LogicalBatch
+from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import RootKey
 from dptorch.sampling import SCHEMES, PrivateLoader, Users
@@ -194,6 +197,86 @@ def test_a_user_left_out_moves_a_sum_by_at_most_c() -> None:
         moves.append(run(model, TensorDataset(x[keep], y[keep]), engine, user_ids=owners))
     apart = float((moves[0] - moves[1]).norm()) * 6 / LR
     assert 0.7 < apart <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("most", [1, 3, None])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_parts_of_a_batch_and_mean_losses_keep_a_user_within_the_bound(
+    most: int | None, reduction: str
+) -> None:
+    """One user's rows lie in several parts of different sizes, each with a mean of its own."""
+    moves = []
+    for scale in (100.0, -100.0):
+        model = make_model()
+        engine = users_engine(model, loss_reduction=reduction)
+        loader = engine.loader(
+            changed(0, scale), user_ids=OWNERS, max_physical_batch_size=most, num_workers=0
+        )
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), LR))
+        before = parameters(model)
+        for x, y in loader:
+            F.cross_entropy(model(x), y, reduction=reduction).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        divisor = engine.plan.expected_batch_size if reduction == "mean" else 1.0
+        moves.append((parameters(model) - before) * divisor / LR)
+    assert 1.5 < float((moves[0] - moves[1]).norm()) <= 2.0 * (1 + 1e-5)
+
+
+def test_a_user_drawn_several_times_counts_as_often() -> None:
+    """Sampling with replacement: its accounting event covers C for each time a user was drawn."""
+    settings = {"sampling": "fixed-size-with-replacement", "sample_rate": 1.0}
+    engine = users_engine(make_model(), **settings)
+    drawn = np.array(OWNERS)[engine.loader(make_data(), user_ids=OWNERS).sampler.draw(0)]
+    engine.detach()
+    rows = Counter(drawn[drawn < 4].tolist())  # these users bring four rows each time
+    owner, most = rows.most_common(1)[0]
+    assert most >= 8, "no user was drawn twice: the test says nothing"
+    assert 2.0 < distance(owner, **settings) <= 2.0 * (most // 4) * (1 + 1e-5)
+
+
+def own_step_of_users() -> float:
+    """How far a step on all rows of a loader of one's own moves when one user's rows change."""
+    sums = []
+    for scale in (100.0, -100.0):
+        model = make_model()
+        engine = users_engine(model)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), LR))
+        before = parameters(model)
+        x, y = changed(0, scale).tensors
+        F.cross_entropy(model(x), y).backward()
+        with pytest.warns(PrivacyWarning, match="did not come"):
+            optimizer.step()
+        sums.append((parameters(model) - before) * engine.plan.expected_batch_size / LR)
+    return float((sums[0] - sums[1]).norm())
+
+
+def test_batches_of_a_loader_of_ones_own_are_refused_for_users() -> None:
+    model = make_model()
+    engine = users_engine(model)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), LR))
+    before = parameters(model)
+    x, y = make_data().tensors
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(PrivacyError, match=r"whose rows.*engine.loader\(dataset, user_ids"):
+        optimizer.step()
+    assert engine.steps_done == 0
+    assert torch.equal(parameters(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_batches_of_ones_own_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin: nine rows of one user, each clipped for itself."""
+    check = LogicalBatch._check
+
+    def forgiving(self: LogicalBatch, tape: Any, part: Any) -> Any:
+        with monkeypatch.context() as patch:
+            of_examples = {"unit": "example", "max_examples_per_user": None}
+            patch.setattr(self, "plan", dataclasses.replace(self.plan, **of_examples))
+            return check(self, tape, part)
+
+    monkeypatch.setattr(LogicalBatch, "_check", forgiving)
+    assert own_step_of_users() > 2.0 * 2
 
 
 def test_clipping_examples_alone_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -119,6 +120,110 @@ def test_a_column_or_a_list() -> None:
 def test_impossible_ids_are_refused(ids: Any) -> None:
     with pytest.raises(DataError, match="user_ids"):
         Users(ids)
+
+
+NAN, NAT = float("nan"), np.datetime64("NaT")
+MISSING: dict[str, Any] = {
+    "NaN among strings": ["b", "a", NAN, NAN],
+    "None among strings": ["b", "a", None, "a"],
+    "NaT": np.array(["2020-01-01", "2020-01-02", "NaT", "NaT"], dtype="M8[s]"),
+    "NaT in a list": ["b", "a", NAT, "a"],
+    "NaT among objects": np.array(["b", "a", NAT, "a"], dtype=object),
+    "NaN in an array": np.array([2.0, 1.0, NAN, 1.0]),
+    "NaN as text": np.array(["b", "a", NAN, NAN]),  # numpy writes "nan"
+    "None as text": np.array(["b", "a", None, "a"]).astype(str),
+    "empty": ["b", "a", "", "a"],
+    "blank": ["b", "a", " \t", "a"],
+    "empty bytes": [b"b", b"a", b"", b"a"],
+    "masked": np.ma.masked_equal([2, 1, 9, 9], 9),
+    "pandas": lambda pd: pd.Series(["b", "a", pd.NA, "a"], dtype="string"),
+    "pandas integers": lambda pd: pd.Series([2, 1, None, 1], dtype="Int64"),
+    "pandas categories": lambda pd: pd.Series(["b", "a", None, "a"], dtype="category"),
+}
+
+
+def made(ids: Any) -> Any:
+    return ids(pytest.importorskip("pandas")) if callable(ids) else ids
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_missing_ids_are_refused_and_the_first_named(kind: str) -> None:
+    with pytest.raises(DataError, match=r"missing ids, at user_ids\[2\]"):
+        Users(made(MISSING[kind]))
+
+
+AMBIGUOUS: dict[str, tuple[Any, str]] = {
+    "1 and 1.0": ([1, 1.0, 2], r"user_ids\[0\] is of type int, user_ids\[1\] is of type float"),
+    "1 and 1.0 and a string": (np.array([1, 1.0, "x"], dtype=object), "several types"),
+    "1 and '1'": ([1, "1"], "several types"),
+    "True and 1": ([True, 1], r"user_ids\[0\] is of type bool"),
+    "True, 1 and a string": (
+        np.array([1, True, "x"], dtype=object),
+        r"user_ids\[1\] is of type bool",
+    ),
+    "bytes and a string": (np.array([b"a", "a"], dtype=object), r"type bytes.*type str"),
+    "numpy's and Python's": (np.array([np.int64(7), 7.0], dtype=object), "several types"),
+    "a trailing NUL": (["b", "a\0", "a"], r"NUL, at user_ids\[1\]"),
+    "a trailing NUL in bytes": ([b"b", b"a\0"], r"NUL, at user_ids\[1\]"),
+    "large floats": (
+        [2.0**53, 2.0**53 + 1, 0.5],
+        r"at user_ids\[0\], user_ids\[1\], where",
+    ),
+    "large floats in an array": (
+        np.array([0.5, 2.0**53]),
+        r"2\*\*53 or more, at user_ids\[1\], where",
+    ),
+    "infinity": (np.array([0.5, np.inf]), r"2\*\*53 or more, at user_ids\[1\], where"),
+    "tuples": (((1, 2), (1, 2)), r"shape \(2, 2\)"),
+    "dates": (np.array(["2020-01-01"], dtype="M8[s]"), r"user_ids\[0\] is of type datetime64"),
+}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_ambiguous_ids_are_refused_and_the_first_named(kind: str) -> None:
+    ids, says = AMBIGUOUS[kind]
+    with pytest.raises(DataError, match=says):
+        Users(ids)
+
+
+def test_ids_are_one_user_if_type_and_value_are_the_same() -> None:
+    assert len(Users(["a", "a ", "A", "a"])) == 3
+    assert len(Users([2**53, 2**53 + 1, -1, 2**64])) == 4
+    assert len(Users(np.array([np.int64(7), 7, np.uint8(7)], dtype=object))) == 1
+    assert len(Users([torch.tensor(7), 7])) == 1
+    assert len(Users([UUID(int=1), UUID(int=1), UUID(int=2)])) == 2
+    assert len(Users(np.array(["a", "b"], dtype="U9"))) == 2
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "int64", "string", "object", "category"])
+def test_columns_of_pandas(dtype: str) -> None:
+    pd = pytest.importorskip("pandas")
+    ids = [ord(u) for u in IDS] if dtype in ("Int64", "int64") else IDS
+    users = Users(pd.Series(ids, dtype=dtype))
+    assert [users.examples(u).tolist() for u in range(6)] == [
+        Users(IDS).examples(u).tolist() for u in range(6)
+    ]
+
+
+def test_columns_of_pyarrow() -> None:
+    pa = pytest.importorskip("pyarrow")
+    for ids in (pa.array(IDS), pa.chunked_array([IDS]), pa.array([ord(u) for u in IDS])):
+        assert len(Users(ids)) == 6
+    for missing in (pa.array(["b", "a", None]), pa.chunked_array([[2, 1, None]])):
+        with pytest.raises(DataError, match=r"missing ids, at user_ids\[2\]"):
+            Users(missing)
+
+
+def test_ids_as_text_would_pass_what_is_missing_or_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin: what numpy makes of a list."""
+
+    def as_text(ids: Any) -> np.ndarray:
+        return np.unique(np.asarray(ids).astype(str), return_inverse=True)[1]
+
+    monkeypatch.setattr("dptorch.sampling.users._owners", as_text)
+    assert len(Users(MISSING["NaN among strings"])) == 3
+    assert len(Users(AMBIGUOUS["1 and 1.0 and a string"][0])) == 3
+    assert len(Users([1, "1"])) == 1
 
 
 def test_the_sampler_must_draw_users() -> None:

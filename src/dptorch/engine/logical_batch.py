@@ -30,6 +30,12 @@ _NOT_ATTACHED = (
     "engine.attach(optimizer) before training; passes on public data go inside engine.public()."
 )
 
+_NO_OWNERS = (
+    "unit='user', and a batch did not come from engine.loader: it is not known whose rows these are, "
+    "so that one user's rows could add up to many times max_grad_norm. The step was neither taken nor "
+    "counted. Take batches from engine.loader(dataset, user_ids=...)."
+)
+
 
 @dataclass(frozen=True)
 class StepDiagnostics:
@@ -117,8 +123,11 @@ class LogicalBatch:
 
     Guarantees:
         One row of the batches that went in contributes at most ``clipping_norms[i]`` to the part of
-        group i in the sum that `take` returns; where the unit is a user, with a bounded number of
-        rows, all its rows together do.
+        group i in the sum that `take` returns. Where the unit is the user, all rows of a user
+        together do, for each time that the loader drew the user
+        (`test_a_user_moves_a_sum_by_at_most_the_bound`): batches that are not from the loader are
+        refused, since it is not known whose rows they are
+        (`test_batches_of_a_loader_of_ones_own_are_refused_for_users`).
     """
 
     def __init__(self, plan: PrivacyPlan, groups: Sequence[ClippingGroup]) -> None:
@@ -281,6 +290,8 @@ class LogicalBatch:
         scale = self._loss_scale(tape)
         weights = torch.full((b,), scale)
         if part is None:
+            if self.plan.unit == "user":
+                raise PrivacyError(_NO_OWNERS)
             return weights
         rows = part.examples + part.padding
         if b != rows:

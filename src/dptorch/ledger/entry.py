@@ -11,6 +11,9 @@ from typing import Any, Final
 __all__ = ["GENESIS", "Entry", "canonical", "seal"]
 
 GENESIS: Final = "0" * 64  # what the first entry names as its predecessor
+_ENCODER: Final = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,7 @@ def canonical(value: Any) -> str:
         >>> canonical({"b": 1.5, "a": [True, None]})
         '{"a":[true,null],"b":1.5}'
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
+    return _ENCODER.encode(value)
 
 
 def seal(entry: Entry, key: bytes | None) -> str:

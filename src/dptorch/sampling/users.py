@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +15,31 @@ from dptorch.sampling.sampler import Sampler, check_key, distinct_indices
 
 __all__ = ["UserSampler", "Users"]
 
+_WORDS_FOR_MISSING: Final = frozenset({"nan", "NaN", "None", "NaT", "<NA>"})
+_LARGEST_EXACT_FLOAT: Final = 2.0**53
+_NAMED: Final = 3  # how many places an error names
+
 
 class Users:
     """Whose each example is.
 
+    Two ids are one user if they have the same type and the same value: spaces, case and forms of
+    Unicode count. An id is an integer, a string, bytes, a `uuid.UUID` or a finite float, and all
+    ids are of one type. What does not say for sure who somebody is, is refused, because a person
+    who is taken for two would be protected half as well:
+
+    - missing ids: None, NaN, NaT, masked and null entries, empty or blank strings, and the words
+      that Python writes for them ("nan", "None", "NaT", "<NA>");
+    - ids of several types, such as 1 beside 1.0, True or "1";
+    - strings and bytes with a NUL, since numpy takes "a" and "a\\0" for one;
+    - floats from 2**53 on, at which different integers have become one.
+
     Args:
-        user_ids: one id for each example: integers, strings or a tensor, in any order.
+        user_ids: one id for each example, in any order: a list, an array, a tensor, or a column of
+            pandas or pyarrow.
 
     Raises:
-        DataError: an id is missing, or there are none.
+        DataError: an id is missing or ambiguous (the first places are named), or there are none.
 
     Example:
         >>> users = Users(["ada", "bob", "ada"])
@@ -30,17 +48,7 @@ class Users:
     """
 
     def __init__(self, user_ids: Any) -> None:
-        ids = np.asarray(user_ids)
-        if ids.ndim != 1 or len(ids) == 0:
-            raise DataError(
-                f"user_ids has the shape {ids.shape}; expected one id for each example, at least one"
-            )
-        missing = ids.dtype.kind in "fO" and any(v is None or v != v for v in ids.tolist())
-        if missing:
-            raise DataError("user_ids has missing ids (None or NaN); every example needs an owner")
-        if ids.dtype == object:
-            ids = ids.astype(str)
-        _, owner = np.unique(ids, return_inverse=True)
+        owner = _owners(user_ids)
         self._by_user = np.argsort(owner, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(owner))])
 
@@ -140,3 +148,124 @@ class UserSampler:
         seed = self._key.derive("user examples", step, int(examples[0]))
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
         return examples[distinct_indices(generator, len(examples), self._most)]
+
+
+# -- identities ------------------------------------------------------------------------------------
+
+
+def _owners(user_ids: Any) -> NDArray[np.int64]:
+    """The number of the user of each example, [N]: 0, 1, ... in the order of their ids."""
+    if isinstance(user_ids, np.ma.MaskedArray):
+        _refuse_missing(np.flatnonzero(np.ma.getmaskarray(user_ids)).tolist())
+    plain = isinstance(user_ids, Sequence) and not isinstance(user_ids, str | bytes)
+    # An array of a list would turn 1 into "1" and NaN into "nan".
+    ids: Any = _one_dimensional(user_ids) if plain else np.asarray(user_ids)
+    if ids.ndim != 1 or len(ids) == 0:
+        raise DataError(
+            f"user_ids has the shape {ids.shape}; expected one id for each example, at least one"
+        )
+    if ids.dtype.kind == "f":
+        _refuse_missing(np.flatnonzero(np.isnan(ids)).tolist())
+        _refuse_inexact(np.flatnonzero(~(np.abs(ids) < _LARGEST_EXACT_FLOAT)).tolist())
+    if ids.dtype.kind in "iuf":
+        owners: NDArray[np.int64] = np.unique(ids, return_inverse=True)[1]
+        return owners
+    if ids.dtype.kind in "mM":
+        _refuse_missing(np.flatnonzero(np.isnat(ids)).tolist())
+    values = [_plain(value) for value in ids]
+    _refuse_missing([i for i, value in enumerate(values) if _is_missing(value)])
+    _refuse_mixed(values)
+    if isinstance(values[0], float):
+        _refuse_inexact([i for i, v in enumerate(values) if not abs(v) < _LARGEST_EXACT_FLOAT])
+    if isinstance(values[0], str | bytes):
+        _refuse_nul(values)
+    number = {value: i for i, value in enumerate(sorted(set(values)))}
+    return np.array([number[value] for value in values])
+
+
+def _one_dimensional(values: Sequence[Any]) -> NDArray[Any]:
+    """An array [N] of the objects in a list, or an array of the list's shape where it is nested."""
+    if values and np.ndim(values[0]):
+        return np.empty(np.shape(values), object)
+    ids = np.empty(len(values), object)
+    ids[:] = values
+    return ids
+
+
+def _plain(value: Any) -> Any:
+    """Python's own value of a scalar of numpy or of a tensor without dimensions."""
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        return None if np.isnat(value) else value
+    if isinstance(value, np.generic) or (hasattr(value, "item") and np.ndim(value) == 0):
+        return value.item()
+    return value
+
+
+def _is_missing(value: Any) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, str | bytes):
+        return not value.strip() or value in _WORDS_FOR_MISSING
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):  # pandas.NA is neither equal nor unequal to anything
+        return True
+
+
+def _kind(value: Any) -> str:
+    """The name of the type by which an id is compared; "" for one that is no identity."""
+    for kind in (bool, int, float, str, bytes, UUID):  # a bool is an int to Python
+        if isinstance(value, kind):
+            return "" if kind is bool else kind.__name__
+    return ""
+
+
+def _places(indices: Iterable[int]) -> str:
+    found = list(indices)
+    more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
+    return ", ".join(f"user_ids[{i}]" for i in found[:_NAMED]) + more
+
+
+def _refuse_missing(indices: list[int]) -> None:
+    if indices:
+        raise DataError(
+            f"user_ids has missing ids, at {_places(indices)}: None, NaN, a blank string, or a word "
+            "for it such as 'nan'. Every example needs an owner. Drop these examples, or give each "
+            "of them the id of a user."
+        )
+
+
+def _refuse_inexact(indices: list[int]) -> None:
+    if indices:
+        raise DataError(
+            f"user_ids has floats of 2**53 or more, at {_places(indices)}, where two different "
+            "integers can have become one float. Give the ids as integers or as strings."
+        )
+
+
+def _refuse_nul(values: list[Any]) -> None:
+    zero = "\0" if isinstance(values[0], str) else b"\0"
+    found = [i for i, value in enumerate(values) if zero in value]
+    if found:
+        raise DataError(
+            f"user_ids has ids with a NUL, at {_places(found)}: numpy takes 'a' and 'a\\0' for one "
+            "id, and others do not. Strip it, as in [u.rstrip('\\0') for u in user_ids]."
+        )
+
+
+def _refuse_mixed(values: list[Any]) -> None:
+    first: dict[str, int] = {}  # of each kind, its first place
+    for i, value in enumerate(values):
+        first.setdefault(_kind(value), i)
+    if "" in first:
+        i = first[""]
+        raise DataError(
+            f"user_ids[{i}] is of type {type(values[i]).__name__}; expected integers, strings, bytes, "
+            "UUIDs or floats, all of one type. Give each user a number, as pandas.factorize does."
+        )
+    if len(first) > 1:
+        told = ", ".join(f"user_ids[{i}] is of type {kind}" for kind, i in first.items())
+        raise DataError(
+            f"user_ids has ids of several types ({told}), so that 1, 1.0 and '1' may be one person or "
+            "three. Give all ids as one type, as in [str(u) for u in user_ids]."
+        )
