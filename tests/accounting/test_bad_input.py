@@ -85,6 +85,15 @@ def test_an_event_nobody_covers_is_refused_by_name(name):
         accountant.delta(history, 1.0)
 
 
+def test_the_refusal_names_who_does_cover_it():
+    """Held against the accountants themselves, which are not asked when the error is made."""
+    event = accounting.RandomAllocationGaussian(1.0, steps_per_epoch=10, steps=20)
+    able = [n for n in accounting.accountant_names() if accounting.get_accountant(n).covers(event)]
+    assert able == ["pld"]
+    with pytest.raises(PrivacyError, match=r"These do: pld\."):
+        accounting.get_accountant("prv").epsilon([event], 1e-5)
+
+
 def test_what_is_no_event_is_refused():
     with pytest.raises(ConfigurationError, match="not an accounting event"):
         accounting.get_accountant("exact").epsilon([(1.0, 0.1, 3)], 1e-5)
