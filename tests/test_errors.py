@@ -132,7 +132,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest(make: Callable[..., Any
 
 def test_the_engines_settings_are_its_arguments() -> None:
     """What the engine suggests from is what it takes."""
-    from dptorch.engine.privacy_engine import EngineSettings
+    from dptorch.engine.settings import EngineSettings
     from dptorch.plan import PlanSettings
 
     own = dptorch.PrivacyEngine.__init__.__kwdefaults__

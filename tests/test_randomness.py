@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.randomness import FROM_OS, FROM_SEED, RootKey
+from dptorch.randomness import KeySource, RootKey
 
 # Probability that a test of this file fails on a correct implementation with a fresh seed. The
 # seeds are fixed, so it does not fail at random.
@@ -66,8 +66,8 @@ def test_derived_bytes_are_uniform() -> None:
 def test_keys_of_the_system_differ_and_say_so() -> None:
     a, b = RootKey.from_os(), RootKey.from_os()
     assert a != b
-    assert a.provenance == FROM_OS
-    assert RootKey.from_seed(0).provenance == FROM_SEED == "user seed (not private)"
+    assert a.source is KeySource.OS
+    assert RootKey.from_seed(0).source is KeySource.SEED
 
 
 @pytest.mark.parametrize("seed", [0, 1, 255, 256, 2**63, 2**200])
@@ -90,7 +90,7 @@ def test_the_secret_does_not_show() -> None:
     with pytest.raises(TypeError, match="export"):
         pickle.dumps({"state": [key]})
     with pytest.raises(ConfigurationError) as caught:
-        RootKey.restore({"key": secret[:-2], "provenance": FROM_OS})
+        RootKey.restore({"key": secret[:-2], "provenance": KeySource.OS.value})
     assert secret[:20] not in str(caught.value)
 
 
@@ -98,7 +98,7 @@ def test_export_and_restore_keep_key_and_provenance() -> None:
     for key in (RootKey.from_os(), RootKey.from_seed(3)):
         again = RootKey.restore(key.export())
         assert again == key
-        assert again.provenance == key.provenance
+        assert again.source is key.source
         assert again.derive("noise", 9) == key.derive("noise", 9)
         assert hash(again) == hash(key)
 
@@ -112,7 +112,7 @@ def test_copies_are_the_key_itself() -> None:
 def test_keys_are_immutable() -> None:
     key = RootKey.from_seed(0)
     with pytest.raises(AttributeError, match="immutable"):
-        key.provenance = FROM_OS
+        key.source = KeySource.OS
     with pytest.raises(AttributeError, match="immutable"):
         del key._secret
 
@@ -136,7 +136,13 @@ def test_purposes_must_be_named(bad: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{}, {"key": "zz", "provenance": FROM_OS}, {"key": None, "provenance": FROM_OS}, "key"]
+    "bad",
+    [
+        {},
+        {"key": "zz", "provenance": KeySource.OS.value},
+        {"key": None, "provenance": KeySource.OS.value},
+        "key",
+    ],
 )
 def test_mangled_exports_are_refused(bad: object) -> None:
     with pytest.raises(ConfigurationError):

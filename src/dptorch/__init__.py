@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from dptorch.engine.logical_batch import StepDiagnostics
+from dptorch.engine.diagnostics import StepDiagnostics
 from dptorch.engine.make_private import Private, make_private
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan

@@ -13,20 +13,43 @@ import hmac
 import operator
 import os
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, Final, NoReturn
 
 from dptorch.errors import ConfigurationError, PrivacyError
 
-__all__ = ["FROM_OS", "FROM_SEED", "KEY_BYTES", "RootKey"]
+__all__ = ["KEY_BYTES", "KeySource", "RootKey"]
 
 KEY_BYTES: Final = 32
-FROM_OS: Final = "operating system"
-FROM_SEED: Final = "user seed (not private)"
 
 # BLAKE2's personalisation field separates these hashes from every other use of BLAKE2 on the same
 # key.
 _DERIVE: Final = b"dptorch.derive.1"
 _SEED: Final = b"dptorch.seed.1"
+
+
+class KeySource(Enum):
+    """Where a root key comes from, and so whether it is secret.
+
+    The value is the text for it, in statements, checkpoints and run files.
+
+    Example:
+        >>> KeySource("operating system").is_private, KeySource.SEED.is_private
+        (True, False)
+    """
+
+    OS = "operating system"
+    SEED = "user seed (not private)"
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody can recompute the key."""
+        return self is KeySource.OS
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        valid = ", ".join(repr(source.value) for source in cls)
+        raise ConfigurationError(f"key source {value!r} is not known. Valid: {valid}.")
 
 
 class RootKey:
@@ -37,7 +60,7 @@ class RootKey:
     is kept as safe as the data. Instances are immutable; two with the same secret are equal.
 
     Attributes:
-        provenance: `"operating system"` or `"user seed (not private)"`; belongs in the statement.
+        source: where it comes from; belongs in the statement.
 
     Guarantees:
         - *Separation*: `derive` is keyed BLAKE2b over an injective encoding of (purpose, counters),
@@ -49,37 +72,38 @@ class RootKey:
     Example:
         >>> key = RootKey.from_seed(0)
         >>> key
-        RootKey(provenance='user seed (not private)')
+        RootKey(source=<KeySource.SEED: 'user seed (not private)'>)
         >>> key.derive("noise", 3) == key.derive("noise", 3)
         True
         >>> key.derive("noise", 3) == key.derive("sampling", 3)
         False
     """
 
-    __slots__ = ("_process", "_secret", "provenance")
+    __slots__ = ("_process", "_secret", "source")
 
     _process: int
     _secret: bytes
-    provenance: str
+    source: KeySource
 
-    def __init__(self, secret: bytes, provenance: str) -> None:
+    def __init__(self, secret: bytes, source: KeySource) -> None:
         if not isinstance(secret, bytes) or len(secret) != KEY_BYTES:
             raise ConfigurationError(
                 f"a root key needs {KEY_BYTES} bytes; use RootKey.from_os(), or "
                 "RootKey.from_seed(n) in tests"
             )
-        if provenance not in (FROM_OS, FROM_SEED):
+        if not isinstance(source, KeySource):
             raise ConfigurationError(
-                f"provenance={provenance!r} is not known. Valid: {FROM_OS!r}, {FROM_SEED!r}."
+                f"source={source!r} must be KeySource.OS or KeySource.SEED: it decides whether a run "
+                "is called private."
             )
         object.__setattr__(self, "_secret", secret)
         object.__setattr__(self, "_process", os.getpid())
-        object.__setattr__(self, "provenance", provenance)
+        object.__setattr__(self, "source", source)
 
     @classmethod
     def from_os(cls) -> RootKey:
         """A fresh key from the operating system's generator."""
-        return cls(os.urandom(KEY_BYTES), FROM_OS)
+        return cls(os.urandom(KEY_BYTES), KeySource.OS)
 
     @classmethod
     def from_seed(cls, seed: int) -> RootKey:
@@ -94,7 +118,7 @@ class RootKey:
         number = _counter("seed", seed, bits=None)
         encoded = number.to_bytes(max(1, (number.bit_length() + 7) // 8), "big")
         secret = hashlib.blake2b(encoded, digest_size=KEY_BYTES, person=_SEED).digest()
-        return cls(secret, FROM_SEED)
+        return cls(secret, KeySource.SEED)
 
     @classmethod
     def restore(cls, exported: Mapping[str, str]) -> RootKey:
@@ -104,21 +128,21 @@ class RootKey:
             ConfigurationError: `exported` is not what `export` returns.
         """
         try:
-            secret, provenance = bytes.fromhex(exported["key"]), exported["provenance"]
+            secret, source = bytes.fromhex(exported["key"]), exported["provenance"]
         except (KeyError, TypeError, ValueError):
             # The value is a secret or a mangled one, so neither it nor the cause may reach a log.
             raise ConfigurationError(
                 "this is not an exported root key; pass the mapping that RootKey.export() returned"
             ) from None
-        return cls(secret, provenance)
+        return cls(secret, KeySource(source))
 
     def export(self) -> dict[str, str]:
-        """The secret in the clear (hex) with its provenance, for a checkpoint and for `restore`.
+        """The secret in the clear (hex) with its source, for a checkpoint and for `restore`.
 
         Who holds it can subtract the noise of every step: store it as safely as the training data,
         and never beside a published model.
         """
-        return {"key": self._secret.hex(), "provenance": self.provenance}
+        return {"key": self._secret.hex(), "provenance": self.source.value}
 
     def derive(self, purpose: str, *counters: int) -> bytes:
         """The 32-byte key of one stream.
@@ -149,17 +173,15 @@ class RootKey:
         ).digest()
 
     def __repr__(self) -> str:
-        return f"RootKey(provenance={self.provenance!r})"
+        return f"RootKey(source={self.source!r})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RootKey):
             return NotImplemented
-        return (
-            hmac.compare_digest(self._secret, other._secret) and self.provenance == other.provenance
-        )
+        return hmac.compare_digest(self._secret, other._secret) and self.source is other.source
 
     def __hash__(self) -> int:
-        return hash((self._secret, self.provenance))
+        return hash((self._secret, self.source))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"RootKey is immutable: cannot set {name!r}; make a new key instead")

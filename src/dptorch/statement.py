@@ -15,6 +15,7 @@ from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
+from dptorch.randomness import KeySource
 
 if TYPE_CHECKING:
     from dptorch.ledger import RunRecord
@@ -64,7 +65,7 @@ class Statement:
         epsilon_if_poisson: certified ε that the run would have had under Poisson sampling at its rate.
         epsilon_unamplified: certified ε of steps in each of which any record may take part, once.
         sampling_run: how many steps each sampler served.
-        key_provenance: where the randomness came from.
+        key_source: where the randomness came from.
         versions: software that ran.
         resumed: how often the run went on from a checkpoint.
         repeated: steps that were released again, because the run was killed after its last
@@ -81,7 +82,7 @@ class Statement:
     epsilon_if_poisson: float
     epsilon_unamplified: float
     sampling_run: dict[str, int]
-    key_provenance: str
+    key_source: KeySource
     versions: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
     repeated: int = 0
@@ -95,7 +96,7 @@ class Statement:
     @property
     def private(self) -> bool:
         """Whether the randomness was secret."""
-        return "not private" not in self.key_provenance
+        return self.key_source.is_private
 
     @property
     def public(self) -> list[str]:
@@ -187,7 +188,7 @@ class Statement:
             "sampling_theorem": plan.scheme.theorem,
             "sampling_run": dict(self.sampling_run),
             "sampling_holds": self.sampling_holds,
-            "key_provenance": self.key_provenance,
+            "key_provenance": self.key_source.value,
             "private_randomness": self.private,
             "plan": json.loads(plan.to_json()),
             "released": RELEASED,
@@ -217,7 +218,7 @@ class Statement:
             f"Sampling planned     {plan.sampling}: {plan.scheme.describe(plan.terms, plan.unit)}",
             f"Sampling run         {run}",
             *self._epsilon_lines(),
-            f"Randomness           key from the {self.key_provenance}",
+            f"Randomness           key from the {self.key_source.value}",
             "Ledger               "
             + ("run {run} on {dataset}".format(**self.ledger) if self.ledger else "none"),
             "",
@@ -287,7 +288,7 @@ def make_statement(
     plan: PrivacyPlan,
     steps: int,
     sampling_run: dict[str, int],
-    key_provenance: str,
+    key_source: KeySource,
     resumed: int = 0,
     *,
     record: RunRecord | None = None,
@@ -334,7 +335,7 @@ def make_statement(
         epsilon_if_poisson=epsilon(if_poisson, accountant),
         epsilon_unamplified=epsilon(unamplified, accountant),
         sampling_run=sampling_run,
-        key_provenance=key_provenance,
+        key_source=key_source,
         versions={
             "dptorch": version("dptorch"),
             "torch": torch.__version__,

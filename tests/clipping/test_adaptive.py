@@ -108,8 +108,8 @@ def test_neighbours_differ_by_at_most_one_unit_of_noise_sum_and_count_together()
             )
             engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
             model(rows).mean().backward()
-            engine._batch.hold()
-            released.append(engine._batch.take())
+            engine._batch.add_pending()
+            released.append(engine._batch.pop_sum())
             engine.detach()
         first, second = released
         moved = math.sqrt(
@@ -135,8 +135,8 @@ def test_a_batch_that_was_dropped_is_not_counted() -> None:
     model(x)  # the next forward clips what has arrived
     optimizer.zero_grad()
     model(x).mean().backward()
-    engine._batch.hold()
-    assert abs(engine._batch.take().values[COUNTS].item()) <= B / 2
+    engine._batch.add_pending()
+    assert abs(engine._batch.pop_sum().values[COUNTS].item()) <= B / 2
 
 
 def test_the_norm_survives_a_checkpoint() -> None:

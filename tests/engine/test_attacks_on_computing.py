@@ -30,8 +30,8 @@ def released(model: nn.Module, x: Tensor, **settings: Any) -> float:
     )  # fmt: skip
     engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
     model(x).square().sum().backward()
-    engine._batch.hold()
-    values = engine._batch.take().values
+    engine._batch.add_pending()
+    values = engine._batch.pop_sum().values
     engine.detach()
     return norm_of(values) / BOUND
 
@@ -128,8 +128,8 @@ def test_factors_that_underflow_beside_huge_ones_are_measured(mode: str, positio
     )  # fmt: skip
     engine.attach(torch.optim.SGD(engine.model.parameters(), lr=0.0))
     engine.model(x).sum().backward()
-    engine._batch.hold()
-    found = engine._batch.take().values["inner.weight"]
+    engine._batch.add_pending()
+    found = engine._batch.pop_sum().values["inner.weight"]
     assert found.norm().item() == pytest.approx(1e-4, rel=0.02)
 
 
@@ -151,8 +151,8 @@ def test_a_factor_too_long_for_its_square_beside_one_that_underflows(mode: str) 
     )  # fmt: skip
     engine.attach(torch.optim.SGD(engine.model.parameters(), lr=0.0))
     engine.model(torch.full((1, 1), 1e25)).sum().backward()
-    engine._batch.hold()
-    found = engine._batch.take().values["inner.weight"]
+    engine._batch.add_pending()
+    found = engine._batch.pop_sum().values["inner.weight"]
     assert found.norm().item() <= 1.02
 
 
@@ -176,7 +176,7 @@ def test_memory_of_a_batch_that_is_used_again_before_the_step(shape: tuple[int, 
     model(x).square().sum().backward()
     optimizer.virtual_step()
     x.mul_(1000)
-    assert engine._batch.take().values["weight"].norm() <= 8.001
+    assert engine._batch.pop_sum().values["weight"].norm() <= 8.001
 
 
 def test_a_bound_below_what_float32_can_measure_is_refused() -> None:

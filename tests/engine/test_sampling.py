@@ -60,15 +60,15 @@ def share_of(
     plan = engine.plan
     loader = PrivateLoader(
         data,
-        plan.scheme.sampler(plan.terms, len(data), engine._key),
+        plan.scheme.sampler(plan.terms, len(data), engine._run.key),
         steps_per_epoch=plan.terms.steps_per_epoch,
         start_step=lambda: engine.steps_done,
         total_steps=plan.steps,
         rank=rank,
         world_size=world_size,
     )
-    loader.on_batch(engine.receive)
-    loader.on_end(lambda complete: engine.receive(None, complete=complete))
+    loader.on_batch(engine.begin_physical_batch)
+    loader.on_end(lambda complete: engine.end_epoch(complete=complete))
     return loader
 
 

@@ -216,11 +216,11 @@ def test_an_example_counted_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     from dptorch.engine.logical_batch import LogicalBatch
 
     monkeypatch.setitem(functions.FUNCTIONS, "abadi", functions.FUNCTIONS["normalised"])
-    plain = LogicalBatch.take
+    plain = LogicalBatch.pop_sum
 
     def take(self: LogicalBatch) -> ClippedSum:
         found = plain(self)
         return ClippedSum({n: 2 * v for n, v in found.values.items()}, found.max_norm, found.scales)
 
-    monkeypatch.setattr(LogicalBatch, "take", take)
+    monkeypatch.setattr(LogicalBatch, "pop_sum", take)
     assert math.isclose(excess(monkeypatch, Adjacency.ZERO_OUT), 2.0, rel_tol=1e-3)

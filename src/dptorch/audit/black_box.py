@@ -14,6 +14,7 @@ from dptorch.audit.scores import class_log_probabilities, logit_confidence
 from dptorch.audit.thresholds import Threshold
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import PrivacyPlan
+from dptorch.randomness import KeySource
 from dptorch.training.canaries import CANARY_FILE, Canaries
 from dptorch.training.run_folder import RunFolder, load_model
 
@@ -72,7 +73,7 @@ def audit_run(
     claims = about["statement"]
     evidence = Evidence(logit_confidence(log_p, labels), canaries.member.numpy())
     notes = []
-    if "not private" in claims["key_provenance"]:
+    if not KeySource(claims["key_provenance"]).is_private:
         notes.append("The noise came from a seed; whoever knows it needs no audit.")
     return judge(
         evidence,

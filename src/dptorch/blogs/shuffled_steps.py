@@ -25,7 +25,7 @@ from dptorch.errors import (
     one_of,
     warn,
 )
-from dptorch.randomness import FROM_SEED, RootKey
+from dptorch.randomness import RootKey
 from dptorch.sampling import PrivateLoader
 
 __all__ = ["ShuffledSteps", "check_settings"]
@@ -125,7 +125,7 @@ class ShuffledSteps:
         )
         self._binding: OptimizerBinding | None = None
         self._warned_exhausted = False
-        warn(warning_text(self.unshuffled, self.buffers, key.provenance == FROM_SEED))
+        warn(warning_text(self.unshuffled, self.buffers, not key.source.is_private))
 
     @property
     def exhausted(self) -> bool:
@@ -169,9 +169,9 @@ class ShuffledSteps:
         """Make `optimizer` shuffle whenever it steps, until `detach`."""
         self._binding = OptimizerBinding(
             optimizer,
-            prepare=lambda: self.shuffle(optimizer),
-            hold=lambda: None,
-            discard=lambda: None,
+            take_step=lambda: self.shuffle(optimizer),
+            add_pending=lambda: None,
+            drop_pending=lambda: None,
             owner=self,
         )
 
@@ -221,7 +221,7 @@ class ShuffledSteps:
             block_sizes=self.block_sizes,
             unshuffled=self.unshuffled,
             buffers=self.buffers,
-            key_provenance=self._shuffle.key.provenance,
+            key_provenance=self._shuffle.key.source.value,
         )
 
     @property

@@ -46,11 +46,13 @@ def release(
 
 def conclude(made: Any, with_test_results: bool) -> None:
     """Say what was released."""
+    from dptorch.randomness import KeySource
+
     console = Console(highlight=False, soft_wrap=True)
     files = ", ".join(sorted(p.name for p in made.path.iterdir()))
     console.print(f"[bold green]Released[/] to {made.path}: {files}")
     claims = made.read_json("run.json")["statement"]
-    if "not private" in claims["key_provenance"]:
+    if not KeySource(claims["key_provenance"]).is_private:
         console.print("[bold yellow]This run protects nobody[/]: its noise came from a seed.")
     if not with_test_results:
         console.print("Results on held-out examples were left out; --with-test-results keeps them.")

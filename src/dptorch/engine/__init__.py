@@ -4,7 +4,7 @@
 batch and writes the noisy gradient that the optimizer steps with.
 """
 
-from dptorch.engine.logical_batch import StepDiagnostics
+from dptorch.engine.diagnostics import StepDiagnostics
 from dptorch.engine.privacy_engine import PrivacyEngine
 
 __all__ = ["PrivacyEngine", "StepDiagnostics"]

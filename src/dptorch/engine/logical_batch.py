@@ -1,5 +1,5 @@
-"""What the backwards of one logical batch add up to: clipped sums, and checks that each example is in
-them once."""
+"""Accumulate clipped gradients over the backward passes of one logical batch; check that each example
+is counted exactly once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.clipping.rounding import rounded_sum
 from dptorch.clipping.sums import ClippedSum, RoundedSum
+from dptorch.engine.batch_checks import check_factors, check_rows, planned_factors
+from dptorch.engine.diagnostics import StepDiagnostics, summarise
 from dptorch.errors import PrivacyError, warn
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Tape
 from dptorch.tape.gradients.explain import Explanation
 from dptorch.tape.gradients.tape import TapeListener
-from dptorch.tape.provenance.tags import PER_EXAMPLE
 from dptorch.tape.recording.taps import full_precision
 
-__all__ = ["LogicalBatch", "StepDiagnostics"]
+__all__ = ["LogicalBatch"]
 
 _NOT_ATTACHED = (
     "a backward went through the model, and no optimizer is attached to its engine: its parameters "
@@ -37,25 +38,29 @@ _NO_OWNERS = (
 )
 
 
-@dataclass(frozen=True)
-class StepDiagnostics:
-    """Exact functions of private data in the last logical batch: NOT PRIVATE. Do not publish.
+@dataclass
+class Accumulated:
+    """What clipped physical batches add up to.
 
     Attributes:
-        examples: how many examples were in it.
-        mean_norm: mean per-example gradient norm (NaN if there was none).
-        clipped_fraction: fraction whose contribution was scaled down; under a group-wise style the
-            fraction of all groups' contributions.
-        dropped: how many were dropped, in whole or in some group, because their gradient was not
-            finite.
-        coefficients: least, median and largest clipping coefficient (NaN if there was no example).
+        sums: by parameter name; None where nothing was added.
+        measured: norms and coefficients of each physical batch, [2, groups, B].
+        places: (logical step, index) of the physical batches that came from the engine's loader.
     """
 
-    examples: int
-    mean_norm: float
-    clipped_fraction: float
-    dropped: int
-    coefficients: tuple[float, float, float]
+    sums: dict[str, Tensor] | None = None
+    measured: list[Tensor] = field(default_factory=list)
+    places: set[tuple[int, int]] = field(default_factory=set)
+
+    def merge(self, other: Accumulated) -> None:
+        """Add another accumulation, whose tensors may be used up."""
+        if self.sums is None:
+            self.sums = other.sums
+        elif other.sums is not None:
+            for name, value in other.sums.items():
+                self.sums[name].add_(value)
+        self.measured += other.measured
+        self.places |= other.places
 
 
 @dataclass
@@ -103,9 +108,9 @@ class _Listener:
 class LogicalBatch:
     """Collects the per-example gradients of one step, clips them and adds them up.
 
-    A step's gradients pass three stations: the *tapes* that backwards have reached; what is
-    *pending* since the last step, clipped, and dropped by ``zero_grad``; and the *sums* that
-    ``virtual_step``, or a step on a part of the batch, has put aside. All-layer clipping waits until
+    A step's gradients pass three stations: the *tapes* that backwards have reached; what is *pending*
+    since the last step, clipped, and dropped by ``zero_grad``; and what ``virtual_step``, or a step on
+    a part of the batch, has *kept* for the step. All-layer clipping waits until
     the step or the next forward pass, so that several backwards through one forward pass are clipped
     together. Under a group-wise style a group is clipped in the backward, once it is complete.
 
@@ -123,7 +128,7 @@ class LogicalBatch:
 
     Guarantees:
         One row of the batches that went in contributes at most ``clipping_norms[i]`` to the part of
-        group i in the sum that `take` returns. Where the unit is the user, all rows of a user
+        group i in the sum that `pop_sum` returns. Where the unit is the user, all rows of a user
         together do, for each time that the loader drew the user
         (`test_a_user_moves_a_sum_by_at_most_the_bound`): batches that are not from the loader are
         refused, since it is not known whose rows they are
@@ -144,12 +149,8 @@ class LogicalBatch:
         self.loss_factors: tuple[float, ...] | None = None
         self.explanation: Explanation | None = None
         self._fired: list[_Batch] = []
-        self._pending: dict[str, Tensor] | None = None
-        self._sums: dict[str, Tensor] | None = None
-        self._measured: list[Tensor] = []  # of _sums: norms and coefficients, [2, groups, B]
-        self._pending_measured: list[Tensor] = []
-        self._seen: set[tuple[int, int]] = set()  # physical batches in _sums
-        self._pending_places: set[tuple[int, int]] = set()  # and in _pending
+        self._pending = Accumulated()
+        self._kept = Accumulated()
 
     @property
     def groups_in_backward(self) -> tuple[tuple[str, ...], ...]:
@@ -166,14 +167,14 @@ class LogicalBatch:
         self._collect()
         return _Listener(self, self.part)
 
-    def begin(self, part: PhysicalBatch) -> None:
+    def begin_physical_batch(self, part: PhysicalBatch) -> None:
         """The engine's loader hands out a physical batch.
 
         Raises:
             PrivacyError: if the last logical batch was never stepped.
         """
         if part.index == 0:
-            if self._fired or self._pending is not None or self._sums is not None:
+            if self._fired or self._pending.sums or self._kept.sums:
                 if not self.attached:
                     raise PrivacyError(_NOT_ATTACHED)
                 raise PrivacyError(
@@ -183,14 +184,14 @@ class LogicalBatch:
                     "larger and bound memory with max_physical_batch_size. If you did call step(): "
                     "was it on the optimizer given to engine.attach()?"
                 )
-            self.drop()
+            self.reset()
         self.part = part
 
-    def end(self, complete: bool) -> None:
+    def end_epoch(self, *, complete: bool) -> None:
         """The loader's iteration is over, or was left early."""
         self.part = None
         if not complete:
-            self.drop()
+            self.reset()
 
     def _collect(self) -> None:
         """Clip what the backwards since the last call left on the tapes and add it up."""
@@ -209,14 +210,16 @@ class LogicalBatch:
         tape.close()
         present = self._weights(batch) > 0
         norms, factors = (
-            torch.stack([found[i] for i in range(len(self.groups))]).detach()[:, present]
-            for found in (batch.norms, batch.coefficients)
+            torch.stack([each[i] for i in range(len(self.groups))]).detach()[:, present]
+            for each in (batch.norms, batch.coefficients)
         )
         fits = (norms <= norms.new_tensor(self.clipping_norms)[:, None]).to(norms)
         if self.plan.adaptive_clipping is not None:
             batch.sums[COUNTS] = centred_counts(fits)
-        self._pending_measured.append(torch.stack([norms, factors]))
-        self._pending = _add(self._pending, batch.sums)
+        found = Accumulated(batch.sums, [torch.stack([norms, factors])])
+        if batch.part is not None:
+            found.places = {(batch.part.logical_step, batch.part.index)}
+        self._pending.merge(found)
 
     def _only_batch(self) -> _Batch:
         """The batch whose gradients have arrived.
@@ -284,100 +287,51 @@ class LogicalBatch:
 
         Raises:
             PrivacyError: where the batch is not the one that the loader handed out, or the loss is
-                not reduced as the plan says.
+                not reduced as the plan says, or is multiplied by a factor that changes.
         """
-        b = tape.batch_size
-        scale = self._loss_scale(tape)
+        b, reduction = tape.batch_size, self.plan.loss_reduction
+        factors = planned_factors(tape.loss, b, reduction)
+        if factors is not None and self.loss_factors is not None:
+            check_factors(factors, self.loss_factors)
+        elif factors is not None:
+            self.loss_factors = factors
+        scale = 1.0 if factors is None or reduction == "sum" else float(b)
         weights = torch.full((b,), scale)
         if part is None:
             if self.plan.unit == "user":
                 raise PrivacyError(_NO_OWNERS)
             return weights
-        rows = part.examples + part.padding
-        if b != rows:
-            raise PrivacyError(
-                f"the model was given {b} rows where the loader handed out {rows} examples. Each "
-                "row must be one example: augmented views of an example go on an axis of their "
-                "own, so that its gradients are clipped together, and examples may not be paired, "
-                "selected or mixed after the loader."
-            )
+        check_rows(b, part)
         place = (part.logical_step, part.index)
-        if place in self._seen or place in self._pending_places:
+        if place in self._kept.places or place in self._pending.places:
             raise PrivacyError(
                 "two backwards were made through the model on one batch: each example would count "
                 "twice. Add the losses and call backward() once, or call optimizer.zero_grad() between "
                 "them to drop the first."
             )
-        self._pending_places.add(place)
         if part.padding:
             weights[part.examples :] = 0
         return weights
 
-    def _loss_scale(self, tape: Tape) -> float:
-        """What makes the tape's gradients those of each example's own loss.
-
-        Raises:
-            PrivacyError: for a loss that was not followed, is reduced otherwise than the plan says,
-                or is multiplied by a factor that is not the same throughout the run.
-        """
-        b, mean = tape.batch_size, self.plan.loss_reduction == "mean"
-        if tape.loss is None:
-            raise PrivacyError(
-                "the loss could not be followed from the model's outputs to backward(), so it may "
-                "mix examples. Compute it from what the model returns (tensors in tuples, lists, "
-                "dicts or dataclasses) with torch functions, and call loss.backward()."
-            )
-        kind, factors = tape.loss.kind, tape.loss.factors
-        scale = float(b) if mean else 1.0
-        if kind == PER_EXAMPLE or b == 1:
-            return 1.0
-        if kind != self.plan.loss_reduction:
-            # A sum divided by the number of rows is a mean, and a mean times it a sum.
-            factors = tuple(f * b if mean else f / b for f in factors)
-            if not all(math.isclose(f, 1.0, rel_tol=1e-6) for f in factors):
-                raise PrivacyError(
-                    f"the loss is a {kind} over the examples, but the engine was told "
-                    f"loss_reduction={self.plan.loss_reduction!r}: gradients would be off by the "
-                    f"batch size. Use loss_reduction={kind!r}, without dividing by anything that "
-                    "depends on the batch."
-                )
-        before = self.loss_factors
-        if before is None:
-            self.loss_factors = factors
-        elif len(before) != len(factors) or not all(
-            math.isclose(f, g, rel_tol=1e-6) for f, g in zip(factors, before, strict=True)
-        ):
-            raise PrivacyError(
-                f"the terms of the loss are multiplied by {_list(factors)}, before by "
-                f"{_list(before)}. A factor that depends on the batch (a number of tokens, a sum of "
-                "weights) lets one example rescale all others. Use public constants, and the "
-                "learning rate for a schedule."
-            )
-        return scale
-
-    def hold(self, what: str = "virtual_step") -> None:
+    def add_pending(self, what: str = "virtual_step") -> None:
         """Clip what has arrived and keep it for this step.
 
         Raises:
             PrivacyError: if no gradient has arrived.
         """
         self._collect()
-        if self._pending is None:
+        if self._pending.sums is None:
             raise PrivacyError(
                 f"optimizer.{what}() without a backward: no gradient has arrived since the last "
                 "step. Call loss.backward() on a loss computed from model(...) first; a forward "
                 "under torch.no_grad() does not count."
             )
-        self._sums = _add(self._sums, self._pending)
-        self._pending = None
-        self._measured += self._pending_measured
-        self._pending_measured = []
-        self._seen |= self._pending_places
-        self._pending_places = set()
+        self._kept.merge(self._pending)
+        self._pending = Accumulated()
 
-    def take(self) -> ClippedSum:
-        """The sum of the complete batch; this object is empty afterwards."""
-        assert self._sums is not None
+    def pop_sum(self) -> ClippedSum:
+        """Return the sum of the complete batch; this object is empty afterwards."""
+        assert self._kept.sums is not None
         plan, norms = self.plan, self.clipping_norms
         scales = noise_scales(
             self.groups,
@@ -387,60 +341,26 @@ class LogicalBatch:
             plan.expected_batch_size,
         )
         kind = RoundedSum if self._discrete else ClippedSum
-        clipped = kind(self._sums, math.hypot(*norms), scales)
-        self._sums = None
-        self._summarise()
+        clipped = kind(self._kept.sums, math.hypot(*norms), scales)
+        self.diagnostics = summarise(self._kept.measured)
+        self._kept = Accumulated()
         return clipped
 
-    def follow(self, noisy_counts: Tensor) -> None:
+    def update_norms(self, noisy_counts: Tensor) -> None:
         """Move the clipping norms to where the counts of this step, with their noise, point."""
         assert self.plan.adaptive_clipping is not None
         self.clipping_norms = self.plan.adaptive_clipping.follow(
             self.clipping_norms, noisy_counts, self.plan.expected_batch_size
         )
 
-    def discard(self) -> None:
-        """``zero_grad``: drop what was not stepped."""
-        self._pending = None
-        self._pending_measured = []
-        self._pending_places = set()
+    def drop_pending(self) -> None:
+        """Drop what was backpropagated since the last step: ``zero_grad``."""
+        self._pending = Accumulated()
         for batch in self._fired:
             batch.tape.close()
         self._fired = []
 
-    def drop(self) -> None:
-        """A logical batch that was left half done is drawn again: nothing of it may remain."""
-        self.discard()
-        self._sums = None
-        self._measured = []
-        self._seen = set()
-
-    def _summarise(self) -> None:
-        none = torch.zeros(2, len(self.groups), 0)
-        norms, c = torch.cat(self._measured, 2) if self._measured else none
-        whole = norms.square().sum(0).sqrt()
-        finite = whole.isfinite()
-        clipped = (c * norms < norms * (1 - 1e-6)) & norms.isfinite()
-        n = whole.numel()
-        spread = (c.min(), c.median(), c.max()) if n else (torch.tensor(math.nan),) * 3
-        self.diagnostics = StepDiagnostics(
-            examples=n,
-            mean_norm=whole[finite].mean().item() if bool(finite.any()) else math.nan,
-            clipped_fraction=clipped.float().mean().item() if n else math.nan,
-            dropped=int((~finite).sum()),
-            coefficients=(float(spread[0]), float(spread[1]), float(spread[2])),
-        )
-        self._measured = []
-        self._seen = set()
-
-
-def _add(total: dict[str, Tensor] | None, more: dict[str, Tensor]) -> dict[str, Tensor]:
-    if total is None:
-        return more
-    for name, value in more.items():
-        total[name].add_(value)
-    return total
-
-
-def _list(factors: tuple[float, ...]) -> str:
-    return ", ".join(f"{f:.6g}" for f in factors)
+    def reset(self) -> None:
+        """Drop the whole logical batch. One that was left half done is drawn again."""
+        self.drop_pending()
+        self._kept = Accumulated()

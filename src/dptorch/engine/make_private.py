@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from typing_extensions import Unpack
 
 from dptorch.accounting import Adjacency
-from dptorch.engine.privacy_engine import EngineSettings, PrivacyEngine
+from dptorch.engine.privacy_engine import PrivacyEngine
+from dptorch.engine.settings import EngineSettings
 from dptorch.errors import ConfigurationError
 from dptorch.sampling import NOT_COVERED, PrivateLoader, dataset_size
 

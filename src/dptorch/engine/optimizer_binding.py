@@ -27,10 +27,10 @@ class OptimizerBinding:
 
     Args:
         optimizer: any torch.optim optimizer.
-        prepare: called when a step is due, after the closure ran; fills ``.grad`` with noisy
+        take_step: called when a step is due, after the closure ran; fills ``.grad`` with noisy
             gradients and returns True, or returns False if the logical batch is not complete.
-        hold: called by ``virtual_step``.
-        discard: called by ``zero_grad``.
+        add_pending: called by ``virtual_step``.
+        drop_pending: called by ``zero_grad``.
         owner: becomes ``optimizer.privacy_engine``.
     """
 
@@ -38,9 +38,9 @@ class OptimizerBinding:
         self,
         optimizer: Optimizer,
         *,
-        prepare: Callable[[], bool],
-        hold: Callable[[], None],
-        discard: Callable[[], None],
+        take_step: Callable[[], bool],
+        add_pending: Callable[[], None],
+        drop_pending: Callable[[], None],
         owner: Any,
     ) -> None:
         if getattr(optimizer, "privacy_engine", None) is not None:
@@ -49,8 +49,8 @@ class OptimizerBinding:
                 "make a new optimizer."
             )
         self.optimizer = optimizer
-        self._prepare = prepare
-        self._discard = discard
+        self._take_step = take_step
+        self._drop_pending = drop_pending
         self._attached = True
         self._step = optimizer.step
         self._zero_grad = optimizer.zero_grad
@@ -69,7 +69,7 @@ class OptimizerBinding:
         }
         for name, method in self._methods.items():
             setattr(optimizer, name, method)
-        optimizer.virtual_step = hold  # type: ignore[attr-defined]
+        optimizer.virtual_step = add_pending  # type: ignore[attr-defined]
         optimizer.privacy_engine = owner  # type: ignore[attr-defined]
 
     def _private_step(self, closure: Closure | None = None) -> Any:
@@ -81,7 +81,7 @@ class OptimizerBinding:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._prepare():
+        if self._take_step():
             self._step()
         return loss
 
@@ -97,7 +97,7 @@ class OptimizerBinding:
 
         def private_closure() -> float:
             losses.append(closure())
-            self._prepare()  # each evaluation is a release of its own, and is accounted as a step
+            self._take_step()  # each evaluation is a release of its own, and is accounted as a step
             # LBFGS would stop on the change of an exact loss. NaN compares false with everything.
             return float("nan")
 
@@ -106,7 +106,7 @@ class OptimizerBinding:
 
     def _private_zero_grad(self, set_to_none: bool = True) -> None:
         if self._attached:
-            self._discard()
+            self._drop_pending()
         self._zero_grad(set_to_none)
 
     def restore(self) -> None:

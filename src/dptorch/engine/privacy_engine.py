@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from dptorch.clipping import COUNTS
+from dptorch.clipping import groups_of
 from dptorch.engine import checkpoint
+from dptorch.engine.diagnostics import StepDiagnostics
 from dptorch.engine.loading import loader_of
-from dptorch.engine.optimizer_binding import OptimizerBinding, check_parameters, write_gradients
-from dptorch.engine.run_state import PrivateRun
+from dptorch.engine.logical_batch import LogicalBatch
+from dptorch.engine.optimizer_binding import OptimizerBinding, check_parameters
+from dptorch.engine.private_step import PrivateStep
+from dptorch.engine.run_state import RunState
+from dptorch.engine.settings import EngineSettings, checked_budget
 from dptorch.errors import (
-    BudgetExhausted,
     ConfigurationError,
     PrivacyError,
     one_of,
     warn,
 )
-from dptorch.noise import get_mechanism
-from dptorch.noise.fingerprint import fingerprint
-from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
-from dptorch.randomness import FROM_OS, RootKey
+from dptorch.plan import PlanSettings, PrivacyPlan, PrivacySpent, make_plan
+from dptorch.randomness import RootKey
 from dptorch.sampling import PhysicalBatch, PrivateLoader
-from dptorch.sampling.schemes import OWN_LOADER
+from dptorch.statement import Statement
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.tape.gradients.device_cost import cost_of, free_bytes
+from dptorch.tape.gradients.explain import Explanation
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.recording.batch_dims import BatchDims
 from dptorch.tape.recording.model_hooks import ModelHooks, hooks_of
@@ -37,24 +44,10 @@ from dptorch.validation.mixing import refuse_mixing
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger
 
-__all__ = ["EngineSettings", "PrivacyEngine"]
+__all__ = ["PrivacyEngine"]
 
 
-class EngineSettings(PlanSettings, total=False):
-    """The keyword arguments of `PrivacyEngine`, which says what each means."""
-
-    plan: PrivacyPlan | None
-    clipping_mode: str
-    memory_budget: float | None
-    on_budget_exhausted: str
-    batch_dims: BatchDims
-    self_check: bool
-    ledger: DatasetLedger | None
-    secure_rng: bool
-    seed: int | None
-
-
-class PrivacyEngine(PrivateRun):
+class PrivacyEngine:
     """Makes an ordinary training loop differentially private.
 
     Build it, `attach` an optimizer, take batches from `loader`, and train as always::
@@ -140,7 +133,6 @@ class PrivacyEngine(PrivateRun):
                 "the guarantee depends on. Leave them out, or make the engine without plan=."
             )
         mode = get_mode(clipping_mode)
-        self._on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
         if hooks_of(model) is not None:
             raise ConfigurationError(
                 "this model already has a privacy engine: its gradients would be clipped and noised "
@@ -159,12 +151,28 @@ class PrivacyEngine(PrivateRun):
                 f"clipping_mode={clipping_mode!r} never holds the gradients of examples, which "
                 "mechanism='discrete_gaussian' rounds one by one. Use clipping_mode='auto'."
             )
-        self._memory_budget = _checked_budget(memory_budget)
+        self._memory_budget = checked_budget(memory_budget)
+        if mode is NON_PRIVATE:  # ordinary training, whose epsilon is infinite: a plan of its own
+            plan = replace(plan, noise_multiplier=0.0, target_epsilon=None)
         key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
-        super().__init__(model, parameters, plan, mode, key)
-        self._secure_rng = secure_rng
-        self._warned_exhausted = False
-        self._warned_own_loader = False
+        groups = groups_of(
+            model, parameters, plan.clipping_style, plan.clipping_groups, plan.max_grad_norm
+        )
+        self.model = model
+        self._mode = mode
+        self._parameters = parameters
+        self._run = RunState(plan, key)
+        self._batch = LogicalBatch(plan, groups)
+        self._binding: OptimizerBinding | None = None
+        self._step = PrivateStep(
+            self._run,
+            self._batch,
+            model,
+            parameters,
+            private=mode is not NON_PRIVATE,
+            on_exhausted=one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop")),
+            secure_rng=secure_rng,
+        )
         if ledger is not None:
             self.use_ledger(ledger)
         # The model's hooks keep the engine alive: a forgotten engine trains nothing, rather than
@@ -174,25 +182,25 @@ class PrivacyEngine(PrivateRun):
             parameters,
             batch_dims=batch_dims,
             on_forward=self._begin_forward,
-            first_inputs=(lambda a, k: refuse_mixing(model, a, k, batch_dims))
+            first_inputs=partial(refuse_mixing, model, batch_dims=batch_dims)
             if self_check
             else None,
         )
         if self._mode is NON_PRIVATE:
             self._hooks.remove()
             warn(
-                "clipping_mode='non-private': gradients are neither clipped nor noised. This run is "
-                "for comparison; its epsilon is infinite."
+                "clipping_mode='non-private': gradients are neither clipped nor noised, and the "
+                "engine's plan has noise_multiplier=0. This run is for comparison; its epsilon is "
+                "infinite."
             )
 
     def _begin_forward(self) -> tuple[TapeConfig, TapeListener]:
         """What the tape of a forward pass is made with."""
         p = next(iter(self._parameters.values()))
-        seeded = self._key.provenance != FROM_OS
         budget = self._memory_budget
         config = TapeConfig(
             mode=self._mode,
-            device_cost=cost_of(p.device, p.dtype, measured=not seeded),
+            device_cost=cost_of(p.device, p.dtype, measured=self._run.key.source.is_private),
             memory_budget=free_bytes(p.device) / 2 if budget is None else budget,
             groups=self._batch.groups_in_backward,
         )
@@ -209,15 +217,15 @@ class PrivacyEngine(PrivateRun):
         """
         if self._binding is not None:
             raise ConfigurationError(
-                "this engine already has an optimizer. Give all parameters to one optimizer (it may "
-                "have several groups), or detach() first."
+                "this engine already has an optimizer. Give all parameters to one (it may have several "
+                "groups), or detach() first."
             )
         check_parameters(self._parameters, optimizer)
         self._binding = OptimizerBinding(
             optimizer,
-            prepare=self._prepare_step,
-            hold=self._batch.hold,
-            discard=self._batch.discard,
+            take_step=lambda: self._step.take(optimizer),
+            add_pending=self._batch.add_pending,
+            drop_pending=self._batch.drop_pending,
             owner=self,
         )
         self._batch.attached = True
@@ -226,10 +234,10 @@ class PrivacyEngine(PrivateRun):
     def detach(self) -> None:
         """Take the engine off model and optimizer; both are then as before, trained parameters kept.
 
-        What was not stepped is dropped; what the ledger had reserved for it is given back. The
-        statement can still be read.
+        What was not stepped is dropped, and its reservation in the ledger given back. The statement
+        can still be read.
         """
-        self._batch.drop()
+        self._batch.reset()
         self.release_budget()
         if self._binding is not None:
             self._binding.restore()
@@ -253,15 +261,14 @@ class PrivacyEngine(PrivateRun):
                 max_examples_per_user examples each.
             max_physical_batch_size: most examples to go through the model at once. A larger batch
                 arrives in parts; ``optimizer.step()`` then waits for the last of them.
-            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader. No world_size
-                above 1: an engine steps on what one process has drawn.
+            dataloader_kwargs: collate_fn, num_workers, pin_memory... as in DataLoader.
 
         Raises:
             ConfigurationError, DataError: for a dataset or arguments that cannot be sampled.
         """
         loader = loader_of(
             self.plan,
-            self._key,
+            self._run.key,
             dataset,
             user_ids=user_ids,
             start_step=lambda: self.steps_done,
@@ -269,36 +276,37 @@ class PrivacyEngine(PrivateRun):
             dataloader_kwargs=dataloader_kwargs,
         )
         self.reserve_budget()
-        loader.on_batch(self.receive)
+        loader.on_batch(self.begin_physical_batch)
         loader.on_start(self._begin_epoch)
-        loader.on_end(lambda complete: self.receive(None, complete=complete))
-        self._loaders += 1
+        loader.on_end(lambda complete: self.end_epoch(complete=complete))
+        self._run.loaders += 1
         return loader
 
     def _begin_epoch(self, step: int) -> None:
-        self._batch.drop()
+        self._batch.reset()
         if self.exhausted:
             warn(
                 f"all {self.plan.steps} steps of the plan are done; the loader has no more batches."
             )
 
-    def receive(self, part: PhysicalBatch | None, *, complete: bool = True) -> None:
-        """Say what the next forward passes are on, for a loader that is not from `loader`.
+    def begin_physical_batch(self, part: PhysicalBatch) -> None:
+        """Say which part of a logical batch the next forward passes are on; `loader` does it itself.
 
-        That `part` was drawn as the plan says, for the step that is due, is the caller's word: its
-        step is accounted with amplification by sampling.
-
-        Args:
-            part: which part of which logical batch; None for a batch that was not drawn so.
-            complete: with None, False drops what was received and not stepped.
+        That `part` was drawn as the plan says is the caller's word: its step is accounted with
+        amplification by sampling.
 
         Raises:
             PrivacyError: `part` begins a logical batch, and the last one was never stepped.
         """
-        if part is None:
-            self._batch.end(complete)
-        else:
-            self._batch.begin(part)
+        self._batch.begin_physical_batch(part)
+
+    def end_epoch(self, *, complete: bool = True) -> None:
+        """Say that the next forward passes are on batches that were not drawn as the plan says.
+
+        Args:
+            complete: False drops what was backpropagated and not stepped.
+        """
+        self._batch.end_epoch(complete=complete)
 
     def public(self) -> AbstractContextManager[None]:
         """Forward passes inside this context are ordinary and unprotected: for public data only.
@@ -307,87 +315,186 @@ class PrivacyEngine(PrivateRun):
         """
         return self._hooks.paused()
 
-    # -- one step ----------------------------------------------------------------------------------
+    # -- the ledger --------------------------------------------------------------------------------
 
-    def _prepare_step(self) -> bool:
-        """Fill ``.grad`` with the noisy gradient of a complete logical batch."""
-        if self.exhausted:
-            return self._refuse()
-        part = self._batch.part
+    def use_ledger(self, ledger: DatasetLedger) -> None:
+        """Write every step down in `ledger` before it is released; as the argument of that name.
+
+        Raises:
+            ConfigurationError: steps were taken already, the engine has a ledger, or is not private.
+        """
         if self._mode is NON_PRIVATE:
-            if part is None or part.is_last:
-                self._steps_done += 1
-            return part is None or part.is_last
-        self._batch.hold("step")
-        if part is not None and not part.is_last:
-            return False
-        self._refuse_changed_parameters()
-        clipped = self._batch.take()
-        if self._batch.diagnostics is not None and self._batch.diagnostics.dropped:
-            checkpoint.refuse_not_finite(self._parameters)
-        step = self._steps_done
-        sampled = part is not None and part.logical_step == step
-        if self._record is not None:
-            (released,) = self.plan.history(1, own_loader_steps=0 if sampled else 1)
-            self._record.count(step, released)
-        # Counted before it is visible: whatever happens from here on, the step has been spent.
-        self._steps_done += 1
-        self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
-        if not sampled:
-            self._warn_of_own_loader()
-        mechanism = get_mechanism(self.plan.mechanism)
-        noise = mechanism(self.plan.noise_multiplier, secure_rng=self._secure_rng)
-        # A seed is for repeating a run, in other physical batches too, which differ by rounding.
-        context = 0
-        if self._key.provenance == FROM_OS:
-            context = fingerprint(clipped.values, self._key, step)
-        divisor = self.plan.expected_batch_size if self.plan.loss_reduction == "mean" else 1.0
-        noisy = noise.privatize(clipped, self._key, step, context=context, divisor=divisor)
-        if self.plan.adaptive_clipping is not None:
-            self._batch.follow(noisy.values[COUNTS] * divisor)
-        write_gradients(self._parameters, noisy)
-        return True
+            raise ConfigurationError(
+                "clipping_mode='non-private' adds no noise, and no ledger can account for that. Leave "
+                "the ledger out."
+            )
+        self._run.use_ledger(ledger)
 
-    def _refuse_changed_parameters(self) -> None:
-        """What is trained must still be what the engine follows and the optimizer holds."""
-        now = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if now != {id(p) for p in self._parameters.values()}:
+    def reserve_budget(self) -> None:
+        """Reserve the steps to come in the ledger, as `loader` and the first step do.
+
+        Raises:
+            BudgetExhausted: the data set's cap does not leave enough.
+        """
+        self._run.reserve_budget()
+
+    def release_budget(self) -> None:
+        """Give back what is reserved in the ledger for steps to come, at the end or for a pause.
+
+        Other runs on the data set can then have it. The next step reserves anew.
+        """
+        self._run.release_budget()
+
+    # -- reporting ---------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """What the run committed to; it cannot be changed."""
+        return self._run.plan
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Bound on one example's contribution; it moves under adaptive clipping."""
+        return math.hypot(*self._batch.clipping_norms)
+
+    def explain(self) -> Explanation:
+        """How norms and clipped sums were computed in the last backward, site by site; ``print`` it.
+
+        Raises:
+            PrivacyError: before the first backward.
+        """
+        if self._batch.explanation is None:
             raise PrivacyError(
-                "the model's trainable parameters have changed since the engine was made (frozen, "
-                "unfrozen, replaced or added). Freeze and unfreeze before making it: detach() this "
-                "engine, and make another for the steps that remain; their epsilons add up."
+                "there is nothing to explain before the first backward: take a step."
             )
-        assert self._binding is not None
-        check_parameters(self._parameters, self._binding.optimizer)
+        return self._batch.explanation
 
-    def _warn_of_own_loader(self) -> None:
-        if not self._warned_own_loader:
-            self._warned_own_loader = True
-            warn(
-                "a batch did not come from engine.loader(), so it is not known to be drawn as the "
-                f"plan says ({self.plan.sampling}): epsilon is stated without amplification by "
-                "sampling, and is much larger. Take batches from engine.loader(dataset)."
-            )
+    @property
+    def diagnostics(self) -> StepDiagnostics | None:
+        """Statistics of the last logical batch: NOT PRIVATE."""
+        return self._batch.diagnostics
 
-    def _refuse(self) -> bool:
-        self._batch.drop()
-        message = (
-            f"all {self.plan.steps} steps of the plan are done "
-            f"(epsilon={self.get_privacy_spent().epsilon:.4g}): another step would exceed the "
-            "budget and was not taken. Plan more steps, or stop training here."
-        )
-        if self._on_exhausted == "raise":
-            raise BudgetExhausted(message)
-        if not self._warned_exhausted:
-            self._warned_exhausted = True
-            warn(message)
-        return False
+    @property
+    def steps_done(self) -> int:
+        """Steps taken, empty batches included."""
+        return self._run.steps_done
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether every planned step is done."""
+        return self._run.exhausted
 
-def _checked_budget(memory_budget: float | None) -> float | None:
-    if memory_budget is not None and not memory_budget >= 0:
-        raise ConfigurationError(
-            f"memory_budget={memory_budget!r} must be a number of bytes, 0 or more; or None for half "
-            "of what is free."
-        )
-    return memory_budget
+    @property
+    def sampling_run(self) -> Counter[str]:
+        """How many steps each sampling scheme served, a loader of the user's own among them."""
+        return self._run.sampling_run
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the noise over max_grad_norm."""
+        return self.plan.noise_multiplier
+
+    def get_privacy_spent(self) -> PrivacySpent:
+        """(ε, δ) spent so far. Amplification by sampling counts only for batches that came from the
+        engine's loader. With a ledger, steps that were lost when the run was killed count too."""
+        return self._run.get_privacy_spent()
+
+    @property
+    def ledger_run(self) -> dict[str, str] | None:
+        """The run's id, data set and location in the ledger, and the ledger's head now."""
+        return self._run.ledger_run
+
+    def statement(self) -> Statement:
+        """The privacy statement of the run so far; ``print`` it."""
+        return self._run.statement()
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, path: str | Path, *, extra: Any = None, **others: checkpoint.Stateful
+    ) -> None:
+        """Write all that the run needs to go on, to one file that is whole or absent.
+
+        That is the model, the attached optimizer, the plan, the counter of steps (with which
+        sampling and noise go on), the secret root key, the global random generators, and what else
+        is given. Training that goes on from the file is bit for bit the training that was not
+        interrupted, on the same software and device; where worker processes of a DataLoader draw
+        random augmentations, only if the checkpoint lies between two epochs.
+
+        Call it after ``optimizer.step()``: a logical batch that is half done is not in the file (its
+        sum has no noise yet) and is drawn again.
+
+        Args:
+            path: the file. It holds the root key: keep it as safe as the data, delete it when the
+                run is done (see `dptorch.engine.checkpoint`).
+            extra: plain values of your own (numbers, strings, tensors, lists, dicts).
+            others: objects with ``state_dict``, by name, such as ``scheduler=scheduler``.
+
+        Raises:
+            ConfigurationError: a state holds objects that cannot be loaded without running code.
+            DataError: the file cannot be written. What was there before is still there, as after
+                every error here.
+            PrivacyError: a parameter is not finite.
+
+        Example:
+            >>> import tempfile, torch, dptorch
+            >>> def build():
+            ...     model = torch.nn.Linear(4, 2)
+            ...     engine = dptorch.PrivacyEngine(model, sample_rate=1.0, sample_size=64, steps=3,
+            ...         noise_multiplier=1.0, target_delta=1e-3)
+            ...     return engine, engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> engine, optimizer = build()
+            >>> engine.save_checkpoint(folder.name + "/run.pt", extra={"note": "before the first step"})
+            >>> later, optimizer = build()
+            >>> later.load_checkpoint(folder.name + "/run.pt")
+            {'note': 'before the first step'}
+        """
+        checkpoint.save_run(path, self, self._optimizer, others, extra)
+
+    def load_checkpoint(self, path: str | Path, **others: checkpoint.Stateful) -> Any:
+        """Go on with the run that `save_checkpoint` saved; returns its `extra`.
+
+        For a new engine with the same plan, on the same model, with the same optimizer attached and
+        the same `others`, before its loader is made.
+
+        Raises:
+            DataError: the file is missing, cut short, damaged or no checkpoint.
+            ConfigurationError: it belongs to another plan, model or optimizer; the difference is
+                named.
+            PrivacyError: it has been edited.
+        """
+        return checkpoint.load_run(path, self, self._optimizer, others)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The engine's own part of a checkpoint, with the secret key of the noise."""
+        values = {
+            **self._run.values(),
+            "parameters": self._shapes(),
+            "loss_factors": self._batch.loss_factors,
+            "clipping_norms": list(self._batch.clipping_norms),
+        }
+        return checkpoint.seal(values, self._run.key)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the run that `state_dict` came from.
+
+        Raises:
+            ConfigurationError: if the state belongs to another plan or to other trainable
+                parameters; the differences are named.
+            PrivacyError: if it has been edited.
+        """
+        values, key = checkpoint.unseal(state)
+        self._run.refuse_other(values)
+        checkpoint.refuse_other_parameters(self._shapes(), values["parameters"])
+        self._run.restore(values, key)
+        factors = values["loss_factors"]
+        self._batch.loss_factors = None if factors is None else tuple(factors)
+        self._batch.clipping_norms = list(values["clipping_norms"])
+
+    @property
+    def _optimizer(self) -> Optimizer | None:
+        return None if self._binding is None else self._binding.optimizer
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {n: list(p.shape) for n, p in self._parameters.items()}

@@ -17,6 +17,7 @@ from dptorch.ledger.dataset_id import named
 from dptorch.ledger.entry import Entry
 from dptorch.ledger.record import RunRecord, adjacencies_of, cap_in, close_dead, committed_in
 from dptorch.plan import PrivacyPlan
+from dptorch.randomness import KeySource
 
 if TYPE_CHECKING:
     from dptorch.ledger.store import Store
@@ -324,7 +325,7 @@ def _strictest(runs: list[RunSummary]) -> Adjacency:
 
 def _notes(runs: list[RunSummary]) -> list[str]:
     notes = []
-    seeded = sum("not private" in run.key_provenance for run in runs)
+    seeded = sum(not KeySource(run.key_provenance).is_private for run in runs)
     if seeded:
         notes.append(
             f"{seeded} of the runs took their noise from a user's seed: whoever knows it can remove "

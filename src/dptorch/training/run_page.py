@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dptorch.errors import ConfigurationError, DataError
+from dptorch.randomness import KeySource
 from dptorch.training import run_charts
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 
@@ -80,7 +81,7 @@ def render(
         accuracy_high=high,
         detection=min(1.0, math.exp(min(epsilon, 700.0)) * 0.01 + plan["target_delta"]),
         interrupted=about["status"] != "complete",
-        seeded="not private" in claims["key_provenance"],
+        seeded=not KeySource(claims["key_provenance"]).is_private,
         tested=tested,
         accuracy_chart=tested
         and run_charts.accuracy_against_epsilon(

@@ -162,7 +162,7 @@ class PrivacyEngine:
     def _begin_epoch(self) -> int:
         assert self._run is not None
         self._part = None
-        self._run.engine.receive(None, complete=False)
+        self._run.engine.end_epoch(complete=False)
         return self._run.engine.steps_done
 
     def _receive(self, *_: Any) -> None:
@@ -172,7 +172,10 @@ class PrivacyEngine:
         if not torch.is_grad_enabled() or part is self._part:
             return
         self._part = part
-        self._run.engine.receive(part)
+        if part is None:
+            self._run.engine.end_epoch()
+        else:
+            self._run.engine.begin_physical_batch(part)
 
     # -- what can be read --------------------------------------------------------------------------
 

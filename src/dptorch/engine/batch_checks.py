@@ -1,0 +1,85 @@
+"""Checks of one physical batch: its rows are the loader's, and its loss is reduced as planned."""
+
+from __future__ import annotations
+
+import math
+
+from dptorch.errors import PrivacyError
+from dptorch.sampling import PhysicalBatch
+from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
+
+__all__ = ["check_factors", "check_rows", "planned_factors"]
+
+
+def check_rows(rows: int, part: PhysicalBatch) -> None:
+    """Check that the model was given as many rows as the loader handed out.
+
+    Raises:
+        PrivacyError: it was not.
+    """
+    expected = part.examples + part.padding
+    if rows != expected:
+        raise PrivacyError(
+            f"the model was given {rows} rows where the loader handed out {expected} examples. Each "
+            "row must be one example: augmented views of an example go on an axis of their "
+            "own, so that its gradients are clipped together, and examples may not be paired, "
+            "selected or mixed after the loader."
+        )
+
+
+def planned_factors(loss: Reduced | None, rows: int, reduction: str) -> tuple[float, ...] | None:
+    """Return what the terms of a loss are multiplied by, beside the planned reduction.
+
+    Args:
+        loss: how the loss was reduced, None if it was not followed.
+        rows: number of examples B in the physical batch.
+        reduction: the planned reduction, "mean" or "sum".
+
+    Returns:
+        One factor for each term; None for one loss an example, and for a batch of one row.
+
+    Raises:
+        PrivacyError: the loss was not followed, or is reduced otherwise than planned.
+    """
+    if loss is None:
+        raise PrivacyError(
+            "the loss could not be followed from the model's outputs to backward(), so it may "
+            "mix examples. Compute it from what the model returns (tensors in tuples, lists, "
+            "dicts or dataclasses) with torch functions, and call loss.backward()."
+        )
+    kind, factors = loss.kind, loss.factors
+    if kind == PER_EXAMPLE or rows == 1:
+        return None
+    if kind == reduction:
+        return factors
+    # A sum divided by the number of rows is a mean, and a mean times it a sum.
+    factors = tuple(f * rows if reduction == "mean" else f / rows for f in factors)
+    if not all(math.isclose(f, 1.0, rel_tol=1e-6) for f in factors):
+        raise PrivacyError(
+            f"the loss is a {kind} over the examples, but the engine was told "
+            f"loss_reduction={reduction!r}: gradients would be off by the "
+            f"batch size. Use loss_reduction={kind!r}, without dividing by anything that "
+            "depends on the batch."
+        )
+    return factors
+
+
+def check_factors(factors: tuple[float, ...], before: tuple[float, ...]) -> None:
+    """Check that the terms of the loss are multiplied by what they were multiplied by before.
+
+    Raises:
+        PrivacyError: a factor changed, so it may depend on the batch.
+    """
+    if len(before) != len(factors) or not all(
+        math.isclose(f, g, rel_tol=1e-6) for f, g in zip(factors, before, strict=True)
+    ):
+        raise PrivacyError(
+            f"the terms of the loss are multiplied by {_list(factors)}, before by "
+            f"{_list(before)}. A factor that depends on the batch (a number of tokens, a sum of "
+            "weights) lets one example rescale all others. Use public constants, and the "
+            "learning rate for a schedule."
+        )
+
+
+def _list(factors: tuple[float, ...]) -> str:
+    return ", ".join(f"{f:.6g}" for f in factors)

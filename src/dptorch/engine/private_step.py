@@ -1,0 +1,139 @@
+"""The private step: count it, clip, add noise, and hand the noisy gradient to the optimizer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dptorch.clipping import COUNTS
+from dptorch.clipping.sums import ClippedSum
+from dptorch.engine import checkpoint
+from dptorch.engine.logical_batch import LogicalBatch
+from dptorch.engine.optimizer_binding import check_parameters, write_gradients
+from dptorch.engine.run_state import RunState
+from dptorch.errors import BudgetExhausted, PrivacyError, warn
+from dptorch.noise import get_mechanism
+from dptorch.noise.fingerprint import fingerprint
+from dptorch.noise.noisy_gradient import NoisyGradient
+
+__all__ = ["PrivateStep"]
+
+
+class PrivateStep:
+    """Takes the steps of a run.
+
+    Args:
+        run: counts them.
+        batch: adds up the clipped gradients of each.
+        model: what is trained.
+        parameters: its trainable parameters, by name.
+        private: False takes ordinary steps, for comparison.
+        on_exhausted: what a step past the plan does, "raise" or "stop".
+        secure_rng: see `dptorch.PrivacyEngine`.
+    """
+
+    def __init__(
+        self,
+        run: RunState,
+        batch: LogicalBatch,
+        model: nn.Module,
+        parameters: dict[str, Tensor],
+        *,
+        private: bool,
+        on_exhausted: str,
+        secure_rng: bool,
+    ) -> None:
+        self._run = run
+        self._batch = batch
+        self._model = model
+        self._parameters = parameters
+        self._private = private
+        self._on_exhausted = on_exhausted
+        self._secure_rng = secure_rng
+        self._warned_exhausted = False
+        self._warned_own_loader = False
+
+    def take(self, optimizer: Optimizer) -> bool:
+        """Take the step that is due: count it, and fill ``.grad`` with the noisy gradient.
+
+        Args:
+            optimizer: the one that will step on the noisy gradient.
+
+        Returns:
+            False where there is nothing to step on: the logical batch is not complete, or the plan is
+            done.
+        """
+        if self._run.exhausted:
+            return self._refuse_step()
+        part = self._batch.part
+        complete = part is None or part.is_last
+        if not self._private:
+            self._run.steps_done += complete
+            return complete
+        self._batch.add_pending("step")
+        if not complete:
+            return False
+        clipped = self._pop_clipped_sum(optimizer)
+        sampled = part is not None and part.logical_step == self._run.steps_done
+        # Counted before it is visible: whatever happens from here on, the step has been spent.
+        step = self._run.count_step(sampled=sampled)
+        if not sampled:
+            self._warn_of_own_loader()
+        noisy = self._add_noise(clipped, step)
+        write_gradients(self._parameters, noisy)
+        return True
+
+    def _pop_clipped_sum(self, optimizer: Optimizer) -> ClippedSum:
+        """The sum of the logical batch, once nothing speaks against a step on it."""
+        self._refuse_changed_parameters(optimizer)
+        clipped = self._batch.pop_sum()
+        if self._batch.diagnostics is not None and self._batch.diagnostics.dropped:
+            checkpoint.refuse_not_finite(self._parameters)
+        return clipped
+
+    def _add_noise(self, clipped: ClippedSum, step: int) -> NoisyGradient:
+        """The noisy gradient of a step. Adaptive clipping norms follow its noisy counts."""
+        plan, key = self._run.plan, self._run.key
+        # A seed is for repeating a run, in other physical batches too, which differ by rounding.
+        context = fingerprint(clipped.values, key, step) if key.source.is_private else 0
+        divisor = plan.expected_batch_size if plan.loss_reduction == "mean" else 1.0
+        mechanism = get_mechanism(plan.mechanism)
+        noise = mechanism(plan.noise_multiplier, secure_rng=self._secure_rng)
+        noisy = noise.privatize(clipped, key, step, context=context, divisor=divisor)
+        if plan.adaptive_clipping is not None:
+            self._batch.update_norms(noisy.values[COUNTS] * divisor)
+        return noisy
+
+    def _refuse_changed_parameters(self, optimizer: Optimizer) -> None:
+        """What is trained must still be what the engine follows and the optimizer holds."""
+        now = {id(p) for p in self._model.parameters() if p.requires_grad}
+        if now != {id(p) for p in self._parameters.values()}:
+            raise PrivacyError(
+                "the model's trainable parameters have changed since the engine was made (frozen, "
+                "unfrozen, replaced or added). Freeze and unfreeze before making it: detach() this "
+                "engine, and make another for the steps that remain; their epsilons add up."
+            )
+        check_parameters(self._parameters, optimizer)
+
+    def _warn_of_own_loader(self) -> None:
+        if not self._warned_own_loader:
+            self._warned_own_loader = True
+            warn(
+                "a batch did not come from engine.loader(), so it is not known to be drawn as the "
+                f"plan says ({self._run.plan.sampling}): epsilon is stated without amplification by "
+                "sampling, and is much larger. Take batches from engine.loader(dataset)."
+            )
+
+    def _refuse_step(self) -> bool:
+        self._batch.reset()
+        message = (
+            f"all {self._run.plan.steps} steps of the plan are done "
+            f"(epsilon={self._run.get_privacy_spent().epsilon:.4g}): another step would exceed the "
+            "budget and was not taken. Plan more steps, or stop training here."
+        )
+        if self._on_exhausted == "raise":
+            raise BudgetExhausted(message)
+        if not self._warned_exhausted:
+            self._warned_exhausted = True
+            warn(message)
+        return False
