@@ -82,7 +82,7 @@ def gather(call: Call, outputs: Sequence[Any]) -> Found:
         return by  # looking up in constants
     assert tag.dim is not None
     if tag.dim == dim:
-        owner = owners(tag, x.shape[dim], call.batch_size, x.device)[index].to(torch.int32)
+        owner = owners(tag, x.shape[dim], call.batch_size, x.device)[index.long()].to(torch.int32)
         return _moved(owner.cpu(), index, by, call.batch_size)
     if index.shape[tag.dim] != x.shape[tag.dim]:
         raise Lost("only some of the examples are looked up")
@@ -210,6 +210,8 @@ def masked_scatter(call: Call, outputs: Sequence[Any]) -> Found:
     x, mask, source = call.arg("input"), call.arg("mask"), call.arg("source")
     tag, by, of = call.tag_of(x), call.tag_of(mask), call.tag_of(source)
     known = tag if tag is not None else by
+    if by is not None and of is None:
+        raise Lost("which element of a constant an example gets depends on the examples before it")
     if of is not None and known is not None and known.dim is not None:
         shape = outputs[0].shape
         index = owners(known, shape[known.dim], call.batch_size, x.device)

@@ -157,7 +157,7 @@ def instance_norm(call: Call, outputs: Sequence[Any]) -> Found:
     """batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
     _batch_norm_no_update"""
 )
-def batch_norm(call: Call, outputs: Sequence[Any]) -> Found:
+def batch_norm(call: Call, outputs: Sequence[Any]) -> list[Found]:
     """Fixed statistics only: in training mode BatchNorm mixes the examples."""
     trains = call.arg("training", call.arg("train", False))
     if trains or call.arg("running_mean") is None:
@@ -168,7 +168,7 @@ def batch_norm(call: Call, outputs: Sequence[Any]) -> Found:
         raise Lost("the statistics carry examples")
     if tag.dim == 1:
         raise Lost("the channels are the examples")
-    return tag
+    return [tag, *[None] * (len(outputs) - 1)]
 
 
 @family(

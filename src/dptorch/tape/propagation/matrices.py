@@ -14,7 +14,7 @@ from dptorch.tape.provenance.tags import Lost
 __all__: list[str] = []
 
 # Operands that hold one vector, not one matrix, for each batch index.
-_VECTORS = ("tau", "pivots", "LU_pivots", "input3")
+_VECTORS = ("tau", "pivots", "LU_pivots")
 
 
 @family(
@@ -29,13 +29,13 @@ def matrices(call: Call, outputs: Sequence[Any]) -> list[Found]:
     operands = [(n, t) for n, t in call.bound.items() if isinstance(t, Tensor)]
     rank, found = 0, []
     for name, t in operands:
-        inner = 1 if name in _VECTORS or _is_vector(call, name, t) else 2
+        inner = 1 if _is_vector(call, name, t) else 2
         rank = max(rank, t.dim() - inner)
     for name, t in operands:
         tag = call.tag_of(t)
         if tag is None:
             continue
-        inner = 1 if name in _VECTORS or _is_vector(call, name, t) else 2
+        inner = 1 if _is_vector(call, name, t) else 2
         assert tag.dim is not None
         before = t.dim() - inner - tag.dim  # counted from the matrix
         if before < 1:
@@ -57,7 +57,10 @@ def matrices(call: Call, outputs: Sequence[Any]) -> list[Found]:
 
 
 def _is_vector(call: Call, name: str, t: Tensor) -> bool:
-    """Whether the right-hand side of a solver is one vector for each matrix, as torch decides it."""
+    """Whether an operand holds one vector for each batch index: pivots, reflector scales, and the
+    right-hand side of a solver where torch decides so."""
+    if name in _VECTORS or (call.name == "ormqr" and name == "input2"):
+        return True
     if call.name != "_linalg_solve_ex" or name != "B":
         return False
     a = call.arg("A")

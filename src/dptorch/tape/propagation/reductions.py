@@ -53,7 +53,7 @@ def reduction(call: Call, outputs: Sequence[Any]) -> Found:
 @family(
     """softmax log_softmax softmin _softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin
     logcumsumexp _logcumsumexp sort argsort topk glu diff fft_fft fft_ifft fft_rfft fft_irfft
-    _fft_c2c _fft_r2c _fft_c2r msort"""
+    _fft_c2c _fft_r2c _fft_c2r msort _sample_dirichlet"""
 )
 def along_dim(call: Call, outputs: Sequence[Any]) -> Any:
     """Ops that work along one dimension and keep the others."""
@@ -131,7 +131,7 @@ MIXING = {
 
 
 def _mixes(call: Call, outputs: Sequence[Any]) -> Found:
-    raise Lost(MIXING[call.name])
+    raise Lost(MIXING[call.name.removesuffix("_copy")])
 
 
 for _name in MIXING:

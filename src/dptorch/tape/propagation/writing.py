@@ -63,6 +63,8 @@ def owners_after(call: Call, x: Tensor, index: Any, value: Any) -> Tag | None:
     if bool(((target != new) & (target >= 0)).any()):
         raise Lost("examples are written over other examples")
     owner[index] = new
+    if not torch.equal(owner[index], new):
+        raise Lost("several examples are written to one place")
     return read_owners(owner, call.batch_size)
 
 

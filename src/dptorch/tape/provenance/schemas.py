@@ -132,7 +132,7 @@ def _signature(func: Callable[..., Any]) -> tuple[str, ...] | None:
 
 
 def _name(name: str) -> str:
-    return "input" if name == "self" else name
+    return _SPELLINGS[name] if name in ("self", "axis0", "axis1") else name
 
 
 def schemas_of(func: Callable[..., Any]) -> list[_Schema]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dptorch.errors import NotCoveredError
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance.calls import Call, each_tensor
-from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, Tag
+from dptorch.tape.provenance.tags import PARAM_ONLY, Mixed, ParamOnly, Reduced, Tag
 from dptorch.tape.recording.handlers import SPECIAL
 from dptorch.tape.recording.recording import Recording, active_modes
 from dptorch.tape.recording.taps import TAPS
@@ -107,8 +107,14 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         for t, s in states
         if t.requires_grad and (isinstance(s, ParamOnly) or id(t) in recording.tape.names)
     ]
+    lost = next((s for _, s in states if isinstance(s, (Mixed, Reduced))), None)
+    if lost is not None:
+        return _after_the_batch(original(*args, **kwargs), cls, lost, recording)
     if not tagged:
-        return original(*args, **kwargs)
+        out = original(*args, **kwargs)
+        if parameters and torch.is_grad_enabled():
+            _from_parameters(out, parameters, recording)
+        return out
     if not parameters or not torch.is_grad_enabled():
         return _passed_on(original(*args, **kwargs), cls, tagged, recording)
 
@@ -128,6 +134,25 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return generic(
             Call(run, name, args, kwargs, tagged, distinct, recording.batch_size), recording
         )
+
+
+def _from_parameters(out: Any, parameters: list[Tensor], recording: Recording) -> None:
+    """Mark what a custom Function made of parameters alone (a weight in two signs, a product of
+    factors): autograd goes on through the Function's own backward."""
+    followed = {id(p) for p in parameters} & recording.tape.names.keys()
+    recording.tape.note_derived(followed)
+    for o in tree_leaves(out):
+        if isinstance(o, Tensor) and o.requires_grad:
+            recording.mark(o, PARAM_ONLY)
+
+
+def _after_the_batch(out: Any, cls: Any, lost: Mixed | Reduced, recording: Recording) -> Any:
+    """Mark what a custom Function made of a value that all examples have gone into."""
+    state = recording.statistic(f"{cls.__name__}.apply") if isinstance(lost, Reduced) else lost
+    for o in tree_leaves(out):
+        if isinstance(o, Tensor):
+            recording.mark(o, state)
+    return out
 
 
 def _passed_on(out: Any, cls: Any, tagged: list[tuple[Tensor, Tag]], recording: Recording) -> Any:

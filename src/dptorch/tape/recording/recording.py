@@ -41,6 +41,7 @@ from dptorch.tape.provenance.tags import (
 from dptorch.tape.recording.assignment import assign, assign_parameter
 from dptorch.tape.recording.composites import is_composite, opened
 from dptorch.tape.recording.handlers import SPECIAL, reorder
+from dptorch.tape.recording.parameter_graph import parameters_behind
 from dptorch.tape.recording.taps import lift, tap
 from dptorch.tape.recording.tensor_states import States
 from dptorch.tape.rules import LOSSES, RULES, generic
@@ -259,6 +260,11 @@ class Recording(States):
             )
         if t.is_leaf:
             return False  # an input whose gradient somebody wants, or a constant
+        behind = parameters_behind(t, self._followed)
+        if behind is not None:
+            self.tape.note_derived(behind)
+            self.mark(t, PARAM_ONLY)
+            return True
         raise NotCoveredError(
             f"{self.module_path()}: '{name}' uses a tensor of shape {tuple(t.shape)} that requires "
             f"grad ({t.grad_fn}) and was not computed in this forward pass from the inputs or the "
