@@ -25,6 +25,7 @@ __all__ = ["Change", "FrozenBatchNorm", "Preparation", "preparation", "prepare"]
 
 BATCHNORM = ("auto", "group", "frozen")
 _GROUP_SIZE = 16
+GroupsOf = Callable[[_BatchNorm], int]
 _FEW = 4  # channels below which a normalised [N, C] row says next to nothing
 
 
@@ -149,6 +150,7 @@ def prepare(
     *,
     batchnorm: str = "auto",
     group_size: int = _GROUP_SIZE,
+    num_groups: int | GroupsOf | None = None,
     fold: bool = True,
     report: Callable[[str], object] | None = print,
 ) -> nn.Module:
@@ -187,6 +189,8 @@ def prepare(
             that no training will adapt to another normalisation.
         group_size: least number of channels that GroupNorm normalises together, where there are
             as many.
+        num_groups: number of groups, instead of group_size; or a function that returns it for a
+            BatchNorm.
         fold: adjust GroupNorm's scale and shift by the running statistics.
         report: called with a readable summary; None for silence. `preparation` gives the list.
 
@@ -206,7 +210,7 @@ def prepare(
         >>> model(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 32, 6, 6])
     """
-    plan = list(_plan(model, batchnorm, group_size, fold))
+    plan = list(_plan(model, batchnorm, _groups_of(group_size, num_groups), fold))
     replaced: dict[int, nn.Module] = {}
     for step in plan:
         new = step.convert()
@@ -227,6 +231,7 @@ def preparation(
     *,
     batchnorm: str = "auto",
     group_size: int = _GROUP_SIZE,
+    num_groups: int | GroupsOf | None = None,
     fold: bool = True,
 ) -> Preparation:
     """What `prepare` would change with the same arguments; changes nothing.
@@ -236,7 +241,8 @@ def preparation(
         >>> [(c.module, c.after) for c in found.changes]
         [('1', 'GroupNorm')]
     """
-    return Preparation(tuple(s.change for s in _plan(model, batchnorm, group_size, fold)))
+    steps = _plan(model, batchnorm, _groups_of(group_size, num_groups), fold)
+    return Preparation(tuple(step.change for step in steps))
 
 
 def groups_for(channels: int, group_size: int = _GROUP_SIZE) -> int:
@@ -250,19 +256,26 @@ def groups_for(channels: int, group_size: int = _GROUP_SIZE) -> int:
     return max(g for g in range(1, most + 1) if channels % g == 0)
 
 
+def _groups_of(group_size: int, num_groups: int | GroupsOf | None) -> GroupsOf:
+    """The number of groups of each BatchNorm's replacement."""
+    if group_size < 2:
+        raise ConfigurationError(
+            f"group_size={group_size} would normalise a channel by itself, which leaves nothing of "
+            "a channel with one position. Use at least 2."
+        )
+    if num_groups is None:
+        return lambda norm: groups_for(norm.num_features, group_size)
+    return num_groups if callable(num_groups) else lambda _: num_groups
+
+
 class _Step(NamedTuple):
     module: nn.Module
     change: Change
     convert: Callable[[], nn.Module]
 
 
-def _plan(model: nn.Module, batchnorm: str, group_size: int, fold: bool) -> Iterator[_Step]:
+def _plan(model: nn.Module, batchnorm: str, groups_of: GroupsOf, fold: bool) -> Iterator[_Step]:
     one_of("batchnorm", batchnorm, BATCHNORM)
-    if group_size < 2:
-        raise ConfigurationError(
-            f"group_size={group_size} would normalise a channel by itself, which leaves nothing of "
-            "a channel with one position. Use at least 2."
-        )
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     uses = Counter(id(p) for m in norms for p in m.parameters(recurse=False))
     for name, module in model.named_modules():
@@ -277,7 +290,13 @@ def _plan(model: nn.Module, batchnorm: str, group_size: int, fold: bool) -> Iter
             if after == "FrozenBatchNorm":
                 step = partial(_frozen, module)
             else:
-                groups = groups_for(module.num_features, group_size)
+                groups = groups_of(module)
+                if groups < 1 or module.num_features % groups:
+                    raise ConfigurationError(
+                        f"module '{name}' ({kind}): {module.num_features} channels cannot be cut into "
+                        f"num_groups={groups} groups of equal size. Use a divisor of "
+                        f"{module.num_features}."
+                    )
                 shared = any(uses[id(p)] > 1 for p in module.parameters(recurse=False))
                 folds = fold and module.running_mean is not None and not shared
                 step = partial(_group_norm, module, groups, fold=folds)
