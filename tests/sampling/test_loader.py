@@ -336,12 +336,31 @@ def test_epochs_follow_the_start_step() -> None:
     lengths = []
     for start, expected in [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7]), (6, [6, 7]), (8, [8, 9])]:
         step = start
-        lengths.append(len(loader))
+        lengths.append(loader.steps_left)
         assert list(steps_of(loader)) == expected
     assert lengths == [4, 4, 2, 2]
     step = 10
     assert len(loader) == 0
     assert list(loader) == []
+
+
+@pytest.mark.parametrize("capacity", [None, 24])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_length_is_the_number_of_batches_that_come(
+    capacity: int | None, world_size: int
+) -> None:
+    """A trainer that counts on `len` would stop early if it were the number of steps."""
+    sampler = PoissonSampler(40, 0.25, RootKey.from_seed(1))
+    loader = PrivateLoader(
+        torch.arange(40),
+        sampler,
+        steps_per_epoch=5,
+        max_physical_batch_size=3,
+        capacity=capacity,
+        world_size=world_size,
+    )
+    for _ in range(3):
+        assert len(loader) == len(list(loader)) > loader.steps_left == 5
 
 
 def test_a_loader_with_a_fixed_start_counts_for_itself() -> None:

@@ -261,7 +261,7 @@ class _LogicalBatches:
         self._part = part
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return self._loader.steps_left
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         batches = iter(self._loader)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
@@ -188,6 +189,7 @@ class PrivateLoader:
             pin_memory=pin_memory,
             **dataloader_kwargs,
         )
+        self._parts_of = range(0), 0  # the last answer of `count_parts`
         self._current: PhysicalBatch | None = None
         # Weak, because the end of a loop left early is noticed when its iterator is freed.
         self._active: weakref.ref[_Iteration] | None = None
@@ -223,14 +225,26 @@ class PrivateLoader:
         self._end_listeners.append(listener)
 
     def __len__(self) -> int:
-        """Logical steps that the next iteration will take (0 when `total_steps` are done).
+        """Return how many batches the next iteration hands out (0 when `total_steps` are done).
 
-        This is also the number of batches handed out if `max_physical_batch_size` is None;
-        otherwise that number depends on the sizes drawn, so a progress bar over batches has no
-        exact total.
+        With `max_physical_batch_size` these are the parts of its logical batches. Their number
+        follows from the sizes drawn, so it is NOT PRIVATE, and another epoch has another.
         """
+        return self.count_parts(range(*self._range()))
+
+    @property
+    def steps_left(self) -> int:
+        """Logical steps that the next iteration will take."""
         first, last = self._range()
         return last - first
+
+    def count_parts(self, steps: range) -> int:
+        """Return in how many parts the logical batches of `steps` are handed out. Work: O(examples)."""
+        if self.max_physical_batch_size is None:
+            return len(steps)
+        if self._parts_of[0] != steps:
+            self._parts_of = steps, sum(self._plan.split(step)[2] for step in steps)
+        return self._parts_of[1]
 
     def __iter__(self) -> Iterator[Any]:
         previous = self._active() if self._active is not None else None
@@ -366,21 +380,25 @@ class _PhysicalPlan:
         self._next = (steps, parts)
         return parts
 
+    def split(self, step: int) -> tuple[NDArray[np.int64], int, int]:
+        """(examples of a logical batch, rows that go through the model, number of parts)."""
+        drawn = self._sampler.draw(step)
+        if self._capacity is not None and len(drawn) > self._capacity:
+            raise PrivacyError(
+                f"a batch has more examples than capacity={self._capacity}, which its sampler "
+                "should have kept to"
+            )
+        # The rows of the rank with the most, so that all go through the model equally often.
+        rows = -(-(self._capacity or len(drawn)) // self._world_size)
+        return drawn, rows, max(1, -(-rows // (self._max_size or max(1, rows))))
+
     def __iter__(self) -> Iterator[list[int]]:
         return self._lists(*self._next)
 
     def _lists(self, steps: range, parts: deque[PhysicalBatch]) -> Iterator[list[int]]:
         for step in steps:
-            drawn = self._sampler.draw(step)
-            if self._capacity is not None and len(drawn) > self._capacity:
-                raise PrivacyError(
-                    f"a batch has more examples than capacity={self._capacity}, which its sampler "
-                    "should have kept to"
-                )
-            # The rows of the rank with the most, so that all go through the model equally often.
-            rows = -(-(self._capacity or len(drawn)) // self._world_size)
+            drawn, rows, count = self.split(step)
             size = self._max_size or max(1, rows)
-            count = max(1, -(-rows // size))
             share: list[int] = drawn[self._rank :: self._world_size].tolist()
             for index in range(count):
                 indices = share[index * size : (index + 1) * size]
