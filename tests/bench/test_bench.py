@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -172,13 +173,17 @@ def test_an_engine_that_cannot_run_says_why() -> None:
         start(ENGINES["opacus/ghost"], work)
 
 
-def test_peers_are_looked_for_and_a_broken_one_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["private_CNN", "private_vision"])
+def test_peers_are_looked_for_and_a_broken_one_is_reported(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigurationError, match="fastDP"):
         read_peers([f"fastdp={tmp_path}"])
     with pytest.raises(ConfigurationError, match="fastdp"):
         read_peers([f"fastpd={tmp_path}"])
-    (tmp_path / "private_CNN").mkdir()
-    (tmp_path / "private_CNN" / "__init__.py").write_text("import no_such_package\n")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "__init__.py").write_text("import no_such_package\n")
+    monkeypatch.delitem(sys.modules, folder, raising=False)
     (engine,) = peer_engines(read_peers([f"private_vision={tmp_path}"]))
     with pytest.raises(Unavailable, match="no_such_package"):
         start(engine, WORKLOADS["mlp"].make(Size(2, d=4)))

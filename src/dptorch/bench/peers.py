@@ -31,11 +31,11 @@ from dptorch.errors import ConfigurationError, one_of
 
 __all__ = ["PEERS", "peer_engines", "read_peers"]
 
-#: The name on the command line, the package in the checkout.
+#: The name on the command line, the package in the checkout by its names over the years.
 PEERS = {
-    "fastdp": "fastDP",
-    "private-transformers": "private_transformers",
-    "private-vision": "private_CNN",
+    "fastdp": ("fastDP",),
+    "private-transformers": ("private_transformers",),
+    "private-vision": ("private_vision", "private_CNN"),
 }
 
 
@@ -50,10 +50,10 @@ def read_peers(values: list[str]) -> dict[str, Path]:
         name, _, path = value.partition("=")
         name = one_of("peer", name.lower().replace("_", "-"), PEERS)
         folder = Path(path).expanduser().resolve()
-        if not path or not (folder / PEERS[name]).is_dir():
+        if not path or not any((folder / package).is_dir() for package in PEERS[name]):
             raise ConfigurationError(
-                f"--peer {value!r}: there is no folder {PEERS[name]} in {path!r}. Give the folder "
-                f"of a checkout, as --peer {name}=PATH."
+                f"--peer {value!r}: there is no folder {' or '.join(PEERS[name])} in "
+                f"{path!r}. Give the folder of a checkout, as --peer {name}=PATH."
             )
         found[name] = folder
     return found
@@ -183,7 +183,8 @@ def _swissknife() -> Any:
 def _private_vision(folder: Path) -> Callable[[Workload, Settings], Step]:
     def attach(work: Workload, settings: Settings) -> Step:
         with _quiet():
-            package = _package(folder, "private_CNN")
+            names = [name for name in PEERS["private-vision"] if (folder / name).is_dir()]
+            package = _package(folder, names[0])
             give_positions(work.model)
             optimizer = sgd(work.model, settings)
             engine = package.PrivacyEngine(
