@@ -83,7 +83,7 @@ class OptimizerBinding:
                 loss = closure()
         if self._take_step():
             self._step()
-        return loss
+        return _plain(loss)
 
     def _lbfgs_step(self, closure: Closure | None) -> Any:
         if closure is None:
@@ -102,7 +102,7 @@ class OptimizerBinding:
             return float("nan")
 
         self._step(private_closure)
-        return losses[0] if losses else None
+        return _plain(losses[0]) if losses else None
 
     def _private_zero_grad(self, set_to_none: bool = True) -> None:
         if self._attached:
@@ -120,6 +120,11 @@ class OptimizerBinding:
                     setattr(self.optimizer, name, self._own[name])
         for name in ("virtual_step", "privacy_engine"):
             self.optimizer.__dict__.pop(name, None)
+
+
+def _plain(loss: Any) -> Any:
+    """Return a loss as an ordinary tensor, without the recording that it was followed by."""
+    return loss.detach() if isinstance(loss, Tensor) else loss
 
 
 def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient) -> None:
