@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from dptorch.accounting import Adjacency
 from dptorch.accounting.events import EpochwiseGaussian, RandomAllocationGaussian
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.randomness import RootKey
 from dptorch.sampling.permutation import KeyedPermutation
 from dptorch.sampling.sampler import check_key, check_sample_size, stream
@@ -46,7 +47,7 @@ class _Dealer(ABC):
         self._steps = int(steps_per_epoch)
         self._key = check_key(key)
         self._epoch = -1
-        self._order: KeyedPermutation | None = None
+        self._order: Callable[[Indices], Indices] | None = None
         self._bounds: Indices = np.empty(0, np.int64)
 
     @property
@@ -69,7 +70,7 @@ class _Dealer(ABC):
         return places if self._order is None else np.sort(self._order(places))
 
     @abstractmethod
-    def _deal(self, epoch: int) -> tuple[KeyedPermutation | None, Indices]:
+    def _deal(self, epoch: int) -> tuple[Callable[[Indices], Indices] | None, Indices]:
         """The order of the examples (None: as they are), and where each step's stretch begins."""
 
     def _permutation(self, epoch: int) -> KeyedPermutation:
@@ -117,9 +118,28 @@ class ShuffledSampler(_Dealer):
     """
 
     scheme: Final = "shuffled"
+    _given: Callable[[int], Indices] | None = None
 
-    def _deal(self, epoch: int) -> tuple[KeyedPermutation | None, Indices]:
-        return self._permutation(epoch), self._even_bounds()
+    def follow(self, order: Callable[[int], Indices]) -> None:
+        """Take the order of each epoch from `order`, which need not be secret, instead of the key.
+
+        Args:
+            order: a function from the number of an epoch to a permutation of range(N), int64 [N].
+        """
+        self._given = order
+        self._epoch = -1
+
+    def _deal(self, epoch: int) -> tuple[Callable[[Indices], Indices] | None, Indices]:
+        if self._given is None:
+            return self._permutation(epoch), self._even_bounds()
+        order = self._given(epoch)
+        if not np.array_equal(np.sort(order), np.arange(self._sample_size)):
+            raise PrivacyError(
+                f"the order given for epoch {epoch} does not hold every example once, as the "
+                "accounting of shuffled batches assumes. Give a permutation of "
+                f"range({self._sample_size})."
+            )
+        return order.__getitem__, self._even_bounds()
 
 
 class SequentialSampler(_Dealer):

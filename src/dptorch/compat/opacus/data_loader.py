@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, warn
 from dptorch.sampling import NOT_COVERED, PrivateLoader, dataset_size
+from dptorch.sampling.epochs import ShuffledSampler
 
 __all__ = ["DPDataLoader", "order_of", "private_loader"]
 
@@ -30,7 +32,7 @@ _KEPT = (
 )
 
 
-class DPDataLoader:
+class DPDataLoader(DataLoader[Any]):
     """Iterates one epoch of batches, in each of which every example is with the same probability.
 
     `PrivacyEngine.make_private` returns one that belongs to its run: its batches are counted as drawn
@@ -42,7 +44,7 @@ class DPDataLoader:
         dataset: any map-style dataset.
         sample_rate: probability of drawing an example.
         collate_fn, dataloader_kwargs: as in `torch.utils.data.DataLoader`.
-        generator: its seed makes the batches those of that seed: for tests, not private.
+        generator: gives the seed of the batches, at the first of them: for tests, not private.
         drop_last: has no meaning for Poisson batches.
         distributed: not here, see Raises.
         batch_first, rand_on_empty: accepted; empty batches need no telling how to look.
@@ -82,20 +84,24 @@ class DPDataLoader:
                 "distributed=True: the clipped sums of all processes have to be added up before noise "
                 "is, and that is not built yet. Train in one process, with distributed=False."
             )
-        self.dataset = dataset
         self.sample_rate = sample_rate
-        self.batch_sampler = UniformWithReplacementSampler(
-            num_samples=dataset_size(dataset), sample_rate=sample_rate, generator=generator
+        super().__init__(
+            dataset,
+            batch_sampler=UniformWithReplacementSampler(
+                num_samples=dataset_size(dataset), sample_rate=sample_rate, generator=generator
+            ),
+            collate_fn=collate_fn,
+            generator=generator,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            timeout=timeout,
+            worker_init_fn=worker_init_fn,
+            multiprocessing_context=multiprocessing_context,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
         )
-        self.collate_fn = collate_fn
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
-        self.timeout = timeout
-        self.worker_init_fn = worker_init_fn
-        self.multiprocessing_context = multiprocessing_context
-        self.prefetch_factor = prefetch_factor
-        self.persistent_workers = persistent_workers
         self.max_physical_batch_size: int | None = None
+        self._order: _UsersOrder | None = None
         self._run: ScheduledRun | None = None
         self._open: tuple[PrivacyEngine | None, PrivateLoader] | None = None
 
@@ -112,6 +118,8 @@ class DPDataLoader:
     ) -> DPDataLoader:
         """One over the dataset of `data_loader`, with as many batches an epoch, and its workers.
 
+        A generator of `data_loader` is used where none is given.
+
         Raises:
             ConfigurationError: for an IterableDataset, or ``distributed=True``.
         """
@@ -122,13 +130,24 @@ class DPDataLoader:
             data_loader.dataset,
             sample_rate=sampler.sample_rate if known else 1 / len(data_loader),  # type: ignore[union-attr]
             collate_fn=data_loader.collate_fn,
-            generator=generator,
+            generator=data_loader.generator if generator is None else generator,
             distributed=distributed,
             **{name: getattr(data_loader, name) for name in _KEPT},
         )
 
+    @property
+    def _sampler(self) -> UniformWithReplacementSampler:
+        sampler: Any = self.batch_sampler
+        assert isinstance(sampler, UniformWithReplacementSampler)
+        return sampler
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Logical batches of an epoch."""
+        return len(self._sampler)
+
     def of_run(self, run: ScheduledRun) -> DPDataLoader:
-        """The same loader, whose batches the engine of `run` draws."""
+        """Return the same loader, whose batches the engine of `run` draws."""
         mine = copy(self)
         mine._run, mine._open = run, None
         return mine
@@ -140,19 +159,23 @@ class DPDataLoader:
         return mine
 
     def __len__(self) -> int:
-        """Batches of an epoch; if they come in parts, about how many parts."""
-        steps = len(self.batch_sampler)
+        """Batches of an epoch. In parts, those of the next iteration, which depend on the draws."""
+        steps = len(self._sampler)
         if self.max_physical_batch_size is None:
             return steps
-        expected = self.sample_rate * self.batch_sampler.num_samples
-        return math.ceil(steps * max(1.0, expected / self.max_physical_batch_size))
+        if self._run is None:
+            return len(self._loader(None))
+        engine = self._run.engine
+        first = engine.steps_done
+        last = min(first + steps - self._run.steps_done % steps, engine.plan.steps)
+        return self._loader(engine).count_parts(range(first, last))
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         run = self._run
         if run is None:
             yield from self._loader(None)
             return
-        left = len(self.batch_sampler)
+        left = len(self._sampler)
         left -= run.steps_done % left
         while left and not run.engine.exhausted:
             engine = run.engine
@@ -173,8 +196,12 @@ class DPDataLoader:
             kwargs["max_physical_batch_size"] = self.max_physical_batch_size
             if engine is not None:
                 loader = engine.loader(self.dataset, **kwargs)
+                if self._order is not None and isinstance(loader.sampler, ShuffledSampler):
+                    before = self._run.steps_done - engine.steps_done if self._run else 0
+                    done = before // loader.steps_per_epoch
+                    loader.sampler.follow(self._order.from_epoch(done))
             else:
-                sampler = self.batch_sampler
+                sampler = self._sampler
                 loader = PrivateLoader(
                     self.dataset, sampler.poisson, steps_per_epoch=len(sampler), **kwargs
                 )
@@ -182,11 +209,49 @@ class DPDataLoader:
         return self._open[1]
 
 
-def private_loader(data_loader: DataLoader[Any] | DPDataLoader) -> DPDataLoader:
-    """The Poisson loader in the place of the user's."""
+class _UsersOrder:
+    """The orders in which ``DataLoader(shuffle=True, generator=...)`` would go through its data."""
+
+    def __init__(self, data_loader: DataLoader[Any]) -> None:
+        sampler = data_loader.sampler
+        assert isinstance(sampler, RandomSampler)
+        self._size = dataset_size(data_loader.dataset)
+        self._shared = data_loader.generator is sampler.generator
+        self._begin = sampler.generator.clone_state()
+        self._next = 0
+        self._generator = self._begin.clone_state()
+
+    def from_epoch(self, first: int) -> Callable[[int], NDArray[np.int64]]:
+        """Return the same orders, counted from epoch `first`."""
+        return lambda epoch: self(epoch + first)
+
+    def __call__(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order of an epoch, int64 [N]."""
+        if epoch < self._next:
+            self._next, self._generator = 0, self._begin.clone_state()
+        while self._next <= epoch:
+            if self._shared:  # a DataLoader draws a seed for its workers first
+                torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+            order = torch.randperm(self._size, generator=self._generator)
+            torch.randperm(self._size, generator=self._generator)  # RandomSampler's empty remainder
+            self._next += 1
+        found: NDArray[np.int64] = order.numpy()
+        return found
+
+
+def private_loader(
+    data_loader: DataLoader[Any] | DPDataLoader, *, poisson: bool = True
+) -> DPDataLoader:
+    """Return the private loader in the place of the user's.
+
+    Args:
+        data_loader: the user's.
+        poisson: whether batches are drawn anew; else they come in the user's own order.
+    """
     if isinstance(data_loader, DPDataLoader):
         return data_loader
     sampler = data_loader.batch_sampler
+    order = None
     if not isinstance(sampler, UniformWithReplacementSampler):
         if type(sampler) is not BatchSampler:
             name = "no batches" if sampler is None else type(sampler).__name__
@@ -195,7 +260,18 @@ def private_loader(data_loader: DataLoader[Any] | DPDataLoader) -> DPDataLoader:
                 f"DataLoader with batch_size=. {NOT_COVERED}"
             )
         order_of(data_loader)
-    return DPDataLoader.from_data_loader(data_loader)
+        if getattr(data_loader.sampler, "generator", None) is not None:
+            if not poisson:
+                order = _UsersOrder(data_loader)
+            else:
+                warn(
+                    "the loader's generator is not used: Poisson batches are drawn from a secret key, "
+                    "because epsilon assumes that nobody can know them. Pass noise_generator= for a "
+                    "run that can be repeated in tests."
+                )
+    loader = DPDataLoader.from_data_loader(data_loader)
+    loader._order = order
+    return loader
 
 
 def order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
@@ -210,5 +286,13 @@ def order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
             f"the loader draws with {type(sampler).__name__}, which the private loader would "
             "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights to "
             f"the loss. {NOT_COVERED}"
+        )
+    if type(sampler) is RandomSampler and (
+        sampler.replacement or sampler.num_samples != dataset_size(data_loader.dataset)
+    ):
+        raise ConfigurationError(
+            f"the loader draws {sampler.num_samples} examples with replacement={sampler.replacement}, "
+            "which the private loader would replace. Use shuffle=True, and steps or epochs for the "
+            f"length of the run. {NOT_COVERED}"
         )
     return "shuffled" if type(sampler) is RandomSampler else "sequential"

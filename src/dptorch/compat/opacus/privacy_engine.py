@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dptorch.accounting import Event
-from dptorch.clipping import AdaptiveClipping
 from dptorch.compat.arguments import OPEN_END, known_arguments
 from dptorch.compat.opacus.accountants import create_accountant
+from dptorch.compat.opacus.clipping import clipping_arguments
 from dptorch.compat.opacus.data_loader import DPDataLoader, order_of, private_loader
 from dptorch.compat.opacus.grad_sample import GradSampleModule
 from dptorch.compat.opacus.optimizers import as_dp_optimizer
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
+from dptorch.compat.opacus.utils.uniform_sampler import draw_seed
 from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.engine import checkpoint
 from dptorch.errors import ConfigurationError, one_of, warn
@@ -26,7 +27,7 @@ from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import dataset_size
 from dptorch.statement import Statement
 
-__all__ = ["PrivacyEngine", "clipping_arguments"]
+__all__ = ["PrivacyEngine"]
 
 # All of them give the same gradients here; what they cost is the engine's choice.
 _MODES = {"hooks": "auto", "ew": "auto", "functorch": "auto", "ghost": "ghost"}
@@ -35,7 +36,6 @@ _NO_MODES = {
     "ghost_fsdp": "models sharded over devices are not covered",
     "ghost_tp": "models sharded over devices are not covered",
 }
-_CLIPPING = ("flat", "per_layer", "adaptive")
 
 
 class PrivacyEngine:
@@ -104,7 +104,8 @@ class PrivacyEngine:
         """Model, optimizer and loader for a loop that is as it was.
 
         Args:
-            module: any model that `ModuleValidator` finds valid.
+            module: any model that `ModuleValidator` finds valid. One that was made private before is
+                taken off its earlier run, whose steps stay counted.
             optimizer: over exactly its trainable parameters; the object itself becomes private.
             data_loader: its dataset, and its length: the sampling rate is ``1 / len(data_loader)``.
             noise_multiplier: standard deviation of the noise over max_grad_norm.
@@ -116,7 +117,8 @@ class PrivacyEngine:
             poisson_sampling: False keeps the order of `data_loader`, shuffled or not; the steps are
                 then accounted without amplification by sampling.
             clipping: "flat", "per_layer", or "adaptive".
-            noise_generator: its seed makes the run that of the seed: for tests, not private.
+            noise_generator: gives the seed of the run: for tests, not private. It moves on, so that a
+                second run has other noise.
             grad_sample_mode: "hooks", "ew", "functorch" or "ghost": the same gradients.
             wrap_model: whether to return the model as a `GradSampleModule`.
             rand_on_empty: accepted: an empty batch is one row of zeros without weight.
@@ -209,7 +211,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             length={
                 "target_epsilon": target_epsilon,
                 "target_delta": target_delta,
-                "steps": epochs * len(data_loader),
+                "steps": epochs * private_loader(data_loader).steps_per_epoch,
             },
             max_grad_norm=max_grad_norm,
             batch_first=batch_first,
@@ -253,7 +255,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         one_of("grad_sample_mode", grad_sample_mode, _MODES)
         model = module._module if isinstance(module, GradSampleModule) else module
         ModuleValidator.validate(model, strict=True)
-        loader = private_loader(data_loader)
+        loader = private_loader(data_loader, poisson=poisson_sampling)
         seed = None
         if noise_generator is not None:
             if self.secure_mode:
@@ -261,9 +263,9 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
                     "noise_generator and secure_mode=True: noise whose seed is known protects nobody. "
                     "Leave one out."
                 )
-            seed = noise_generator.initial_seed()
+            seed = draw_seed(noise_generator)
             warn(
-                "noise_generator: batches and noise follow from its seed, so whoever knows it can "
+                "noise_generator: batches and noise follow from its state, so whoever knows it can "
                 "take the noise off. This run is for tests, and not private."
             )
         plan = make_plan(
@@ -421,45 +423,13 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
 
     def _run_of(self, module: nn.Module) -> ScheduledRun:
         model = module._module if isinstance(module, GradSampleModule) else module
-        for run in self.runs:
+        for run in reversed(self.runs):
             if run.model is model:
                 return run
         raise ConfigurationError(
             "this engine has not made that module private: pass the one that make_private returned, "
             "or call make_private first."
         )
-
-
-def clipping_arguments(
-    model: nn.Module,
-    clipping: str,
-    max_grad_norm: float | Sequence[float],
-    adaptive: Mapping[str, float | None],
-) -> dict[str, Any]:
-    """The arguments of `make_plan` about clipping."""
-    one_of("clipping", clipping, _CLIPPING)
-    given = {name: value for name, value in adaptive.items() if value is not None}
-    if given and clipping != "adaptive":
-        raise ConfigurationError(
-            f"clipping={clipping!r} with arguments of adaptive clipping: use clipping='adaptive', or "
-            "leave them out."
-        )
-    if clipping != "per_layer":
-        if not isinstance(max_grad_norm, (int, float)):
-            raise ConfigurationError(
-                f"max_grad_norm is a list and clipping={clipping!r}: one norm for each parameter "
-                "goes with clipping='per_layer'."
-            )
-        settings = AdaptiveClipping(**given) if clipping == "adaptive" else None
-        return {"max_grad_norm": max_grad_norm, "adaptive_clipping": settings}
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    if isinstance(max_grad_norm, (int, float)) or len(max_grad_norm) != len(names):
-        raise ConfigurationError(
-            f"clipping='per_layer' needs max_grad_norm as a list of {len(names)} norms, one for each "
-            f"trainable parameter; it is {max_grad_norm!r}. For a total norm of C give "
-            f"[C / {len(names)} ** 0.5] * {len(names)}."
-        )
-    return {"clipping_style": dict(zip(names, map(float, max_grad_norm), strict=True))}
 
 
 def _schedulers(noise: Any, clip: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""One model that was made private: an engine, or several one after the other under a schedule."""
+"""The private training of one model: an engine, or several in turn under a schedule."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dptorch.accounting import Event
+from dptorch.compat.opacus.clipping import check_count_noise
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import PrivacyPlan
@@ -16,7 +18,9 @@ from dptorch.sampling import PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.tape.recording.batch_dims import BatchDims
 
-__all__ = ["ScheduledRun"]
+__all__ = ["ScheduledRun", "run_of"]
+
+_RUNS: weakref.WeakKeyDictionary[nn.Module, ScheduledRun] = weakref.WeakKeyDictionary()
 
 # What of a plan a schedule changes, directly or not.
 _SCHEDULED = ("noise_multiplier", "target_epsilon", "max_grad_norm", "clipping_groups", "steps")
@@ -37,6 +41,7 @@ class ScheduledRun:
         past: what was released before, for a run that goes on from a checkpoint.
         engines: all so far; the last is the one at work.
         loader: what `DPDataLoader` iterates now.
+        ended: whether the model was taken off it, by `end` or by a later run of the same model.
     """
 
     def __init__(
@@ -54,12 +59,25 @@ class ScheduledRun:
         self.past: list[Event] = []
         self.engines: list[PrivacyEngine] = []
         self.loader: PrivateLoader | None = None
+        self.ended = False
         self._clipping_mode = clipping_mode
         self._batch_dims = batch_dims
         self._seed = seed
+        # A model may be made private again, as in every round of federated learning.
+        before = _RUNS.get(model)
+        if before is not None:
+            before.end()
         self._begin(plan)
+        _RUNS[model] = self
+
+    def end(self) -> None:
+        """Take the engine off the model. What was spent stays counted."""
+        if not self.ended:
+            self.ended = True
+            self.engine.detach()
 
     def _begin(self, plan: PrivacyPlan) -> None:
+        check_count_noise(plan)
         phase = len(self.engines)
         engine = PrivacyEngine(
             self.model,
@@ -168,3 +186,9 @@ def _events_of(engines: Sequence[PrivacyEngine]) -> list[Event]:
         own = e.sampling_run[OWN_LOADER]
         found += e.plan.history(e.steps_done, own_loader_steps=own)
     return [event for event in found if event.steps]
+
+
+def run_of(model: nn.Module) -> ScheduledRun | None:
+    """Return the run that `model` is in, if any."""
+    run = _RUNS.get(model)
+    return None if run is None or run.ended else run

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dptorch import accounting
 from dptorch.accounting.accountants.rdp import RDPAccountant
 from dptorch.compat.arguments import OPEN_END, known_arguments
-from dptorch.compat.opacus.privacy_engine import clipping_arguments
+from dptorch.compat.opacus.clipping import clipping_arguments
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus0.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.errors import ConfigurationError, warn

@@ -1,16 +1,16 @@
-"""Accountants with the methods of Opacus' own, over `dptorch.accounting`."""
+"""Accountants with the methods of Opacus's own, over `dptorch.accounting`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, EpochwiseGaussian, Event, SampledGaussian
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
-from dptorch.errors import ConfigurationError, one_of
+from dptorch.errors import ConfigurationError, PrivacyError, one_of
 
 __all__ = [
     "GaussianAccountant",
@@ -18,11 +18,38 @@ __all__ = [
     "PRVAccountant",
     "RDPAccountant",
     "create_accountant",
+    "register_accountant",
 ]
+
+Entry = tuple[float, float, int]
+
+
+class _History(list[Entry]):
+    """The entries of an accountant. An appended one is counted by it; other changes are refused."""
+
+    def __init__(self, entries: Iterable[Entry], accountant: IAccountant) -> None:
+        super().__init__(entries)
+        self._accountant = accountant
+
+    def append(self, entry: Entry) -> None:
+        """Count (noise multiplier, sample rate, steps)."""
+        self._accountant.events.append(SampledGaussian(*entry))
+        super().append(entry)
+
+    def _refuse(self, *args: Any) -> Any:
+        raise PrivacyError(
+            "an accountant's history can be appended to, by step(...) or history.append(...), and "
+            "replaced as a whole by history = [...]. What was released cannot be taken back."
+        )
+
+    extend = insert = pop = remove = clear = __setitem__ = __delitem__ = __iadd__ = _refuse
 
 
 class IAccountant:
     """What was released, and what it costs. Subclasses name who is asked.
+
+    A subclass of your own overrides `get_epsilon`. Noise for a target epsilon, and the privacy
+    statement, are then by "pld", a certified upper bound.
 
     Attributes:
         name: of the accountant in `dptorch.accounting`.
@@ -30,7 +57,7 @@ class IAccountant:
         runs: the engines' runs, which count for themselves.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "pld"
     _mechanism: ClassVar[str]
 
     def __init__(self) -> None:
@@ -46,9 +73,24 @@ class IAccountant:
         return [*accounting.merge(sampled), *others]
 
     @property
-    def history(self) -> list[tuple[float, float, int]]:
-        """(noise multiplier, sample rate, steps) of all releases."""
-        return [_entry(event) for event in self.all_events()]
+    def history(self) -> list[Entry]:
+        """(noise multiplier, sample rate, steps) of all releases.
+
+        Assign a list to begin with another history.
+
+        Raises:
+            PrivacyError: on assignment, if steps of models that were made private are counted here.
+        """
+        return _History((_entry(event) for event in self.all_events()), self)
+
+    @history.setter
+    def history(self, entries: Iterable[Entry]) -> None:
+        if steps := sum(run.steps_done for run in self.runs):
+            raise PrivacyError(
+                f"history cannot be replaced: {steps} steps of models made private here belong to it. "
+                "Use a new PrivacyEngine for other data."
+            )
+        self.events = [SampledGaussian(*entry) for entry in entries]
 
     @known_arguments
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
@@ -85,9 +127,12 @@ class IAccountant:
         """The name by which `create_accountant` knows it."""
         return cls._mechanism
 
-    def state_dict(self) -> dict[str, Any]:
-        """The history and the name."""
-        return {"history": self.history, "mechanism": self.mechanism()}
+    def state_dict(self, destination: Any = None) -> Any:
+        """Return the history and the name, written into `destination` where one is given."""
+        state = {} if destination is None else destination
+        state["history"] = list(self.history)
+        state["mechanism"] = self.mechanism()
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a history. (A run's own comes with its checkpoint.)
@@ -146,15 +191,41 @@ class GaussianAccountant(IAccountant):
     _mechanism = "gdp"
 
 
-_KINDS = {kind.mechanism(): kind for kind in (PRVAccountant, RDPAccountant, GaussianAccountant)}
+_KINDS: dict[str, type[IAccountant]] = {
+    kind.mechanism(): kind for kind in (PRVAccountant, RDPAccountant, GaussianAccountant)
+}
 
 
 def create_accountant(mechanism: str) -> IAccountant:
-    """The accountant called "prv", "rdp" or "gdp"."""
+    """Return an accountant by its name: "prv", "rdp", "gdp", or one that was registered."""
     return _KINDS[one_of("accountant", mechanism, _KINDS)]()
 
 
-def _entry(event: Event) -> tuple[float, float, int]:
+def register_accountant(mechanism: str, accountant: type[IAccountant], force: bool = False) -> None:
+    """Make `accountant` known to `create_accountant` and ``PrivacyEngine(accountant=)``.
+
+    Args:
+        mechanism: the name.
+        accountant: a subclass of `IAccountant`.
+        force: replace one that has this name.
+
+    Raises:
+        ConfigurationError: the name is taken, or the class is no subclass.
+    """
+    if mechanism in _KINDS and not force:
+        raise ConfigurationError(
+            f"an accountant called {mechanism!r} is registered already. Use another name, or "
+            "force=True."
+        )
+    if not (isinstance(accountant, type) and issubclass(accountant, IAccountant)):
+        raise ConfigurationError(
+            f"accountant={accountant!r} must be a subclass of "
+            "dptorch.compat.opacus.accountants.IAccountant."
+        )
+    _KINDS[mechanism] = accountant
+
+
+def _entry(event: Event) -> Entry:
     match event:
         case SampledGaussian():
             return event.noise_multiplier, event.sample_rate, event.steps

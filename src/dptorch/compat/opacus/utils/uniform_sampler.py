@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,13 @@ from dptorch.compat.arguments import known_arguments
 from dptorch.randomness import RootKey
 from dptorch.sampling import PoissonSampler
 
-__all__ = ["UniformWithReplacementSampler"]
+__all__ = ["UniformWithReplacementSampler", "draw_seed"]
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """Return a number drawn from `generator`, which moves on: its next user gets another."""
+    drawn = torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
+    return int(drawn)
 
 
 class UniformWithReplacementSampler:
@@ -19,11 +26,8 @@ class UniformWithReplacementSampler:
     Args:
         num_samples: number of examples.
         sample_rate: probability of drawing an example.
-        generator: its seed makes the draws those of that seed: for tests, not private.
+        generator: gives the seed of the draws, at the first of them: for tests, not private.
         steps: batches of an iteration; by default ``1 / sample_rate``, rounded.
-
-    Attributes:
-        poisson: what draws.
 
     Example:
         >>> sampler = UniformWithReplacementSampler(num_samples=93, sample_rate=1 / 93)
@@ -40,14 +44,18 @@ class UniformWithReplacementSampler:
         generator: torch.Generator | None = None,
         steps: int | None = None,
     ) -> None:
-        seed = None if generator is None else generator.initial_seed()
-        key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
-        self.poisson = PoissonSampler(num_samples, sample_rate, key)
         self.num_samples = num_samples
         self.sample_rate = sample_rate
         self.generator = generator
         self.steps = max(1, round(1 / sample_rate)) if steps is None else steps
         self.drawn = 0
+
+    @functools.cached_property
+    def poisson(self) -> PoissonSampler:
+        """What draws."""
+        generator = self.generator
+        key = RootKey.from_os() if generator is None else RootKey.from_seed(draw_seed(generator))
+        return PoissonSampler(self.num_samples, self.sample_rate, key)
 
     def __len__(self) -> int:
         return self.steps
