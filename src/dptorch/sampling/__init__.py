@@ -2,7 +2,8 @@
 
 from dptorch.sampling.epochs import RandomAllocationSampler, SequentialSampler, ShuffledSampler
 from dptorch.sampling.fixed_size import FixedSizeSampler
-from dptorch.sampling.loader import PhysicalBatch, PrivateLoader, dataset_size
+from dptorch.sampling.loader import PrivateLoader, dataset_size
+from dptorch.sampling.parts import PhysicalBatch
 from dptorch.sampling.poisson import PoissonSampler
 from dptorch.sampling.sampler import Sampler
 from dptorch.sampling.scheme import Scheme, Terms

@@ -11,19 +11,18 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.sampling.padding import zeros_like_batch
+from dptorch.sampling.parts import PaddedDataset, PhysicalBatch, PhysicalPlan
 from dptorch.sampling.sampler import Sampler
 
-__all__ = ["PhysicalBatch", "PrivateLoader", "dataset_size"]
+__all__ = ["PrivateLoader", "dataset_size"]
 
 _CONTRADICTS: Final = {
     "batch_size": "the size of a sampled batch is random and its mean belongs to the plan; to "
@@ -34,31 +33,6 @@ _CONTRADICTS: Final = {
     "drop_last": "dropping part of a drawn batch changes the sampling that the stated epsilon is "
     "for",
 }
-_PADDING: Final = -1  # the index of an example of zeros
-
-
-@dataclass(frozen=True)
-class PhysicalBatch:
-    """Where a batch that was just handed out belongs. The numbers of examples are NOT PRIVATE.
-
-    Attributes:
-        logical_step: step whose logical batch this is a part of.
-        index: position among the parts of that logical batch, from 0.
-        count: number of those parts, >= 1.
-        examples: real examples in it; 0 for an empty logical batch.
-        padding: examples of zeros in it, to be given weight zero.
-    """
-
-    logical_step: int
-    index: int
-    count: int
-    examples: int
-    padding: int = 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the logical batch is complete once this part is."""
-        return self.index == self.count - 1
 
 
 class PrivateLoader:
@@ -178,11 +152,11 @@ class PrivateLoader:
             # that would shift the dropout masks of a resumed run against those of an uninterrupted
             # one.
             dataloader_kwargs["generator"] = self._own_generator = torch.Generator()
-        self._plan = _PhysicalPlan(
+        self._plan = PhysicalPlan(
             sampler, self.max_physical_batch_size, self.capacity, rank, self.world_size
         )
         self._loader: DataLoader[Any] = DataLoader(
-            dataset if self.capacity is None else _Padded(dataset),
+            dataset if self.capacity is None else PaddedDataset(dataset),
             batch_sampler=self._plan,
             collate_fn=self.collate_fn,
             num_workers=num_workers,
@@ -350,87 +324,6 @@ def dataset_size(dataset: Any) -> int:
             f"the dataset ({type(dataset).__name__}) is empty; a run needs at least one example"
         )
     return size
-
-
-class _PhysicalPlan:
-    """Index lists of the parts to load, as a batch sampler of DataLoader.
-
-    DataLoader reads ahead of the loop, so what each list is goes into `parts`, in the same order;
-    an empty logical batch is an entry of `parts` without a list.
-    """
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        max_size: int | None,
-        capacity: int | None,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._sampler = sampler
-        self._max_size = max_size
-        self._capacity = capacity
-        self._rank = rank
-        self._world_size = world_size
-        self._next: tuple[range, deque[PhysicalBatch]] = (range(0), deque())
-
-    def begin(self, steps: range) -> deque[PhysicalBatch]:
-        """Set what the next `iter` covers; the returned queue fills as DataLoader reads ahead."""
-        parts: deque[PhysicalBatch] = deque()
-        self._next = (steps, parts)
-        return parts
-
-    def split(self, step: int) -> tuple[NDArray[np.int64], int, int]:
-        """(examples of a logical batch, rows that go through the model, number of parts)."""
-        drawn = self._sampler.draw(step)
-        if self._capacity is not None and len(drawn) > self._capacity:
-            raise PrivacyError(
-                f"a batch has more examples than capacity={self._capacity}, which its sampler "
-                "should have kept to"
-            )
-        # The rows of the rank with the most, so that all go through the model equally often.
-        rows = -(-(self._capacity or len(drawn)) // self._world_size)
-        return drawn, rows, max(1, -(-rows // (self._max_size or max(1, rows))))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._lists(*self._next)
-
-    def _lists(self, steps: range, parts: deque[PhysicalBatch]) -> Iterator[list[int]]:
-        for step in steps:
-            drawn, rows, count = self.split(step)
-            size = self._max_size or max(1, rows)
-            share: list[int] = drawn[self._rank :: self._world_size].tolist()
-            for index in range(count):
-                indices = share[index * size : (index + 1) * size]
-                full = min(size, rows) if self._capacity is not None else max(1, len(indices))
-                padding = full - len(indices)
-                parts.append(PhysicalBatch(step, index, count, len(indices), padding))
-                if indices or self._capacity is not None:
-                    yield indices + [_PADDING] * padding
-
-
-class _Padded(Dataset[Any]):
-    """A data set with an example of zeros at the index `_PADDING`."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self._zeros: Any = None
-
-    def __getitem__(self, index: int) -> Any:
-        if index != _PADDING:
-            return self._dataset[index]
-        if self._zeros is None:
-            self._zeros = zeros_like_batch(self._dataset[0])
-        return self._zeros
-
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        fetch = getattr(self._dataset, "__getitems__", None)
-        real = [index for index in indices if index != _PADDING]
-        found = (fetch(real) if fetch else [self._dataset[i] for i in real]) if real else []
-        return [*found, *(self[_PADDING] for _ in range(len(indices) - len(real)))]
-
-    def __len__(self) -> int:
-        return len(self._dataset)
 
 
 class _Iteration:
