@@ -186,7 +186,9 @@ def judge(example: Example) -> Verdict:
                 continue
             owner = owner_of_each(before, state, n)
             if bool((different & (owner != i)).any()):
-                return Verdict("wrong", f"output {k} is {state}; example {i} changes others")
+                found = _other_rows(example, leaves, k, i, before, state)
+                if found:
+                    return Verdict("wrong", f"output {k} is {state}: {found}")
     if not reason:
         return _linear(example, base, states)
     several = any(m is not None and bool(((m > 0).sum(0) > 1).any()) for m in influenced)
@@ -196,7 +198,8 @@ def judge(example: Example) -> Verdict:
 def _other_rows(
     example: Example, leaves: list[Any], k: int, i: int, before: Tensor, state: State | None
 ) -> str:
-    """Where the shape changes, what belongs to other examples must still be the same."""
+    """Rows may move, where how many there are depends on the values; what belongs to other examples
+    must still be the same."""
     try:
         out, states = recorded(example, leaves)
     except (PrivacyError, ConfigurationError):

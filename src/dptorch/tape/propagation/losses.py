@@ -57,6 +57,9 @@ def elementwise_loss(call: Call, outputs: Sequence[Any]) -> Found:
         x, var = call.arg("input"), call.arg("var")
         if isinstance(var, Tensor) and var.shape != x.shape and var.shape == x.shape[:-1]:
             return _rows_of_variance(call, outputs)
+    weighted = call.name in ("mse_loss", "l1_loss") and call.arg("weight") is not None
+    if weighted and reduction_of(call) == "mean" and call.batch_size > 1:
+        raise Lost("the mean is divided by the weights of the whole batch")
     probe = torch.empty(broadcast_shape(*shapes), device="meta")
     elementwise(call, [probe])  # the operands must agree, reduced or not
     return _reduced_or(call, lambda: elementwise(call, outputs))

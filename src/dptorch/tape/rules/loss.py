@@ -14,12 +14,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dptorch.tape.propagation import infer
+from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.losses import reduction_of
-from dptorch.tape.provenance.calls import Call
-from dptorch.tape.provenance.tags import Reduced, Tag, rows
+from dptorch.tape.propagation.table import agree
+from dptorch.tape.provenance.calls import Call, replace_tensors
+from dptorch.tape.provenance.tags import Reduced, Tag, broadcast_shape, rows
 from dptorch.tape.rules.recorder import Recorder
+from dptorch.tape.rules.registry import rule
 
 __all__ = ["LOSSES"]
 
@@ -28,7 +33,7 @@ def _mean_of_means(losses: Tensor, counted: Tensor, tag: Tag, n: int) -> Tensor:
     loss_B = rows(losses, tag, n).flatten(1).sum(1)
     count_B = rows(counted, tag, n).flatten(1).sum(1)
     # An example without a counted position has no loss, rather than 0/0.
-    return (loss_B / count_B.clamp(min=1)).mean()
+    return (loss_B / count_B.masked_fill(count_B == 0, 1)).mean()
 
 
 def cross_entropy(call: Call, recording: Recorder) -> Any:
@@ -57,4 +62,75 @@ def cross_entropy(call: Call, recording: Recorder) -> Any:
     return out
 
 
-LOSSES = {"cross_entropy": cross_entropy, "nll_loss": cross_entropy}
+def weighted(call: Call, recording: Recorder) -> Any:
+    """F.mse_loss and F.l1_loss with weights and reduction="mean", which divides by their sum."""
+    x, target, weight = call.arg("input"), call.arg("target"), call.arg("weight")
+    if weight is None or reduction_of(call) != "mean" or call.batch_size == 1:
+        return NotImplemented
+    tags = [along_broadcast(t, g, x.shape) for t, g in call.tagged if g.dim is not None]
+    tag = agree(tags)
+    if len(tags) < len(call.tagged) or not tag.regular:
+        return NotImplemented
+    losses = call.func(x, target, weight=weight, reduction="none")
+    out = _mean_of_means(losses, weight, tag, call.batch_size)
+    recording.mark(out, Reduced("mean"))
+    return out
+
+
+@rule("cross_entropy nll_loss")
+def class_scores(call: Call, recording: Recorder) -> Any:
+    """Scores that are parameters alone (a learnt prior of the classes, expanded to the batch)."""
+    scores, target = call.arg("input"), call.arg("target")
+    tag = call.tag_of(target)
+    if [id(p) for p in call.parameters] != [id(scores)] or tag is None or len(call.tagged) > 1:
+        return NotImplemented
+    if tag.dim is not None:
+        if tag.dim >= 1 and target.dim() < scores.dim():
+            tag = tag.at(tag.dim + 1)
+        if scores.shape[tag.dim] != target.shape[call.tagged[0][1].dim or 0]:
+            return NotImplemented
+    return _lifted(call, recording, scores.shape, tag)
+
+
+@rule(
+    """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div poisson_nll_loss
+    binary_cross_entropy_with_logits gaussian_nll_loss soft_margin_loss margin_ranking_loss
+    hinge_embedding_loss"""
+)
+def elements(call: Call, recording: Recorder) -> Any:
+    """Losses over elements, a parameter among them (a variance, a weight of the positive class)."""
+    try:
+        shape = broadcast_shape(*[t.shape for t in call.operands()])
+    except RuntimeError:  # the variance of gaussian_nll_loss may lack the last dimension
+        return NotImplemented
+    found = [g if g.dim is None else along_broadcast(t, g, shape) for t, g in call.tagged]
+    return _lifted(call, recording, shape, agree(found))
+
+
+def _lifted(call: Call, recording: Recorder, shape: torch.Size, tag: Tag) -> Any:
+    """The loss with its parameters replaced by copies that carry the examples along `tag`."""
+    table = {}
+    for p in call.parameters:
+        target = [1] * (len(shape) - p.dim()) + list(p.shape)
+        if tag.dim is not None:
+            target[tag.dim] = shape[tag.dim]
+        table[id(p)] = recording.lift(p, target, tag)
+    args = tuple(replace_tensors(a, table) for a in call.args)
+    kwargs = {k: replace_tensors(v, table) for k, v in call.kwargs.items()}
+    tagged = [*call.tagged, *((t, tag) for t in table.values())]
+    lifted = Call(call.func, call.name, args, kwargs, tagged, [], call.batch_size)
+    if call.name in LOSSES:
+        out = LOSSES[call.name](lifted, recording)
+        if out is not NotImplemented:
+            return out
+    out = lifted.run()
+    recording.mark(out, infer(lifted, (out,))[0])
+    return out
+
+
+LOSSES = {
+    "cross_entropy": cross_entropy,
+    "nll_loss": cross_entropy,
+    "mse_loss": weighted,
+    "l1_loss": weighted,
+}
