@@ -1,4 +1,4 @@
-"""The entry point of `dptorch`: registers the commands and turns errors into one readable line."""
+"""The entry point of `dptorch`: registers the commands, and shows errors in one readable line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
 from dptorch.cli.ledger import ledger
-from dptorch.cli.options import Command, Group
+from dptorch.cli.options import Command, Group, flag_of
 from dptorch.cli.plan import plan
 from dptorch.cli.release import release
 from dptorch.cli.train import train
@@ -48,7 +48,7 @@ class ReadableErrors(Group):
 
 
 def with_flags(message: str, parameters: Iterable[Any]) -> str:
-    """Speak of an error's arguments as the command line does: `sample_rate=7.0` is --sample-rate 7.0.
+    """Name an error's arguments as the command line does: `sample_rate=7.0` is --sample-rate 7.0.
 
     Example:
         >>> import click
@@ -59,13 +59,14 @@ def with_flags(message: str, parameters: Iterable[Any]) -> str:
     for parameter in parameters:
         if not parameter.name or not parameter.opts or not parameter.opts[0].startswith("-"):
             continue
-        flag = max(parameter.opts, key=len)
-        # The library's name for the command line's --delta.
-        name = f"(?:target_)?{re.escape(parameter.name)}"
+        flag = flag_of(parameter)
+        # The library says both delta and target_delta of the command line's --delta.
+        stem = re.escape(parameter.name.removeprefix("target_"))
+        name = f"(?:target_)?{stem}"
         message = re.sub(rf"(?<![\w.-]){name}=None\b", f"{flag} (not given)", message)
         message = re.sub(rf"(?<![\w.-]){name}=(?=\S)", f"{flag} ", message)
-        if "_" in parameter.name or parameter.name == "delta":
-            bare = name if "_" in parameter.name else f"target_{re.escape(parameter.name)}"
+        if "_" in parameter.name:
+            bare = name if "_" in stem else f"target_{stem}"
             message = re.sub(rf"(?<![\w.-]){bare}\b(?!\()", flag, message)
     return message
 

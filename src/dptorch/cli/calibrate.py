@@ -1,4 +1,4 @@
-"""`dptorch calibrate`: how much noise a budget asks for."""
+"""`dptorch calibrate`: find the noise that a budget needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dptorch.cli.options import AsJson, takes_run
+from dptorch.cli.options import AsJson, RunOptions, grouped, plan_option
 
 if TYPE_CHECKING:
     from dptorch.plan import PrivacyPlan
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["calibrate"]
 
 
-@takes_run
+@grouped
 def calibrate(
-    target_epsilon: Annotated[float, typer.Option("--epsilon", help="Budget of the whole run.")],
-    run: dict[str, Any],
+    target_epsilon: Annotated[float, plan_option("target_epsilon")],
+    run: RunOptions,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -42,7 +42,7 @@ def calibrate(
 
     if plot is not None:
         _check_plot(plot)
-    plan = make_plan(target_epsilon=target_epsilon, **run)
+    plan = make_plan(**run.settings(target_epsilon=target_epsilon))
     if plot is not None:
         _draw(plan, target_epsilon, plot)
     if as_json:

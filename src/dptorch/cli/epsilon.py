@@ -1,35 +1,32 @@
-"""`dptorch epsilon`: what a run with given noise costs."""
+"""`dptorch epsilon`: compute the ε of a run with given noise."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dptorch.cli.options import AsJson, takes_run
+from dptorch.cli.options import AsJson, RunOptions, grouped, plan_option
 
 __all__ = ["epsilon"]
 
 
-@takes_run
+@grouped
 def epsilon(
-    noise_multiplier: Annotated[
-        float,
-        typer.Option(help="Standard deviation of the noise over the clipping norm."),
-    ],
-    run: dict[str, Any],
+    noise_multiplier: Annotated[float, plan_option("noise_multiplier")],
+    run: RunOptions,
     runs: Annotated[
         float | None,
         typer.Option(
-            help="Mean number of such runs, of which the best by a private score is published.",
+            help="Mean number of such runs. The best of them by a private score is published.",
             show_default=False,
         ),
     ] = None,
     run_law: Annotated[
         str,
-        typer.Option(help="How --runs is drawn: geometric, logarithmic, poisson; or fixed."),
+        typer.Option(help="How --runs is drawn: geometric, logarithmic, poisson or fixed."),
     ] = "geometric",
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +49,7 @@ def epsilon(
     from dptorch.plan import make_plan
 
     law = None if runs is None else RunLaw(run_law, runs)
-    plan = make_plan(noise_multiplier=noise_multiplier, **run)
+    plan = make_plan(**run.settings(noise_multiplier=noise_multiplier))
     spent = plan.epsilon()
     tuned = None
     if law is not None:

@@ -1,42 +1,92 @@
-"""Options that several commands share, each written once."""
+"""Options that several commands share, each written once, and commands that take groups of options."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Final, Unpack, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-__all__ = ["LENGTH", "AsJson", "Command", "Delta", "Epochs", "Group", "Steps", "takes_run"]
+if TYPE_CHECKING:
+    from dptorch.plan import PlanSettings
+
+__all__ = [
+    "LENGTH",
+    "AsJson",
+    "Command",
+    "Group",
+    "RunOptions",
+    "flag_of",
+    "grouped",
+    "plan_option",
+]
 
 SAMPLING, LENGTH = "Sampling: two of these", "Length: one of these"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
-Delta = Annotated[
-    float | None,
-    typer.Option(
-        help="Probability that the guarantee fails.",
-        show_default="1 / (10 N), at most 1e-5, as a power of ten",
-    ),
-]
-Epochs = Annotated[
-    float | None,
-    typer.Option(help="Passes over the data.", show_default=False, rich_help_panel=LENGTH),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(help="Training steps.", show_default=False, rich_help_panel=LENGTH),
-]
+
+#: What each setting of a plan means on the command line, by its name in `dptorch.plan.PlanSettings`.
+_HELP: Final[Mapping[str, str]] = {
+    "sample_rate": "Probability with which each example enters a batch.",
+    "batch_size": "Expected batch size.",
+    "sample_size": "Number of training examples.",
+    "sampling": "How batches are drawn: poisson, truncated-poisson (constant shapes), "
+    "random-allocation, fixed-size, shuffled, ... Each has its own ε.",
+    "epochs": "Passes over the data.",
+    "steps": "Training steps.",
+    "target_epsilon": "Budget of the whole run.",
+    "noise_multiplier": "Standard deviation of the noise divided by the clipping norm.",
+    "target_delta": "Probability that the guarantee fails. Choose it well below 1 / number of "
+    "examples.",
+    "max_grad_norm": "Clipping norm C: bound on the norm of one example's gradient.",
+    "clipping_fn": "How gradients are clipped: abadi, automatic, ...",
+    "mechanism": "The noise: gaussian, or discrete_gaussian, which needs --accountant rdp: whole "
+    "numbers, added to gradients rounded to whole numbers. It is slower.",
+    "accountant": "Who computes ε: pld, exact, rdp, prv, gdp.",
+    "adjacency": "Which data sets must be indistinguishable: add-remove, zero-out, replace-one.",
+}
+_FLAGS: Final = {"target_epsilon": "--epsilon", "target_delta": "--delta"}
+_DEFAULTS: Final[Mapping[str, str | bool]] = {
+    "target_delta": "1 / (10 N), at most 1e-5, as a power of ten",
+    "sampling": True,
+    "mechanism": True,
+    "accountant": True,
+}
+
+
+def plan_option(
+    name: str, panel: str | None = None, *, more: str = "", default: str | bool | None = None
+) -> Any:
+    """Return the option of a plan's setting.
+
+    Args:
+        name: of the setting in `dptorch.plan.PlanSettings`.
+        panel: under which heading the help shows it.
+        more: appended to its help.
+        default: shown as its default in the help.
+    """
+    return typer.Option(
+        *([_FLAGS[name]] if name in _FLAGS else []),
+        help=f"{_HELP[name]} {more}".strip(),
+        show_default=_DEFAULTS.get(name, False) if default is None else default,
+        rich_help_panel=panel,
+    )
+
+
+def flag_of(parameter: Any) -> str:
+    """Return the long flag of an option, or the name of an argument."""
+    return max(parameter.opts, key=len)
 
 
 class Command(TyperCommand):
     """A command whose help shows a switch as what is typed: ``--json``, without ``<bool>``."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, ``--help`` among them."""
+        """Return its parameters, ``--help`` among them."""
         return _bare_switches(super().get_params(ctx))
 
 
@@ -44,100 +94,99 @@ class Group(TyperGroup):
     """The same for a command that has commands."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, ``--help`` among them."""
+        """Return its parameters, ``--help`` among them."""
         return _bare_switches(super().get_params(ctx))
 
 
 def _bare_switches(parameters: list[Any]) -> list[Any]:
-    """The parameters, the switches among them without a type in their help."""
+    """Remove the type from the help of switches."""
     for parameter in parameters:
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
     return parameters
 
 
-def _run_options(
-    sample_rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Probability with which each example enters a batch.",
-            show_default=False,
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        float | None,
-        typer.Option(help="Expected batch size.", show_default=False, rich_help_panel=SAMPLING),
-    ] = None,
-    sample_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of training examples. Not needed beside --sample-rate and --delta.",
-            show_default=False,
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    sampling: Annotated[
-        str,
-        typer.Option(
-            help="How batches are drawn: poisson, truncated-poisson, random-allocation, shuffled, ...",
-        ),
-    ] = "poisson",
-    epochs: Epochs = None,
-    steps: Steps = None,
-    delta: Delta = None,
-    mechanism: Annotated[
-        str,
-        typer.Option(help="The noise: gaussian, or discrete_gaussian with --accountant rdp."),
-    ] = "gaussian",
-    accountant: Annotated[
-        str, typer.Option(help="Who computes ε: pld, exact, rdp, prv, gdp.")
-    ] = "pld",
-    adjacency: Annotated[
-        str | None,
-        typer.Option(
-            help="Which data sets must look alike: add-remove, zero-out, replace-one.",
-            show_default="zero-out with --sample-size, else add-remove",
-        ),
-    ] = None,
-) -> None:
-    """The options that describe a run; only its signature is used."""
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of each group among its parameters, in its place.
 
-
-def takes_run(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that describe a run, in place of its parameter `run`.
-
-    `run` receives them as keyword arguments of `dptorch.plan.make_plan`.
+    A group is a dataclass whose fields are annotated as options. The command receives it filled.
 
     Example:
-        >>> @takes_run
-        ... def show(noise: float, run: dict, as_json: AsJson = False) -> None:
-        ...     print(noise, run["steps"], run["target_delta"])
-        >>> show(noise=1.0, steps=3, delta=1e-5)
-        1.0 3 1e-05
+        >>> @dataclass(frozen=True)
+        ... class Place:
+        ...     folder: Annotated[str, typer.Option(help="Where.")] = "here"
+        >>> def show(place: Place, as_json: AsJson = False) -> None:
+        ...     print(place.folder, as_json)
+        >>> grouped(show)(folder="there")
+        there False
     """
-    own = dict(inspect.signature(command).parameters)
-    own.pop("run")
-    shared = inspect.signature(_run_options).parameters
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+            parameters += _options_of(kind)
+        else:
+            only = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(kind=only, annotation=kind))
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        run = {name: given.pop(name, parameter.default) for name, parameter in shared.items()}
-        command(run=_for_plan(run), **given)
+        names = {f.name for kind in groups.values() for f in fields(kind)}
+        rest = {name: value for name, value in given.items() if name not in names}
+        filled = {
+            name: kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+            for name, kind in groups.items()
+        }
+        command(**filled, **rest)
 
-    hints = get_type_hints(command, include_extras=True)
-    hints |= get_type_hints(_run_options, include_extras=True)
-    parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
-        for parameter in (*own.values(), *shared.values())
-    ]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
 
 
-def _for_plan(run: dict[str, Any]) -> dict[str, Any]:
-    run["target_delta"] = run.pop("delta")
-    if run["sample_rate"] is not None and run["batch_size"] is None and run["sample_size"] is None:
-        run["batch_size"] = 1.0  # the divisor of the noisy sum, on which ε does not depend
-    return run
+def _options_of(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.default is MISSING else f.default,
+            annotation=hints[f.name],
+        )
+        for f in fields(kind)
+    ]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The settings of a plan that describe a run: its sampling, its length, who accounts."""
+
+    sample_rate: Annotated[float | None, plan_option("sample_rate", SAMPLING)] = None
+    batch_size: Annotated[float | None, plan_option("batch_size", SAMPLING)] = None
+    sample_size: Annotated[
+        int | None,
+        plan_option(
+            "sample_size", SAMPLING, more="Not needed if --sample-rate and --delta are given."
+        ),
+    ] = None
+    sampling: Annotated[str, plan_option("sampling")] = "poisson"
+    epochs: Annotated[float | None, plan_option("epochs", LENGTH)] = None
+    steps: Annotated[int | None, plan_option("steps", LENGTH)] = None
+    target_delta: Annotated[float | None, plan_option("target_delta")] = None
+    mechanism: Annotated[str, plan_option("mechanism")] = "gaussian"
+    accountant: Annotated[str, plan_option("accountant")] = "pld"
+    adjacency: Annotated[
+        str | None,
+        plan_option("adjacency", default="zero-out with --sample-size, else add-remove"),
+    ] = None
+
+    def settings(self, **more: Unpack[PlanSettings]) -> PlanSettings:
+        """Return the arguments of `dptorch.plan.make_plan`, `more` among them."""
+        found: Any = vars(self) | more
+        if self.sample_rate is not None and self.batch_size is None and self.sample_size is None:
+            found["batch_size"] = 1.0  # the divisor of the noisy sum, on which ε does not depend
+        settings: PlanSettings = found
+        return settings

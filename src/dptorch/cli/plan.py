@@ -1,4 +1,4 @@
-"""`dptorch plan`: how best to spend a budget."""
+"""`dptorch plan`: compare ways to spend a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dptorch.cli.options import LENGTH, AsJson, Delta, Epochs, Steps
+from dptorch.cli.options import LENGTH, AsJson, plan_option
 
 if TYPE_CHECKING:
     from dptorch.accounting import Choice
@@ -20,15 +20,15 @@ MACHINE = "Your machine, as measured"
 
 
 def plan(
-    sample_size: Annotated[int, typer.Option(help="Number of training examples.")],
-    target_epsilon: Annotated[float, typer.Option("--epsilon", help="Budget of the whole run.")],
-    delta: Delta = None,
-    epochs: Epochs = None,
-    steps: Steps = None,
+    sample_size: Annotated[int, plan_option("sample_size")],
+    target_epsilon: Annotated[float, plan_option("target_epsilon")],
+    target_delta: Annotated[float | None, plan_option("target_delta")] = None,
+    epochs: Annotated[float | None, plan_option("epochs", LENGTH)] = None,
+    steps: Annotated[int | None, plan_option("steps", LENGTH)] = None,
     examples: Annotated[
         float | None,
         typer.Option(
-            help="Examples processed, all steps together.",
+            help="Number of examples processed in all steps together.",
             show_default=False,
             rich_help_panel=LENGTH,
         ),
@@ -36,7 +36,7 @@ def plan(
     hours: Annotated[
         float | None,
         typer.Option(
-            help="Time; needs --examples-per-second.", show_default=False, rich_help_panel=LENGTH
+            help="Time. Needs --examples-per-second.", show_default=False, rich_help_panel=LENGTH
         ),
     ] = None,
     examples_per_second: Annotated[
@@ -57,7 +57,7 @@ def plan(
         list[int] | None,
         typer.Option(
             "--batch-size",
-            help="Batch size to compare; repeat. By default powers of 2.",
+            help="Batch size to compare. Can be given several times. By default powers of 2.",
             show_default=False,
         ),
     ] = None,
@@ -67,25 +67,23 @@ def plan(
     runs: Annotated[
         float | None,
         typer.Option(
-            help="Mean number of runs, of which the best by a private score is published: the "
-            "budget then covers the choice.",
+            help="Mean number of runs. The best of them by a private score is published, and the "
+            "budget covers that choice.",
             show_default=False,
         ),
     ] = None,
     run_law: Annotated[
         str, typer.Option(help="How the number of runs is drawn: geometric, logarithmic, fixed.")
     ] = "geometric",
-    accountant: Annotated[str, typer.Option(help="Who calibrates: exact, pld, rdp.")] = "exact",
-    adjacency: Annotated[
-        str, typer.Option(help="zero-out, add-remove or replace-one.")
-    ] = "zero-out",
+    accountant: Annotated[str, plan_option("accountant")] = "exact",
+    adjacency: Annotated[str, plan_option("adjacency", default=True)] = "zero-out",
     as_json: AsJson = False,
 ) -> None:
-    """Compare batch sizes, steps and noise that spend a budget; best first.
+    """Compare batch sizes, steps and noise that spend a budget, best first.
 
-    Sorted by signal-to-noise, sqrt(steps) · batch size / noise multiplier: the sum of a run's
-    gradients over the sum of its noise. It knows nothing of your model: very large batches leave few
-    steps, and how few are too few only training tells.
+    The order is by signal-to-noise ratio, sqrt(steps) · batch size / noise multiplier: the sum of a
+    run's gradients divided by the sum of its noise. It does not depend on your model. Very large
+    batches leave few steps, and only training shows how few are too few.
 
     [bold]Examples[/]
 
@@ -102,8 +100,7 @@ def plan(
     from dptorch.plan import default_delta
 
     positive_int("sample_size", sample_size)
-    if delta is None:
-        delta = default_delta(sample_size)
+    delta = default_delta(sample_size) if target_delta is None else target_delta
     choices = plan_budget(
         sample_size=sample_size,
         target_epsilon=target_epsilon,
