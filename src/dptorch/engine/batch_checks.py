@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from dptorch.errors import PrivacyError
 from dptorch.sampling import PhysicalBatch
@@ -27,20 +28,26 @@ def check_rows(rows: int, part: PhysicalBatch) -> None:
         )
 
 
-def planned_factors(loss: Reduced | None, rows: int, reduction: str) -> tuple[float, ...] | None:
-    """Return what the terms of a loss are multiplied by, beside the planned reduction.
+def planned_factors(
+    losses: Sequence[Reduced | None], rows: int, reduction: str
+) -> tuple[float, ...]:
+    """Return what the terms of the losses are multiplied by, beside the planned reduction.
 
     Args:
-        loss: how the loss was reduced, None if it was not followed.
+        losses: how the loss of each backward was reduced, None if it was not followed.
         rows: number of examples B in the physical batch.
         reduction: the planned reduction, "mean" or "sum".
 
     Returns:
-        One factor for each term; None for one loss an example, and for a batch of one row.
+        One factor for each term of a reduced loss.
 
     Raises:
-        PrivacyError: the loss was not followed, or is reduced otherwise than planned.
+        PrivacyError: a loss was not followed, or is reduced otherwise than planned.
     """
+    return tuple(f for loss in losses or [None] for f in _factors_of(loss, rows, reduction))
+
+
+def _factors_of(loss: Reduced | None, rows: int, reduction: str) -> tuple[float, ...]:
     if loss is None:
         raise PrivacyError(
             "the loss could not be followed from the model's outputs to backward(), so it may "
@@ -49,7 +56,7 @@ def planned_factors(loss: Reduced | None, rows: int, reduction: str) -> tuple[fl
         )
     kind, factors = loss.kind, loss.factors
     if kind == PER_EXAMPLE or rows == 1:
-        return None
+        return ()
     if kind == reduction:
         return factors
     # A sum divided by the number of rows is a mean, and a mean times it a sum.

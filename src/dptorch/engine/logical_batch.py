@@ -21,6 +21,7 @@ from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Tape
 from dptorch.tape.gradients.explain import Explanation
 from dptorch.tape.gradients.tape import TapeListener
+from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
 from dptorch.tape.recording.taps import full_precision
 
 __all__ = ["LogicalBatch"]
@@ -68,12 +69,14 @@ class _Batch:
     """A tape that gradients have reached, and what was clipped of it so far.
 
     `part` is the physical batch its forward pass was made on (None without the engine's loader);
+    `losses` are those of its backwards;
     `weights` [B] turn its gradients into those of each example's own loss; norms, coefficients and
     sums are those of the groups that have been clipped.
     """
 
     tape: Tape
     part: PhysicalBatch | None
+    losses: list[Reduced | None]
     weights: Tensor | None = None
     norms: dict[int, Tensor] = field(default_factory=dict)
     coefficients: dict[int, Tensor] = field(default_factory=dict)
@@ -91,10 +94,11 @@ class _Listener:
     def __init__(self, logical: LogicalBatch, part: PhysicalBatch | None) -> None:
         self._logical = logical
         self._part = part
+        self._losses: list[Reduced | None] = []
 
     def on_first_gradient(self, tape: Tape) -> None:
         """Note that gradients reach the tape."""
-        self._logical._fired.append(_Batch(tape, self._part))
+        self._logical._fired.append(_Batch(tape, self._part, self._losses))
 
     def on_group(self, tape: Tape, group: int) -> None:
         """Clip a group whose gradients have all arrived."""
@@ -104,15 +108,26 @@ class _Listener:
         """Weigh the gradients of the second pass."""
         self._logical._between_passes()
 
+    def on_backward_end(self, tape: Tape, *, retained: bool) -> None:
+        """Clip what has arrived, before the memory of the batch can be used again."""
+        if not retained:
+            self._logical._collect()
+
+    def on_backward_begin(self, tape: Tape) -> float:
+        """Note the loss. A mean loss is seeded with B, so that no gradient is divided by it."""
+        self._losses.append(tape.loss)
+        return self._logical._wanted_seed(tape)
+
 
 class LogicalBatch:
     """Collects the per-example gradients of one step, clips them and adds them up.
 
     A step's gradients pass three stations: the *tapes* that backwards have reached; what is *pending*
     since the last step, clipped, and dropped by ``zero_grad``; and what ``virtual_step``, or a step on
-    a part of the batch, has *kept* for the step. All-layer clipping waits until
-    the step or the next forward pass, so that several backwards through one forward pass are clipped
-    together. Under a group-wise style a group is clipped in the backward, once it is complete.
+    a part of the batch, has *kept* for the step. All-layer clipping waits for
+    the end of the backward; where its graph was retained, for the step or the next forward pass, so
+    that several backwards through one forward pass are clipped together. Under a group-wise style a
+    group is clipped in the backward, once it is complete.
 
     Args:
         plan: says how to clip and how the loss is reduced.
@@ -161,7 +176,11 @@ class LogicalBatch:
 
     def begin_forward(self) -> TapeListener:
         """A forward pass begins; returns what its tape reports to."""
-        if self._fired and not self.attached and not self._warned_not_attached:
+        if (
+            (self._fired or self._pending.sums)
+            and not self.attached
+            and not self._warned_not_attached
+        ):
             self._warned_not_attached = True
             warn(_NOT_ATTACHED)
         self._collect()
@@ -279,24 +298,24 @@ class LogicalBatch:
 
     def _weights(self, batch: _Batch) -> Tensor:
         if batch.weights is None:
-            batch.weights = self._check(batch.tape, batch.part)
+            batch.weights = self._check(batch)
         return batch.weights
 
-    def _check(self, tape: Tape, part: PhysicalBatch | None) -> Tensor:
+    def _check(self, batch: _Batch) -> Tensor:
         """[B]: what turns a tape's gradients into those of each example's own loss; 0 for padding.
 
         Raises:
             PrivacyError: where the batch is not the one that the loader handed out, or the loss is
                 not reduced as the plan says, or is multiplied by a factor that changes.
         """
-        b, reduction = tape.batch_size, self.plan.loss_reduction
-        factors = planned_factors(tape.loss, b, reduction)
-        if factors is not None and self.loss_factors is not None:
+        tape, part = batch.tape, batch.part
+        b = tape.batch_size
+        factors = planned_factors(batch.losses, b, self.plan.loss_reduction)
+        if factors and self.loss_factors is not None:
             check_factors(factors, self.loss_factors)
-        elif factors is not None:
+        elif factors:
             self.loss_factors = factors
-        scale = 1.0 if factors is None or reduction == "sum" else float(b)
-        weights = torch.full((b,), scale)
+        weights = torch.full((b,), self._wanted_seed(tape) / tape.seed)
         if part is None:
             if self.plan.unit == "user":
                 raise PrivacyError(_NO_OWNERS)
@@ -312,6 +331,11 @@ class LogicalBatch:
         if part.padding:
             weights[part.examples :] = 0
         return weights
+
+    def _wanted_seed(self, tape: Tape) -> float:
+        """What makes the gradients of a backward those of each example's own loss."""
+        each = tape.loss is None or tape.loss.kind == PER_EXAMPLE or tape.batch_size == 1
+        return 1.0 if each or self.plan.loss_reduction == "sum" else float(tape.batch_size)
 
     def add_pending(self, what: str = "virtual_step") -> None:
         """Clip what has arrived and keep it for this step.

@@ -365,7 +365,7 @@ class PrivacyEngine:
         """
         if self._batch.explanation is None:
             raise PrivacyError(
-                "there is nothing to explain before the first backward: take a step."
+                "there is nothing to explain before a backward: take one step first."
             )
         return self._batch.explanation
 

@@ -35,6 +35,9 @@ class FormStore:
         self._forms: dict[int, list[PerExampleGradient]] = {}
         self._squared: dict[int, Tensor] = {}
         self._versions: dict[int, list[int]] = {}  # of what is kept, when `_squared` was taken
+        self._contents: dict[
+            int, list[int]
+        ] = {}  # checksums of what is kept, where they are needed
 
     def __contains__(self, key: int) -> bool:
         return key in self._forms
@@ -43,8 +46,15 @@ class FormStore:
         return iter(self._forms)
 
     def add(self, key: int, form: PerExampleGradient) -> None:
-        """Add one site's gradient, whose norm is not needed yet."""
+        """Add one site's gradient, whose norm is not needed yet.
+
+        Raises:
+            PrivacyError: if memory was written to since `note_contents`.
+        """
         self._squared.pop(key, None)
+        if key in self._contents:
+            self._refuse_changed(key, "a parameter")
+            del self._contents[key]
         forms = self._forms.setdefault(key, [])
         for i, earlier in enumerate(forms):
             merged = earlier.merge(form)
@@ -69,6 +79,11 @@ class FormStore:
             self._squared[key] = self._squared_norm_of_sum(key)
             self._versions[key] = _versions(self._forms[key])
         return self._squared[key]
+
+    def note_contents(self) -> None:
+        """Keep checksums of all that is kept: it will be summed later, and may be written to until
+        then behind the back of torch's version counter (``.data``, a numpy buffer)."""
+        self._contents = {key: _checksums(forms) for key, forms in self._forms.items()}
 
     def note_norm(self, key: int, squared: Tensor) -> None:
         """Keep the squared norms [B] of a gradient that is not kept itself."""
@@ -97,7 +112,7 @@ class FormStore:
         Raises:
             PrivacyError: if memory was written to since the norms were taken.
         """
-        self._refuse_changed(key, name)
+        self._refuse_changed(key, f"'{name}'")
         return weighted_sum(self._forms[key], coefficients, kept)
 
     def dense(self, key: int, name: str) -> Tensor:
@@ -106,7 +121,7 @@ class FormStore:
         Raises:
             PrivacyError: as `weighted_sum`.
         """
-        self._refuse_changed(key, name)
+        self._refuse_changed(key, f"'{name}'")
         return _summed(self._forms[key]).dense()
 
     def pop(self, key: int) -> PerExampleGradient:
@@ -141,10 +156,12 @@ class FormStore:
 
     def _refuse_changed(self, key: int, name: str) -> None:
         """What a norm was taken of must be what is added up."""
-        before = self._versions.get(key)
-        if key in self._squared and before is not None and before != _versions(self._forms[key]):
+        forms, before = self._forms[key], self._versions.get(key)
+        written = key in self._squared and before is not None and before != _versions(forms)
+        contents = self._contents.get(key)
+        if written or (contents is not None and contents != _checksums(forms)):
             raise PrivacyError(
-                f"an input or an output gradient of the layer with '{name}' was changed in place "
+                f"an input or an output gradient of the layer with {name} was changed in place "
                 "between backward() and clipping: the norms are those of other gradients. Call "
                 "optimizer.step() or virtual_step() before the memory of a batch is used again."
             )
@@ -170,6 +187,20 @@ def weighted_sum(
     for form in forms[1:]:
         total = total + form.weighted_sum(coefficients)
     return total
+
+
+def _checksums(forms: Iterable[PerExampleGradient]) -> list[int]:
+    """A number for each tensor that is kept, in which every bit counts by its position."""
+    return [_checksum(t) for form in forms for t in form.held()]
+
+
+def _checksum(t: Tensor) -> int:
+    octets = t.detach().contiguous().flatten().view(torch.uint8)
+    octets = torch.nn.functional.pad(octets, (0, -octets.numel() % 8))
+    words = octets.view(torch.int64)
+    # Odd multipliers: no change of one word is lost modulo 2^64.
+    weights = torch.arange(words.numel(), device=words.device) * 0x9E3779B97F4A7C16 + 1
+    return int((words * weights).sum())
 
 
 def _summed(forms: Sequence[PerExampleGradient]) -> PerExampleGradient:

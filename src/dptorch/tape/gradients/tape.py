@@ -71,6 +71,12 @@ class TapeListener(Protocol):
     def on_norms(self, tape: Tape) -> None:
         """The first of two passes is over. Must call `Tape.weigh`."""
 
+    def on_backward_end(self, tape: Tape, *, retained: bool) -> None:
+        """A backward is over. It kept its graph if `retained`, so that another may follow."""
+
+    def on_backward_begin(self, tape: Tape) -> float:
+        """A backward of `Tape.loss` begins; returns what its gradient is to be multiplied by."""
+
 
 class Tape:
     """Per-example gradients of the parameters of one model over one batch.
@@ -88,6 +94,7 @@ class Tape:
             `dptorch.tape.provenance.tags.PER_EXAMPLE`;
             None if the recording did not see it.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
+        seed: what the gradient of the last backward was multiplied by.
         expected_bytes: size of all sites' inputs and output gradients: the most that could be kept.
         sites: what was done where, for study.
 
@@ -119,6 +126,7 @@ class Tape:
         self.batch_size = 0
         self.fired = False
         self.loss: Reduced | None = None
+        self.seed = 1.0
         self.expected_bytes = 0
         self.sites: list[Site] = []
         self._guard = guard
@@ -162,6 +170,18 @@ class Tape:
     def note_loss(self, loss: Reduced | None) -> None:
         """Note how the loss of the backward that begins was reduced; None for one value an example."""
         self.loss = Reduced(PER_EXAMPLE) if loss is None else loss
+
+    def begin_backward(self) -> float:
+        """A backward begins; returns what the listener wants its gradient to be multiplied by."""
+        return 1.0 if self._listener is None else self._listener.on_backward_begin(self)
+
+    def end_backward(self, *, retained: bool) -> None:
+        """A backward is over; `retained` says that its graph was kept, so that another may follow."""
+        if not self.fired or self._listener is None:
+            return
+        if retained:
+            self._store.note_contents()
+        self._listener.on_backward_end(self, retained=retained)
 
     def add(self, parameter: Tensor, form: PerExampleGradient) -> None:
         """Add one site's gradient of a parameter or a param-only tensor.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from dptorch.tape.gradients.tape import Tape
 from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, Order, ParamOnly, Reduced, Tag
+from dptorch.tape.recording.backward_pass import run_backward
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["SPECIAL", "Special"]
@@ -195,31 +194,8 @@ def backward(
             )
         if loss.numel() != 1 and len(args) < 2 and kwargs.get("gradient") is None:
             kwargs = {**kwargs, "gradient": torch.ones_like(loss)}
-        tapes = [recording.tape, *recording.joined]
-        if any(tape.wants_two_passes for tape in tapes):
-            return _in_two_passes(tapes, func, loss, args, kwargs)
+        return run_backward([recording.tape, *recording.joined], func, args, kwargs)
     return func(*args, **kwargs)
-
-
-def _in_two_passes(
-    tapes: list[Tape], func: Callable[..., Any], loss: Tensor, args: Args, kwargs: Kwargs
-) -> Any:
-    """Norms in the first backward; with the coefficients known, the clipped sums in the second.
-
-    Both draw the same random numbers, where a backward draws any (a checkpoint that recomputes
-    dropout); the tape compares what it sees in them.
-    """
-    gradient = args[1] if len(args) > 1 else kwargs.get("gradient")
-    with ExitStack() as first:
-        for tape in tapes:
-            first.enter_context(tape.first_of_two_passes())
-        devices = [] if loss.device.type == "cpu" else [loss.device]
-        with torch.random.fork_rng(devices, device_type=loss.device.type if devices else "cuda"):
-            func(loss, gradient, retain_graph=True)
-    with ExitStack() as second:
-        for tape in tapes:
-            second.enter_context(tape.second_of_two_passes())
-        return func(*args, **kwargs)
 
 
 def reorder(

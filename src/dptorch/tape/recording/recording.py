@@ -44,7 +44,7 @@ from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.parameter_graph import parameters_behind
 from dptorch.tape.recording.taps import lift, tap
 from dptorch.tape.recording.tensor_states import States
-from dptorch.tape.rules import LOSSES, RULES, generic
+from dptorch.tape.rules import LOSSES, RULES, generic, mean_in_float32
 
 __all__ = ["Recording", "active_modes"]
 
@@ -244,7 +244,7 @@ class Recording(States):
                 return out
         out = func(*args, **kwargs)
         self._propagate(call, out)
-        return out
+        return mean_in_float32(call, self, out)
 
     def _is_parameter(self, t: Tensor, name: str) -> bool:
         if id(t) in self._followed:

@@ -2,7 +2,7 @@
 
 from dptorch.tape.rules import broadcast, contraction, convolution, embedding, normalisation
 from dptorch.tape.rules.generic_rule import generic
-from dptorch.tape.rules.loss import LOSSES
+from dptorch.tape.rules.loss import LOSSES, mean_in_float32
 from dptorch.tape.rules.registry import RULES, rule
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "convolution",
     "embedding",
     "generic",
+    "mean_in_float32",
     "normalisation",
     "rule",
 ]

@@ -8,6 +8,9 @@ single examples gives, and equal to PyTorch's value whenever all counts are equa
 With class weights PyTorch divides by the sum of the weights that the batch happens to hold. Here the
 weighted losses are divided by the number of positions, a weight being as much as it says: PyTorch's
 value times the mean weight.
+
+In half precision a mean is taken in float32, and stays there: 1 / B rounded to half precision would put
+the number of rows B into every example's gradient.
 """
 
 from __future__ import annotations
@@ -26,14 +29,32 @@ from dptorch.tape.provenance.tags import Reduced, Tag, broadcast_shape, rows
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
 
-__all__ = ["LOSSES"]
+__all__ = ["LOSSES", "mean_in_float32"]
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _mean_of_means(losses: Tensor, counted: Tensor, tag: Tag, n: int) -> Tensor:
     loss_B = rows(losses, tag, n).flatten(1).sum(1)
     count_B = rows(counted, tag, n).flatten(1).sum(1)
     # An example without a counted position has no loss, rather than 0/0.
-    return (loss_B / count_B.masked_fill(count_B == 0, 1)).mean()
+    return _mean(loss_B / count_B.masked_fill(count_B == 0, 1))
+
+
+def _mean(losses: Tensor) -> Tensor:
+    return (losses.float() if losses.dtype in _HALF else losses).mean()
+
+
+def mean_in_float32(call: Call, recording: Recorder, out: Any) -> Any:
+    """Return `out`, or the same in float32 where it is a mean over the examples in half precision."""
+    if not isinstance(out, Tensor) or out.dtype not in _HALF or not out.requires_grad:
+        return out
+    state = recording.state(out)
+    if not isinstance(state, Reduced) or state.kind != "mean" or "dtype" in call.kwargs:
+        return out
+    again = call.run({id(t): t.float() for t in call.operands() if t.dtype in _HALF})
+    recording.mark(again, state)
+    return again
 
 
 def cross_entropy(call: Call, recording: Recorder) -> Any:
@@ -55,7 +76,7 @@ def cross_entropy(call: Call, recording: Recorder) -> Any:
         kwargs["label_smoothing"] = call.arg("label_smoothing", 0.0)
     losses = call.func(scores, target, **kwargs)
     if losses.shape == (call.batch_size,):  # one position each; the loss of an ignored one is 0
-        out = losses.mean()
+        out = _mean(losses)
     else:
         out = _mean_of_means(losses, target != ignore, losses_tag, call.batch_size)
     recording.mark(out, losses_tag if alone else Reduced("mean"))
@@ -125,7 +146,7 @@ def _lifted(call: Call, recording: Recorder, shape: torch.Size, tag: Tag) -> Any
             return out
     out = lifted.run()
     recording.mark(out, infer(lifted, (out,))[0])
-    return out
+    return mean_in_float32(lifted, recording, out)
 
 
 LOSSES = {
