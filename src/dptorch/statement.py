@@ -18,7 +18,7 @@ from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
 
 if TYPE_CHECKING:
-    from dptorch.ledger import RunRecord
+    from dptorch.ledger import RunLedger
 
 __all__ = ["ASSUMED", "NOT_COVERED", "RELEASED", "Statement", "make_statement"]
 
@@ -291,12 +291,12 @@ def make_statement(
     key_source: KeySource,
     resumed: int = 0,
     *,
-    record: RunRecord | None = None,
+    record: RunLedger | None = None,
 ) -> Statement:
     """The statement for a run that took `steps` steps of `plan`.
 
     Args:
-        record: the run's pages of a ledger, which know of steps that were released more than once.
+        record: the ledger of the run, which knows of steps that were released more than once.
     """
 
     own = sum(n for scheme, n in sampling_run.items() if scheme != plan.sampling)

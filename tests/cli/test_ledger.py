@@ -106,8 +106,8 @@ def test_a_killed_run_counts_its_lost_steps_when_it_resumes(
 
 
 def test_a_dead_run_is_closed(data: Path) -> None:
-    pages = open_ledger("ledger.db").dataset("points")
-    record = pages.run(plan(), OS)
+    patients = open_ledger("ledger.db").dataset("points")
+    record = patients.run(plan(), OS)
     record.count(0, plan().event(1))
     at = ("--ledger", "ledger.db")
     assert record.run in run("ledger", "total", *at).output  # named as open

@@ -12,10 +12,10 @@ def plan(steps: int = 10, noise: float = 2.0, rate: float = 0.1) -> dptorch.Priv
     )
 
 
-def take(pages: DatasetLedger, steps: int, of: dptorch.PrivacyPlan | None = None) -> str:
+def take(patients: DatasetLedger, steps: int, of: dptorch.PrivacyPlan | None = None) -> str:
     """A run that takes some steps and closes; returns its id."""
     of = of or plan()
-    record = pages.run(of, OS)
+    record = patients.run(of, OS)
     for step in range(steps):
         record.count(step, of.event(1))
     record.close()

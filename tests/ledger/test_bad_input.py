@@ -212,7 +212,7 @@ def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
 def test_a_damaged_ledger(running: Any) -> None:
     path, engine, _ = running
     engine.release_budget()
-    engine._ledger.store.close()
+    engine._run._ledger.store.close()
     damaged = bytearray(path.read_bytes())
     damaged[4096:] = b"\xff" * (len(damaged) - 4096)
     path.write_bytes(bytes(damaged))
@@ -260,7 +260,7 @@ def test_a_fork_may_not_use_the_parents_ledger(running: Any) -> None:
 
     def child() -> None:
         with pytest.raises(LedgerError, match="fork"):
-            engine._record.count(1, engine.plan.event(1))
+            engine._run._record.count(1, engine.plan.event(1))
 
     assert wait(spawn(child)) == 0
     assert steps_in(path) == 1

@@ -32,9 +32,9 @@ def cap_for(runs: int) -> Cap:
 def writer(location: str, row: np.ndarray, seed: int) -> None:
     """Begin run after run, each of some of its planned steps, until the budget is gone."""
     chance = random.Random(seed)
-    pages = open_ledger(location, timeout_s=3600).dataset("shared")
+    patients = open_ledger(location, timeout_s=3600).dataset("shared")
     for _ in range(4):
-        run = pages.run(PLAN, "operating system")
+        run = patients.run(PLAN, "operating system")
         try:
             for step in range(chance.randrange(1, PLAN.steps + 1)):
                 run.count(step, PLAN.event(1))
@@ -67,15 +67,15 @@ def test_32_writers_stay_below_the_cap_and_lose_nothing(location: str) -> None:
     killed = [kill(pid) for pid in children[:KILLED]]
     assert set(killed) <= {0, -9}
     assert [wait(pid) for pid in children[KILLED:]] == [0] * (WRITERS - KILLED)
-    book = open_ledger(location)
-    total = book.dataset("shared").total()
+    opened = open_ledger(location)
+    total = opened.dataset("shared").total()
     # A killed writer may have died between the ledger's entry and its own note of it.
     assert 0 <= total.steps - table[:, STEPS].sum() <= KILLED
     assert max(committed_over_time(location)) <= cap.epsilon
     assert total.adaptive <= total.committed <= cap.epsilon
     assert table[:, REFUSED].sum() > 0, "the cap was never reached: the test says nothing"
-    assert book.verify().problems == []
-    kept = {run.run: run.steps for run in book.runs()}
+    assert opened.verify().problems == []
+    kept = {run.run: run.steps for run in opened.runs()}
     assert sum(kept.values()) == total.steps
 
 
@@ -93,12 +93,12 @@ def test_looking_before_locking_is_caught(tmp_path: Path, monkeypatch: pytest.Mo
     seen: dict[str, list[Event]] = {}
 
     def hasty(row: np.ndarray) -> None:
-        book = open_ledger(location, timeout_s=3600)
-        with book.store.read() as transaction:
+        opened = open_ledger(location, timeout_s=3600)
+        with opened.store.read() as transaction:
             seen.update(read(transaction, "shared"))
         row[LOOKED] = 1
         until(lambda: row[GO])
-        book.dataset("shared").run(PLAN, "operating system").open()
+        opened.dataset("shared").run(PLAN, "operating system").open()
 
     monkeypatch.setattr(record, "committed_in", stale)
     table = shared((8, 2))

@@ -25,7 +25,7 @@ import dptorch
 from dptorch import accounting
 from dptorch.accounting import SampledGaussian
 from dptorch.errors import PrivacyWarning
-from dptorch.ledger import DatasetLedger, RunRecord, open_ledger
+from dptorch.ledger import DatasetLedger, RunLedger, open_ledger
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import Entry
 from dptorch.noise import GaussianNoise
@@ -40,7 +40,7 @@ NOISE, RATE, DELTA = 2.0, 1.0, 1e-3
 READY, EPSILON = STEPS, STEPS + 1  # columns of the table after those of the steps
 
 
-class RecordsAfter(RunRecord):
+class RecordsAfter(RunLedger):
     """The broken twin: writes a step down when the next one begins."""
 
     _late: tuple[int, Any] | None = None
@@ -59,8 +59,8 @@ def watched(row: np.ndarray, record: type, dies_at: int | None) -> None:
     The child kills itself with the noise of step `dies_at` drawn.
     """
 
-    def run(self: DatasetLedger, plan: PrivacyPlan, provenance: str, **kwargs: Any) -> RunRecord:
-        made: RunRecord = record(self, plan, provenance, **kwargs)
+    def run(self: DatasetLedger, plan: PrivacyPlan, provenance: str, **kwargs: Any) -> RunLedger:
+        made: RunLedger = record(self, plan, provenance, **kwargs)
         return made
 
     privatize = GaussianNoise.privatize
@@ -117,7 +117,7 @@ def life(
     row: np.ndarray,
     dataset: str,
     *,
-    record: type = RunRecord,
+    record: type = RunLedger,
     dies_at: int | None = None,
 ) -> int:
     """Fork a child that trains; returns its pid."""
@@ -201,12 +201,12 @@ def _wait_for_the_moment(pid: int, row: np.ndarray, chance: random.Random) -> No
 
 def check(location: str, dataset: str, row: np.ndarray, found: Counter[str]) -> None:
     """The ledger can be read, holds together, and counts all that the table has."""
-    book = open_ledger(location)
+    opened = open_ledger(location)
     try:
-        found["unreadable"] += bool(book.verify().problems)
-        counted = times(book.entries(dataset=dataset))
+        found["unreadable"] += bool(opened.verify().problems)
+        counted = times(opened.entries(dataset=dataset))
     finally:
-        book.store.close()
+        opened.store.close()
     found["under-counted"] += bool((counted < row[:STEPS]).any())
     found[f"surplus {dataset}"] = int((counted - row[:STEPS]).sum())
 
@@ -229,7 +229,7 @@ def test_200_kills_lose_no_step(location: str, tmp_path: Path) -> None:
 def test_a_ledger_that_records_afterwards_is_caught(tmp_path: Path) -> None:
     """Negative control: the last step before a kill is missing."""
     path, row, found = str(tmp_path / "ledger.db"), shared((STEPS + 2,)), Counter[str]()
-    for record in (RunRecord, RecordsAfter):
+    for record in (RunLedger, RecordsAfter):
         row[:] = 0
         assert wait(life(path, tmp_path, row, record.__name__, record=record, dies_at=5)) == -9
         check(path, record.__name__, row, found)

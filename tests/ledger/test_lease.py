@@ -16,26 +16,26 @@ from dptorch.accounting import SampledGaussian
 from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyWarning
 from dptorch.ledger import Cap, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon
-from dptorch.ledger.record import RunRecord
+from dptorch.ledger.record import RunLedger
 from dptorch.ledger.store import Store
 from tests.ledger.processes import shared, spawn, wait
-from tests.ledger.test_book import EDITS, execute, plan, take
+from tests.ledger.test_datasets import EDITS, execute, plan, take
 
 OS = "operating system"
 PLAN = plan(10)
 STEP = PLAN.event(1)
 
 
-def begin(location: str, steps: int, **settings: Any) -> RunRecord:
+def begin(location: str, steps: int, **settings: Any) -> RunLedger:
     run = open_ledger(location, **settings).dataset("a").run(PLAN, OS)
     for step in range(steps):
         run.count(step, STEP)
     return run
 
 
-def resume(location: str, run: RunRecord, steps_done: int) -> RunRecord:
-    pages = open_ledger(location).dataset("a")
-    return pages.run(PLAN, OS, run=run.run, steps_done=steps_done, head=run.head)
+def resume(location: str, run: RunLedger, steps_done: int) -> RunLedger:
+    patients = open_ledger(location).dataset("a")
+    return patients.run(PLAN, OS, run=run.run, steps_done=steps_done, head=run.head)
 
 
 def test_a_paused_run_that_another_process_resumed_is_refused(location: str) -> None:
@@ -82,8 +82,8 @@ def test_steps_taken_after_a_checkpoint_was_loaded_are_counted(location: str) ->
 
 
 def test_a_run_that_does_not_fit_any_more_when_it_is_taken_over_is_refused(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
-    pages.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 1.05, 1e-5))
+    patients = open_ledger(location).dataset("a")
+    patients.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 1.05, 1e-5))
     first = begin(location, 1)
     second = resume(location, first, 1)
     for step in range(1, 9):
@@ -95,9 +95,9 @@ def test_a_run_that_does_not_fit_any_more_when_it_is_taken_over_is_refused(locat
 
 
 def test_two_runs_from_one_checkpoint_of_before_the_first_step(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
-    original = pages.run(PLAN, OS)
-    copied = pages.run(PLAN, OS, run=original.run, begun=False)
+    patients = open_ledger(location).dataset("a")
+    original = patients.run(PLAN, OS)
+    copied = patients.run(PLAN, OS, run=original.run, begun=False)
     copied.count(0, STEP)
     with pytest.raises(LedgerError, match="another process"):
         original.count(0, STEP)
@@ -130,8 +130,8 @@ RESUMED = 32
 
 def resumed_at_once(location: str) -> tuple[np.ndarray, np.ndarray]:
     """How often each step was released, and was counted, when 32 processes resume one checkpoint."""
-    pages = open_ledger(location).dataset("a")
-    pages.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 2, 1e-5))
+    patients = open_ledger(location).dataset("a")
+    patients.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 2, 1e-5))
     first = begin(location, 2)
     table = shared((RESUMED, PLAN.steps))
 
@@ -149,23 +149,23 @@ def resumed_at_once(location: str) -> tuple[np.ndarray, np.ndarray]:
         except (LedgerError, BudgetExhausted):
             return
 
-    pages.store.close()
+    patients.store.close()
     children = [
         spawn(lambda row=row, seed=seed: work(row, random.Random(seed)))  # type: ignore[misc]
         for seed, row in enumerate(table)
     ]
     assert [wait(child) for child in children] == [0] * RESUMED
-    (run,) = pages.runs()
-    entries = pages.ledger.entries(run=run.run)
+    (run,) = patients.runs()
+    entries = patients.ledger.entries(run=run.run)
     counted = np.zeros(PLAN.steps, int)
     for entry in entries:
         if entry.kind == "steps":
             counted[entry.first] += 1
     released = table.sum(0)
     released[:2] += 1
-    total = pages.total()
+    total = patients.total()
     assert total.adaptive <= total.committed <= (total.cap.epsilon if total.cap else 0)
-    assert pages.ledger.verify().problems == []
+    assert patients.ledger.verify().problems == []
     return released, counted
 
 
@@ -182,23 +182,23 @@ def test_32_processes_that_resume_one_checkpoint(location: str) -> None:
 def test_nothing_is_admitted_or_given_back_on_a_broken_ledger(location: str, edit: str) -> None:
     run = begin(location, 5)
     execute(location, *EDITS[edit].split("; "))
-    pages = open_ledger(location).dataset("a")
+    patients = open_ledger(location).dataset("a")
     for refused in (
-        pages.run(PLAN, OS).open,
-        lambda: pages.set_cap(Cap(50.0, 1e-5)),
-        lambda: pages.ledger.close_run(run.run),
+        patients.run(PLAN, OS).open,
+        lambda: patients.set_cap(Cap(50.0, 1e-5)),
+        lambda: patients.ledger.close_run(run.run),
     ):
         with pytest.raises(LedgerError, match=r"is broken.*Nothing was spent"):
             refused()
 
 
 def test_rows_deleted_after_the_first_check_are_found_by_the_next(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
-    take(pages, 5)
-    pages.run(PLAN, OS).open()  # has checked all there is
+    patients = open_ledger(location).dataset("a")
+    take(patients, 5)
+    patients.run(PLAN, OS).open()  # has checked all there is
     execute(location, "DELETE FROM dptorch_ledger_entries WHERE seq = 4")
     with pytest.raises(LedgerError, match="1 entries are missing"):
-        pages.run(PLAN, OS).open()
+        patients.run(PLAN, OS).open()
 
 
 def test_without_the_check_a_run_is_admitted_on_a_broken_ledger(
@@ -216,14 +216,14 @@ def test_a_later_check_reads_only_what_is_new(
 ) -> None:
     from dptorch.ledger import chain
 
-    pages = open_ledger(location).dataset("a")
-    take(pages, 10)
+    patients = open_ledger(location).dataset("a")
+    take(patients, 10)
     seen: list[int] = []
     seal = chain.seal
     monkeypatch.setattr(chain, "seal", lambda e, key: seen.append(e.seq) or seal(e, key))
-    pages.run(PLAN, OS).open()
+    patients.run(PLAN, OS).open()
     again = len(seen)
-    pages.run(PLAN, OS).open()
+    patients.run(PLAN, OS).open()
     assert again <= 13
     assert len(seen) - again <= 1
 
@@ -282,13 +282,13 @@ def of_users() -> dptorch.PrivacyPlan:
 @pytest.mark.parametrize("unit", ["example", "user"])
 def test_runs_and_cap_have_one_unit_in_either_order(location: str, unit: str) -> None:
     mine, theirs = (PLAN, of_users()) if unit == "example" else (of_users(), PLAN)
-    pages = open_ledger(location).dataset("a")
-    take(pages, 2, mine)
+    patients = open_ledger(location).dataset("a")
+    take(patients, 2, mine)
     with pytest.raises(ConfigurationError, match=f"its unit is {unit!r}"):
-        pages.set_cap(Cap(50.0, 1e-5, unit=theirs.unit))
-    assert pages.cap is None
-    pages.set_cap(Cap(50.0, 1e-5, unit=unit))
-    take(pages, 2, mine)
+        patients.set_cap(Cap(50.0, 1e-5, unit=theirs.unit))
+    assert patients.cap is None
+    patients.set_cap(Cap(50.0, 1e-5, unit=unit))
+    take(patients, 2, mine)
     with pytest.raises(BudgetExhausted, match=f"{unit!r}"):
-        take(pages, 2, theirs)
-    assert len(pages.runs()) == 2
+        take(patients, 2, theirs)
+    assert len(patients.runs()) == 2

@@ -33,7 +33,7 @@ from dptorch.errors import BudgetExhausted, LedgerError, PrivacyWarning
 from dptorch.ledger import Cap, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon
 from dptorch.ledger.counting import Attempts
-from dptorch.ledger.record import RunRecord
+from dptorch.ledger.record import RunLedger
 from dptorch.noise import GaussianNoise
 from tests.engine.setup import SIZE, make_data, make_model
 from tests.ledger.processes import kill, shared, spawn
@@ -78,7 +78,7 @@ class Process:
         self.run = run
 
     def _make(self, place: Place) -> None:
-        ledger = open_ledger(
+        self.ledger = open_ledger(
             place.location, steps_per_write=place.steps_per_write, timeout_s=120
         ).dataset(place.dataset)
         model = make_model()
@@ -91,7 +91,7 @@ class Process:
             target_delta=DELTA,
             accountant="exact",
             self_check=False,
-            ledger=ledger,
+            ledger=self.ledger,
         )
         self.optimizer = self.engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
@@ -346,7 +346,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
     process.begin(place, 0, 0)
     process.step(2)
     process.pause()
-    process.engine._ledger.store.close()
+    process.ledger.store.close()
 
 
 def test_200_schedules_count_every_step(location: str, tmp_path: Path) -> None:
@@ -368,11 +368,11 @@ def test_200_schedules_count_every_step(location: str, tmp_path: Path) -> None:
 
 
 def without_the_lease() -> None:
-    RunRecord._refuse_unless_owned = lambda self, transaction: None  # type: ignore[method-assign]
+    RunLedger._refuse_unless_owned = lambda self, transaction: None  # type: ignore[method-assign]
 
 
 def without_reading_anew() -> None:
-    RunRecord._read = lambda self, transaction: self._in_ledger  # type: ignore[method-assign]
+    RunLedger._read = lambda self, transaction: self._in_ledger  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("breakage", [without_the_lease, without_reading_anew])

@@ -70,11 +70,11 @@ def show(
     [bold]Repeated[/] steps were released again because the run was killed after its last checkpoint.
     An [bold]open[/] run may still be going on, or was killed: resume it, or close it.
     """
-    book = _open(location, key_file)
+    opened = _open(location, key_file)
     if entries:
-        _show_entries(book, dataset, as_json)
+        _show_entries(opened, dataset, as_json)
         return
-    runs = book.runs(dataset=dataset)
+    runs = opened.runs(dataset=dataset)
     if as_json:
         typer.echo(json.dumps([_run_as_dict(run) for run in runs], indent=2))
         return
@@ -103,7 +103,7 @@ def show(
             _up(_epsilon(run)),
             f"{run.plan.target_delta:g}",
         )
-    _console().print(table if runs else f"{book.location} holds no run.")
+    _console().print(table if runs else f"{opened.location} holds no run.")
 
 
 @ledger.command(cls=Command)
@@ -200,12 +200,12 @@ def cap(
     if lift == (epsilon is not None or delta is not None) or (epsilon is None) != (delta is None):
         raise ConfigurationError("give --epsilon and --delta, or --lift.")
     _make_folder(location)
-    pages = _open(location, key_file, create=True).dataset(dataset)
+    opened = _open(location, key_file, create=True).dataset(dataset)
     if epsilon is None or delta is None:
-        pages.set_cap(None)
+        opened.set_cap(None)
         _console().print(f"{dataset}: no cap.")
         return
-    pages.set_cap(Cap(epsilon, delta, Adjacency.of(adjacency), unit))
+    opened.set_cap(Cap(epsilon, delta, Adjacency.of(adjacency), unit))
     _console().print(f"{dataset}: at most epsilon {epsilon:g} at delta {delta:g}, per {unit}.")
 
 
@@ -275,10 +275,10 @@ def for_new_run(location: str | None, runs: Path, dataset: str | None, job: Job)
     """
     from dptorch.ledger import beside
 
-    book = _open(location or str(runs / "ledger.db"), _key_file(), create=True, runs=runs)
+    opened = _open(location or str(runs / "ledger.db"), _key_file(), create=True, runs=runs)
     if dataset is None:
         dataset = f"recipe:{job.recipe}" if job.data is None else beside(job.data)
-    return book.dataset(dataset)
+    return opened.dataset(dataset)
 
 
 def for_resumed_run(
@@ -332,10 +332,10 @@ def _make_folder(location: str) -> None:
 
 
 def _totals(
-    book: Ledger, dataset: str | None, delta: float | None, adjacency: str | None = None
+    opened: Ledger, dataset: str | None, delta: float | None, adjacency: str | None = None
 ) -> list[Total]:
-    names = book.datasets() if dataset is None else [dataset]
-    return [book.dataset(name).total(delta, adjacency) for name in names]
+    names = opened.datasets() if dataset is None else [dataset]
+    return [opened.dataset(name).total(delta, adjacency) for name in names]
 
 
 def _epsilon(run: RunSummary) -> float:
@@ -369,8 +369,8 @@ def _total_as_dict(total: Total) -> dict[str, Any]:
     return {name: _finite(value) for name, value in values.items()}
 
 
-def _show_entries(book: Ledger, dataset: str | None, as_json: bool) -> None:
-    found = book.entries(dataset=dataset)
+def _show_entries(opened: Ledger, dataset: str | None, as_json: bool) -> None:
+    found = opened.entries(dataset=dataset)
     if as_json:
         typer.echo(json.dumps([asdict(e) | {"body": e.detail} for e in found], indent=2))
         return

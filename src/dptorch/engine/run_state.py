@@ -14,7 +14,7 @@ from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import Statement, make_statement
 
 if TYPE_CHECKING:
-    from dptorch.ledger import DatasetLedger, RunRecord
+    from dptorch.ledger import DatasetLedger, RunLedger
 
 __all__ = ["RunState"]
 
@@ -41,7 +41,7 @@ class RunState:
         self.loaders = 0
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
-        self._record: RunRecord | None = None
+        self._record: RunLedger | None = None
 
     @property
     def exhausted(self) -> bool:

@@ -17,17 +17,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from dptorch.errors import ConfigurationError
-from dptorch.ledger.book import DatasetLedger, Ledger, RunSummary, Total
 from dptorch.ledger.budget import Cap
 from dptorch.ledger.chain import Verification
 from dptorch.ledger.dataset_id import beside
-from dptorch.ledger.record import RunRecord
+from dptorch.ledger.datasets import DatasetLedger, Ledger, RunSummary, Total
+from dptorch.ledger.record import RunLedger
 
 __all__ = [
     "Cap",
     "DatasetLedger",
     "Ledger",
-    "RunRecord",
+    "RunLedger",
     "RunSummary",
     "Total",
     "Verification",
@@ -77,7 +77,7 @@ def _read_key(path: Path) -> bytes:
         ) from None
     if len(key) < 32:
         raise ConfigurationError(
-            f"the ledger's key {path} has {len(key)} bytes; it needs at least 32. Make one with "
+            f"the ledger's key {path} has {len(key)} bytes. It needs at least 32. Make one with "
             f"`head -c 32 /dev/urandom > {path}`."
         )
     return key

@@ -150,14 +150,14 @@ def admit(
         if planned <= cap.epsilon * (1 + _ROUNDING):
             return True
         raise BudgetExhausted(
-            f"the run needs epsilon={_up(planned)} at delta={cap.delta:g}, and the data set's cap is "
+            f"the run needs epsilon={_up(planned)} at delta={cap.delta:g}. The data set's cap is "
             f"epsilon={cap.epsilon:g}. Nothing was spent. Train with a smaller epsilon (more noise, "
             "fewer steps), or raise the cap with `dptorch ledger cap`."
         )
     before = adaptive_epsilon(others, cap.delta, cap.adjacency)
     raise BudgetExhausted(
         f"with this run everything on the data set would cost epsilon={_up(adaptive)} at "
-        f"delta={cap.delta:g}; its cap is epsilon={cap.epsilon:g}, of which other runs have spent or "
+        f"delta={cap.delta:g}. Its cap is epsilon={cap.epsilon:g}, of which other runs have spent or "
         f"reserved {_up(before)}. Nothing was spent. Train with a smaller epsilon, give back what "
         "dead runs have reserved (`dptorch ledger close RUN`), or raise the cap with "
         "`dptorch ledger cap`."

@@ -88,7 +88,7 @@ class Attempts:
         counter.subtract(range(first, first + steps))
         if min(counter.values(), default=0) < 0:
             raise LedgerError(
-                f"the ledger gives back steps from {first} on that it never recorded: it has been "
+                f"the ledger gives back steps from {first} on that it never counted. It has been "
                 "edited. Run `dptorch ledger verify`."
             )
 
@@ -151,8 +151,8 @@ def _history(event: Event, times: Counter[int]) -> list[Event]:
             groups[n] += event.steps_per_epoch if n else 0
     else:
         raise PrivacyError(
-            f"the ledger counts step by step, and the {event.kind} mechanism is one release of many "
-            "steps: no rule is known for a run of it that is killed and resumed."
+            f"the ledger counts step by step. The {event.kind} mechanism is one release of many steps, "
+            "and no rule is known for a run of it that is killed and resumed."
         )
     return [
         replace(event, noise_multiplier=event.noise_multiplier / math.sqrt(n), steps=steps)

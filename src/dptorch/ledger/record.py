@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
-from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyWarning
+from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, warn
 from dptorch.ledger.budget import Cap, admit
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import Entry, canonical
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from dptorch.ledger.store import Store, Transaction
 
 __all__ = [
-    "RunRecord",
+    "RunLedger",
     "adjacencies_of",
     "cap_in",
     "close_dead",
@@ -36,8 +35,8 @@ __all__ = [
 ]
 
 
-class Books(Protocol):
-    """What a run needs of `DatasetLedger`: whose budget, where it is kept, how often."""
+class LedgerOfData(Protocol):
+    """What a run needs of `DatasetLedger`: the data set, the store, steps in one write."""
 
     @property
     def dataset(self) -> str: ...
@@ -70,7 +69,7 @@ class _Reservation:
     sole: bool
 
 
-class RunRecord:
+class RunLedger:
     """What an engine tells the ledger of its run. Made by `DatasetLedger.run`.
 
     `open` reserves the whole plan under the data set's cap; `count` writes down a step; `close`
@@ -113,7 +112,7 @@ class RunRecord:
 
     def __init__(
         self,
-        ledger: Books,
+        ledger: LedgerOfData,
         plan: PrivacyPlan,
         key_provenance: str,
         *,
@@ -264,12 +263,10 @@ class RunRecord:
         self._may_take_over, self.begun = False, True
         self._in_ledger, self.attempts = found.in_ledger, found.attempts
         if news > 0:
-            warnings.warn(
+            warn(
                 f"{news} steps of run {self.run} were released by another process since its "
                 "checkpoint was loaded here. They count, and that process is refused from now on: at "
-                f"the end of its plan the run will have spent epsilon={self.epsilon_at_end():.4g}.",
-                PrivacyWarning,
-                stacklevel=2,
+                f"the end of its plan the run will have spent epsilon={self.epsilon_at_end():.4g}."
             )
 
     def _admitted(self, transaction: Transaction, event: Event) -> _Reservation:
@@ -353,13 +350,13 @@ class RunRecord:
         if self.head is not None and not transaction.holds(*self.head):
             raise LedgerError(
                 f"the ledger {self._ledger.store.location} lacks entry {self.head[0]}, which run "
-                f"{self.run} has written. It was restored from an older copy, or rewritten: steps "
+                f"{self.run} has written. It was restored from an older copy, or rewritten. Steps "
                 "that were released are missing in it. The step was not taken and not counted. "
                 "Restore the newest copy, and run `dptorch ledger verify`."
             )
         if not self._may_take_over and not self._owns(transaction):
             raise LedgerError(
-                f"run {self.run} was closed or gone on with by another process; this one may not "
+                f"run {self.run} was closed or gone on with by another process. This one may not "
                 "go on. The step was not taken and not counted. To go on here, load the newest "
                 "checkpoint into a new engine."
             )

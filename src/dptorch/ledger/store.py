@@ -200,7 +200,7 @@ class Store:
         if self._path is not None:
             if not create and not self._path.exists():
                 raise DataError(
-                    f"There is no ledger at {self.location}. The first private run makes one; give "
+                    f"There is no ledger at {self.location}. The first private run makes one. Give "
                     "the path or URL of yours with --ledger or DPTORCH_LEDGER."
                 )
             if create and not self._path.parent.is_dir():
@@ -362,9 +362,8 @@ class Store:
             found = connection.execute(query).scalar_one_or_none()
             if found is None or found > FORMAT:
                 raise LedgerError(
-                    f"The ledger {self.location} has format {found}, written by a newer dptorch; this "
-                    f"one knows format {FORMAT}. Upgrade dptorch: an older one could miscount. Nothing "
-                    "was changed."
+                    f"The ledger {self.location} has format {found}, written by a newer dptorch. This "
+                    f"one knows format {FORMAT}. Upgrade dptorch. Nothing was changed."
                 )
             keyed = bool(connection.execute(sa.select(_head.c.keyed)).scalar_one())
         if keyed and self._key is None:
@@ -374,7 +373,7 @@ class Store:
             )
         if not keyed and self._key is not None:
             raise ConfigurationError(
-                f"The ledger {self.location} was made without a key, and cannot be given one later. "
+                f"The ledger {self.location} was made without a key. It cannot be given one later. "
                 "Leave the key out, or begin a new ledger."
             )
 

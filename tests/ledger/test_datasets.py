@@ -44,20 +44,20 @@ def test_runs_on_one_data_set_add_up_and_others_do_not(location: str) -> None:
 
 
 def test_a_resumed_run_counts_lost_steps_as_repeats_on_the_same_batch(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
+    patients = open_ledger(location).dataset("a")
     p = plan(10, 2.0)
-    record = pages.run(p, OS)
+    record = patients.run(p, OS)
     for step in range(8):
         record.count(step, p.event(1))
     # Killed here; the last checkpoint is of step 5.
-    pages = open_ledger(location).dataset("a")
-    resumed = pages.run(p, OS, run=record.run, steps_done=5)
+    patients = open_ledger(location).dataset("a")
+    resumed = patients.run(p, OS, run=record.run, steps_done=5)
     assert resumed.repeated_steps == 3
     for step in range(5, 10):
         resumed.count(step, p.event(1))
     twice = SampledGaussian(2.0 / 2**0.5, 0.1, 3)
     assert resumed.attempts.events() == [SampledGaussian(2.0, 0.1, 7), twice]
-    (run,) = pages.runs()
+    (run,) = patients.runs()
     assert (run.steps, run.repeated, run.open) == (10, 3, False)
     assert run.history == resumed.attempts.events()
     # Three more sampled steps would be too few: the same batch was seen twice.
@@ -119,41 +119,41 @@ def test_a_mechanism_that_is_no_sequence_of_steps_is_refused() -> None:
 
 
 def test_a_checkpoint_from_before_the_ledger_is_counted_when_the_run_opens(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
-    record = pages.run(plan(10), OS, steps_done=4)
+    patients = open_ledger(location).dataset("a")
+    record = patients.run(plan(10), OS, steps_done=4)
     assert record.repeated_steps == 0
     record.count(4, plan(10).event(1))
-    (run,) = pages.runs()
+    (run,) = patients.runs()
     assert run.history == [SampledGaussian(2.0, 0.1, 5)]
 
 
 def test_a_block_counts_in_full_unless_the_run_ends_well(location: str) -> None:
     p = plan(10)
-    pages = open_ledger(location, steps_per_write=4).dataset("a")
-    killed, ended = pages.run(p, OS), pages.run(p, OS)
+    patients = open_ledger(location, steps_per_write=4).dataset("a")
+    killed, ended = patients.run(p, OS), patients.run(p, OS)
     for record in (killed, ended):
         for step in range(5):
             record.count(step, p.event(1))
     ended.close()
     assert killed.attempts.events() == ended.attempts.events() == [SampledGaussian(2.0, 0.1, 5)]
-    steps = {run.run: run.steps for run in pages.runs()}
+    steps = {run.run: run.steps for run in patients.runs()}
     assert steps == {killed.run: 8, ended.run: 5}
     for step in range(5, 10):
         ended.count(step, p.event(1))
-    assert pages.runs()[1].history == [SampledGaussian(2.0, 0.1, 10)]
+    assert patients.runs()[1].history == [SampledGaussian(2.0, 0.1, 10)]
 
 
 def test_a_step_past_the_plan_or_out_of_order_is_refused_unspent(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
+    patients = open_ledger(location).dataset("a")
     p = plan(2)
-    record = pages.run(p, OS)
+    record = patients.run(p, OS)
     with pytest.raises(BudgetExhausted, match="expects step 0"):
         record.count(1, p.event(1))
     for step in range(2):
         record.count(step, p.event(1))
     with pytest.raises(BudgetExhausted, match="not taken"):
         record.count(2, p.event(1))
-    assert pages.runs()[0].steps == 2
+    assert patients.runs()[0].steps == 2
 
 
 def test_of_two_processes_that_go_on_with_one_run_the_earlier_is_shut_out(location: str) -> None:
@@ -174,9 +174,9 @@ def test_a_run_the_ledger_knows_otherwise_is_refused(location: str, wrong: str) 
     ledger = open_ledger(location)
     run = take(ledger.dataset("a"), 1)
     head = ledger.head()
-    pages = ledger.dataset("b" if wrong == "dataset" else "a")
+    patients = ledger.dataset("b" if wrong == "dataset" else "a")
     with pytest.raises(LedgerError, match="does not know" if wrong == "run" else "run"):
-        pages.run(
+        patients.run(
             plan(noise=9.0) if wrong == "plan" else plan(),
             OS,
             run="0" * 16 if wrong == "run" else run,
@@ -189,22 +189,22 @@ def test_a_run_the_ledger_knows_otherwise_is_refused(location: str, wrong: str) 
 
 
 def test_a_first_run_may_use_the_whole_cap_and_then_nothing_fits(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
+    patients = open_ledger(location).dataset("a")
     p = plan(50, 1.5, 0.2)
-    pages.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
-    run = take(pages, 50, p)
+    patients.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
+    run = take(patients, 50, p)
     with pytest.raises(BudgetExhausted, match="Nothing was spent"):
-        take(pages, 1, plan(1, 50.0))
-    assert [r.run for r in pages.runs()] == [run]
+        take(patients, 1, plan(1, 50.0))
+    assert [r.run for r in patients.runs()] == [run]
 
 
 def test_a_sole_run_keeps_its_reservation_when_it_stops_early(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
+    patients = open_ledger(location).dataset("a")
     p = plan(50, 1.5, 0.2)
-    pages.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
-    take(pages, 10, p)
+    patients.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
+    take(patients, 10, p)
     with pytest.raises(BudgetExhausted):
-        take(pages, 1, plan(1, 50.0))
+        take(patients, 1, plan(1, 50.0))
     unused = open_ledger(location).dataset("b")
     unused.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
     take(unused, 0, p)  # closed before its first step: nothing happened
@@ -212,21 +212,21 @@ def test_a_sole_run_keeps_its_reservation_when_it_stops_early(location: str) -> 
 
 
 def test_runs_share_a_cap_and_give_back_what_they_do_not_use(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
+    patients = open_ledger(location).dataset("a")
     p = plan(50, 3.0, 0.1)
     room = adaptive_epsilon([p.event(100)], 1e-5)
-    pages.set_cap(Cap(room * 1.001, 1e-5))
-    record = pages.run(p, OS)
+    patients.set_cap(Cap(room * 1.001, 1e-5))
+    record = patients.run(p, OS)
     record.open()
-    take(pages, 20, p)  # reserves 50, uses 20
+    take(patients, 20, p)  # reserves 50, uses 20
     with pytest.raises(BudgetExhausted, match="other runs"):
-        take(pages, 60, plan(60, 3.0, 0.1))
-    take(pages, 30, plan(30, 3.0, 0.1))
+        take(patients, 60, plan(60, 3.0, 0.1))
+    take(patients, 30, plan(30, 3.0, 0.1))
     with pytest.raises(BudgetExhausted):
-        take(pages, 1, p)
-    pages.ledger.close_run(record.run)
-    take(pages, 50, p)
-    total = pages.total()
+        take(patients, 1, p)
+    patients.ledger.close_run(record.run)
+    take(patients, 50, p)
+    total = patients.total()
     assert total.steps == 100
     assert total.adaptive <= total.cap.epsilon if total.cap else False
     with pytest.raises(LedgerError, match="another process"):
@@ -234,21 +234,21 @@ def test_runs_share_a_cap_and_give_back_what_they_do_not_use(location: str) -> N
 
 
 def test_a_cap_below_what_is_spent_is_refused_and_can_be_lifted(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
-    take(pages, 10)
+    patients = open_ledger(location).dataset("a")
+    take(patients, 10)
     with pytest.raises(ConfigurationError, match="too late"):
-        pages.set_cap(Cap(1e-3, 1e-5))
-    pages.set_cap(Cap(50.0, 1e-5))
-    assert pages.cap == Cap(50.0, 1e-5)
-    pages.set_cap(None)
-    assert pages.cap is None
+        patients.set_cap(Cap(1e-3, 1e-5))
+    patients.set_cap(Cap(50.0, 1e-5))
+    assert patients.cap == Cap(50.0, 1e-5)
+    patients.set_cap(None)
+    assert patients.cap is None
 
 
 def test_another_unit_is_refused_under_a_cap(location: str) -> None:
-    pages = open_ledger(location).dataset("a")
-    pages.set_cap(Cap(50.0, 1e-5, unit="user"))
+    patients = open_ledger(location).dataset("a")
+    patients.set_cap(Cap(50.0, 1e-5, unit="user"))
     with pytest.raises(BudgetExhausted, match="'user'"):
-        take(pages, 1)
+        take(patients, 1)
 
 
 def by_scheme(sampling: str) -> dptorch.PrivacyPlan:
@@ -291,11 +291,11 @@ def test_a_cap_and_a_total_hold_for_schemes_that_their_adjacency_covers(
 
 @pytest.mark.parametrize("sampling", SCHEMES)
 def test_the_default_cap_and_total_cover_every_scheme(tmp_path: Path, sampling: str) -> None:
-    pages = open_ledger(tmp_path / "ledger.db").dataset("a")
-    pages.set_cap(Cap(1e4, 1e-5))
-    take(pages, 1, by_scheme(sampling))
-    pages.set_cap(None)
-    assert pages.total().adjacency is Adjacency.ZERO_OUT
+    patients = open_ledger(tmp_path / "ledger.db").dataset("a")
+    patients.set_cap(Cap(1e4, 1e-5))
+    take(patients, 1, by_scheme(sampling))
+    patients.set_cap(None)
+    assert patients.total().adjacency is Adjacency.ZERO_OUT
 
 
 @pytest.mark.parametrize("values", [(0.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0)])

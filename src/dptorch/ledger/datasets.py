@@ -1,4 +1,4 @@
-"""The ledger as a whole, and the pages of one data set in it."""
+"""The ledger, and its view of one data set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dptorch.ledger.chain import Verification
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.dataset_id import named
 from dptorch.ledger.entry import Entry
-from dptorch.ledger.record import RunRecord, adjacencies_of, cap_in, close_dead, committed_in
+from dptorch.ledger.record import RunLedger, adjacencies_of, cap_in, close_dead, committed_in
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
 
@@ -97,7 +97,7 @@ class Ledger:
         return self.store.location
 
     def dataset(self, name: str) -> DatasetLedger:
-        """The pages of one data set.
+        """The ledger of one data set.
 
         Args:
             name: its fingerprint: a public name, or what `fingerprint.beside` returns.
@@ -163,9 +163,9 @@ class DatasetLedger:
         steps_done: int = 0,
         own_loader_steps: int = 0,
         head: Sequence[Any] | None = None,
-    ) -> RunRecord:
-        """The pages of one run; see `RunRecord`. Nothing is written yet."""
-        return RunRecord(
+    ) -> RunLedger:
+        """The ledger of one run; see `RunLedger`. Nothing is written yet."""
+        return RunLedger(
             self,
             plan,
             key_provenance,
@@ -236,8 +236,8 @@ class DatasetLedger:
         units = {run.plan.unit for run in runs} | ({cap.unit} if cap else set())
         if len(units) > 1:
             raise LedgerError(
-                f"the runs on {self.dataset!r} protect different units ({', '.join(sorted(units))}); "
-                "their costs cannot be added up."
+                f"the runs on {self.dataset!r} protect different units ({', '.join(sorted(units))}). "
+                "Their costs cannot be added up."
             )
         if delta is None:
             delta = cap.delta if cap else max((r.plan.target_delta for r in runs), default=1e-5)
@@ -262,11 +262,11 @@ class DatasetLedger:
 
 
 def _summaries(entries: Iterable[Entry]) -> list[RunSummary]:
-    pages: dict[str, list[Entry]] = {}
+    of_runs: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.run is not None:
-            pages.setdefault(entry.run, []).append(entry)
-    return [_summary(of_run) for of_run in pages.values()]
+            of_runs.setdefault(entry.run, []).append(entry)
+    return [_summary(of_run) for of_run in of_runs.values()]
 
 
 def _summary(entries: list[Entry]) -> RunSummary:
@@ -294,7 +294,7 @@ def _refuse_other_units(runs: list[RunSummary], cap: Cap) -> None:
         if (run.history or run.committed) and run.plan.unit != cap.unit:
             raise ConfigurationError(
                 f"a cap for unit={cap.unit!r} cannot count run {run.run} on {run.dataset!r}: its "
-                f"unit is {run.plan.unit!r}, and the costs of different units cannot be added up. "
+                f"unit is {run.plan.unit!r}. The costs of different units cannot be added up. "
                 f"Set the cap for unit={run.plan.unit!r} (`dptorch ledger cap ... --unit`), if all "
                 "runs on the data set have that unit."
             )
@@ -306,7 +306,7 @@ def _refuse_uncovered(runs: list[RunSummary], adjacency: Adjacency) -> None:
             able = " or ".join(repr(each.value) for each in run.adjacencies)
             raise ConfigurationError(
                 f"adjacency={adjacency.value!r} does not cover run {run.run} on {run.dataset!r} "
-                f"(sampling={run.plan.sampling!r}, or steps on batches of the user's own loader): it "
+                f"(sampling={run.plan.sampling!r}, or steps on batches of the user's own loader). It "
                 f"is covered under {able}. Ask for that, and give the data set's cap, if it has one, "
                 "that adjacency (`dptorch ledger cap ... --adjacency`)."
             )
