@@ -314,9 +314,15 @@ def test_a_model_that_is_not_finite_neither_steps_nor_replaces_a_checkpoint(
 
 
 def test_a_large_but_finite_model_goes_on() -> None:
-    checkpoint.refuse_not_finite({"w": torch.full((1000,), 3e38), "empty": torch.zeros(0)})
+    """Its sum is infinite, which must not be taken for an entry that is."""
+    finite = {"w": torch.full((1000,), 3e38), "empty": torch.zeros(0)}
+    assert finite["w"].sum() == float("inf")
+    assert checkpoint.refuse_not_finite(finite) is None
+    with pytest.raises(PrivacyError, match="holds NaN or infinity"):
+        checkpoint.refuse_not_finite(finite | {"b": torch.tensor([float("inf")])})
 
 
+@pytest.mark.slow
 def test_a_fork_does_not_step() -> None:
     """Parent and child would add the same noise to different sums. In a process of its own, because
     the test process has threads that a fork would leave behind."""

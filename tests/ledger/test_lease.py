@@ -208,7 +208,9 @@ def test_without_the_check_a_run_is_admitted_on_a_broken_ledger(
     take(open_ledger(location).dataset("a"), 5)
     execute(location, EDITS["deleted"])
     monkeypatch.setattr(Store, "check", lambda self, transaction: None)
-    open_ledger(location).dataset("a").run(PLAN, OS).open()
+    admitted = open_ledger(location).dataset("a").run(PLAN, OS)
+    admitted.open()
+    assert admitted.run in {entry.run for entry in open_ledger(location).entries()}
 
 
 def test_a_later_check_reads_only_what_is_new(
