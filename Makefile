@@ -10,9 +10,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format zoo bench clean
+.PHONY: help demo quick test lint format zoo bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
@@ -20,8 +21,13 @@ help:  ## list these targets
 demo: $(VENV)/.demo  ## train the default recipe with differential privacy; see runs/demo
 	$(BIN)/dptorch train --name demo --overwrite
 
-test: lint  ## lint, types, tests
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+quick: $(VENV)/.test  ## ruff and the quick tests, two minutes on 2 cores; types are in make lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) -m "not (slow or postgres or browser or zoo)"
+
+test: lint  ## lint, types and all tests: a quarter of an hour on 2 cores
+	$(PYTEST)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -219,6 +219,7 @@ def settings_for(sampling: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SCHEMES)
 def test_calibration_uses_the_schemes_own_event(sampling: str) -> None:
     plan = make_plan(**settings_for(sampling), target_epsilon=3.0)

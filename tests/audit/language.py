@@ -1,7 +1,5 @@
 """A tiny causal language model, its tokenizer, and texts of one distribution."""
 
-import tests.oracles.torchvision_on_cpu  # noqa: F401, I001
-
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -50,6 +50,7 @@ def result() -> AuditResult:
     return audit(plan, canaries=400, seed=2, statement="The statement <of> the run.")
 
 
+@pytest.mark.browser
 def test_a_browser_shows_the_page(result: AuditResult, tmp_path: Path) -> None:
     chromium = browser()
     page = write_report(result, tmp_path / "audit.html")
@@ -121,6 +122,7 @@ def test_the_drawn_limit_is_the_gaussian_trade_off(result: AuditResult) -> None:
     assert curve[1] == pytest.approx(norm.cdf(norm.ppf(fpr) + 1), rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def known() -> tuple[list[str], list[str], nn.Module, Any]:
     return members, others, model, tokenizer
 
 
+@pytest.mark.slow
 def test_noise_is_reported_as_noise() -> None:
     # Fifty attacks on features that know nothing: the mean AUC has a standard error of 0.011.
     rng = np.random.default_rng(0)
@@ -61,6 +62,7 @@ def test_noise_is_reported_as_noise() -> None:
     assert abs(np.mean(found) - 0.5) <= 0.03
 
 
+@pytest.mark.slow
 def test_every_kind_of_attack_model_works() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(90) % 2

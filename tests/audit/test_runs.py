@@ -107,6 +107,7 @@ def test_a_private_run_is_not_refuted_and_a_run_that_lies_is(blobs: Path, tmp_pa
     assert broken.epsilon_lower > 2.0
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_the_same_canaries(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,7 @@ def test_resume_goes_on_with_the_same_canaries(
     assert audit(folder.path).steps == 16
 
 
+@pytest.mark.slow
 def test_the_command(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")

@@ -22,7 +22,7 @@ from dptorch.errors import ConfigurationError
 from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PoissonSampler
-from dptorch.tape import Tape
+from dptorch.tape.gradients.store import FormStore
 
 
 def small_plan(**changes: Any) -> PrivacyPlan:
@@ -90,12 +90,12 @@ def reused_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tied_weight_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = lambda self, key: self._forms[key][0].squared_norm()
-    monkeypatch.setattr(Tape, "_squared_norm_of_sum", first)
+    monkeypatch.setattr(FormStore, "_squared_norm_of_sum", first)
 
 
 def without_cross_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     apart = lambda self, key: sum(form.squared_norm() for form in self._forms[key])
-    monkeypatch.setattr(Tape, "_squared_norm_of_sum", apart)
+    monkeypatch.setattr(FormStore, "_squared_norm_of_sum", apart)
 
 
 TWINS = [
@@ -138,6 +138,7 @@ def test_power_at_epsilon_4_38() -> None:
     assert 3.5 <= result.epsilon_lower <= plan.epsilon()
 
 
+@pytest.mark.slow
 def test_false_alarms_of_the_engine_itself() -> None:
     # One step at noise multiplier 1, μ = 1: the bound is exact, so 2.5 to 7.5 % of 400 audits err.
     plan = make_plan(

@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 from typer.testing import CliRunner
 
@@ -206,6 +205,7 @@ def test_the_allocators_peak_is_a_peak_and_no_sum() -> None:
     assert 3 * size <= allocator_peak(lambda: both() and None, CPU) < 3.1 * size
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_found() -> None:
     """One example takes 1 MiB of a cap 100 MiB above what the process has."""
     if memory._begin_resident() is None:
@@ -224,6 +224,7 @@ def test_the_largest_batch_is_found() -> None:
     assert largest_batch(begin, 2**20, CPU) == 0
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own() -> None:
     job = Job("mlp", "dptorch/auto", {"B": 8, "T": None, "d": 64})
     peaks = ask(job)

@@ -10,6 +10,8 @@ from benchmarks.blogs_study import Result
 from benchmarks.blogs_study.__main__ import app
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (before transformers)
 import torch
 
 pytest.importorskip("trl")

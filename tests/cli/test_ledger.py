@@ -19,6 +19,7 @@ def parsed(*arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_runs_on_one_file_add_up_under_a_cap(data: Path) -> None:
     first = run("train", "--data", "points.csv", *QUICK)
     assert first.exit_code == 0, first.output
@@ -54,6 +55,7 @@ def test_runs_on_one_file_add_up_under_a_cap(data: Path) -> None:
     assert one["run"] in run("ledger", "show", "--entries").output
 
 
+@pytest.mark.slow
 def test_a_named_data_set_in_a_shared_ledger(data: Path) -> None:
     with_ledger = ("--ledger", "shared/all.db", "--dataset", "points")
     result = run("train", "--data", "points.csv", *with_ledger, *QUICK)
@@ -66,6 +68,7 @@ def test_a_named_data_set_in_a_shared_ledger(data: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_a_ledger(data: Path) -> None:
     result = run("train", "--data", "points.csv", "--no-ledger", *QUICK)
     assert result.exit_code == 0, result.output
@@ -74,6 +77,7 @@ def test_without_a_ledger(data: Path) -> None:
     assert "There is no ledger" in refused(run("ledger", "show"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_counts_its_lost_steps_when_it_resumes(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

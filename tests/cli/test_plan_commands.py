@@ -97,6 +97,7 @@ def test_samplers_and_adjacency_change_the_number() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_discrete_mechanism_is_planned_with_its_own_accountant(tmp_path: Path) -> None:
     own = ("--sample-rate", "0.01", "--steps", "100", "--delta", "1e-5")
     discrete = (*own, "--mechanism", "discrete_gaussian", "--accountant", "rdp")
@@ -122,6 +123,7 @@ def test_tuning_is_paid_for() -> None:
     assert found["epsilon_with_tuning"] == pytest.approx(tuned, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_calibrate_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "eps.svg"
@@ -186,6 +188,7 @@ def test_help_teaches() -> None:
         assert "Examples" in out
 
 
+@pytest.mark.slow
 def test_no_help_shows_a_python_type_for_a_switch() -> None:
     commands = [(), *((name,) for name in _names()), *(("ledger", n) for n in _names("ledger"))]
     assert ("ledger", "show") in commands

@@ -11,6 +11,7 @@ from dptorch.cli import train as train_command
 from dptorch.plan import PrivacyPlan
 
 
+@pytest.mark.slow
 def test_own_data_from_csv_to_report(data: Path) -> None:
     result = run("train", "--data", "points.csv", *QUICK)
     assert result.exit_code == 0, result.output
@@ -25,6 +26,7 @@ def test_own_data_from_csv_to_report(data: Path) -> None:
     assert Path("runs/points-2").is_dir()
 
 
+@pytest.mark.slow
 def test_epsilon_is_a_budget(data: Path) -> None:
     result = run(
         "train", "--data", "points.csv", "--label", "kind", "--epochs", "2", "--epsilon", "1.5"
@@ -33,6 +35,7 @@ def test_epsilon_is_a_budget(data: Path) -> None:
     assert PrivacyPlan.from_json(Path("runs/points-1/plan.json")).epsilon() <= 1.5
 
 
+@pytest.mark.slow
 def test_style_and_mechanism_are_the_plans(data: Path) -> None:
     own = ("train", "--data", "points.csv", *QUICK, "--model", "mlp")
     result = run(*own, "--clipping-style", "1, 3.*", "--name", "blocks")
@@ -48,6 +51,7 @@ def test_style_and_mechanism_are_the_plans(data: Path) -> None:
     assert "discrete" in statement
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
     command = ("train", "--data", "points.csv", "--name", "one", *QUICK)
     assert run(*command).exit_code == 0
@@ -59,6 +63,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
     assert PrivacyPlan.from_json(Path("runs/one/plan.json")).target_delta == 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,12 +116,14 @@ def test_a_model_that_mixes_examples_is_refused_with_the_way_out(
     assert "BatchNorm" in message
 
 
+@pytest.mark.slow
 def test_a_large_delta_is_warned_of(data: Path) -> None:
     result = run("train", "--data", "points.csv", *QUICK, "--delta", "0.1")
     assert result.exit_code == 0
     assert "Warning: target_delta=0.1" in result.stderr
 
 
+@pytest.mark.slow
 def test_ranges_by_column(data: Path) -> None:
     Path("ranges.json").write_text('{"u": [0, 1], "v": [0, 2]}')
     result = run("train", "--data", "points.csv", *QUICK, "--bounds", "ranges.json")
@@ -126,6 +133,7 @@ def test_ranges_by_column(data: Path) -> None:
     assert "'v' has no range" in message
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
     import signal
@@ -149,6 +157,7 @@ def test_an_interrupted_run_resumes(data: Path, monkeypatch: pytest.MonkeyPatch)
     assert "that run is complete" in refused(run("train", "--resume", "--name", "cut"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_style_and_may_change_its_mode(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +185,7 @@ def test_a_resumed_run_keeps_its_style_and_may_change_its_mode(
     assert "8 of 8 planned" in Path("runs/cut/statement.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_recorded_style_was_changed_is_not_resumed(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +217,7 @@ def test_help_teaches() -> None:
         assert phrase in text
 
 
+@pytest.mark.slow
 def test_the_bar_of_a_terminal_takes_what_a_run_tells(data: Path) -> None:
     from rich.console import Console
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 from dptorch.compat.private_transformers import PrivacyEngine
 
 MICRO, PARTS = 4, 4

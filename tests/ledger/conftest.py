@@ -24,7 +24,7 @@ def postgres() -> Iterator[str]:
     context.__exit__(None, None, None)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a ledger can be made; one for each backend."""
     if request.param == "sqlite":

@@ -215,6 +215,7 @@ def surplus(found: Counter[str]) -> int:
     return sum(n for name, n in found.items() if name.startswith("surplus"))
 
 
+@pytest.mark.slow
 def test_200_kills_lose_no_step(location: str, tmp_path: Path) -> None:
     found = killed_at_random(location, tmp_path, kills=KILLS)
     assert found["under-counted"] == found["under-reported"] == found["unreadable"] == 0

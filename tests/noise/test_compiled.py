@@ -98,6 +98,7 @@ def test_division_is_that_of_the_undivided_noisy_sum() -> None:
     assert torch.equal(noisy_sum(256.0)[0] * 256.0, noisy_sum()[0])
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("size", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 40 * CHUNK + 7])
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -128,6 +129,7 @@ def test_hash_by_the_definition() -> None:
     assert nh(words, key).tolist() == rows
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_cipher_is_aes_256() -> None:
     """FIPS 197's own key, and the keystream of the library that everything else uses."""
@@ -155,6 +157,7 @@ def test_the_cipher_is_aes_256() -> None:
                 assert (found == expected).all()
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("right", "wrong"),
@@ -193,6 +196,7 @@ def test_code_that_makes_other_bits_is_not_used(
     assert compiled() is None
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_it_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled() is not None
@@ -204,6 +208,7 @@ def test_it_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert libraries(own_cache) == [library]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_library_that_was_cut_short_is_made_again(own_cache: Path) -> None:
     assert compiled() is not None
@@ -216,6 +221,7 @@ def test_a_library_that_was_cut_short_is_made_again(own_cache: Path) -> None:
     assert libraries(own_cache)[0].stat().st_size == len(whole)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_folder_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
     own_cache.mkdir()
@@ -224,6 +230,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
     assert libraries(own_cache) == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_library_that_others_can_write_is_made_again(own_cache: Path) -> None:
     assert compiled() is not None
@@ -235,6 +242,7 @@ def test_a_library_that_others_can_write_is_made_again(own_cache: Path) -> None:
     assert libraries(own_cache)[0].stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_user_without_a_home_compiles_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:

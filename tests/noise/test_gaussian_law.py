@@ -133,6 +133,7 @@ def one_radius_for_both(step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return first, first * np.sign(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("twin", "caught_by"),
     [

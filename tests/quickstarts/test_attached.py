@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dptorch.compat import fastdp, private_vision
 from dptorch.errors import PrivacyWarning
+
+pytestmark = pytest.mark.slow
 
 DOCUMENTS = Path(__file__).parent / "documents"
 

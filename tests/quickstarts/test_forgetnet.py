@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (before torchvision and transformers)
 import torch
 from tests.audit.language import fit, make_model, make_texts, make_tokenizer
 
@@ -16,6 +15,8 @@ from dptorch import blogs
 from dptorch.compat import forgetnet
 from dptorch.errors import ConfigurationError, PrivacyWarning
 from dptorch.training.recipes import mnist_images
+
+pytestmark = pytest.mark.slow
 
 DOCUMENTS = Path(__file__).parent / "documents"
 # A whole batch an epoch, and two images over.

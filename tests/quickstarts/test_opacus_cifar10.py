@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401
 import torch
 from tests.quickstarts.cifar_files import write_cifar
 from torch import nn
 
 from dptorch.compat.opacus0.dp_model_inspector import IncompatibleModuleException
+
+pytestmark = pytest.mark.slow
 
 CODE = Path(__file__).parent / "documents" / "opacus_cifar10.py"
 

@@ -5,12 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401
 from tests.quickstarts.cifar_files import write_cifar
 from torch import nn
 
 from dptorch.compat.private_vision import __main__ as vision
 from dptorch.training.models import build_model
+
+pytestmark = pytest.mark.slow
 
 
 def run(line: str) -> int:

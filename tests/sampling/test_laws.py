@@ -104,6 +104,7 @@ def allocation_law(n: int, steps: int) -> dict[Hashable, float]:
     }
 
 
+@pytest.mark.slow
 def test_random_allocation_is_independent_and_uniform() -> None:
     for n, steps in ((3, 3), (4, 2)):
         sampler = RandomAllocationSampler(n, steps, KEY)
@@ -241,6 +242,7 @@ def test_random_allocation_has_its_law() -> None:
     assert rejected(allocated) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("twin", "caught_by"),
     [

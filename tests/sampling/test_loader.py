@@ -588,6 +588,7 @@ def test_a_batch_above_capacity_is_refused() -> None:
         list(loader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [None, 40])
 @pytest.mark.parametrize("limit", [None, 1, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -667,6 +668,7 @@ class Augmented(Dataset[Any]):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_workers_change_neither_batches_nor_repeat_each_others_augmentations() -> None:
     sampler = PoissonSampler(40, 0.3, KEY)

@@ -42,6 +42,7 @@ def test_it_is_a_bijection(size: int, exact_up_to: int) -> None:
     assert order(some).tolist() == values[some].tolist(), "positions can be asked for in any order"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact_up_to", [NETWORK, 1 << 16])
 @pytest.mark.parametrize(("size", "keys"), [(4, 4800), (5, 7200)])
 def test_every_order_is_equally_likely(size: int, keys: int, exact_up_to: int) -> None:
@@ -51,6 +52,7 @@ def test_every_order_is_equally_likely(size: int, keys: int, exact_up_to: int) -
     assert stats.chisquare(observed).pvalue > FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_pairs_of_a_larger_network_are_uniform() -> None:
     """Where two given elements of 30 go: 870 ordered pairs of places."""
     counts = Counter(

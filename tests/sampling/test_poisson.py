@@ -72,6 +72,7 @@ def rejected(draw: Draw) -> set[str]:
     return {name for name, p in p_values(draw).items() if p < FALSE_ALARM}
 
 
+@pytest.mark.slow
 def test_draws_have_the_poisson_law() -> None:
     assert rejected(dptorch_draw) == set()
 
@@ -119,6 +120,7 @@ def ten_percent_more(step: int) -> np.ndarray:
     return PoissonSampler(N, RATE * 1.1, RootKey.from_seed(7)).draw(step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("twin", "caught_by"),
     [
@@ -139,6 +141,7 @@ def test_other_samplers_are_rejected(twin: Draw, caught_by: str) -> None:
     assert caught_by in rejected(twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
 def test_every_subset_has_its_probability(rate: float) -> None:
     """Brute force: all 16 subsets of 4 examples, against q**k (1 - q)**(4 - k)."""

@@ -59,6 +59,7 @@ def test_a_drawn_user_brings_at_most_the_bound_and_all_up_to_it(most: int) -> No
         assert count == expected
 
 
+@pytest.mark.slow
 def test_the_choice_is_uniform_and_fresh_at_each_step() -> None:
     """Pairs of the six examples of "a": 15 of them; chi-square, false alarm 1e-7."""
     mine = [i for i, u in enumerate(IDS) if u == "a"]

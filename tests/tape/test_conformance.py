@@ -281,6 +281,7 @@ some = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 @some
 @given(st.data())
@@ -338,6 +339,7 @@ def test_adaptive_softmax_is_exact_or_refused() -> None:
         head(x, y)
 
 
+@pytest.mark.slow
 def test_every_layer_with_parameters_has_a_row() -> None:
     import inspect
     import re

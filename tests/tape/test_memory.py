@@ -53,6 +53,7 @@ def test_the_mlp_keeps_little_more_than_its_sums(monkeypatch: pytest.MonkeyPatch
     assert ratio(MLP, "dptorch/auto") > 1.3
 
 
+@pytest.mark.slow
 def test_the_convolutional_net_stays_near_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ratio(CONV, "dptorch/auto") < 1.10
     assert ratio(CONV, "dptorch/layer-wise") < 1.05

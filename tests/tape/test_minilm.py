@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 import torch.nn.functional as F
 from tests.oracles.loop import norms_of, one_example_loop, relative_error
@@ -91,6 +90,7 @@ def test_the_weights_are_the_pretrained_ones(folder: Path) -> None:
         assert torch.equal(loaded[name], pretrained[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_norms_and_clipped_sum_equal_the_loop(
     folder: Path,
@@ -114,6 +114,7 @@ def test_norms_and_clipped_sum_equal_the_loop(
     assert relative_error(found.double(), weighted(truth, coefficients)) <= tolerance
 
 
+@pytest.mark.slow
 def test_a_forgotten_padding_mask_is_seen(
     folder: Path, batch: tuple[Tensor, ...], truth: dict[str, Tensor]
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_forgotten_padding_mask_is_seen(
     assert (error > 1e-3).sum() == len(SENTENCES) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
 def test_a_private_step(
     folder: Path, batch: tuple[Tensor, ...], truth: dict[str, Tensor], noise_multiplier: float

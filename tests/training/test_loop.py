@@ -50,6 +50,7 @@ def weights(folder: RunFolder) -> list[torch.Tensor]:
     return list(load_model(folder.path).state_dict().values())
 
 
+@pytest.mark.slow
 def test_a_run_writes_everything(job: Job, tmp_path: Path) -> None:
     folder = run_folder.create(tmp_path / "runs", "small")
     record = Record()
@@ -88,6 +89,7 @@ def test_diagnostics_can_be_left_out(job: Job, tmp_path: Path) -> None:
     assert "Not private: diagnostics" not in (folder.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_usable_and_resumes_to_the_same_end(
     job: Job, finished: RunFolder, tmp_path: Path
 ) -> None:
@@ -111,6 +113,7 @@ def test_an_interrupted_run_is_usable_and_resumes_to_the_same_end(
         torch.testing.assert_close(mine, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_resumes_from_its_last_epoch(job: Job, tmp_path: Path) -> None:
     class Die(Silent):
         def stepped(self, step: int, train_loss: float) -> None:
@@ -126,11 +129,13 @@ def test_a_run_that_died_resumes_from_its_last_epoch(job: Job, tmp_path: Path) -
     assert outcome.last["step"] == 16
 
 
+@pytest.mark.slow
 def test_a_complete_run_cannot_be_resumed(job: Job, finished: RunFolder) -> None:
     with pytest.raises(DataError, match="that run is complete"):
         train(prepare(job), finished, resume=True)
 
 
+@pytest.mark.slow
 def test_other_data_cannot_be_resumed_on(job: Job, blobs: Path, tmp_path: Path) -> None:
     folder = run_folder.create(tmp_path / "runs", "cut")
     train(prepare(job), folder, observer=InterruptAt(step=2))
@@ -141,6 +146,7 @@ def test_other_data_cannot_be_resumed_on(job: Job, blobs: Path, tmp_path: Path) 
         train(prepare(job), folder, resume=True)
 
 
+@pytest.mark.slow
 def test_another_plan_cannot_be_resumed(job: Job, tmp_path: Path) -> None:
     folder = run_folder.create(tmp_path / "runs", "cut")
     train(prepare(job), folder, observer=InterruptAt(step=2))
@@ -158,6 +164,7 @@ def test_a_second_signal_is_not_held_back() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_physical_batches_do_not_change_the_result(
     job: Job, finished: RunFolder, tmp_path: Path
 ) -> None:
@@ -167,6 +174,7 @@ def test_physical_batches_do_not_change_the_result(
         torch.testing.assert_close(mine, whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_noise_is_really_there(job: Job, finished: RunFolder, tmp_path: Path) -> None:
     """Two seeds end apart by as much as the noise of 16 steps, not by rounding."""
     folder = run_folder.create(tmp_path / "runs", "other")

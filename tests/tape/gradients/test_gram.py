@@ -78,6 +78,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("size", [*SIZES, (2, 9, 512, 513), (1, 40, 1, 2000)], ids=str)
@@ -113,6 +114,7 @@ def test_the_c_kernel_keeps_what_is_not_finite_to_its_example(library: None) -> 
     assert squared.isfinite().tolist() == [True, False, False, True]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_c_kernel_does_not_ask_for_torchs_defaults(library: None, dtype: torch.dtype) -> None:
@@ -137,6 +139,7 @@ def test_a_factor_without_columns_has_norm_zero() -> None:
         assert gram_norm(left, right).tolist() == [0.0] * 8
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("right", "wrong"),
@@ -189,6 +192,7 @@ print("the kernel agrees")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 def test_the_triton_kernel_agrees_in_its_interpreter() -> None:
     """In a process of its own: Triton reads its switch when a kernel is made."""

@@ -1,6 +1,5 @@
 """Language models, untouched, in their default call."""
 
-import tests.oracles.torchvision_on_cpu  # noqa: F401  (transformers imports torchvision)
 import torch
 import torch.nn.functional as F
 from tests.tape.zoo.base import B, Case, case, labels
