@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dptorch.errors import ConfigurationError
-from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+from dptorch.tape.recording.batch_dims import BatchDims, is_ragged, map_batched
 
 __all__ = ["Call", "Cutter", "calls_of"]
 
@@ -62,6 +62,13 @@ class Cutter:
             return t
 
         for args, kwargs in calls:
+            if is_ragged(args, kwargs, batch_dims):
+                raise ConfigurationError(
+                    "the batch holds the rows of all examples one after another, so single examples "
+                    "cannot be cut out of it. Check the model on inputs with one row an example "
+                    "(padded sequences, one graph), or compare dptorch.record with a loop of your "
+                    "own."
+                )
             map_batched(note, model, args, kwargs, batch_dims)
             for t in tree_leaves((args, kwargs)):
                 if isinstance(t, Tensor):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, warn
 from dptorch.tape.provenance.tags import Tag, owners
-from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+from dptorch.tape.recording.batch_dims import BatchDims, is_ragged, map_batched, tag_inputs
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 
@@ -47,6 +47,8 @@ def refuse_mixing(
     Raises:
         ExamplesMixError: naming the first module at fault.
     """
+    if is_ragged(args, kwargs, batch_dims):
+        return True  # its examples cannot be exchanged one for another
     try:
         where = find_mixing(model, args, kwargs, batch_dims)
     except (PrivacyError, ConfigurationError):
@@ -214,7 +216,7 @@ def _watch(
         warnings.simplefilter("ignore")  # the real forward pass gives them again
         if any(_is_compiled(m) for m in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        args, kwargs = map_batched(recording.tag_batch, model, args, kwargs, batch_dims)
+        args, kwargs = tag_inputs(recording, recording.tag_batch, model, args, kwargs, batch_dims)
         stack.enter_context(patched())
         stack.enter_context(recording)
         model(*args, **kwargs)

@@ -84,10 +84,10 @@ def _opened(call: Call, outputs: Sequence[Any]) -> list[Found]:
     with torch.no_grad(), _same_random_numbers(call), mode:
         result = call.func(*args, **kwargs)
     results = result if isinstance(result, (tuple, list)) else (result,)
-    if not mode.opened:  # nothing was seen: a custom op without a kernel of torch's
-        raise Lost(_UNKNOWN)
     found: list[Found] = []
     for o, _ in zip(results, outputs, strict=True):
+        if not mode.opened and isinstance(o, Tensor) and mode.state(o) is None:
+            raise Lost(_UNKNOWN)  # nothing was seen, and it is none of the operands
         state = mode.state(o) if isinstance(o, Tensor) else None
         if isinstance(state, Mixed):
             raise Lost(state.reason)

@@ -12,6 +12,7 @@ from dptorch.tape.propagation.elementwise import along_broadcast
 from dptorch.tape.propagation.table import Found, agree, family
 from dptorch.tape.provenance.aliases import owner_of_each
 from dptorch.tape.provenance.calls import Call
+from dptorch.tape.provenance.layouts import guesses
 from dptorch.tape.provenance.tags import (
     NOBODY,
     Lost,
@@ -154,16 +155,16 @@ def _scatter_along(call: Call, x: Tensor, dim: int, index: Tensor) -> Tag | None
 def _territory(index: Tensor, writers: Tensor, size: int, batch_size: int) -> Tag:
     """The tag of a constant with `size` rows that examples wrote to at places of their own choice.
 
-    Each must have kept to rows that are its own by their number, and those that it left out are its
-    own too: it could have written there.
+    The rows must be laid out in a way that gives every written row to its writer; rows that were left
+    out are then said to be those examples' too, which could have written there.
 
     Raises:
-        Lost: if the places are no such rows (its class, say: examples of one class would meet).
+        Lost: if there is no such layout (places are classes, say: examples of one class would meet).
     """
-    for step in dict.fromkeys((size // batch_size, 1)):
-        own = step > 0 and size % (step * batch_size) == 0
-        if own and torch.equal((index // step) % batch_size, writers.to(index.dtype)):
-            return Tag(0, step)
+    for tag in guesses(size, batch_size):
+        owner = owners(tag, size, batch_size, index.device)
+        if torch.equal(owner[index.long()], writers.to(owner.dtype)):
+            return tag
     raise Lost("examples write to rows that are not their own")
 
 

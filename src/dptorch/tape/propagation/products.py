@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dptorch.tape.propagation.elementwise import along_broadcast, refuse_positions
+from dptorch.tape.propagation.elementwise import along_broadcast, elementwise, refuse_positions
 from dptorch.tape.propagation.table import Found, agree, family
 from dptorch.tape.provenance.calls import Call
-from dptorch.tape.provenance.tags import Lost
+from dptorch.tape.provenance.tags import Lost, Reduced, Tag
 
 __all__ = ["einsum_operands", "expand_einsum"]
 
@@ -21,10 +21,11 @@ _ADDED = ("baddbmm", "addmm", "addmv", "addbmm", "addr", "_addmm_activation")
 
 @family(
     """matmul mm bmm mv __rmatmul__ baddbmm addmm addmv addbmm _addmm_activation linear cdist
-    _cdist_forward _sparse_mm"""
+    _cdist_forward _sparse_mm dot vdot"""
 )
 def product(call: Call, outputs: Sequence[Any]) -> Found:
-    """Matrix products: free dimensions keep the examples, the contracted one may not hold them."""
+    """Matrix products: free dimensions keep the examples, the contracted one may not hold them, unless
+    the product is one number: a weighted sum over the examples."""
     out, name = outputs[0], call.name
     operands = call.operands()
     found = []
@@ -41,6 +42,10 @@ def product(call: Call, outputs: Sequence[Any]) -> Found:
             raise Lost("the weight of a linear layer carries examples")
         operands = operands[:1]
     a, b = operands[0], operands[1] if len(operands) > 1 else None
+    if out.dim() == 0 and a.dim() == 1 and b is not None:
+        agreed = elementwise(call, [a])
+        assert isinstance(agreed, Tag)
+        return Reduced("sum")
     tag = call.tag_of(a)
     if tag is not None:
         assert tag.dim is not None

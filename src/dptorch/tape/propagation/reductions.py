@@ -84,7 +84,7 @@ def with_each_other(call: Call, outputs: Sequence[Any]) -> Found:
     tag = elementwise(call, [torch.empty(shape, device="meta")])
     assert isinstance(tag, Tag)
     assert tag.dim is not None
-    dim = call.arg("dim", -1)
+    dim = call.arg("dim", None if call.name == "cross" else -1)
     if dim is None:  # torch.cross: the first dimension of size three
         dim = list(shape).index(3)
     if tag.dim == dim % len(shape):
@@ -126,6 +126,7 @@ MIXING = {
     "corrcoef": "it is a statistic over the examples",
     "put": "it writes into the flattened batch",
     "as_strided": "it reads memory by strides",
+    "as_strided_scatter": "it writes into memory by strides",
     "segment_reduce": "the segments are counted over the batch",
 }
 

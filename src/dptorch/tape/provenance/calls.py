@@ -47,6 +47,7 @@ _DUNDERS = {
     "ior": "bitwise_or",
     "xor": "bitwise_xor",
     "ixor": "bitwise_xor",
+    "rxor": "bitwise_xor",
     "invert": "bitwise_not",
     "radd": "add",
     "iadd": "add",

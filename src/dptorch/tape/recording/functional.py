@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dptorch.tape.gradients.clipping_modes import get_mode
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import Tape, TapeConfig
-from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+from dptorch.tape.recording.batch_dims import BatchDims, tag_inputs
 from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
 
@@ -34,7 +34,8 @@ def record(
     Args:
         model: any module; it is not changed.
         batch_dims: the batch dimension of the inputs: one number for all, or {argument name:
-            dimension, or None for an input shared by all examples}.
+            dimension, None for an input shared by all examples, or `dptorch.tape.Ragged` for one
+            that holds the rows of all examples one after another}.
         parameters: what to follow, by name; by default every parameter that requires grad.
         mode: how norms and sums are computed, a name in
             `dptorch.tape.gradients.clipping_modes.MODES`. All give the same numbers; a
@@ -66,8 +67,8 @@ def record(
     guard = ParameterGuard(followed, strict=False)
     recording = Recording(model, followed, TapeConfig(mode=get_mode(mode)), guard=guard)
     hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: map_batched(
-            recording.tag_batch, module, args, kwargs, batch_dims
+        lambda module, args, kwargs: tag_inputs(
+            recording, recording.tag_batch, module, args, kwargs, batch_dims
         ),
         with_kwargs=True,
     )

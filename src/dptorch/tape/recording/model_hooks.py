@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dptorch.errors import warn
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
-from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+from dptorch.tape.recording.batch_dims import BatchDims, tag_inputs
 from dptorch.tape.recording.outputs import promote
 from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
@@ -91,7 +91,7 @@ class ModelHooks:
         recording = Recording(
             self.model, self.parameters, config, guard=self.guard, listener=listener
         )
-        tagged = map_batched(recording.tag_batch, module, args, kwargs, self._batch_dims)
+        tagged = tag_inputs(recording, recording.tag_batch, module, args, kwargs, self._batch_dims)
         if self._first_inputs is not None:
             with self.paused():
                 done = self._first_inputs(args, kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dptorch.errors import NotCoveredError
 from dptorch.tape.gradients import PerExampleGradient, Scatter
+from dptorch.tape.propagation.layers import bag_owners
 from dptorch.tape.provenance.calls import Call
 from dptorch.tape.provenance.tags import Tag, rows
 from dptorch.tape.rules.recorder import Recorder
@@ -63,8 +64,8 @@ def embedding(call: Call, recording: Recorder) -> Any:
 
 @rule("embedding_bag")
 def embedding_bag(call: Call, recording: Recorder) -> Any:
-    """Sums and means of bags of rows, ids [B, T] or bags of one size in a row, [B * T] with offsets;
-    other forms go to the generic rule.
+    """Sums and means of bags of rows, ids [B, T] or ids in a row with the offsets of the bags; the
+    largest of a bag goes to the generic rule.
 
     Raises:
         NotCoveredError: for `max_norm` and `scale_grad_by_freq`, as `embedding` does.
@@ -78,46 +79,49 @@ def embedding_bag(call: Call, recording: Recorder) -> Any:
             "scale_grad_by_freq divides by counts over the whole batch. Use neither."
         )
     tag = call.tag_of(ids)
-    if tag is None or tag.dim != 0 or mode == "max":
+    if tag is None or tag.dim not in (0, None) or mode == "max":
         return NotImplemented
-    if ids.dim() == 1:
-        each = _size_of_bags(ids, call.arg("offsets"))
-        if not each or not tag.regular or tag.step % each:
-            return NotImplemented
-        bag_tag, shape = Tag(0, tag.step // each), (-1, each)
-    else:
-        bag_tag, shape = tag, tuple(ids.shape)
     if [id(p) for p in call.parameters] != [id(table)]:
         return NotImplemented
     if scale is not None and call.tag_of(scale) != tag:
         return NotImplemented
-    n = call.batch_size
     out = call.run({id(table): table.detach()})
+    bags, n = out.shape[0], call.batch_size
+    if ids.dim() == 1:
+        offsets = call.arg("offsets")
+        ends = torch.cat([offsets[1:], offsets.new_tensor([ids.shape[0]])])[:bags]
+        bag_of_id = torch.arange(bags, device=ids.device).repeat_interleave(ends - offsets[:bags])
+        bag_tag = tag if tag.dim is None else bag_owners(call, ids, offsets, bags)
+    else:
+        bag_of_id = torch.arange(bags, device=ids.device).repeat_interleave(ids.shape[1])
+        bag_tag = tag
+    ids_tag = tag if tag.dim is None or ids.dim() == 1 else Tag(0, tag.step * ids.shape[1])
+    if ids.dim() > 1 and tag.explicit is not None:
+        explicit = tuple(o for o in tag.explicit for _ in range(ids.shape[1]))
+        ids_tag = Tag(0, 1, explicit)
     padding = None if padding is None else padding % table.shape[0]
 
     def gradients(
         grads: Sequence[Tensor | None], saved: Sequence[Tensor]
     ) -> Iterator[tuple[Tensor, PerExampleGradient]]:
-        assert grads[0] is not None
-        bags, *weights = (t.reshape(shape) for t in saved)
-        share = (bags != padding if padding is not None else torch.ones_like(bags)).to(
-            grads[0].dtype
-        )
+        g = grads[0]
+        assert g is not None
+        flat, *weights = (t.reshape(-1) for t in saved)
+        share = (flat != padding if padding is not None else torch.ones_like(flat)).to(g.dtype)
         if mode == "mean":
-            share = share / share.sum(1, keepdim=True).clamp(min=1)
+            counts = g.new_zeros(bags).index_add(0, bag_of_id, share)
+            share = share / counts.clamp(min=1)[bag_of_id]
         if weights:
             share = share * weights[0]
-        values = rows(grads[0][:, None] * share[..., None], bag_tag, n)  # [B, m, T, D]
-        yield table, Scatter(rows(bags, bag_tag, n).flatten(1), values.flatten(1, 2), table.shape)
+        values = g[bag_of_id] * share[:, None]
+        yield (
+            table,
+            Scatter(
+                rows(flat, ids_tag, n).flatten(1),
+                rows(values, ids_tag, n).flatten(1, -2),
+                table.shape,
+            ),
+        )
 
     kept = (ids,) if scale is None else (ids, scale.detach())
     return recording.tap(call, out, [bag_tag], kept, gradients)
-
-
-def _size_of_bags(ids: Tensor, offsets: Tensor | None) -> int:
-    """How many ids every bag holds if that is the same number for each, else 0."""
-    if offsets is None or offsets.numel() == 0 or ids.numel() % offsets.numel():
-        return 0
-    each = ids.numel() // offsets.numel()
-    even = torch.arange(0, ids.numel(), each, device=offsets.device) if each else offsets + 1
-    return each if torch.equal(offsets.to(even.dtype), even) else 0
