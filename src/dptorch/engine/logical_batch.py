@@ -32,6 +32,11 @@ _NOT_ATTACHED = (
     "engine.attach(optimizer) before training; passes on public data go inside engine.public()."
 )
 
+_ONE_FORWARD = (
+    "stack their inputs as [B, 2, ...], make one forward of a wrapping module that flattens these two "
+    "dimensions for the model, and call backward() once on the sum of the losses: an example's "
+    "gradients are then clipped together. See docs/migrating.md, 'Several forward passes'."
+)
 _NO_OWNERS = (
     "unit='user', and a batch did not come from engine.loader: it is not known whose rows these are, "
     "so that one user's rows could add up to many times max_grad_norm. The step was neither taken nor "
@@ -253,8 +258,8 @@ class LogicalBatch:
                 batch.tape.close()
             raise PrivacyError(
                 f"{len(fired)} forward passes of the model went into one backward. If they are on "
-                "the same examples, make them in one forward of a wrapping module, so that an "
-                "example's gradients are clipped together; if not, call backward() after each."
+                "different examples, call backward() after each. If they are on the same examples, "
+                f"{_ONE_FORWARD}"
             )
         return fired[0]
 
@@ -325,8 +330,8 @@ class LogicalBatch:
         if place in self._kept.places or place in self._pending.places:
             raise PrivacyError(
                 "two backwards were made through the model on one batch: each example would count "
-                "twice. Add the losses and call backward() once, or call optimizer.zero_grad() between "
-                "them to drop the first."
+                "twice. Call optimizer.zero_grad() between them to drop the first. If both count, "
+                f"{_ONE_FORWARD}"
             )
         if part.padding:
             weights[part.examples :] = 0
