@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 import dptorch
 from dptorch.accounting import SampledGaussian
 from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyWarning
-from dptorch.ledger import Cap, open_ledger
+from dptorch.ledger import Cap, Total, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon
+from dptorch.ledger.counting import Attempts
 from dptorch.ledger.record import RunLedger
 from dptorch.ledger.store import Store
 from tests.ledger.processes import shared, spawn, wait
@@ -128,16 +130,14 @@ def test_a_change_of_event_gives_back_and_reserves_in_one_transaction(location: 
 RESUMED = 32
 
 
-def resumed_at_once(location: str) -> tuple[np.ndarray, np.ndarray]:
-    """How often each step was released, and was counted, when 32 processes resume one checkpoint."""
+def resumed_at_once(location: str) -> tuple[np.ndarray, np.ndarray, Total]:
+    """32 processes resume one checkpoint: how often each step was released and counted; the total."""
     patients = open_ledger(location).dataset("a")
     patients.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 2, 1e-5))
     first = begin(location, 2)
     table = shared((RESUMED, PLAN.steps))
 
     def work(row: np.ndarray, chance: random.Random) -> None:
-        import warnings
-
         warnings.simplefilter("ignore", PrivacyWarning)
         try:
             run = resume(location, first, 2)
@@ -156,23 +156,28 @@ def resumed_at_once(location: str) -> tuple[np.ndarray, np.ndarray]:
     ]
     assert [wait(child) for child in children] == [0] * RESUMED
     (run,) = patients.runs()
-    entries = patients.ledger.entries(run=run.run)
-    counted = np.zeros(PLAN.steps, int)
-    for entry in entries:
-        if entry.kind == "steps":
-            counted[entry.first] += 1
+    attempts = Attempts.of(patients.ledger.entries(run=run.run))
+    counted = np.array([attempts.times(step) for step in range(PLAN.steps)])
     released = table.sum(0)
     released[:2] += 1
-    total = patients.total()
-    assert total.adaptive <= total.committed <= (total.cap.epsilon if total.cap else 0)
     assert patients.ledger.verify().problems == []
-    return released, counted
+    return released, counted, patients.total()
 
 
 def test_32_processes_that_resume_one_checkpoint(location: str) -> None:
-    released, counted = resumed_at_once(location)
+    released, counted, total = resumed_at_once(location)
     assert (released <= counted).all()
-    assert counted.max() <= RESUMED
+    assert total.cap is not None
+    assert total.adaptive <= total.committed <= total.cap.epsilon
+
+
+def test_32_processes_without_a_lease_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken twin."""
+    monkeypatch.setattr(RunLedger, "_refuse_unless_owned", lambda self, transaction: None)
+    _, _, total = resumed_at_once(str(tmp_path / "ledger.db"))
+    assert total.adaptive > total.committed
 
 
 # -- the ledger must be whole ----------------------------------------------------------------------

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dptorch.ledger.entry import GENESIS, Entry, seal
 
-__all__ = ["START", "Link", "Verification", "verify"]
+__all__ = ["START", "Link", "Verification", "check"]
 
 
 @dataclass(frozen=True)
@@ -30,32 +30,30 @@ START = Link(0, "", GENESIS)
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """What a check of the chain found.
 
     Attributes:
-        entries: number of the last entry.
+        entries: how many there are.
         head: hash of the last entry. Keep it elsewhere, and what comes before it cannot be changed
             unnoticed.
         problems: empty if the chain holds.
         clock_went_back: entries written while the clock was behind the entry before.
-        last: the last entry, from which a later check can go on.
     """
 
     entries: int
     head: str
     problems: list[str]
     clock_went_back: list[int]
-    last: Link = field(default=START, repr=False)
 
 
-def verify(
+def check(
     entries: Iterable[Entry],
     head: tuple[int, str],
     key: bytes | None,
     *,
     pinned_head: str | None = None,
     after: Link = START,
-) -> Verification:
+) -> tuple[Verification, Link]:
     """Recompute the hashes of `entries`, which are all that follow `after`.
 
     Args:
@@ -64,6 +62,9 @@ def verify(
         key: of the ledger, if it has one.
         pinned_head: a hash kept from earlier; some entry must have it.
         after: the entry up to which the chain was checked before.
+
+    Returns:
+        What was found, and the last entry, after which a later check can go on.
 
     Guarantees:
         Editing, deleting, inserting or reordering entries is found, and so is cutting off the end
@@ -93,7 +94,7 @@ def verify(
             f"no entry has the pinned hash {str(pinned_head)[:16]}...: the ledger was cut off before "
             "it, rewritten, or restored from an older copy"
         )
-    return Verification(last.seq, last.hash, problems, behind, last)
+    return Verification(last.seq, last.hash, problems, behind), last
 
 
 def _problems(entry: Entry, before: Link, key: bytes | None) -> list[str]:

@@ -133,15 +133,16 @@ class Ledger:
         return close_dead(self.store, run)
 
     def verify(self, pinned_head: str | None = None) -> Verification:
-        """Recompute every hash; see `dptorch.ledger.chain.verify`.
+        """Recompute every hash; see `dptorch.ledger.chain.check`.
 
         Args:
             pinned_head: a head kept from earlier; some entry must have it.
         """
         with self.store.read() as transaction:
-            return chain.verify(
+            found, _ = chain.check(
                 transaction.entries(), transaction.head, self._key, pinned_head=pinned_head
             )
+        return found
 
 
 class DatasetLedger:

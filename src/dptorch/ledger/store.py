@@ -1,6 +1,6 @@
 """Where entries are kept: SQLite in a file, or PostgreSQL by URL.
 
-This is the only module that speaks to a database. A transaction that writes holds the ledger's one
+Only this module and `connection` speak to a database. A transaction that writes holds the ledger's one
 write lock from its first statement (SQLite: BEGIN IMMEDIATE; PostgreSQL: the row of the head, FOR
 UPDATE), so what it reads cannot change before it appends, whoever else writes.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import event as sa_event
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from dptorch.errors import ConfigurationError, DataError, LedgerError
 from dptorch.ledger import chain
+from dptorch.ledger.connection import connect, parse, without_password
 from dptorch.ledger.entry import GENESIS, Entry, canonical, seal
 
 __all__ = ["FORMAT", "Store", "Transaction"]
@@ -195,8 +194,8 @@ class Store:
         self._timeout_s = timeout_s
         self._process = os.getpid()
         self._checked = chain.START
-        self._path, url = _parse(location)
-        self.location = str(self._path) if self._path else _without_password(url)
+        self._path, url = parse(location)
+        self.location = str(self._path) if self._path else without_password(url)
         if self._path is not None:
             if not create and not self._path.exists():
                 raise DataError(
@@ -208,7 +207,7 @@ class Store:
                     f"The ledger {self.location} cannot be made: {self._path.parent} is not a folder."
                 )
         try:
-            self._engine = _connect_to(url, self._path, timeout_s)
+            self._engine = connect(url, self._path, timeout_s)
         except (ImportError, NoSuchModuleError) as error:
             raise ConfigurationError(
                 f"A PostgreSQL ledger needs psycopg ({error}): pip install 'dptorch[postgres]'."
@@ -262,11 +261,11 @@ class Store:
         before = self._checked
         if before.seq and not transaction.holds(before.seq, before.hash):
             before = chain.START
-        found = chain.verify(
+        found, last = chain.check(
             transaction.entries(after=before.seq), transaction.head, self._key, after=before
         )
         problems = found.problems
-        missing = found.last.seq - transaction.count()
+        missing = last.seq - transaction.count()
         if missing and not problems:
             problems = [f"{missing} entries are missing"]
         if problems:
@@ -275,7 +274,7 @@ class Store:
                 "known from it, so it admits nothing. Nothing was spent. Run `dptorch ledger verify`, "
                 "and restore the newest copy that is whole."
             )
-        self._checked = found.last
+        self._checked = last
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -421,77 +420,6 @@ _ADVICE = {
     "malformed": "The file is damaged: restore it from a backup and run `dptorch ledger verify`.",
     "refused": "Start the PostgreSQL server, or check host and port.",
 }
-
-
-def _parse(location: str | Path) -> tuple[Path | None, sa.URL]:
-    text = str(location)
-    if "://" not in text:
-        path = Path(text).absolute()  # whatever the working directory becomes
-        return path, sa.URL.create("sqlite+pysqlite", database=str(path))
-    try:
-        url = sa.make_url(text)
-    except SQLAlchemyError:
-        url = None
-    kind = url.get_backend_name() if url is not None else None
-    if url is not None and kind == "sqlite" and url.database:
-        return _parse(url.database)
-    if url is not None and kind in ("postgresql", "postgres"):
-        return None, url.set(drivername="postgresql+psycopg")
-    raise ConfigurationError(
-        f"the ledger's URL (of kind {text.split('://')[0]!r}) is not understood. Expected the path of "
-        "a file, or postgresql://user@host:5432/database."
-    )
-
-
-def _without_password(url: sa.URL) -> str:
-    # `set(password=None)` would leave it as it is.
-    return sa.URL.create(
-        "postgresql",
-        username=url.username,
-        host=url.host,
-        port=url.port,
-        database=url.database,
-    ).render_as_string(hide_password=False)
-
-
-def _connect_to(url: sa.URL, path: Path | None, timeout_s: float) -> sa.Engine:
-    if path is None:
-        settings = (
-            f"-c synchronous_commit=on -c lock_timeout={round(timeout_s * 1000)} "
-            "-c default_transaction_isolation=read\\ committed"
-        )
-        connect_args = {"options": settings, "connect_timeout": max(2, round(timeout_s))}
-        return sa.create_engine(url, connect_args=connect_args, pool_pre_ping=True)
-    engine = sa.create_engine(url, connect_args={"timeout": timeout_s})
-
-    @sa_event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # the "begin" hook below decides what is begun
-        _wal_mode(connection, timeout_s)
-        connection.execute("PRAGMA synchronous=FULL")
-
-    @sa_event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        writes = connection.get_execution_options().get("dptorch_writes")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def _wal_mode(connection: Any, timeout_s: float) -> None:
-    # Two processes that switch at once: SQLite tells one of them "locked" without waiting.
-    import sqlite3
-
-    deadline = time.monotonic() + timeout_s
-    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError as error:
-            if "readonly" in str(error):
-                return  # to be read only; writing to it says so
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def _utc_now() -> str:
