@@ -16,11 +16,12 @@ from dptorch.accounting import Adjacency, Event
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
+from dptorch.sampling.schemes import OWN_LOADER
 
 if TYPE_CHECKING:
     from dptorch.ledger import RunLedger
 
-__all__ = ["ASSUMED", "NOT_COVERED", "RELEASED", "Statement", "make_statement"]
+__all__ = ["ASSUMED", "NOT_COVERED", "ONCE_A_STEP", "RELEASED", "Statement", "make_statement"]
 
 _ADJACENCY_TEXT = {
     Adjacency.ADD_REMOVE: "adding or removing one {unit}",
@@ -39,7 +40,8 @@ NOT_COVERED = (
     "learning-rate schedules that follow the loss, early stopping, which run to keep",
     "metrics computed on private data, and any preprocessing that used statistics of it",
     "buffers of the model, and parameters written by anything but the optimizer's steps",
-    "other engines and other runs on the same data: their epsilons add up",
+    "other engines and other runs on the same data: their epsilons add up, but for runs that go on "
+    "from one checkpoint, which cost more than that together",
 )
 FLOATING_POINT = "attacks on floating-point arithmetic: noise and sums are floating-point numbers"
 _MECHANISMS = {"gaussian": "Gaussian noise", "discrete_gaussian": "discrete Gaussian noise"}
@@ -48,6 +50,8 @@ ASSUMED = (
     "dataset, the collate function or the loop",
     "the loss is multiplied by public constants only",
 )
+#: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.
+ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,15 @@ class Statement:
 
     Attributes:
         plan: what the run committed to.
-        adjacency: the neighbouring relation that is stated: the plan's, but zero-out for add/remove
-            where a step took its batch from a loader of the user's own.
+        adjacency: the neighbouring relation that is stated: the plan's, but zero-out instead of
+            add/remove where a step took its batch from a loader of the user's own.
         steps: steps taken, empty batches included.
         epsilon: certified ε of what ran: by an accountant whose number is an upper bound.
         accountant: its name: the plan's, or "pld" where the plan's gives no bound.
         epsilon_exact: the same by the exact accountant, for planning; None where it does not cover.
         epsilon_if_poisson: certified ε that the run would have had under Poisson sampling at its rate.
-        epsilon_unamplified: certified ε of steps in each of which any record may take part, once.
+        epsilon_unamplified: certified ε without amplification by sampling: of steps in each of which
+            any record may take part once.
         sampling_run: how many steps each sampler served.
         key_source: where the randomness came from.
         versions: software that ran.
@@ -94,6 +99,11 @@ class Statement:
         return all(scheme == self.plan.sampling or not n for scheme, n in self.sampling_run.items())
 
     @property
+    def own_loader_steps(self) -> int:
+        """How many steps took their batch from a loader of the user's own."""
+        return self.sampling_run.get(OWN_LOADER, 0)
+
+    @property
     def private(self) -> bool:
         """Whether the randomness was secret."""
         return self.key_source.is_private
@@ -121,9 +131,17 @@ class Statement:
         """What the engine cannot see and the guarantee rests on."""
         plan = self.plan
         assumed = [item.format(unit=plan.unit) for item in ASSUMED]
+        if self.own_loader_steps:
+            assumed.insert(
+                0,
+                f"in the {self.own_loader_steps} steps on a loader of the user's own, "
+                f"{ONCE_A_STEP.format(unit=plan.unit)}: the loader draws without replacement, a step "
+                "does not go on over the end of an epoch, and no batch is backpropagated twice. "
+                "What is in k rows of a step counts k times",
+            )
         if plan.unit == "user":
             assumed.append(
-                f"user ids say truly whose each example is; a batch that the engine did not draw has "
+                f"user_ids gives the user of each example; a batch that the engine did not draw has "
                 f"at most {plan.max_examples_per_user} examples of a user"
             )
         if plan.sample_size is not None and self.adjacency is Adjacency.ADD_REMOVE:
@@ -204,7 +222,17 @@ class Statement:
         run = ", ".join(f"{n} steps: {s}" for s, n in self.sampling_run.items() if n) or "no step"
         lines = [
             f"These {self.steps} training steps are ({_number(self.epsilon)}, {plan.target_delta:g})-"
-            f"differentially private with respect to {adjacency}.",
+            f"differentially private with respect to {adjacency}"
+            + (", provided that" if self.own_loader_steps else "."),
+            *(
+                [
+                    f"{ONCE_A_STEP.format(unit=plan.unit)}. ({self.own_loader_steps} of the steps took "
+                    "their batches from a loader",
+                    "of the user's own, which the engine does not see.)",
+                ]
+                if self.own_loader_steps
+                else []
+            ),
             "",
             f"Unit of privacy      {self.unit_text}",
             f"Adjacency            {self.adjacency.value}: {adjacency}",
@@ -251,9 +279,10 @@ class Statement:
                 f"claimed at rate {self.plan.sample_rate:.6g}; NOT valid for what ran"
             )
         lines += [
-            f"{blank}{_number(self.epsilon_unamplified)} if batches are chosen in any way that does "
-            "not look at the data, a record",
-            f"{blank}at most once a step and in a place that no other record moves",
+            f"{blank}{_number(self.epsilon_unamplified)} without amplification: holds for any "
+            "data-independent batching in which a",
+            f"{blank}record is in at most one row of a step, and its place does not depend on other "
+            "records",
         ]
         return lines
 
@@ -271,10 +300,17 @@ class Statement:
                 f"epsilon here covers. The statement is therefore {self.adjacency.value}: "
                 f"{self.adjacency_text}, in the same place. The number is the same."
             )
+        if self.resumed and self.ledger is None:
+            notes.append(
+                "NOTE: the run went on from a checkpoint. Other runs that went on from it, or past it, "
+                "drew the same batches for the same steps. They cost more together than their epsilons "
+                "added up: k of them cost what one costs whose noise is smaller by sqrt(k). A ledger "
+                "counts them so, as repeated steps of one run; this run has none."
+            )
         if self.plan.unit == "packed sequence":
             notes.append(
-                "NOTE: the unit is the packed row. Whoever has text in several rows is protected less, "
-                "the more rows the less."
+                "NOTE: the unit is the packed row. A person whose text is in several rows is protected "
+                "less with every further row."
             )
         if not self.private:
             notes.append(
@@ -298,7 +334,6 @@ def make_statement(
     Args:
         record: the ledger of the run, which knows of steps that were released more than once.
     """
-
     own = sum(n for scheme, n in sampling_run.items() if scheme != plan.sampling)
     adjacency = plan.adjacency
     # The ledger knows of steps that were lost after the last checkpoint, too.

@@ -100,6 +100,50 @@ def test_a_run_that_goes_on_is_the_run(tmp_path: Any) -> None:
     assert later.get_epsilon(1e-5) == engine.get_epsilon(1e-5)
 
 
+def test_a_checkpoint_tells_of_the_other_runs_of_its_engine(tmp_path: Any) -> None:
+    """One engine, two models: whoever goes on with the second has spent what the first spent, too."""
+
+    def two() -> tuple[Any, list[tuple[Any, ...]]]:
+        engine = PrivacyEngine()
+        return engine, [
+            private(engine=engine, noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=True)[
+                1:
+            ]
+            for _ in range(2)
+        ]
+
+    engine, runs = two()
+    for run in runs:
+        train(*run)
+    engine.accountant.step(noise_multiplier=5.0, sample_rate=0.5)
+    for i, (module, _, _) in enumerate(runs):
+        engine.save_checkpoint(path=tmp_path / f"{i}.pt", module=module)
+    spent = engine.get_epsilon(1e-5)
+
+    later, again = two()
+    later.load_checkpoint(path=tmp_path / "1.pt", module=again[1][0])
+    assert later.get_epsilon(1e-5) == spent
+    # The other run goes on here, too, and is not counted twice.
+    later.load_checkpoint(path=tmp_path / "0.pt", module=again[0][0])
+    assert later.get_epsilon(1e-5) == spent
+
+
+def test_a_checkpoint_from_before_they_told_of_other_runs_still_loads(tmp_path: Any) -> None:
+    from dptorch.engine import checkpoint
+
+    engine, module, optimizer, loader = private(
+        noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=True
+    )
+    train(module, optimizer, loader)
+    engine.save_checkpoint(path=tmp_path / "new.pt", module=module)
+    state = checkpoint.read(tmp_path / "new.pt")
+    del state["extra"]["others"], state["extra"]["identity"]
+    checkpoint.write(tmp_path / "old.pt", state)
+    later, module, *_ = private(noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=True)
+    later.load_checkpoint(path=tmp_path / "old.pt", module=module)
+    assert later.get_epsilon(1e-5) == engine.get_epsilon(1e-5)
+
+
 # -- schedules ---------------------------------------------------------------------------------------
 
 

@@ -135,3 +135,37 @@ def test_misspelt_arguments_name_the_right_one() -> None:
         make(target_eps=1.0)
     with pytest.raises(ConfigurationError, match="Did you mean 'per_layer'"):
         make(clipping_mode="perlayer")
+
+
+@pytest.mark.parametrize("drop", ["model", "optimizer", "engine"])
+def test_leftovers_of_an_epoch_are_dropped_by_zero_grad(drop: str) -> None:
+    """The original's trainer ends an epoch with virtual steps left over, and model.zero_grad()."""
+    model = nn.Linear(3, 1, bias=False)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine = PrivacyEngine(
+        model, batch_size=6, sample_size=10, epochs=1, max_grad_norm=1.0, noise_multiplier=0.0
+    )
+    engine.attach(optimizer)
+    x = 100 * torch.eye(3)[[0] * 10]  # every gradient is clipped to (1, 0, 0)
+
+    def losses(i: int) -> torch.Tensor:
+        out: torch.Tensor = model(x[2 * i : 2 * i + 2]).sum(1)
+        return out
+
+    optimizer.virtual_step(loss=losses(3))
+    optimizer.virtual_step(loss=losses(4))
+    {"model": model, "optimizer": optimizer, "engine": engine}[drop].zero_grad()
+    optimizer.virtual_step(loss=losses(3))
+    optimizer.virtual_step(loss=losses(4))
+    optimizer.step(loss=losses(0))
+    assert model.weight.grad is not None
+    assert model.weight.grad.norm().item() * 6 == pytest.approx(6)
+
+
+def test_leftovers_that_are_kept_count_an_example_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin."""
+    from dptorch.engine import PrivacyEngine as Engine
+
+    monkeypatch.setattr(Engine, "drop_batch", lambda self: None)
+    with pytest.raises(AssertionError, match=r"9\.99"):
+        test_leftovers_of_an_epoch_are_dropped_by_zero_grad("model")

@@ -458,7 +458,7 @@ def test_that_other_choice_is_stated_without_amplification() -> None:
 
 
 def test_users_and_ids_belong_together() -> None:
-    with pytest.raises(ConfigurationError, match="give user_ids"):
+    with pytest.raises(ConfigurationError, match="needs user_ids"):
         users_engine(make_model()).loader(make_data())
     with pytest.raises(ConfigurationError, match="unit='user' and max_examples_per_user"):
         make_engine(make_model()).loader(make_data(), user_ids=OWNERS)

@@ -142,7 +142,7 @@ class AttachedEngine:
         self.engine.attach(optimizer)
         self.optimizer = optimizer
         inner = self._engine_step = optimizer.step
-        hold = optimizer.virtual_step  # type: ignore[attr-defined]
+        add_pending = optimizer.virtual_step  # type: ignore[attr-defined]
 
         def step(_: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
             self._refuse_locked()
@@ -151,7 +151,7 @@ class AttachedEngine:
 
         def virtual_step(**kwargs: Any) -> None:
             self._before_step(**kwargs)
-            hold()
+            add_pending()
 
         # Schedulers look for their mark on the method's function, and bind it anew.
         step.__dict__.update(getattr(inner, "__func__", inner).__dict__)
@@ -337,7 +337,32 @@ class AttachedEngine:
 
 
 class LossVectorEngine(AttachedEngine):
-    """An `AttachedEngine` whose steps are given the loss of each example, [B], and backpropagate it."""
+    """An `AttachedEngine` whose steps are given the loss of each example, [B], and backpropagate it.
+
+    Steps call for no backward of the user's own, so ``zero_grad`` of optimizer, engine or model, which
+    drops gradients that were not stepped on, drops what ``virtual_step`` has put aside.
+    """
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """See `AttachedEngine.attach`."""
+        super().attach(optimizer)
+        self._engine_zero_grad = optimizer.zero_grad
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            self.engine.drop_batch()
+            self._engine_zero_grad(set_to_none)
+
+        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        self.module.zero_grad = _DroppingZeroGrad(  # type: ignore[method-assign]
+            self.module, self.engine
+        )
+
+    def detach(self) -> None:
+        """See `AttachedEngine.detach`."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad = self._engine_zero_grad  # type: ignore[method-assign]
+        self.module.__dict__.pop("zero_grad", None)
+        super().detach()
 
     def _before_step(
         self,
@@ -367,6 +392,28 @@ class LossVectorEngine(AttachedEngine):
         scaled = loss if scale == 1.0 else loss / scale
         with torch.enable_grad():
             scaled.backward(torch.ones_like(scaled))
+
+
+class _DroppingZeroGrad:
+    """A module's ``zero_grad`` that also drops what an engine has put aside for its step.
+
+    Copies and pickles of the module have the ordinary one.
+    """
+
+    def __init__(self, module: nn.Module, engine: PrivacyEngine) -> None:
+        self._module = module
+        self._engine = engine
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        self._engine.drop_batch()
+        type(self._module).zero_grad(self._module, set_to_none)
+
+    def __reduce__(self) -> Any:
+        return _plain_zero_grad, (self._module,)
+
+
+def _plain_zero_grad(module: nn.Module) -> Callable[..., None]:
+    return types.MethodType(type(module).zero_grad, module)
 
 
 def automatic_clipping(stability: float | None) -> str:

@@ -42,7 +42,7 @@ def loader_of(
     users = None
     if (user_ids is not None) != (plan.unit == "user"):
         raise ConfigurationError(
-            "the plan's unit is 'user': give user_ids, whose each example is."
+            "unit='user' needs user_ids: the user ID of each example, as a list or a column name."
             if user_ids is None
             else f"user_ids is given, but the plan's unit is {plan.unit!r}. Make the engine with "
             "unit='user' and max_examples_per_user."

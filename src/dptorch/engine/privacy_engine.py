@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -256,8 +256,8 @@ class PrivacyEngine:
 
         Args:
             dataset: any map-style dataset.
-            user_ids: where the plan's unit is the user: whose each example is, as a list or as the
-                name of a column. Users are drawn, and bring at most the plan's
+            user_ids: where the plan's unit is the user: the user ID of each example, as a list or as
+                the name of a column. Users are drawn, and bring at most the plan's
                 max_examples_per_user examples each.
             max_physical_batch_size: most examples to go through the model at once. A larger batch
                 arrives in parts; ``optimizer.step()`` then waits for the last of them.
@@ -301,18 +301,22 @@ class PrivacyEngine:
         self._batch.begin_physical_batch(part)
 
     def end_epoch(self, *, complete: bool = True) -> None:
-        """Say that the next forward passes are on batches that were not drawn as the plan says.
-
-        Args:
-            complete: False drops what was backpropagated and not stepped.
-        """
+        """Say that the next batches were not drawn as planned; `complete=False` drops the last."""
         self._batch.end_epoch(complete=complete)
 
-    def public(self) -> AbstractContextManager[None]:
-        """Forward passes inside this context are ordinary and unprotected: for public data only.
+    def drop_batch(self) -> None:
+        """Drop all that was not stepped on, what ``virtual_step`` kept included."""
+        self._batch.reset()
 
-        Gradients then go to ``.grad`` as usual; the engine's next private step overwrites them.
-        """
+    def __reduce__(self) -> NoReturn:
+        raise PrivacyError(
+            "a PrivacyEngine is not copied or pickled: a second would draw the same noise. Copy the "
+            "model and make an engine for the copy, or keep the run with save_checkpoint()."
+        )
+
+    def public(self) -> AbstractContextManager[None]:
+        """Make passes in this context ordinary and unprotected: for public data only. Gradients go to
+        ``.grad`` as usual, and the engine's next private step overwrites them."""
         return self._hooks.paused()
 
     # -- the ledger --------------------------------------------------------------------------------
@@ -331,18 +335,13 @@ class PrivacyEngine:
         self._run.use_ledger(ledger)
 
     def reserve_budget(self) -> None:
-        """Reserve the steps to come in the ledger, as `loader` and the first step do.
-
-        Raises:
-            BudgetExhausted: the data set's cap does not leave enough.
-        """
+        """Reserve the steps to come in the ledger, as `loader` and the first step do; raises
+        BudgetExhausted if the data set's cap does not leave enough."""
         self._run.reserve_budget()
 
     def release_budget(self) -> None:
-        """Give back what is reserved in the ledger for steps to come, at the end or for a pause.
-
-        Other runs on the data set can then have it. The next step reserves anew.
-        """
+        """Give back what is reserved in the ledger for steps to come, for other runs on the data set.
+        The next step reserves anew."""
         self._run.release_budget()
 
     # -- reporting ---------------------------------------------------------------------------------

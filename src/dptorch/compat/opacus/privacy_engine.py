@@ -368,6 +368,9 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
     ) -> None:
         """Write all that the run of `module` needs to go on: `dptorch.PrivacyEngine.save_checkpoint`.
 
+        What the other runs of this engine have released is in the file, too, so that ``get_epsilon``
+        goes on with all of it.
+
         The optimizer that the run was made with is saved with it, given here or not. The file holds
         the secret key of the noise: keep it as safe as the data.
 
@@ -382,6 +385,12 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         extra = {
             "past": [event.to_dict() for event in run.history_before()],
             "by_hand": [event.to_dict() for event in self.accountant.events],
+            "identity": run.identity,
+            "others": {
+                identity: [event.to_dict() for event in events]
+                for identity, events in self.accountant.history_by_run().items()
+                if identity != run.identity
+            },
             "own": dict(checkpoint_dict or {}),
         }
         run.engine.save_checkpoint(
@@ -409,7 +418,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         run = self._run_of(module)
         saved = checkpoint.read(path)
         extra = saved.get("extra")
-        if not isinstance(extra, Mapping) or set(extra) != {"past", "by_hand", "own"}:
+        if not isinstance(extra, Mapping) or not {"past", "by_hand", "own"} <= set(extra):
             raise ConfigurationError(
                 f"{path} was not written by save_checkpoint of dptorch.compat.opacus. Load it with "
                 "dptorch.PrivacyEngine.load_checkpoint."
@@ -418,7 +427,12 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             run.take_up(PrivacyPlan.from_json(saved["engine"]["plan"]))
         run.engine.load_checkpoint(path, **_schedulers(noise_scheduler, grad_clip_scheduler))
         run.past = [Event.from_dict(values) for values in extra["past"]]
+        run.identity = extra.get("identity", run.identity)
         self.accountant.events = [Event.from_dict(values) for values in extra["by_hand"]]
+        self.accountant.elsewhere |= {
+            identity: [Event.from_dict(values) for values in events]
+            for identity, events in extra.get("others", {}).items()
+        }
         return dict(extra["own"])
 
     def _run_of(self, module: nn.Module) -> ScheduledRun:

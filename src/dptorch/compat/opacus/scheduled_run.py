@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ class ScheduledRun:
         clipping_mode, batch_dims, seed: as for `dptorch.PrivacyEngine`.
 
     Attributes:
+        identity: tells this run from others, also once it goes on from a checkpoint.
         past: what was released before, for a run that goes on from a checkpoint.
         engines: all so far; the last is the one at work.
         loader: what `DPDataLoader` iterates now.
@@ -56,6 +58,7 @@ class ScheduledRun:
     ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.identity = secrets.token_hex(8)
         self.past: list[Event] = []
         self.engines: list[PrivacyEngine] = []
         self.loader: PrivateLoader | None = None

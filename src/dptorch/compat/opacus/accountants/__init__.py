@@ -55,6 +55,8 @@ class IAccountant:
         name: of the accountant in `dptorch.accounting`.
         events: what was stepped by hand or loaded.
         runs: the engines' runs, which count for themselves.
+        elsewhere: what runs that are not here have released, by their identity: a checkpoint tells of
+            the other runs of its engine.
     """
 
     name: ClassVar[str] = "pld"
@@ -63,10 +65,16 @@ class IAccountant:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.runs: list[ScheduledRun] = []
+        self.elsewhere: dict[str, list[Event]] = {}
+
+    def history_by_run(self) -> dict[str, list[Event]]:
+        """What each run has released, by its identity."""
+        return self.elsewhere | {run.identity: run.history() for run in self.runs}
 
     def all_events(self) -> list[Event]:
         """All that was released."""
-        events = [*self.events, *(event for run in self.runs for event in run.history())]
+        of_runs = self.history_by_run().values()
+        events = [*self.events, *(event for events in of_runs for event in events)]
         # Only these add up: the steps of an epoch that another engine begins anew do not.
         sampled = [event for event in events if isinstance(event, SampledGaussian)]
         others = [event for event in events if not isinstance(event, SampledGaussian)]
