@@ -161,7 +161,7 @@ def test_bad_texts(known: Any) -> None:
         mia.attack([{"body": "w1 w2"}], others, model, tokenizer)
     with pytest.raises(DataError, match="single string"):
         mia.attack("w1 w2", others, model, tokenizer)
-    with pytest.raises(DataError, match="expected a text"):
+    with pytest.raises(DataError, match="Expected a text"):
         mia.attack([3, 4], others, model, tokenizer)
     with pytest.raises(ConfigurationError, match="without logits"):
         mia.attack(members, others, Silent(), tokenizer)

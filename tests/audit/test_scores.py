@@ -147,7 +147,7 @@ def test_lira_is_the_ratio_of_two_normals() -> None:
     assert np.allclose(lira_offline(phi, shadow, member), (phi - sides[1][0]) / sides[1][1])
     with pytest.raises(DataError, match="no shadow model"):
         lira_online(phi, shadow, np.ones_like(member))
-    with pytest.raises(DataError, match="expected both"):
+    with pytest.raises(DataError, match="Expected both"):
         lira_offline(phi, shadow, member[:3])
 
 

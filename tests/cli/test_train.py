@@ -69,7 +69,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
     [
         (("--recipe", "mnst"), "Did you mean 'mnist'?"),
         (("--data", "nowhere.csv"), "nowhere.csv does not exist"),
-        (("--data", "points.csv"), "no column 'label'; found u, v, kind"),
+        (("--data", "points.csv"), "no column 'label'. Found u, v, kind"),
         (("--data", "points.csv", "--recipe", "mnist"), "exclude each other"),
         (("--data", "points.csv", *QUICK, "--model", "no.such:thing"), "cannot be imported"),
         (("--data", "points.csv", *QUICK, "--bounds", "1"), "expected two numbers"),

@@ -66,8 +66,8 @@ def test_a_factory_by_import_path(factories: str, name: str, classes: int) -> No
     ("name", "message"),
     [
         ("missing", "cannot be imported"),
-        ("wrong", "returned a int; expected an nn.Module"),
-        ("number", "is a int; expected a function"),
+        ("wrong", "returned a int. Expected an nn.Module"),
+        ("number", "is a int. Expected a function"),
     ],
 )
 def test_a_factory_that_is_none(factories: str, name: str, message: str) -> None:

@@ -77,10 +77,10 @@ def test_the_page_loads_nothing(finished: RunFolder) -> None:
 
 def test_a_run_with_a_seed_protects_nobody_and_says_so(finished: RunFolder) -> None:
     text = Outline(page_of(finished)).text
-    assert "This run protects nobody" in text
+    assert "This run is not private" in text
     assert "What the guarantee means" not in text
     private = Outline(page_of(finished, statement={"key_provenance": "operating system"})).text
-    assert "This run protects nobody" not in private
+    assert "This run is not private" not in private
     assert "What the guarantee means" in private
 
 
@@ -91,7 +91,7 @@ def test_the_guarantee_in_words_follows_from_epsilon(finished: RunFolder) -> Non
     assert f"at most {share:.1f}% of cases" in strong
     for weak in (8.0, math.inf):
         page = Outline(page_of(finished, statement={"epsilon": weak, **secret})).text
-        assert "does not keep them from it" in page
+        assert "does not prevent it" in page
 
 
 def test_other_sampling_is_not_called_poisson(finished: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""The charts of an audit: the ROC curve against what the claim allows, score histograms, ε."""
+"""Charts of an audit: the ROC curve beside what the claim allows, score histograms, ε."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page about an audit: self-contained HTML, what is claimed beside what was measured."""
+"""Write the page about an audit: self-contained HTML with the claim beside the measurement."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def render_audit(result: AuditResult) -> str:
     """
     if missing := missing_packages():
         raise ConfigurationError(
-            f"The report needs {' and '.join(missing)}. Install with: pip install 'dptorch[report]'"
+            f"The report needs {' and '.join(missing)}. Install with: pip install 'dptorch[report]'."
         )
     rates = np.array(_RATES)
     allowed = allowed_curve(result, rates)

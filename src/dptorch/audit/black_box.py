@@ -1,4 +1,4 @@
-"""The audit of a run that planted canaries: an adversary who sees the finished model only."""
+"""Audit a run that planted canaries, by an adversary who sees the finished model only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def audit_run(
     argument = bounds.get_bound(bound) if isinstance(bound, str) else bound
     if argument.needs_independent_scores:
         raise ConfigurationError(
-            f"bound={bound!r} is for independent games; the canaries of one run share a model. Use "
+            f"bound={bound!r} is for independent games, but the canaries of one run share a model. Use "
             "bound='one-run'."
         )
     run = RunFolder(Path(folder))

@@ -1,4 +1,4 @@
-"""What an auditor has in the end: a score for each canary, and whether it was in."""
+"""Evidence of an audit: a score for each canary, and whether it was in the training data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Evidence:
         member = np.asarray(self.member, dtype=bool)
         if scores.ndim != 1 or scores.shape != member.shape:
             raise DataError(
-                f"scores have shape {scores.shape} and memberships {member.shape}; expected one "
+                f"scores have shape {scores.shape} and memberships {member.shape}. Expected one "
                 "score and one truth value for each canary."
             )
         if bool(np.isnan(scores).any()):

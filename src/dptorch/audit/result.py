@@ -1,4 +1,4 @@
-"""The outcome of an audit: what was claimed, what was measured, and what follows."""
+"""The result of an audit: what was claimed, what was measured, and what follows."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def prove(
     if len(evidence) < FEWEST_CANARIES or min(inside, outside) < 2:
         raise ConfigurationError(
             f"{len(evidence)} canaries, {inside} in and {outside} out: with so few, no measurement "
-            f"says anything. Use at least {FEWEST_CANARIES}; 1000 is usual."
+            f"says anything. Use at least {FEWEST_CANARIES}. 1000 is usual."
         )
     return Proof(
         bound=argument.name,

@@ -1,4 +1,4 @@
-"""ROC curves with what is known about them: confidence bands and the numbers people read off."""
+"""ROC curves with confidence bands, and the numbers that are read off them."""
 
 from __future__ import annotations
 

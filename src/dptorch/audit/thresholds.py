@@ -1,4 +1,4 @@
-"""How to choose a threshold without looking at the labels that it is judged on.
+"""Choose a threshold without looking at the labels that it is judged on.
 
 Trying thresholds and keeping the best is the commonest fault of audits: it finds leaks in runs that
 have none. Each strategy here pays for its choice.

@@ -1,4 +1,4 @@
-"""The audit of a plan: the engine runs it on canaries, before an adversary who sees every step."""
+"""Audit a plan: the engine runs it on canaries, before an adversary who sees every step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
-"""What a private step costs: ours, our peers' and the ordinary one, on the same models and machine.
+"""Measure what a private step costs, beside other libraries' and the ordinary one, on one machine.
 
-`workloads.py` says what is trained and `engines.py` and `peers.py` by what; `timing.py` and
-`memory.py` measure one workload, `exactness.py` asks whether an engine's gradient is the right one;
-`suite.py` goes through them all, `cost_page.py` writes what was found. `dptorch bench` is the command.
+workloads         models, fixed batches and losses
+engines, peers    training engines: ours, other libraries', the ordinary step
+timing, memory    measure one workload
+exactness         compare an engine's gradient with a loop
+suite             goes through workloads and engines
+cost_page         writes the results
 """

@@ -1,4 +1,4 @@
-"""All engines that can be measured, by name."""
+"""Return the engines that can be measured, by name."""
 
 from __future__ import annotations
 

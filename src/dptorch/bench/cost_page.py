@@ -1,4 +1,4 @@
-"""What was measured, as CSV, Markdown, a plot, and a table on the terminal.
+"""Write measurements as CSV, Markdown, a plot, and a table on the terminal.
 
 Runs are kept as ``KIND.json`` and ``KIND.csv`` in a folder, KIND being ``cost``, ``sweep-B``,
 ``sweep-T``, ``sweep-d`` or ``largest-batch``. A new run takes the place of earlier ones of its kind for

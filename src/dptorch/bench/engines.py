@@ -1,4 +1,4 @@
-"""By what it is trained: each engine turns a workload into a step that can be repeated.
+"""Training engines under comparison. Each turns a workload into a repeatable step.
 
 A step is forward, loss, backward, clipping, noise, an SGD step and zero_grad, on a fixed batch.
 """

@@ -1,4 +1,4 @@
-"""Whether an engine's clipped gradient is the right one: a cheap wrong step is no achievement."""
+"""Compare an engine's clipped gradient with a loop over examples."""
 
 from __future__ import annotations
 

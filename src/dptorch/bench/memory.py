@@ -1,4 +1,4 @@
-"""How much memory a step takes, and how large a batch fits.
+"""Measure how much memory a step takes, and how large a batch fits.
 
 Peaks are counted twice. The allocator's is all tensors above the model and its batch: what the
 engine keeps between steps, and the most that a step takes on top. The resident set is what the
@@ -105,7 +105,7 @@ def _resident(line: str) -> int:
     for text in _STATUS.read_text().splitlines():
         if text.startswith(line):
             return int(text.split()[1]) * 1024
-    raise OSError(f"no {line} in {_STATUS}")
+    raise OSError(f"no {line} in {_STATUS}.")
 
 
 def largest_batch(
@@ -247,6 +247,6 @@ def memory_bytes(text: str) -> int:
         value = 0
     if not 0 < value < 2**60:
         raise ConfigurationError(
-            f"--memory-cap {text!r} is no amount of memory; expected one like 4GB or 512MiB."
+            f"--memory-cap {text!r} is no amount of memory. Expected one like 4GB or 512MiB."
         )
     return int(value)

@@ -1,7 +1,7 @@
-"""Engines of other libraries that are not on the package index: used from a checkout, if one is given.
+"""Engines of other libraries that are not on the package index, from a checkout.
 
-They were written for older versions of torch and transformers. What it takes to run them here is done
-here and said with the results; their own code runs as it is.
+They were written for older versions of torch and transformers. What is changed to run them is stated
+with the results. Their own code is not changed.
 """
 
 from __future__ import annotations

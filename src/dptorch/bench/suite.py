@@ -1,4 +1,4 @@
-"""Goes through workloads and engines, and gathers what was measured into rows."""
+"""Measure every workload under every engine, and return rows of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a step takes, as a ratio to the ordinary step next to it.
+"""Measure how long a step takes, as a ratio to the ordinary step next to it.
 
 All engines step in one process, in rounds. A round goes through the engines in a new random order, a
 few at a time, and among those few is one ordinary step that they are divided by: what else the

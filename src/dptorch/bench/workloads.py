@@ -1,4 +1,4 @@
-"""What is trained: a model, a fixed batch and one loss for each example."""
+"""Workloads: a model, a fixed batch and one loss for each example."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"BloGSSFTTrainer needs TRL, and {error.name!r} is not installed: "
-                "pip install 'dptorch[trl]'",
+                "pip install 'dptorch[trl]'.",
                 name=error.name,
             ) from error
         return BloGSSFTTrainer

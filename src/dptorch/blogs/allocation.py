@@ -1,4 +1,4 @@
-"""Which tensors share a block size, and how large blocks may be for a target of the index."""
+"""Choose block sizes: which tensors share one, and how large it may be for a target index."""
 
 from __future__ import annotations
 
@@ -131,8 +131,7 @@ def equal_share(
             f"target_epsilon={target:g} cannot be met with index={index.name!r}: with blocks of one "
             f"coordinate everywhere, {steps} steps already have a BloGS index of {least:.4g}, the "
             "attainable minimum. Set target_epsilon above it, plan fewer steps, lower clip_value or "
-            'freeze layers; or take mechanism="gaussian", which can meet any target, and with a '
-            "proof."
+            'freeze layers. Or use mechanism="gaussian", which can meet any target and has a proof.'
         )
     if total(blocks(high)) <= target:
         chosen = blocks(high)

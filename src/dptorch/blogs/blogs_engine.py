@@ -1,4 +1,4 @@
-"""BloGSPrivacyEngine: ForgetNet's engine, for its shuffle and for a mechanism with a guarantee."""
+"""BloGSPrivacyEngine: ForgetNet's engine, with its shuffle or with a mechanism that has a guarantee."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of DP-BloGS says of itself: an index, and that it guarantees nothing.
+"""The statement of a DP-BloGS run: an index, and no guarantee.
 
 Why a permutation guarantees nothing: let a step release πG(D), where G(D) are the clipped blocks of
 the batch gradient and π a random order of them. What can come out for D are the rearrangements of

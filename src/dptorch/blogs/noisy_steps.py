@@ -1,4 +1,4 @@
-"""The sound sibling of the block shuffle: DP-SGD with a norm and a share of the privacy per layer.
+"""Training steps with a guarantee, in the place of the block shuffle: DP-SGD with a norm per layer.
 
 Each example's gradient is clipped group by group, group l to C_l, and the sum gets Gaussian noise of
 standard deviation σ C_l / √w_l, where the weights w_l sum to one. Divided by these deviations, one

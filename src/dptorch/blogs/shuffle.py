@@ -87,7 +87,7 @@ class BlockShuffle:
             name = list(norms)[finite.index(False)]
             raise PrivacyError(
                 f"the gradient of '{name}' is not finite, so the step was not taken. Call "
-                "zero_grad() and go on with the next batch; if it recurs, lower the learning rate "
+                "zero_grad() and continue with the next batch. If it recurs, lower the learning rate "
                 "or look for the records that cause it."
             )
 

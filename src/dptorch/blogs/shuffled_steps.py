@@ -1,4 +1,4 @@
-"""The steps of one run of DP-BloGS: block sizes chosen, gradients shuffled, the index counted."""
+"""Training steps of DP-BloGS: choose block sizes, shuffle gradients, count the index."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class ShuffledSteps:
             ConfigurationError: always; any DataLoader serves.
         """
         raise ConfigurationError(
-            "the block shuffle takes batches from any DataLoader; loader() is for "
+            "the block shuffle takes batches from any DataLoader. loader() is for "
             'mechanism="gaussian", which must draw them itself.'
         )
 

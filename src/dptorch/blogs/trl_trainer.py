@@ -311,7 +311,7 @@ def _refuse_mixed_rows(config: SFTConfig) -> None:
     for name in ("packing", "padding_free", "use_liger_kernel"):
         if getattr(config, name, False):
             raise ConfigurationError(
-                f'{name}=True joins records or replaces the loss; mechanism="gaussian" clips each '
+                f'{name}=True joins records or replaces the loss, but mechanism="gaussian" clips each '
                 "record by itself. Leave it off."
             )
     if config.loss_type != "nll":

@@ -1,4 +1,4 @@
-"""`dptorch audit`: hold a run's claimed ε against a measurement."""
+"""`dptorch audit`: compare a run's claimed ε with a measurement."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def audit(
         int | None,
         typer.Option(help="White box: play only the first steps of the plan.", show_default="all"),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="With which a claim is refuted; 1 - α.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Confidence of a refutation, 1 - α.")] = 0.95,
     threshold: Annotated[
         str,
         typer.Option(

@@ -1,4 +1,4 @@
-"""`dptorch bench`: what a private step costs, beside other libraries' and the ordinary one."""
+"""`dptorch bench`: measure a private step beside other libraries' and the ordinary one."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ _WHAT, _HOW, _OUT = "What", "How", "Results"
 def bench(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(help="Which models; --list shows them. All by default.", show_default=False),
+        typer.Argument(help="Which models. --list shows them. All by default.", show_default=False),
     ] = None,
     engine: Annotated[
         list[str] | None,
         typer.Option(
-            help="An engine like dptorch/auto, or a family like opacus. Repeatable; all by default.",
+            help="An engine like dptorch/auto, or a family like opacus. Can be given several times. "
+            "All by default.",
             rich_help_panel=_WHAT,
             show_default=False,
         ),

@@ -1,4 +1,4 @@
-"""`dptorch check`: whether a model can be trained privately, before the first step."""
+"""`dptorch check`: find out whether a model can be trained privately, before the first step."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _shape(text: str) -> tuple[int, ...]:
         shape = ()
     if not shape or min(shape) < 1:
         raise ConfigurationError(
-            f"--input-shape {text!r} is not a shape; expected positive numbers like 3,224,224."
+            f"--input-shape {text!r} is not a shape. Expected positive numbers like 3,224,224."
         )
     return shape
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run is going on."""
+"""Show the progress of a run on a terminal or in a log."""
 
 from __future__ import annotations
 

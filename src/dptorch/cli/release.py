@@ -1,4 +1,4 @@
-"""`dptorch release`: the part of a run that may be published, in a folder of its own."""
+"""`dptorch release`: copy what may be published of a run to a folder of its own."""
 
 from __future__ import annotations
 
@@ -55,4 +55,4 @@ def conclude(made: Any, with_test_results: bool) -> None:
     if not KeySource(claims["key_provenance"]).is_private:
         console.print("[bold yellow]This run protects nobody[/]: its noise came from a seed.")
     if not with_test_results:
-        console.print("Results on held-out examples were left out; --with-test-results keeps them.")
+        console.print("Results on held-out examples were left out. --with-test-results keeps them.")

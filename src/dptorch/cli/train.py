@@ -1,4 +1,4 @@
-"""`dptorch train`: a privately trained model, its true ε and a report, from one command."""
+"""`dptorch train`: train a model privately, and write its ε and a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that a call does not know are errors, with the nearest name that it does."""
+"""Refuse unknown arguments, and name the nearest known one."""
 
 from __future__ import annotations
 

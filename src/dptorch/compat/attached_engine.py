@@ -1,8 +1,8 @@
-"""What fastDP, private-transformers and private_vision have in common: an engine that is made of a
-model and two numbers, and attached to an optimizer.
+"""The base of the adapters for fastDP, private-transformers and private_vision: an engine that is
+made of a model and two numbers, and attached to an optimizer.
 
-Each adapter says what its arguments mean; this module makes the plan, hands it to
-`dptorch.PrivacyEngine`, and answers the questions that all of them answer under the same names.
+Each adapter translates its arguments. This module makes the plan, hands it to
+`dptorch.PrivacyEngine`, and has the methods that all three share.
 """
 
 from __future__ import annotations
@@ -378,14 +378,14 @@ class LossVectorEngine(AttachedEngine):
             shape = None if loss is None else tuple(loss.shape)
             raise ConfigurationError(
                 f"optimizer.step(loss=...) and virtual_step(loss=...) take one loss for each example, "
-                f"of shape [B]; this has shape {shape}. Compute it with reduction='none', and do not "
-                "call backward()."
+                f"of shape [B], but this has shape {shape}. Compute it with reduction='none', and do "
+                "not call backward()."
             )
         if callback is not None and not self._warned_callback:
             self._warned_callback = True
             warn(
                 "callback is called with the noisy gradient in .grad, just before the optimizer's "
-                "step; the sum without noise is shown to nobody."
+                "step. Nobody is shown the sum without noise."
             )
         self._callback = callback
         # A loss that was scaled up for half precision is scaled back, gradients and all.

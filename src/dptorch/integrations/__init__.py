@@ -1,1 +1,1 @@
-"""dptorch inside other libraries' trainers; one module a library, imported by who uses it."""
+"""Trainers of other libraries, one module for each, imported only where it is used."""

@@ -1,4 +1,4 @@
-"""Canaries: made-up examples that a run plants in its own training data, to be audited by later.
+"""Canaries: made-up examples in a run's training data, by which it can be audited later.
 
 Each is in by a fair coin of its own. Whoever audits the run guesses which were, and how often the
 guesses are right bounds the run's ε from below: `dptorch.audit`.
@@ -67,7 +67,7 @@ class Canaries:
             with np.load(path, allow_pickle=False) as file:
                 found = cls(*(torch.from_numpy(file[n]) for n in ("inputs", "labels", "member")))
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise DataError(f"{path}: not a readable file of canaries ({error})") from error
+            raise DataError(f"{path}: not a readable file of canaries ({error}).") from error
         if not len(found.inputs) == len(found.labels) == len(found.member):
             raise DataError(f"{path}: inputs, labels and memberships differ in number.")
         return found
@@ -93,7 +93,7 @@ def make_canaries(data: TrainTest, count: int, key: RootKey) -> Canaries:
     """
     if count < FEWEST:
         raise ConfigurationError(
-            f"canaries={count}: with so few an audit says nothing. Plant at least {FEWEST}; 1000 is "
+            f"canaries={count}: with so few, an audit means nothing. Plant at least {FEWEST}. 1000 is "
             "usual."
         )
     seed = int.from_bytes(key.derive(PURPOSE, 0)[:16], "little")

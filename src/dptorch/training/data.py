@@ -1,4 +1,4 @@
-"""Examples for a run: what training and testing need to know about a data set.
+"""Training and test examples of a run, and what is known of the data set.
 
 A data set here is any map-style `torch.utils.data.Dataset` whose items are (input, label): a
 float32 tensor and an integer class. Its *shape* (the form of one input, the names of the classes,
@@ -53,7 +53,7 @@ class Examples(Dataset[Example]):
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.labels):
-            raise DataError(f"{len(self.inputs)} inputs but {len(self.labels)} labels")
+            raise DataError(f"{len(self.inputs)} inputs but {len(self.labels)} labels.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -116,7 +116,7 @@ class ReadOptions:
         if not 0 < self.test_fraction < 1:
             raise ConfigurationError(
                 f"test_fraction={self.test_fraction} is outside (0, 1): expected the share of "
-                f"examples to hold out, such as 0.2"
+                f"examples to hold out, such as 0.2."
             )
         ranges = [*self.column_bounds.items(), ("every column", self.bounds)]
         for column, bounds in ranges:
@@ -124,13 +124,13 @@ class ReadOptions:
                 bounds[0] < bounds[1] and math.isfinite(bounds[1] - bounds[0])
             ):
                 raise ConfigurationError(
-                    f"bounds of {column}: {bounds[0]:g} to {bounds[1]:g}; expected finite numbers, "
-                    f"low < high"
+                    f"bounds of {column}: {bounds[0]:g} to {bounds[1]:g}. Expected finite numbers, "
+                    f"low < high."
                 )
         if self.channels not in (1, 3):
-            raise ConfigurationError(f"channels={self.channels}: expected 1 (grey) or 3 (RGB)")
+            raise ConfigurationError(f"channels={self.channels}: expected 1 (grey) or 3 (RGB).")
         if self.image_size < 1:
-            raise ConfigurationError(f"image_size={self.image_size}: expected a positive side")
+            raise ConfigurationError(f"image_size={self.image_size}: expected a positive side.")
 
     def scale(self, values: Tensor, columns: Sequence[str]) -> Tensor:
         """Apply the bounds to tabular values [N, D] with D named columns.
@@ -224,7 +224,7 @@ def refuse_empty(train: int, test: int, source: str) -> None:
     """Raise a `DataError` unless both sides of a split have examples."""
     if train == 0 or test == 0:
         raise DataError(
-            f"{source}: {train} training and {test} test examples after the split; both sides "
+            f"{source}: {train} training and {test} test examples after the split. Both sides "
             f"need some. Add data, or bring a test set of its own (npz: x_test and y_test; image "
             f"folder: train/ and test/)."
         )
@@ -261,13 +261,13 @@ def encode_labels(labels: Iterable[object], source: str) -> tuple[Tensor, tuple[
         if not number.is_integer():
             raise DataError(
                 f"{source}: label {value!r} of example {row} is not a class. Expected an integer "
-                f"or a name; regression is not supported by this command."
+                f"or a name. Regression is not supported by this command."
             )
         keys.append(int(number))
     if any(isinstance(k, str) for k in keys):
         keys = [str(v) for v in values]
     distinct = sorted(set(keys), key=lambda k: (isinstance(k, str), k))
     if len(distinct) < 2:
-        raise DataError(f"{source}: {len(distinct)} classes among the labels; expected at least 2")
+        raise DataError(f"{source}: {len(distinct)} classes among the labels. Expected at least 2.")
     code = {k: i for i, k in enumerate(distinct)}
     return torch.tensor([code[k] for k in keys]), tuple(str(k) for k in distinct)

@@ -120,8 +120,8 @@ def hog(images_NHW: Tensor, *, cell: int = 7, bins: int = 12, clip: float = 0.2)
     n, height, width = images_NHW.shape
     if height % cell or width % cell or min(height, width) < 2 * cell:
         raise ValueError(
-            f"hog needs sides that are a multiple of cell={cell} and at least twice as long; "
-            f"these images are {height} x {width}"
+            f"hog needs sides that are a multiple of cell={cell} and at least twice as long, but "
+            f"these images are {height} x {width}."
         )
     padded = F.pad(images_NHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     d_col = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2

@@ -214,9 +214,9 @@ def _refuse_contradictions(job: Job) -> None:
     for name in ("epochs", "learning_rate", "max_physical_batch_size"):
         value = getattr(job, name)
         if value is not None and not value > 0:
-            raise ConfigurationError(f"{name}={value}: expected a positive number")
+            raise ConfigurationError(f"{name}={value}: expected a positive number.")
     if job.momentum is not None and not 0 <= job.momentum < 1:
-        raise ConfigurationError(f"momentum={job.momentum}: expected a number in [0, 1)")
+        raise ConfigurationError(f"momentum={job.momentum}: expected a number in [0, 1).")
 
 
 def _style(text: str) -> str | list[str]:
@@ -233,7 +233,7 @@ def _decide(job: Job, model: str, suggested: recipes.Hyperparameters, *, sample_
         if not 0 < job.batch_size <= sample_size:
             raise ConfigurationError(
                 f"batch_size={job.batch_size:g}: expected between 1 and the {sample_size} training "
-                f"examples"
+                f"examples."
             )
         rate = job.batch_size / sample_size
     budget = job.target_epsilon

@@ -1,4 +1,4 @@
-"""A training run: an ordinary loop on the engine, and what it writes on the way.
+"""Run the training loop of `dptorch train`, and write its results.
 
 The loop is the one that any user of `PrivacyEngine` writes. What is added here: a test after each
 epoch, a checkpoint, and an orderly end when the user presses Ctrl-C.
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 class Observer(Protocol):
-    """Is told how a run goes on. Losses are of private data: for the eyes of the data's owner."""
+    """Receives progress callbacks. Losses are of private data: show them only to the data owner."""
 
     def started(self, setup: Setup, step: int) -> None:
         """The run begins, or goes on after `step` steps."""
@@ -309,7 +309,7 @@ def _refuse_changed_data(folder: RunFolder, setup: Setup) -> None:
         raise DataError(
             f"The data has changed since {folder.path} was begun: then {then[0]} training and "
             f"{then[1]} test examples, now {now[0]} and {now[1]}, or other classes or shapes. A "
-            f"run's guarantee is for one data set; begin a new run."
+            f"run's guarantee is for one data set. Begin a new run."
         )
 
 

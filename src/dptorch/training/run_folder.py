@@ -1,4 +1,4 @@
-"""What a run leaves on disk: `runs/<name>/`.
+"""The folder of a run, `runs/<name>/`: its files, and how they are written and read.
 
     model.safetensors   weights
     plan.json           the privacy plan
@@ -103,7 +103,7 @@ class RunFolder:
         try:
             value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from error
+            raise DataError(f"{path}: cannot be read ({error}).") from error
         return value
 
     def read_metrics(self) -> list[dict[str, float]]:
@@ -138,7 +138,7 @@ def check_free(root: Path, name: str, *, overwrite: bool) -> None:
     if not re.fullmatch(r"[\w][\w.\-]*", name):
         raise ConfigurationError(
             f"--name {name!r} cannot name a run: expected letters, digits, '-', '_' and '.', "
-            f"not beginning with '.' or '-'"
+            f"not beginning with '.' or '-'."
         )
     path = root / name
     if not path.exists():
@@ -215,7 +215,7 @@ def load_model(folder: str | Path) -> nn.Module:
     about = run.read_json("run.json")
     weights = run.path / "model.safetensors"
     if not weights.exists():
-        raise DataError(f"{weights} does not exist: that run has not finished or been interrupted")
+        raise DataError(f"{weights} does not exist: that run has not finished or been interrupted.")
     model = build_model(
         about["job"]["model"], tuple(about["data"]["input_shape"]), len(about["data"]["classes"])
     )

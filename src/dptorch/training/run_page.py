@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about a run, made from the other files in its folder."""
+"""Write `report.html`, a self-contained page about a run, from the other files in its folder."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def write_report(folder: RunFolder) -> Path:
     """
     if missing := missing_packages():
         raise ConfigurationError(
-            f"The report needs {' and '.join(missing)}. Install with: pip install 'dptorch[report]'"
+            f"The report needs {' and '.join(missing)}. Install with: pip install 'dptorch[report]'."
         )
     try:
         statement = (folder.path / "statement.txt").read_text(encoding="utf-8")
         rows = folder.read_metrics()
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder.path}: not the folder of a finished run ({error})") from error
+        raise DataError(f"{folder.path}: not the folder of a finished run ({error}).") from error
     about = folder.read_json("run.json")
     html = render(folder.path.name, about, rows, statement)
     folder.write("report.html", html)

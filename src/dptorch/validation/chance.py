@@ -1,4 +1,4 @@
-"""Take chance out of a model, so that one example alone computes what it does within a batch."""
+"""Replace random draws in a model, so that one example alone computes what it does in a batch."""
 
 from __future__ import annotations
 

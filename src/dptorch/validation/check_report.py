@@ -1,4 +1,4 @@
-"""What `dptorch.check` found, as data and as a table."""
+"""The findings of `dptorch.check`, as data and as a table."""
 
 from __future__ import annotations
 

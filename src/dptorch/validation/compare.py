@@ -1,4 +1,4 @@
-"""Per-example gradients from the tape against a loop over single examples.
+"""Compare per-example gradients of the tape with a loop over single examples.
 
 Shape legend: B examples.
 """
@@ -62,7 +62,7 @@ def loss_value(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor:
     loss = loss_fn(model, batch)
     if not isinstance(loss, Tensor):
         raise ConfigurationError(
-            f"loss_fn returned a {type(loss).__name__}; expected a tensor: the scalar that "
+            f"loss_fn returned a {type(loss).__name__}. Expected a tensor: the scalar that "
             "backward() is called on, or one value for each example."
         )
     return loss

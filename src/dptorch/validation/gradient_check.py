@@ -1,4 +1,4 @@
-"""`check`: prove, on your own model, that the tape is exact and that no example touches another."""
+"""`check`: verify on a model that the tape is exact and that no example touches another."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class _Check:
         self.examples = min(examples, self.cutter.size)
         if self.examples < 2:
             raise ConfigurationError(
-                "the batch holds one example; at least two different ones are needed."
+                "the batch holds one example, but at least two different ones are needed."
             )
         self.index = list(range(self.examples))
         self.dtype = min((p.dtype for p in parameters.values()), key=_precision)

@@ -1,4 +1,4 @@
-"""What counts of right and wrong guesses prove: lower bounds on ε, one file for each argument."""
+"""Lower bounds on ε from right and wrong guesses about members, one file for each argument."""
 
 from dptorch.audit.bounds.bound import BOUNDS, Bound, get_bound
 from dptorch.audit.bounds.gaussian_shape import (

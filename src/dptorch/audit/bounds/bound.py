@@ -1,4 +1,4 @@
-"""What a bound on scores must offer, and the bounds there are by name."""
+"""The protocol of a bound on scores, and the bounds by name."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def new_token_canaries(
         rows = [tokenizer(text)["input_ids"] for text in prefixes]
         rows = [row[: length - 1] for row in rows if len(row) >= length - 1]
         if not rows:
-            raise ConfigurationError(f"no prefix has {length - 1} tokens; lower length={length}.")
+            raise ConfigurationError(f"no prefix has {length - 1} tokens. Lower length={length}.")
         head = torch.tensor([rows[i % len(rows)] for i in range(count)])
     return TokenCanaries(
         ids=torch.cat([head, own[:, None]], dim=1),

@@ -1,4 +1,4 @@
-"""From features of members and non-members to an honest measure of how well they are told apart.
+"""Measure how well members and non-members are told apart by their features.
 
 What is chosen (the kind of attack model, its settings, the threshold) is chosen by cross-validation
 inside one part of the records; the other part is scored once, at the end.
@@ -40,7 +40,7 @@ def _families(names: Sequence[str], seed: int) -> dict[str, _Family]:
         from sklearn.neural_network import MLPClassifier
     except ImportError as error:
         raise ConfigurationError(
-            "membership inference needs scikit-learn: pip install 'dptorch[audit]'"
+            "membership inference needs scikit-learn: pip install 'dptorch[audit]'."
         ) from error
     forest = RandomForestClassifier(n_estimators=100, min_samples_leaf=5, random_state=seed)
     linear = LogisticRegression(max_iter=1000)
@@ -110,7 +110,7 @@ def attack_features(
     members, others = int((labels == 1).sum()), int((labels == 0).sum())
     if min(members, others) < FEWEST_RECORDS:
         raise DataError(
-            f"{members} members and {others} non-members are left to tell apart; at least "
+            f"{members} members and {others} non-members are left to tell apart. At least "
             f"{FEWEST_RECORDS} of each are needed, and hundreds for a number worth reading."
         )
     names = [f"feature_{i}" for i in range(features.shape[1])] if names is None else list(names)

@@ -176,7 +176,7 @@ def _records(data: Any) -> list[tuple[Tensor, int]]:
             x = torch.as_tensor(np.asarray(x))
         if x.is_complex() or x.dim() == 0:
             raise DataError(
-                f"record {i} is a {tuple(x.shape)} {x.dtype}; expected an image or row."
+                f"record {i} is a {tuple(x.shape)} {x.dtype}. Expected an image or row."
             )
         found.append((x if x.is_floating_point() else x.float(), int(y)))
     return found

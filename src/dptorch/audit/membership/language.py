@@ -1,4 +1,4 @@
-"""Membership inference against a language model, by a classifier on what the model says of texts."""
+"""Membership inference against a language model, by a classifier on its losses of texts."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class LanguageMIA:
             )
         if min(len(members), len(others)) == 0:
             raise DataError(
-                "no text of two or more tokens is left on one side; nothing to compare."
+                "no text of two or more tokens is left on one side, so there is nothing to compare."
             )
         warnings += concerns(len(members), len(others))
         texts = [*members, *others]

@@ -1,4 +1,4 @@
-"""Pictures of a membership attack, written only where a folder is named."""
+"""Plots of a membership attack, written only where a folder is given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(folder: Path, result: dict[str, Any], evidence: Evidence) -> None:
         figure, axes = canvas("false positive rate", f"ROC, AUC {result['roc_auc']:.3f}")
     except ImportError as error:
         raise ConfigurationError(
-            "plot_dir needs matplotlib: pip install 'dptorch[audit]'"
+            "plot_dir needs matplotlib: pip install 'dptorch[audit]'."
         ) from error
     fpr, tpr = roc_curve(evidence)
     least = 0.5 / len(evidence)

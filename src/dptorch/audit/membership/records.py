@@ -1,4 +1,4 @@
-"""The two sets of records of a membership test: read, told apart, and looked at with suspicion."""
+"""Read the two sets of records of a membership test, remove what both hold, and note concerns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def texts_of(dataset: Any, column: str = "text") -> list[str]:
             item = item[column]
         if not isinstance(item, str):
             raise DataError(
-                f"record {i} is a {type(item).__name__}; expected a text, or a mapping with the "
+                f"record {i} is a {type(item).__name__}. Expected a text, or a mapping with the "
                 f"column {column!r}."
             )
         found.append(item)

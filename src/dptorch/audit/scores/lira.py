@@ -88,7 +88,7 @@ def _moments(phi: Array, chosen: Array, side: str) -> tuple[Array, Array]:
     if values.ndim != 2 or values.shape != np.asarray(chosen).shape:
         raise DataError(
             f"shadow confidences have shape {values.shape} and memberships "
-            f"{np.asarray(chosen).shape}; expected both [models, examples]."
+            f"{np.asarray(chosen).shape}. Expected both [models, examples]."
         )
     if (count == 0).any():
         raise DataError(

@@ -46,7 +46,7 @@ def quantile_regression(
         from sklearn.ensemble import HistGradientBoostingRegressor
     except ImportError as error:
         raise ConfigurationError(
-            "quantile regression needs scikit-learn: pip install 'dptorch[audit]'"
+            "quantile regression needs scikit-learn: pip install 'dptorch[audit]'."
         ) from error
     model: Any = HistGradientBoostingRegressor(
         loss="quantile",

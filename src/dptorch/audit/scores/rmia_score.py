@@ -40,7 +40,7 @@ def rmia(
     if gamma < 1 or not 0 <= a <= 1:
         raise ConfigurationError(f"gamma={gamma!r} must be at least 1 and a={a!r} in [0, 1].")
     if np.size(population_log_p) == 0:
-        raise DataError("the population is empty; RMIA compares with examples of it.")
+        raise DataError("the population is empty, and RMIA compares with examples of it.")
 
     def ratio(own: Array, reference: Array) -> Array:
         outside = np.exp(np.atleast_2d(reference)).mean(axis=0)

@@ -97,7 +97,7 @@ def split_item(item: Any) -> tuple[Any, Any]:
     elif isinstance(item, (tuple, list)) and len(item) == 2:
         return item[0], item[1]
     raise DataError(
-        f"an example is {type(item).__name__}; expected (input, label), or a mapping with one of "
+        f"an example is {type(item).__name__}. Expected (input, label), or a mapping with one of "
         f"{', '.join(_LABELS)}. Without the true label there is no loss to look at."
     )
 
@@ -117,7 +117,7 @@ def logits_of(output: Any) -> Tensor:
         raise ConfigurationError(
             f"the model returned {type(output).__name__} without logits, so no loss can be computed. "
             "Pass a model whose output is a tensor of logits or has .logits, such as "
-            "AutoModelForCausalLM or a classifier; not a bare encoder."
+            "AutoModelForCausalLM or a classifier, but not a bare encoder."
         )
     return found
 
@@ -239,7 +239,7 @@ def token_statistics(
     short = [i for i, row in enumerate(ids) if len(row) < 2]
     if short:
         raise DataError(
-            f"text {short[0]} has {len(ids[short[0]])} tokens; a next token needs at least two."
+            f"text {short[0]} has {len(ids[short[0]])} tokens, but a next token needs at least two."
         )
     device = device_of(model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding

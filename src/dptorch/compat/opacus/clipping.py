@@ -42,7 +42,7 @@ def clipping_arguments(
     if isinstance(max_grad_norm, (int, float)) or len(max_grad_norm) != len(names):
         raise ConfigurationError(
             f"clipping='per_layer' needs max_grad_norm as a list of {len(names)} norms, one for each "
-            f"trainable parameter; it is {max_grad_norm!r}. For a total norm of C give "
+            f"trainable parameter, but it is {max_grad_norm!r}. For a total norm of C give "
             f"[C / {len(names)} ** 0.5] * {len(names)}."
         )
     return {"clipping_style": dict(zip(names, map(float, max_grad_norm), strict=True))}

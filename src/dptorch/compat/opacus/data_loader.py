@@ -1,4 +1,4 @@
-"""`DPDataLoader`: Poisson batches, of a run or on their own."""
+"""`DPDataLoader`: Poisson batches, for a run or without one."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def private_loader(
             name = "no batches" if sampler is None else type(sampler).__name__
             raise ConfigurationError(
                 f"the loader has {name}, so the number of examples in a batch is not known. Pass a "
-                f"DataLoader with batch_size=. {NOT_COVERED}"
+                f"DataLoader with batch_size=. {NOT_COVERED}."
             )
         order_of(data_loader)
         if getattr(data_loader.sampler, "generator", None) is not None:
@@ -285,7 +285,7 @@ def order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
         raise ConfigurationError(
             f"the loader draws with {type(sampler).__name__}, which the private loader would "
             "replace. Apply a subset to the dataset itself (torch.utils.data.Subset), and weights to "
-            f"the loss. {NOT_COVERED}"
+            f"the loss. {NOT_COVERED}."
         )
     if type(sampler) is RandomSampler and (
         sampler.replacement or sampler.num_samples != dataset_size(data_loader.dataset)
@@ -293,6 +293,6 @@ def order_of(data_loader: DataLoader[Any] | DPDataLoader) -> str:
         raise ConfigurationError(
             f"the loader draws {sampler.num_samples} examples with replacement={sampler.replacement}, "
             "which the private loader would replace. Use shuffle=True, and steps or epochs for the "
-            f"length of the run. {NOT_COVERED}"
+            f"length of the run. {NOT_COVERED}."
         )
     return "shuffled" if type(sampler) is RandomSampler else "sequential"

@@ -1,4 +1,4 @@
-"""`PrivacyEngine` of Opacus 1.x: takes model, optimizer and loader, and returns them private."""
+"""`PrivacyEngine` of Opacus 1.x: makes model, optimizer and loader private."""
 
 from __future__ import annotations
 

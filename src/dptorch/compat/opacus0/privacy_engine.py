@@ -1,4 +1,4 @@
-"""`PrivacyEngine` of Opacus 0.x: made for a model, attached to an optimizer."""
+"""`PrivacyEngine` of Opacus 0.x: made for a model, then attached to an optimizer."""
 
 from __future__ import annotations
 
@@ -139,7 +139,8 @@ class PrivacyEngine:
         """
         if self._run is not None:
             raise ConfigurationError(
-                "this engine was attached before. Make a new PrivacyEngine; its epsilon comes on top."
+                "this engine was attached before. Make a new PrivacyEngine. Add its epsilon to this "
+                "one's."
             )
         self._run = run = ScheduledRun(
             self.module, optimizer, self._plan, batch_dims=self._batch_dims

@@ -59,7 +59,8 @@ def train_cifar(
     mode: Annotated[
         str,
         typer.Option(
-            "--mode", help="ghost_mixed, ghost or non-ghost, all the same result; or non-private."
+            "--mode",
+            help="ghost_mixed, ghost or non-ghost, which give the same result, or non-private.",
         ),
     ] = "ghost_mixed",
     model: Annotated[
@@ -72,7 +73,7 @@ def train_cifar(
         str, typer.Option("--cifar_data", help="CIFAR10 or CIFAR100.")
     ] = "CIFAR10",
     data: Annotated[
-        Path, typer.Option("--data", help="Folder of the data set; it is downloaded if missing.")
+        Path, typer.Option("--data", help="Folder of the data set. It is downloaded if missing.")
     ] = Path("data"),
     image_size: Annotated[
         int, typer.Option("--image_size", help="Side in pixels that images are resized to.")

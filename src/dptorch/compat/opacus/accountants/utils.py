@@ -1,4 +1,4 @@
-"""`get_noise_multiplier`."""
+"""`get_noise_multiplier` of ``opacus.accountants.utils``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`BatchMemoryManager`: large logical batches in small physical ones."""
+"""`BatchMemoryManager`: split large logical batches into small physical ones."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def wrap_data_loader(
     """The loader in parts of at most `max_batch_size`; see `BatchMemoryManager`."""
     if not isinstance(data_loader, DPDataLoader):
         raise ConfigurationError(
-            f"data_loader={type(data_loader).__name__}: give the loader that make_private returned; "
-            "another's batches cannot be told apart from parts of batches."
+            f"data_loader={type(data_loader).__name__}: give the loader that make_private returned. "
+            "The batches of another loader cannot be told apart from parts of batches."
         )
     if getattr(optimizer, "privacy_engine", None) is None:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""What mixes examples, found and replaced."""
+"""Names of ``opacus.validators``."""
 
 from dptorch.compat.opacus.validators.module_validator import ModuleValidator
 

@@ -1,4 +1,4 @@
-"""`convert_batchnorm_modules`."""
+"""`convert_batchnorm_modules` of ``opacus.utils.module_modification``."""
 
 from __future__ import annotations
 

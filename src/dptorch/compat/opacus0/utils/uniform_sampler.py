@@ -147,7 +147,7 @@ class _Iteration:
         if self.overtaken:
             raise PrivacyError(
                 "this loop over the DataLoader was ended by a newer one over the same sampler. "
-                "Finish or leave the first before starting another; to look at the training data "
+                "Finish or leave the first before starting another. To look at the training data "
                 "meanwhile, make a second DataLoader without the sampler."
             )
         return next(self._lists)
