@@ -11,7 +11,7 @@ import numpy as np
 from dptorch.accounting.accountants.protocol import Compositions, PairAccountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.composition import contour, tilted
-from dptorch.accounting.composition.composed import composed_delta, composed_epsilon
+from dptorch.accounting.composition.composed import composed_delta, composed_epsilon, loss_reach
 from dptorch.accounting.events import History
 from dptorch.accounting.pairs.discretised import connect_the_dots
 from dptorch.accounting.pairs.sampled import (
@@ -25,6 +25,7 @@ from dptorch.accounting.pairs.sampled import (
 __all__ = ["PLDAccountant"]
 
 _LARGEST_WINDOW = 2**22
+_FEWEST_POINTS = 2**9
 _ROUNDING = 1e-11  # a margin over the closed form's own rounding
 
 
@@ -146,12 +147,14 @@ class PLDAccountant(PairAccountant):
         tolerance = self.tolerance * max(1.0, epsilon / 10)
         # An excess of e^{tilt · tolerance} in δ is one of `tolerance` in ε, while it is small.
         wanted = min(tilt * tolerance, 0.05)
-        widest = max(high - low for low, high in (pair.loss_ends(tail) for pair in pairs))
+        reach = float(f"{loss_reach(pairs, epsilon):.0e}")
+        ends = [pair.loss_ends(tail) for pair in pairs]
+        widest = max(min(high, reach) - max(low, -reach) for low, high in ends)
         interval = math.sqrt(tolerance / (1.6 * max(steps, 100)))
-        interval = max(interval, widest / _LARGEST_WINDOW)
+        interval = min(max(interval, widest / _LARGEST_WINDOW), widest / _FEWEST_POINTS)
         interval = max(interval, 30.0 * self._spread(pairs, tilt, tail) / _LARGEST_WINDOW)
         while True:
-            loss = _composed(pairs, interval, tilt, tail)
+            loss = _composed(pairs, interval, tilt, tail, reach)
             excess = math.log(max(loss.delta(epsilon), 1e-300) / delta)
             finer = 0.5 if excess < 2 * wanted else 0.2
             if excess <= wanted or loss.losses.size / finer > _LARGEST_WINDOW:
@@ -173,6 +176,7 @@ def _composed(
     interval: float,
     tilt: float,
     tail: float,
+    reach: float,
 ) -> tilted.LossTail:
-    parts = [connect_the_dots(pair, interval, tail) for pair in pairs]
+    parts = [connect_the_dots(pair, interval, tail, reach) for pair in pairs]
     return tilted.compose(parts, interval, tilt)

@@ -26,8 +26,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dptorch.accounting.pairs.sampled import Array, Pair
-from dptorch.errors import PrivacyError
+from dptorch.accounting.pairs.sampled import Array, Pair, Unsettled
 
 __all__ = [
     "Unsettled",
@@ -43,10 +42,6 @@ _TOLERANCE = 1e-8  # relative, in δ, between a rule and its coarser check
 _WORST_TOLERANCE = 1e-6  # where rounding leaves no better
 _LOG_SMALLEST = -740.0  # below e^-740 a float64 δ is 0
 _WORK_LIMIT = 2e8  # points in x times points in y: about a second
-
-
-class Unsettled(PrivacyError):
-    """The quadrature did not pass its own checks within the work limit."""
 
 
 @dataclass(frozen=True)

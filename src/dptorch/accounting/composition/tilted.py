@@ -4,6 +4,11 @@ A plain FFT composes masses to about steps · 1e-16 *absolute*: at δ = 1e-10 an
 size of δ itself. Multiplying each mass by e^{t · loss} first (an exponential tilt) moves the bulk to
 the losses around ε, where the FFT is accurate; dividing the tilt out again leaves the *relative*
 error at steps · 1e-16.
+
+At a tiny sampling rate nearly all of a step's mass sits at one loss, and no tilt moves it without
+moving everything. So the largest mass is kept out of the transforms: with a for it and g for the
+transform of the rest, (a + g)^steps - a^steps = a^steps · expm1(steps · log1p(g / a)), whose error is
+that of g, which is small where the rest is. The error is then steps · (1 - a) · 1e-16.
 """
 
 from __future__ import annotations
@@ -17,10 +22,13 @@ import numpy as np
 
 from dptorch.accounting.pairs.discretised import Discretised
 from dptorch.accounting.pairs.sampled import Array
+from dptorch.errors import PrivacyError
 
 __all__ = ["LossTail", "compose"]
 
-_SLACK = 2e-15  # of the total, per step: a wide margin over the FFT's and the powers' rounding
+# Of what is transformed: a wide margin over the rounding of transforms and powers.
+_SLACK = 2e-15
+_ROUNDING = 1e-14  # relative, of the sum over the tail
 _REACH = 12.0  # standard deviations kept around the tilted mean, at least
 _LARGEST_WINDOW = 2**23
 
@@ -50,7 +58,7 @@ class LossTail:
         start = int(np.searchsorted(self.losses, epsilon, side="right"))
         gain = self.losses[start:] - epsilon
         factor = np.exp(-self.tilt * gain) * -np.expm1(-gain)
-        total = float(self.tilted[start:] @ factor) + self.slack
+        total = float(self.tilted[start:] @ factor) * (1 + _ROUNDING) + self.slack
         exponent = self.log_scale - self.tilt * epsilon
         finite = math.exp(min(exponent + math.log(total), 0.0)) if total > 0 else 0.0
         return min(1.0, finite + self.infinite)
@@ -122,31 +130,60 @@ def compose(parts: Sequence[Discretised], interval: float, tilt: float) -> LossT
         logs.append(part.steps * (math.log(total) + peak + tilt * interval * part.lowest))
 
     support = sum(part.steps * (part.masses.size - 1) for part in parts)
-    steps = sum(part.steps for part in parts)
+    # Expected number of steps whose loss is not the most probable one.
+    moved = sum(
+        part.steps * float(np.delete(masses, masses.argmax()).sum())
+        for part, masses in zip(parts, tilted, strict=True)
+    )
+    slack = moved * _SLACK
     # An eighth of the longest part keeps single large losses inside the window.
     reach = _REACH * math.sqrt(variance)
     low, high = math.floor(mean - reach), math.ceil(mean + reach + longest / 8)
     above, below = _tail_bounds(parts, tilted)
-    while high < support and above(high) > steps * _SLACK and high - low < _LARGEST_WINDOW:
-        high += (high - low) // 2
+    while high < support and above(high) > slack and high - low < _LARGEST_WINDOW:
+        high += (high - low + 1) // 2
     # What lies below the window wraps around to its top: harmless, but it loosens the bound.
     while low > 0 and below(low) > 1e-13 and high - low < _LARGEST_WINDOW:
-        low -= (high - low) // 2
+        low -= (high - low + 1) // 2
     low, high = max(low, 0), min(high, support)
     size = fft.next_fast_len(max(high - low + 1, longest), real=True)
     top = above(low + size) if low + size <= support else 0.0
 
-    spectrum: Array | complex = 1.0
+    exponent, log_still, shift = np.zeros(size // 2 + 1, complex), 0.0, 0
     for part, masses in zip(parts, tilted, strict=True):
-        spectrum = spectrum * fft.rfft(masses, size) ** part.steps
-    wrapped = fft.irfft(spectrum, size)
-    composed = np.maximum(np.roll(wrapped, -(low % size)), 0.0)
+        most = int(masses.argmax())
+        rest = np.zeros(size)
+        rest[: masses.size] = masses
+        rest[most] = 0.0
+        # The sum of the rest has the digits that 1 - masses[most] has lost.
+        still = 1 - float(rest.sum())
+        exponent += part.steps * _log1p(fft.rfft(np.roll(rest, -most)) / still)
+        log_still += part.steps * math.log1p(-float(rest.sum()))
+        shift += part.steps * most
+    if log_still > -1:
+        wrapped = math.exp(log_still) * fft.irfft(np.expm1(exponent), size)
+        wrapped[0] += math.exp(log_still)
+    else:
+        # Hardly anything stands still, and a^steps may be too small for a float.
+        wrapped = fft.irfft(np.exp(exponent + log_still), size)
+    if not np.isfinite(wrapped).all():
+        raise PrivacyError("composing the privacy loss overflowed; nothing is stated.")
+    composed = np.maximum(np.roll(wrapped, (shift - low) % size), 0.0)
 
     offset = sum(part.steps * part.lowest for part in parts)
     losses = interval * (offset + low + np.arange(size))
     infinite = -math.expm1(sum(part.steps * math.log1p(-part.infinite) for part in parts))
     log_scale = math.fsum(logs)
-    return LossTail(losses, log_scale, tilt, composed, steps * _SLACK + top, infinite)
+    return LossTail(losses, log_scale, tilt, composed, slack + top, infinite)
+
+
+def _log1p(z: Array) -> Array:
+    """log(1 + z) of complex z, exact to rounding also where z is near 0, as NumPy's is not."""
+    squared = 2 * z.real + z.real**2 + z.imag**2
+    # Near 1 + z = 0 it is |1 + z| itself that has the digits.
+    modulus = np.log(np.maximum(np.abs(1 + z), 1e-300))
+    real = np.where(squared > -0.5, 0.5 * np.log1p(np.maximum(squared, -0.5)), modulus)
+    return real + 1j * np.arctan2(z.imag, 1 + z.real)
 
 
 def _tail_bounds(

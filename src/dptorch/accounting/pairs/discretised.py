@@ -29,13 +29,22 @@ class Discretised:
     steps: int
 
 
-def connect_the_dots(pair: Pair, interval: float, tail: float = -80.0) -> Discretised:
+def connect_the_dots(
+    pair: Pair, interval: float, tail: float = -80.0, reach: float = math.inf
+) -> Discretised:
     """Put the loss of one step on the grid of multiples of `interval` so that δ(ε) only grows.
 
     δ is convex in e^ε; the discrete loss's δ is its linear interpolation through the grid points,
     hence above it (Doroshenko et al. 2022, arXiv:2207.04380, section 3). What lies between two grid
-    points is split between them so that its mass under P and under Q is kept. The loss of the last
-    e^tail of P's mass counts as infinite.
+    points is split between them so that its mass under P and under Q is kept. Above the grid the
+    next point is an infinite loss; what lies below it moves up to the first point.
+
+    Args:
+        pair: one or more equal steps.
+        interval: distance of the grid's points.
+        tail: the grid leaves out e^tail of P's mass at either end.
+        reach: and losses beyond ± `reach`. Each such loss keeps its part in every δ(ε) with
+            ε < `reach`, so a `reach` of several ε makes the grid shorter and hardly looser.
 
     Guarantees:
         The composed result's δ(ε) is at least that of `pair`, at every ε.
@@ -46,7 +55,7 @@ def connect_the_dots(pair: Pair, interval: float, tail: float = -80.0) -> Discre
         >>> bool(abs(part.masses.sum() + part.infinite - 1) < 1e-12)
         True
     """
-    first, p, q = pair.cells(interval, tail)
+    first, p, q = pair.cells(interval, tail, reach)
     grid = interval * np.arange(first, first + p.size)
     with np.errstate(over="ignore", invalid="ignore"):
         excess = np.nan_to_num(p - np.exp(grid) * q, nan=np.inf, posinf=np.inf)

@@ -37,9 +37,11 @@ from functools import lru_cache
 import numpy as np
 
 from dptorch.accounting.pairs.sampled import (
+    MOST_NODES,
     NEGLIGIBLE,
     Array,
     SampledPair,
+    Unsettled,
     amplified_delta,
     normal_masses,
 )
@@ -83,9 +85,11 @@ class _GluedPair(ABC):
         high = max(part.loss_ends(tail)[1] for _, part in self._parts(tail))
         return -high, high
 
-    def cells(self, interval: float, tail: float) -> tuple[int, Array, Array]:
+    def cells(
+        self, interval: float, tail: float, reach: float = math.inf
+    ) -> tuple[int, Array, Array]:
         """See `Pair.cells`."""
-        last = math.ceil(self.loss_ends(tail)[1] / interval)
+        last = math.ceil(min(self.loss_ends(tail)[1], reach) / interval)
         p, q = np.zeros(2 * last + 1), np.zeros(2 * last + 1)
         grid = interval * np.arange(last + 1)
         parts = self._parts(tail)
@@ -116,6 +120,8 @@ class _GluedPair(ABC):
             end = side * sigma + 1 + (t if tail is None else 0.0)
             # A panel resolves the bell, the loss's bend (analytic within πσ²) and e^{iyL}.
             widest = min(sigma, 2 * sigma**2, 12.0 * sigma**2 / max(height, 1e-300))
+            if _GAUSS_POINTS * (end - start) / widest > MOST_NODES:
+                raise Unsettled(f"the contour integral does not settle for {self}")
             x, widths = _panels(start, end, widest)
             loss = part.log_ratios(x)[0]
             base = np.log(widths / (sigma * math.sqrt(2 * math.pi))) - 0.5 * (x / sigma) ** 2

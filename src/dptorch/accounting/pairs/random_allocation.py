@@ -91,8 +91,10 @@ class AllocationPair:
         keep = weights > max(float(weights.max()), 0.0) - NEGLIGIBLE
         return log_masses[keep], losses[keep]
 
-    def cells(self, interval: float, tail: float) -> tuple[int, Array, Array]:
-        """See `Pair.cells`."""
+    def cells(
+        self, interval: float, tail: float, reach: float = math.inf
+    ) -> tuple[int, Array, Array]:
+        """See `Pair.cells`. All of its grid is kept, whatever `reach`."""
         allowed = min(tail + _EXCESS_TAIL, -10.0)
         losses, p, infinite = _epoch(self.direction, self.noise_multiplier, self.choices, allowed)
         index = np.floor(losses / interval).astype(np.int64)

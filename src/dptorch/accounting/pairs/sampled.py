@@ -28,11 +28,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dptorch.errors import PrivacyError
+
 __all__ = [
+    "MOST_NODES",
     "NEGLIGIBLE",
     "Direction",
     "Pair",
     "SampledPair",
+    "Unsettled",
     "amplified_delta",
     "falling_root",
     "gaussian_delta",
@@ -45,6 +49,11 @@ __all__ = [
 Direction = Literal["remove", "add", "replace"]
 Array = NDArray[Any]
 NEGLIGIBLE = 44.0  # e^-44 is below one rounding of the largest term
+MOST_NODES = 5_000_000  # of a quadrature; more take more memory and time than they are worth
+
+
+class Unsettled(PrivacyError):
+    """A quadrature did not pass its own checks within its limit of work."""
 
 
 class Pair(Hashable, Protocol):
@@ -77,8 +86,12 @@ class Pair(Hashable, Protocol):
         P may lose e^`tail` of its mass where L is large; None loses nothing.
         """
 
-    def cells(self, interval: float, tail: float) -> tuple[int, Array, Array]:
+    def cells(
+        self, interval: float, tail: float, reach: float = math.inf
+    ) -> tuple[int, Array, Array]:
         """Masses of the loss between grid points `interval` · (first + 0..n-1).
+
+        The grid covers `loss_ends(tail)`, as far as that lies within ± `reach`.
 
         Returns:
             first: index of the first grid point.
@@ -195,11 +208,14 @@ class SampledPair:
         low, high = sorted((log_p - log_q).tolist())
         return low, high
 
-    def cells(self, interval: float, tail: float) -> tuple[int, Array, Array]:
+    def cells(
+        self, interval: float, tail: float, reach: float = math.inf
+    ) -> tuple[int, Array, Array]:
         """See `Pair.cells`."""
         sigma, rate = self.noise_multiplier, self.sample_rate
         low, high = self.loss_ends(tail)
-        first, last = math.floor(low / interval), math.ceil(high / interval)
+        first = math.floor(max(low, -reach) / interval)
+        last = math.ceil(min(high, reach) / interval)
         x = self.thresholds(interval * np.arange(first, last + 1))
         if self.direction == "add":
             x[0], edges = np.inf, np.concatenate([x, [-np.inf]])[::-1]
@@ -220,6 +236,8 @@ class SampledPair:
         slope = self._distance / sigma**2
         # N's spectrum ends at 9/σ; e^{iyL} shifts it by y·slope; L is analytic within |Im x| < πσ².
         gap = min(sigma / 6, 0.5 * sigma**2, 2 * math.pi / (2 * height * slope + 9.5 / sigma))
+        if (right - left) / gap > MOST_NODES:
+            raise Unsettled(f"the contour integral does not settle for {self}")
         x = gap * np.arange(math.floor(left / gap), math.ceil(right / gap) + 1)
         log_p, log_q = self.log_ratios(x)
         losses = log_p - log_q
