@@ -113,3 +113,32 @@ def test_bounds_are_told_apart_from_estimates():
     assert all(
         isinstance(accounting.get_accountant(name), accounting.Accountant) for name in claims
     )
+
+
+@pytest.mark.parametrize("accountant", ["pld", "exact", "rdp"])
+def test_a_target_of_zero_is_answered_at_once(accountant):
+    run = {"sample_rate": 0.01, "steps": 1000}
+    noise = accounting.noise_multiplier(
+        target_epsilon=0.0, delta=1e-5, accountant=accountant, **run
+    )
+
+    assert accounting.delta(epsilon=0.0, noise_multiplier=noise, accountant="exact", **run) <= 1e-5
+    assert noise < 1e5
+
+
+def test_a_target_of_zero_for_other_events_is_refused_in_words():
+    from dptorch.accounting import EpochwiseGaussian
+
+    with pytest.raises(ConfigurationError, match="must be above 0"):
+        accounting.noise_multiplier_for(
+            lambda noise: EpochwiseGaussian(noise, 10, 100), target_epsilon=0.0, delta=1e-5
+        )
+
+
+@pytest.mark.parametrize("accountant", accounting.accountant_names())
+@pytest.mark.parametrize("noise", [1e-200, 1e-9, 1e-3])
+@pytest.mark.parametrize("rate", [0.01, 1.0])
+def test_noise_of_a_hair_counts_as_none(accountant, noise, rate):
+    run = {"sample_rate": rate, "noise_multiplier": noise, "steps": 10, "accountant": accountant}
+    assert accounting.epsilon(delta=1e-5, **run) == math.inf
+    assert accounting.delta(epsilon=1.0, **run) == 1.0

@@ -13,6 +13,7 @@ One case per event class; a history's cost is the largest over its directions, e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -36,8 +37,11 @@ from dptorch.errors import PrivacyError
 __all__ = ["Reduced", "can_reduce", "directions", "pair_of", "reduced"]
 
 
+# Less noise counts as none. One step in which a record takes part costs an ε above 5,000 with it, and
+# the numbers that the accountants compute with overflow a little further down.
+_LEAST_NOISE = 0.01
 # Below this noise a lognormal sum spans too many orders of magnitude to be composed.
-_LEAST_NOISE = 0.4
+_LEAST_ALLOCATION_NOISE = 0.4
 
 _PAIRS: dict[type[Event], type] = {
     SampledGaussian: SampledPair,
@@ -56,7 +60,7 @@ class Reduced:
 
     Attributes:
         compositions: the dominating pairs of each direction; empty where nothing was released.
-        noiseless: whether some step released its sum as it is: then ε = inf and δ = 1.
+        noiseless: whether some step released its sum with no noise to speak of: ε = inf, δ = 1.
         overflow: probability that what ran was not what `compositions` stand for; costs
             (1 + e^ε) · overflow of δ.
     """
@@ -89,7 +93,7 @@ def reduced(history: Iterable[Event], adjacency: Adjacency) -> Reduced:
         [(1.0, 3), (0.1, 10)]
     """
     events = [event for event in history if event.steps]
-    if any(getattr(event, "noise_multiplier", None) == 0 for event in events):
+    if any(getattr(event, "noise_multiplier", math.inf) < _LEAST_NOISE for event in events):
         return Reduced((), noiseless=True)
     compositions = []
     for direction in directions(adjacency) if events else ():
@@ -137,7 +141,7 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
         case RandomAllocationGaussian() if direction != "replace":
             block = event.steps_per_epoch // event.selections
             releases = event.epochs * event.selections
-            if event.noise_multiplier < _LEAST_NOISE:
+            if event.noise_multiplier < _LEAST_ALLOCATION_NOISE:
                 # Knowing the step only adds: H is jointly convex in the position.
                 return SampledPair(direction, event.noise_multiplier, 1.0, releases)
             return AllocationPair(direction, event.noise_multiplier, block, releases)

@@ -58,7 +58,11 @@ def noise_multiplier_for(
             accountant=accountant,
             adjacency=adjacency,
         )
-    check_epsilon(target_epsilon, name="target_epsilon")
+    if check_epsilon(target_epsilon, name="target_epsilon") == 0:
+        raise ConfigurationError(
+            f"target_epsilon={target_epsilon!r} must be above 0, such as 3.0: at 0, what is released "
+            "would not depend on the data."
+        )
     check_delta(delta)
     if like.steps == 0:
         return 0.0

@@ -92,8 +92,8 @@ def noise_multiplier(
     """The smallest noise multiplier that keeps `steps` DP-SGD steps within `target_epsilon`.
 
     Returns:
-        0.0 for steps=0: nothing is released. For targets below 1e-3, where composing exactly takes
-        minutes, the noise that makes ε = 0: more than is needed, and safe.
+        0.0 for steps=0: nothing is released. For targets below 1e-4, 0 included, where composing
+        exactly takes minutes, the noise that makes ε = 0: more than is needed, and safe.
 
     Raises:
         ConfigurationError: a value out of range, or a target below what the accountant can show for
@@ -107,7 +107,7 @@ def noise_multiplier(
     question = _Question.of(target_epsilon, delta, accountant, adjacency)
     if SampledGaussian(1.0, sample_rate, steps).steps == 0:
         return 0.0
-    if 0 < target_epsilon < _TINY_EPSILON and accountant == "pld" and sample_rate < 1:
+    if target_epsilon < _TINY_EPSILON and accountant == "pld" and sample_rate < 1:
         return _noise_for_no_epsilon(delta, sample_rate, steps, Adjacency.of(adjacency))
     return question.solve(
         lambda sigma: SampledGaussian(sigma, sample_rate, steps),
