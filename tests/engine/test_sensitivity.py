@@ -191,7 +191,7 @@ def _twice_the_bound(norms: Tensor, bound: float) -> Tensor:
 
 def _turned_by_the_batch(norms: Tensor, bound: float) -> Tensor:
     """Each contribution is bounded, but the record decides the sign of the others'."""
-    return bound / norms * (1 - 2 * ((norms.sum() * 1e4).long() % 2))
+    return bound / norms * (1 - 2 * ((norms.sum() * 1e3).long() % 2))
 
 
 @pytest.mark.parametrize(
