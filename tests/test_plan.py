@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import dptorch
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
-from dptorch.errors import ConfigurationError, PrivacyError
+from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import SCHEMES
 from dptorch.sampling.schemes import OWN_LOADER
@@ -362,3 +363,16 @@ def test_what_a_plan_cannot_honour_is_refused() -> None:
         dataclasses.replace(plan, sample_rate=0.3)
     with pytest.raises(ConfigurationError, match="needs a capacity"):
         dataclasses.replace(PLAN, sampling="truncated-poisson")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"sample_size": 3985}, {"sample_rate": 64 / 3985}],
+    ids=["stated", "implied by the rate"],
+)
+def test_a_delta_above_one_over_the_records_warns(size: dict[str, Any]) -> None:
+    with pytest.warns(PrivacyWarning, match=r"delta=0\.5 is not below 1/3985"):
+        make_plan(batch_size=64, steps=1, noise_multiplier=1.0, target_delta=0.5, **size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_plan(batch_size=64, steps=1, noise_multiplier=1.0, target_delta=1e-5, **size)
