@@ -15,7 +15,8 @@ from dptorch.ledger.chain import Verification
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.dataset_id import named
 from dptorch.ledger.entry import Entry
-from dptorch.ledger.record import RunLedger, adjacencies_of, cap_in, close_dead, committed_in
+from dptorch.ledger.reading import adjacencies_of, cap_in, committed_in
+from dptorch.ledger.record import RunLedger, close_dead
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
 

@@ -7,10 +7,9 @@ process which lost the run is refused before it draws noise.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,20 +18,14 @@ from dptorch.accounting import Adjacency, Event
 from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, warn
 from dptorch.ledger.budget import Cap, admit
 from dptorch.ledger.counting import Attempts
-from dptorch.ledger.entry import Entry, canonical
+from dptorch.ledger.entry import Entry
+from dptorch.ledger.reading import adjacencies_of, cap_in, committed_in, plan_hash
 from dptorch.plan import PrivacyPlan
 
 if TYPE_CHECKING:
     from dptorch.ledger.store import Store, Transaction
 
-__all__ = [
-    "RunLedger",
-    "adjacencies_of",
-    "cap_in",
-    "close_dead",
-    "committed_in",
-    "plan_hash",
-]
+__all__ = ["RunLedger", "close_dead", "committed_in"]
 
 
 class LedgerOfData(Protocol):
@@ -147,7 +140,8 @@ class RunLedger:
 
         Raises:
             BudgetExhausted: the data set's cap does not leave enough.
-            ConfigurationError: the cap is for a neighbouring relation that does not cover the run.
+            ConfigurationError: the cap is for a neighbouring relation that does not cover the run, or
+                another run on the data set has another unit.
             LedgerError: another process owns the run, or the ledger is broken.
         """
         if not self._open:
@@ -287,6 +281,8 @@ class RunLedger:
         whole_run = attempts.copy()
         whole_run.add(event, self._next, self._plan.steps - self._next)
         history = whole_run.events()
+        committed = committed_in(transaction, self._ledger.dataset)
+        self._refuse_other_units(transaction, committed)
         cap = cap_in(transaction, self._ledger.dataset)
         sole = False
         if cap is not None:
@@ -294,7 +290,7 @@ class RunLedger:
             may_be_sole = session is None or session.detail["sole"] or not counted.total
             sole = admit(
                 cap,
-                committed_in(transaction, self._ledger.dataset),
+                committed,
                 self.run,
                 history,
                 may_be_sole=may_be_sole and not unknown,
@@ -361,6 +357,19 @@ class RunLedger:
                 "checkpoint into a new engine."
             )
 
+    def _refuse_other_units(
+        self, transaction: Transaction, committed: Mapping[str, Sequence[Event]]
+    ) -> None:
+        """Raise ConfigurationError if a run on the data set protects another unit."""
+        for begun in transaction.entries(dataset=self._ledger.dataset, kinds=["begin"]):
+            unit = begun.detail["plan"]["unit"]
+            if unit != self._plan.unit and committed[str(begun.run)]:
+                raise ConfigurationError(
+                    f"this run's unit is {self._plan.unit!r}, and that of run {begun.run} on "
+                    f"{self._ledger.dataset!r} is {unit!r}. The costs of different units cannot be "
+                    f"added up. Nothing was spent. Make the engine with unit={unit!r}."
+                )
+
     def _refuse_other_terms(self, cap: Cap, whole_run: Attempts) -> None:
         _refuse_other_unit(cap.unit, self._plan.unit)
         able = adjacencies_of(self._plan, whole_run)
@@ -411,40 +420,6 @@ def _intervals(steps: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((step, 1))
     return found
-
-
-def adjacencies_of(plan: PrivacyPlan, attempts: Attempts) -> tuple[Adjacency, ...]:
-    """The neighbouring relations that cover a run: those of its plan's sampling scheme.
-
-    Not add/remove, where a step took its batch from a loader of the user's own: a record that is
-    added may move other records into other batches.
-    """
-    planned = {plan.event(1)}
-    if attempts.released <= planned:
-        return plan.scheme.adjacencies
-    return tuple(a for a in plan.scheme.adjacencies if a is not Adjacency.ADD_REMOVE)
-
-
-def plan_hash(plan: PrivacyPlan) -> str:
-    """SHA-256 of the plan's JSON. A plan holds public constants only."""
-    return hashlib.sha256(canonical(json.loads(plan.to_json())).encode()).hexdigest()
-
-
-def cap_in(transaction: Transaction, dataset: str) -> Cap | None:
-    """The cap of a data set, if it has one."""
-    found = None
-    for entry in transaction.entries(dataset=dataset, kinds=["cap"]):
-        found = entry.detail["cap"]
-    return None if found is None else Cap(**found)
-
-
-def committed_in(transaction: Transaction, dataset: str) -> dict[str, list[Event]]:
-    """What each run on a data set counts for under its cap."""
-    committed = {}
-    for entry in transaction.entries(dataset=dataset, kinds=["begin", "reserve", "close"]):
-        events = [Event.from_dict(event) for event in entry.detail["committed"]]
-        committed[str(entry.run)] = events
-    return committed
 
 
 def close_dead(store: Store, run: str) -> Entry:
