@@ -332,20 +332,31 @@ def test_a_wrong_norm_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     ) in faults(report)
 
 
+@torch.library.custom_op("dptorch_tests::joined", mutates_args=())
+def _joined(x: Tensor, w: Tensor) -> Tensor:
+    """An operator that nobody has told the tape about."""
+    return x * w
+
+
+_joined.register_autograd(
+    lambda ctx, g: (g * ctx.saved_tensors[1], (g * ctx.saved_tensors[0]).sum(0)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 def test_uncovered_and_unused_parameters_are_told_apart() -> None:
-    class Kronecker(nn.Module):
+    class Joined(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a = nn.Linear(4, 3)
-            self.left = nn.Parameter(torch.randn(1, 2))
-            self.right = nn.Parameter(torch.randn(1, 2))
+            self.left = nn.Parameter(torch.randn(3))
+            self.right = nn.Parameter(torch.randn(3))
             self.idle = nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            h = torch.kron(self.a(x), self.left)
-            return torch.kron(h, self.right)  # an op that nobody has told the tape about
+            return _joined(_joined(self.a(x), self.left), self.right)
 
-    model = Kronecker()
+    model = Joined()
     report = check(model, batch(), mean_loss)
     status = {r.name: r.status for r in report.parameters}
     assert status["left"] == "not covered"

@@ -83,6 +83,8 @@ def gather(call: Call, outputs: Sequence[Any]) -> Found:
         return by  # looking up in constants
     assert tag.dim is not None
     if tag.dim == dim:
+        if index.numel() and int(index.max()) >= x.shape[dim]:
+            raise Lost("an index is out of range")
         owner = owners(tag, x.shape[dim], call.batch_size, x.device)[index.long()].to(torch.int32)
         return _moved(owner.cpu(), index, by, call.batch_size)
     if index.shape[tag.dim] != x.shape[tag.dim]:

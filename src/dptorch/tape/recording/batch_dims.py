@@ -223,7 +223,7 @@ def _refuse_unequal(
     names = _argument_names(module, len(args))
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         dim = batch_dims if isinstance(batch_dims, int) else batch_dims.get(name, 0)
-        if isinstance(value, Tensor) and isinstance(dim, int) and value.dim() > dim:
+        if isinstance(value, Tensor) and isinstance(dim, int) and value.dim() > max(dim, 0):
             sizes[name] = value.shape[dim]
     different = {s for s in sizes.values() if s != 1}
     if len(different) < 2:

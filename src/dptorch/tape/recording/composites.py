@@ -21,9 +21,10 @@ _OVERRIDE_CHECKS = (
 
 
 def is_composite(func: Callable[..., Any]) -> bool:
-    """Whether `func` is a Python function that offers itself to function modes."""
-    code = getattr(func, "__code__", None)
-    return code is not None and any(c in code.co_names for c in _OVERRIDE_CHECKS)
+    """Whether `func` is a Python function that offers itself to function modes, in torch's own way: a
+    library's that looks the checks up elsewhere cannot be rebuilt, and is opened as any unknown op."""
+    code, scope = getattr(func, "__code__", None), getattr(func, "__globals__", {})
+    return code is not None and any(c in code.co_names and c in scope for c in _OVERRIDE_CHECKS)
 
 
 _opened: dict[Any, Callable[..., Any]] = {}

@@ -142,7 +142,8 @@ def _from_parameters(out: Any, parameters: list[Tensor], recording: Recording) -
     followed = {id(p) for p in parameters} & recording.tape.names.keys()
     recording.tape.note_derived(followed)
     for o in tree_leaves(out):
-        if isinstance(o, Tensor) and o.requires_grad:
+        # What the ops inside made of examples, which the Function closes over, stays theirs.
+        if isinstance(o, Tensor) and o.requires_grad and recording.state(o) is None:
             recording.mark(o, PARAM_ONLY)
 
 
