@@ -23,6 +23,7 @@ HERE = "test_no_clock.py"  # holds what the others may not
 SLEEPERS = {
     "ledger/processes.py": "polls until children have got somewhere",
     "ledger/test_kill.py": "kills at a random instant; what is asserted holds for every instant",
+    "ledger/test_schedules.py": "the same",
 }
 
 

@@ -26,6 +26,7 @@ def test_a_plan_cannot_be_changed() -> None:
         PLAN.noise_multiplier = 0.0  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.5, 3.0, 8.0])
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_calibration_spends_the_target_and_never_more(target: float, accountant: str) -> None:
@@ -233,6 +234,7 @@ def test_calibration_uses_the_schemes_own_event(sampling: str) -> None:
     assert 2.97 <= certified <= 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SCHEMES)
 def test_the_statement_names_the_law_and_both_numbers(sampling: str) -> None:
     plan = make_plan(**settings_for(sampling), noise_multiplier=2.0)
@@ -304,6 +306,7 @@ def test_an_epoch_is_a_whole_number_of_steps(
     assert plan.expected_batch_size == pytest.approx(1000 / steps_per_epoch)
 
 
+@pytest.mark.slow
 def test_capacity() -> None:
     def plan(**settings: Any) -> PrivacyPlan:
         given: dict[str, Any] = {

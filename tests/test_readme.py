@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs_as_printed(capsys) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
@@ -38,6 +40,7 @@ def test_the_clipping_page_runs_as_printed(capsys) -> None:
     assert printed.split()[-1].startswith("1.118")
 
 
+@pytest.mark.slow
 def test_importing_loads_little_and_no_optional_package() -> None:
     """What is loaded is counted: how long it takes depends on the machine."""
     code = (

@@ -34,6 +34,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "scheduler"), PAIRS)
 @pytest.mark.parametrize("at", [4, 6])  # between epochs, and within one
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -273,28 +274,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path / "missing", Path("/proc")):
         with pytest.raises(DataError, match="could not be written"):
             Run().save(folder / "run.pt")
-
-
-def test_a_power_cut_before_the_rename_keeps_the_old_file(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The order of the system calls: content to disk, then the name, then the folder."""
-    calls: list[str] = []
-
-    def noting(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            folder = name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode)
-            calls.append("fsync of the folder" if folder else name)
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, noting(name))
-    Run().save(saved)
-    assert calls == ["fsync", "replace", "fsync of the folder"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -201,6 +201,7 @@ def test_detaching_gives_back_what_was_reserved(patients: DatasetLedger) -> None
     assert patients.runs()[0].committed == []
 
 
+@pytest.mark.slow
 def test_importing_dptorch_imports_no_database() -> None:
     import subprocess
     import sys

@@ -140,6 +140,7 @@ def excess(patch: pytest.MonkeyPatch, adjacency: Adjacency, **settings: Any) -> 
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "style", "adjacency"), CLIPPING)
 def test_every_way_of_clipping(
     monkeypatch: pytest.MonkeyPatch, function: str, style: str, adjacency: Adjacency
@@ -148,12 +149,14 @@ def test_every_way_of_clipping(
     assert excess(monkeypatch, adjacency, **settings) <= ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "style"), COMPUTING)
 def test_every_way_of_computing_it(monkeypatch: pytest.MonkeyPatch, mode: str, style: str) -> None:
     settings = {"clipping_mode": mode, "clipping_style": style}
     assert excess(monkeypatch, Adjacency.REPLACE_ONE, **settings) <= ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "adjacency"), SAMPLING)
 def test_every_way_of_sampling(
     monkeypatch: pytest.MonkeyPatch, sampling: str, adjacency: Adjacency

@@ -182,6 +182,7 @@ def test_a_read_only_ledger(folder_for_all: Path) -> None:
     assert steps_in(path) == 1
 
 
+@pytest.mark.slow
 def test_a_ledger_from_a_newer_version(location: str) -> None:
     open_ledger(location).store.close()
     engine = store.Store(location)

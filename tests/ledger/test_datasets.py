@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 
 import dptorch
 from dptorch import accounting
@@ -20,9 +19,8 @@ from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, Pri
 from dptorch.ledger import Cap, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon, planned_epsilon
 from dptorch.ledger.counting import Attempts
-from dptorch.ledger.store import Store
 from dptorch.sampling import SCHEMES
-from tests.ledger.setup import OS, plan, take
+from tests.ledger.setup import EDITS, OS, execute, plan, take
 
 
 def test_runs_on_one_data_set_add_up_and_others_do_not(location: str) -> None:
@@ -305,28 +303,6 @@ def test_an_impossible_cap_is_refused(values: tuple[float, float]) -> None:
 
 
 # -- the chain -----------------------------------------------------------------------------------------
-
-EDITS = {
-    "edited": "UPDATE dptorch_ledger_entries SET steps = 2 WHERE seq = 4",
-    "edited body": "UPDATE dptorch_ledger_entries SET body = '{}' WHERE seq = 4",
-    "moved to another data set": "UPDATE dptorch_ledger_entries SET dataset = 'b' WHERE seq = 4",
-    "deleted": "DELETE FROM dptorch_ledger_entries WHERE seq = 4",
-    "cut off": "DELETE FROM dptorch_ledger_entries WHERE seq > 4",
-    "backdated": "UPDATE dptorch_ledger_entries SET time = '2020-01-01T00:00:00' WHERE seq = 4",
-    "swapped": "UPDATE dptorch_ledger_entries SET seq = -seq WHERE seq IN (4, 5); "
-    "UPDATE dptorch_ledger_entries SET seq = 9 + seq WHERE seq < 0",
-    "appended": "INSERT INTO dptorch_ledger_entries SELECT 99, time, kind, dataset, run, session, "
-    "first, steps, body, previous, hash FROM dptorch_ledger_entries WHERE seq = 4",
-    "head set back": "UPDATE dptorch_ledger_head SET seq = 3",
-}
-
-
-def execute(location: str, *statements: str) -> None:
-    store = Store(location, create=False)
-    with store._engine.begin() as connection:
-        for statement in statements:
-            connection.execute(sa.text(statement))
-    store.close()
 
 
 @pytest.mark.parametrize("edit", EDITS)

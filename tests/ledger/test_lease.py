@@ -21,7 +21,7 @@ from dptorch.ledger.counting import Attempts
 from dptorch.ledger.record import RunLedger
 from dptorch.ledger.store import Store
 from tests.ledger.processes import shared, spawn, wait
-from tests.ledger.test_datasets import EDITS, execute, plan, take
+from tests.ledger.setup import EDITS, execute, plan, take
 
 OS = "operating system"
 PLAN = plan(10)

@@ -69,12 +69,14 @@ def test_the_page_holds_what_was_promised(finished: RunFolder) -> None:
     assert len([a for a in page.addresses if a.startswith("data:image/svg+xml")]) == 5
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing(finished: RunFolder) -> None:
     text = (finished.path / "report.html").read_text()
     assert all(address.startswith("data:") for address in Outline(text).addresses)
     assert not re.search(r"@import|url\(|<script|<link|<iframe", text)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_seed_protects_nobody_and_says_so(finished: RunFolder) -> None:
     text = Outline(page_of(finished)).text
     assert "This run is not private" in text
@@ -84,6 +86,7 @@ def test_a_run_with_a_seed_protects_nobody_and_says_so(finished: RunFolder) -> N
     assert "What the guarantee means" in private
 
 
+@pytest.mark.slow
 def test_the_guarantee_in_words_follows_from_epsilon(finished: RunFolder) -> None:
     secret = {"key_provenance": "operating system"}
     strong = Outline(page_of(finished, statement={"epsilon": 1.0, **secret})).text
@@ -94,6 +97,7 @@ def test_the_guarantee_in_words_follows_from_epsilon(finished: RunFolder) -> Non
         assert "does not prevent it" in page
 
 
+@pytest.mark.slow
 def test_other_sampling_is_not_called_poisson(finished: RunFolder) -> None:
     page = page_of(
         finished, statement={"sampling_run": {"the user's own loader": 16}, "sampling_holds": False}
@@ -101,11 +105,13 @@ def test_other_sampling_is_not_called_poisson(finished: RunFolder) -> None:
     assert "ε is stated without amplification" in Outline(page).text
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_labelled(finished: RunFolder) -> None:
     assert "This run was interrupted" in Outline(page_of(finished, status="interrupted")).text
     assert "This run was interrupted" not in Outline(page_of(finished)).text
 
 
+@pytest.mark.slow
 def test_names_are_escaped(finished: RunFolder) -> None:
     about = finished.read_json("run.json")
     about["data"]["source"] = "<script>alert(1)</script>"
@@ -114,6 +120,7 @@ def test_names_are_escaped(finished: RunFolder) -> None:
     assert "a &lt; b" in page
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(finished: RunFolder) -> None:
     first = (finished.path / "report.html").read_text()
     run_page.write_report(finished)

@@ -1,0 +1,105 @@
+"""Losses computed outside the recording are followed, whatever the outputs come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tests.oracles.loop import one_example_loop, relative_error
+from torch import Tensor, nn
+
+from dptorch.errors import ConfigurationError
+from dptorch.tape import Recording, Tape
+from dptorch.tape.recording.outputs import RecordedTensor, promote
+from dptorch.tape.recording.patches import patched
+
+B, D = 4, 3
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    constant: Tensor
+
+
+class Wrapped(nn.Module):
+    """A linear layer whose result comes in something."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.layer(x))
+
+
+def recorded(model: nn.Module, x: Tensor) -> tuple[Tape, Any]:
+    """The tape of one forward pass, and its outputs as an engine's hooks leave them."""
+    recording = Recording(model)
+    with patched(), recording:
+        out = model(recording.tag_batch(x))
+    return recording.tape, promote(out, recording)
+
+
+CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "a tensor": (lambda out: out, lambda out: out),
+    "a tuple": (lambda out: (out, out.detach()), lambda out: out[0]),
+    "a dict of lists": (lambda out: {"a": [1, out]}, lambda out: out["a"][1]),
+    "a dataclass": (lambda out: Output(out, torch.zeros(B)), lambda out: out.logits),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_loss_outside_is_the_loop(name: str) -> None:
+    wrap, unwrap = CONTAINERS[name]
+    model, x = Wrapped(wrap), torch.randn(B, D)
+
+    def losses(model: nn.Module, x: Tensor) -> Tensor:
+        return unwrap(model(x)).square().sum(1)
+
+    expected = one_example_loop(model, (x,), losses)
+    tape, out = recorded(model, x)
+    assert isinstance(unwrap(out), RecordedTensor)
+    unwrap(out).square().sum(1).mean().backward()
+    formed = tape.per_example_gradients()
+    for key, gradient in expected.items():
+        assert relative_error(B * formed[key], gradient) <= 1e-9, key
+
+
+def test_what_needs_no_gradient_stays_an_ordinary_tensor() -> None:
+    model, x = Wrapped(lambda out: Output(out, out.detach())), torch.randn(B, D)
+    _, out = recorded(model, x)
+    assert type(out.constant) is Tensor
+    assert type(out.logits.detach()) is Tensor
+    with torch.no_grad():
+        assert type(out.logits + 1) is not RecordedTensor
+    out.logits.sum().backward()
+
+
+def test_outputs_of_two_models_meet_in_one_loss() -> None:
+    """As of a generator and of what judges it: each example's gradient, in both."""
+    first, second, x = nn.Linear(D, D), nn.Linear(D, D), torch.randn(B, D)
+
+    def losses(model: nn.Module, x: Tensor) -> Tensor:
+        return (model[0](x) * model[1](x)).sum(1)
+
+    expected = one_example_loop(nn.ModuleList([first, second]), (x,), losses)
+    tape, one = recorded(first, x)
+    other, two = recorded(second, x)
+    (one * two).sum().backward()
+    for i, found in enumerate((tape, other)):
+        for key, gradient in found.per_example_gradients().items():
+            assert relative_error(gradient, expected[f"{i}.{key}"]) <= 1e-9, (i, key)
+
+
+def test_outputs_for_other_numbers_of_examples_do_not_meet() -> None:
+    first, second = nn.Linear(D, D), nn.Linear(D, D)
+    _, one = recorded(first, torch.randn(B, D))
+    _, two = recorded(second, torch.randn(1, D))
+    with pytest.raises(ConfigurationError, match="for 1 and for 4 examples meet in one loss"):
+        one + two
