@@ -14,6 +14,7 @@ from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from dptorch.plan import PrivacyPlan, make_plan
+from dptorch.randomness import KeySource
 from dptorch.sampling import SCHEMES
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import ASSUMED, NOT_COVERED, RELEASED, Statement, make_statement
@@ -91,9 +92,9 @@ def test_differences_are_named() -> None:
 
 
 def statement(
-    sampling: dict[str, int], provenance: str = "operating system", plan: PrivacyPlan = PLAN
+    sampling: dict[str, int], source: KeySource = KeySource.OS, plan: PrivacyPlan = PLAN
 ) -> Statement:
-    return make_statement(plan, sum(sampling.values()), sampling, provenance)
+    return make_statement(plan, sum(sampling.values()), sampling, source)
 
 
 def test_the_statement_says_everything_that_matters() -> None:
@@ -181,12 +182,12 @@ def up(epsilon: float) -> str:
 
 
 def test_a_seed_is_named_as_not_private() -> None:
-    assert "protects nobody" in str(statement({"poisson": 10}, "user seed (not private)"))
+    assert "protects nobody" in str(statement({"poisson": 10}, KeySource.SEED))
 
 
 def test_no_noise_is_infinite() -> None:
     plan = dataclasses.replace(PLAN, noise_multiplier=0.0)
-    made = make_statement(plan, 1, {"poisson": 1}, "operating system")
+    made = make_statement(plan, 1, {"poisson": 1}, KeySource.OS)
     assert math.isinf(made.epsilon)
     assert "infinity" in str(made)
 
