@@ -250,10 +250,9 @@ def test_several_views_of_an_example_in_the_batch_dimension_are_refused() -> Non
     model = make_model()
     engine = make_engine(model)
     engine.attach(torch.optim.SGD(model.parameters(), 0.1))
-    for x, y in engine.loader(make_data()):
-        loss = F.cross_entropy(model(torch.cat([x, x])), torch.cat([y, y]))
+    for x, _ in engine.loader(make_data()):
         with pytest.raises(PrivacyError, match="rows"):
-            loss.backward()
+            model(torch.cat([x, x]))
 
 
 def test_two_forwards_in_one_backward_are_refused() -> None:

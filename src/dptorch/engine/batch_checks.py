@@ -39,7 +39,7 @@ def planned_factors(
         reduction: the planned reduction, "mean" or "sum".
 
     Returns:
-        One factor for each term of a reduced loss.
+        One factor for each term; none where the model returned the loss of its one row.
 
     Raises:
         PrivacyError: a loss was not followed, or is reduced otherwise than planned.
@@ -55,9 +55,7 @@ def _factors_of(loss: Reduced | None, rows: int, reduction: str) -> tuple[float,
             "dicts or dataclasses) with torch functions, and call loss.backward()."
         )
     kind, factors = loss.kind, loss.factors
-    if kind == PER_EXAMPLE or rows == 1:
-        return ()
-    if kind == reduction:
+    if kind in (PER_EXAMPLE, reduction) or rows == 1:
         return factors
     # A sum divided by the number of rows is a mean, and a mean times it a sum.
     factors = tuple(f * rows if reduction == "mean" else f / rows for f in factors)

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,7 +38,7 @@ from dptorch.tape.gradients.explain import Explanation
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.recording.batch_dims import BatchDims
 from dptorch.tape.recording.model_hooks import ModelHooks, hooks_of
-from dptorch.validation.mixing import refuse_mixing
+from dptorch.validation.mixing import first_batch_checks
 
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger
@@ -182,9 +181,7 @@ class PrivacyEngine:
             parameters,
             batch_dims=batch_dims,
             on_forward=self._begin_forward,
-            first_inputs=partial(refuse_mixing, model, batch_dims=batch_dims)
-            if self_check
-            else None,
+            checks=first_batch_checks(model, batch_dims, parameters) if self_check else (),
         )
         if self._mode is NON_PRIVATE:
             self._hooks.remove()
@@ -277,6 +274,7 @@ class PrivacyEngine:
         )
         self.reserve_budget()
         loader.on_batch(self.begin_physical_batch)
+        loader.on_items(lambda _, items: self._hooks.taint(items))
         loader.on_start(self._begin_epoch)
         loader.on_end(lambda complete: self.end_epoch(complete=complete))
         self._run.loaders += 1
@@ -299,10 +297,12 @@ class PrivacyEngine:
             PrivacyError: `part` begins a logical batch, and the last one was never stepped.
         """
         self._batch.begin_physical_batch(part)
+        self._hooks.begin_batch(part.examples + part.padding)
 
     def end_epoch(self, *, complete: bool = True) -> None:
         """Say that the next batches were not drawn as planned; `complete=False` drops the last."""
         self._batch.end_epoch(complete=complete)
+        self._hooks.end_batch()
 
     def drop_batch(self) -> None:
         """Drop all that was not stepped on, what ``virtual_step`` kept included."""

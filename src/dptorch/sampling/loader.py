@@ -170,6 +170,7 @@ class PrivateLoader:
         self._padding: Any = None
         self._has_padding = False
         self._batch_listeners: list[Callable[[PhysicalBatch], object]] = []
+        self._item_listeners: list[Callable[[PhysicalBatch, Any], object]] = []
         self._start_listeners: list[Callable[[int], object]] = []
         self._end_listeners: list[Callable[[bool], object]] = []
 
@@ -181,6 +182,10 @@ class PrivateLoader:
     def on_batch(self, listener: Callable[[PhysicalBatch], object]) -> None:
         """Call `listener(current)` just before each physical batch is handed to the loop."""
         self._batch_listeners.append(listener)
+
+    def on_items(self, listener: Callable[[PhysicalBatch, Any], object]) -> None:
+        """Call `listener(current, items)` just before `items` is handed to the loop as that batch."""
+        self._item_listeners.append(listener)
 
     def on_start(self, listener: Callable[[int], object]) -> None:
         """Call `listener(first_step)` when an iteration starts, before anything is loaded."""
@@ -284,12 +289,14 @@ class PrivateLoader:
         # Anew each time, because the loop may write into the batch it gets.
         return zeros_like_batch(self._padding)
 
-    def _hand_out(self, part: PhysicalBatch) -> None:
+    def _hand_out(self, part: PhysicalBatch, items: Any) -> None:
         self._current = part
         if part.is_last:
             self._counted += 1
         for listener in self._batch_listeners:
             listener(part)
+        for follower in self._item_listeners:
+            follower(part, items)
 
     def _ended(self, iteration: _Iteration, complete: bool) -> None:
         if self._active is not None and self._active() in (iteration, None):
@@ -355,7 +362,7 @@ class _Iteration:
         try:
             item = self._next()
             if item is not None:
-                self._loader._hand_out(item[0])
+                self._loader._hand_out(*item)
         except BaseException:
             self.close()
             raise

@@ -4,6 +4,7 @@ from dptorch.tape.gradients.tape import Tape
 from dptorch.tape.propagation import rowwise
 from dptorch.tape.recording.batch_dims import Ragged
 from dptorch.tape.recording.functional import record
+from dptorch.tape.recording.reads import trusted_reads
 from dptorch.tape.recording.recording import Recording
 
-__all__ = ["Ragged", "Recording", "Tape", "record", "rowwise"]
+__all__ = ["Ragged", "Recording", "Tape", "record", "rowwise", "trusted_reads"]

@@ -24,7 +24,7 @@ from dptorch.tape.recording.batch_dims import BatchDims
 from dptorch.tape.recording.functional import record
 from dptorch.tape.recording.recording import Recording, active_modes
 from dptorch.validation.batch import Cutter
-from dptorch.validation.mixing import preserving_state
+from dptorch.validation.reruns import preserving_state
 
 __all__ = [
     "Comparison",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.recording.batch_dims import BatchDims
 from dptorch.tape.recording.model_hooks import hooks_of
+from dptorch.tape.recording.places import OUTSIDE
 from dptorch.validation.batch import Call, Cutter, calls_of
 from dptorch.validation.chance import no_chance
 from dptorch.validation.check_report import CheckReport, Finding, ParameterRow
@@ -32,7 +33,8 @@ from dptorch.validation.compare import (
     tolerance_for,
     uncovered,
 )
-from dptorch.validation.mixing import MIXES, WAY_OUT, find_mixing, preserving_state
+from dptorch.validation.mixing import MIXES, WAY_OUT, find_mixing
+from dptorch.validation.reruns import preserving_state
 
 __all__ = ["CheckReport", "Finding", "ParameterRow", "check"]
 
@@ -333,7 +335,7 @@ class _Check:
         for (function, place), times in recorded.reads.items():
             findings.add(
                 "escape",
-                "the loss function" if place == "outside the model" else place,
+                "the loss function" if place.startswith(OUTSIDE) else place,
                 f"'{function}' read values of the batch into Python {times} time"
                 f"{'s' if times > 1 else ''}. What becomes of them is not followed: they must not "
                 "bring one example to another.",
@@ -418,7 +420,7 @@ class _Findings:
 def _place(message: str) -> tuple[str, str]:
     """The place that a recording's message begins with, and the rest."""
     where, _, rest = message.partition(": ")
-    return ("the loss function" if where == "outside the model" else where), rest
+    return ("the loss function" if where.startswith(OUTSIDE) else where), rest
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -18,8 +17,17 @@ from dptorch.tape.provenance.tags import Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, is_ragged, map_batched, tag_inputs
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
+from dptorch.validation.backward_mixing import find_backward_mixing
+from dptorch.validation.reruns import is_plain, perturbed, preserving_state, unwrapped
 
-__all__ = ["MIXES", "WAY_OUT", "find_mixing", "perturbed", "preserving_state", "refuse_mixing"]
+__all__ = [
+    "MIXES",
+    "WAY_OUT",
+    "find_mixing",
+    "first_batch_checks",
+    "refuse_backward_mixing",
+    "refuse_mixing",
+]
 
 MIXES = "changing one example changed its values for another, so no per-example gradient exists."
 WAY_OUT = "Make it treat examples independently; dptorch.prepare(model) converts BatchNorm."
@@ -34,11 +42,14 @@ _RELATIVE_HALF = 3e-2
 
 
 def refuse_mixing(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: BatchDims
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch_dims: BatchDims,
 ) -> bool:
     """Raise if changing one example of a batch changes what the model computes for another.
 
-    Two forward passes on at most three examples, without gradients; see `find_mixing`. Where the
+    Four forward passes on at most three examples, without gradients; see `find_mixing`. Where the
     model cannot be run so, warn.
 
     Returns:
@@ -66,15 +77,57 @@ def refuse_mixing(
     return where is not None
 
 
+def refuse_backward_mixing(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch_dims: BatchDims,
+    parameters: Mapping[str, Tensor],
+) -> bool:
+    """Raise if the model's backward computes one example's gradient from others.
+
+    Three forward and backward passes on at most three examples; see `find_backward_mixing`.
+
+    Returns:
+        False if the batch held too few examples to tell.
+
+    Raises:
+        ExamplesMixError: if it does.
+    """
+    try:
+        found = find_backward_mixing(model, args, kwargs, batch_dims, parameters)
+    except Exception:
+        return True  # the forward pass, next, raises it or has been warned of
+    if found:
+        raise ExamplesMixError(
+            "changing what one example sends backwards through the model, or the number of examples, "
+            "changed the gradient of another. A hook, a custom autograd.Function or a factor mixes "
+            "them, so no per-example gradient exists. Remove it, or make it treat examples "
+            "independently. If this finding is wrong, pass self_check=False."
+        )
+    return found is not None
+
+
+def first_batch_checks(
+    model: nn.Module, batch_dims: BatchDims, parameters: Mapping[str, Tensor]
+) -> list[Callable[[tuple[Any, ...], dict[str, Any]], bool]]:
+    """What an engine asks of the arguments of its model's first forward passes, until it is True."""
+    return [
+        partial(refuse_mixing, model, batch_dims=batch_dims),
+        partial(refuse_backward_mixing, model, batch_dims=batch_dims, parameters=parameters),
+    ]
+
+
 def find_mixing(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: BatchDims = 0
 ) -> str | None:
     """The first module that mixes examples, "" if none does, None if the batch is too small to tell.
 
-    The model runs on a few examples, and again with the first of them replaced by a copy of the
-    second. Inputs and outputs of every module are compared for the other examples, in the order in
-    which they arise: a moved input is the fault of the module that passed it on, a moved output
-    that of the module itself. A finding counts only if an exact repetition does not show it too.
+    The model runs on a few examples, and again with the first, and with the last, of them replaced
+    by a copy of its neighbour. Inputs and outputs of every module are compared for the other
+    examples, in the order in which they arise: a moved input is the fault of the module that passed
+    it on, a moved output that of the module itself. A finding counts only if an exact repetition
+    does not show it too.
 
     Guarantees:
         Random states, buffers, attributes of modules and the model's mode are as before. User hooks
@@ -83,7 +136,7 @@ def find_mixing(
     Raises:
         ConfigurationError, PrivacyError: where the recording refuses the inputs.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     sizes: set[int] = set()
 
     def note(t: Tensor, dim: int) -> Tensor:
@@ -115,53 +168,46 @@ def _compare(
     count: int,
     grad: bool,
 ) -> str | None:
-    plain, other, changed = perturbed(model, args, kwargs, batch_dims, count)
+    found = None
+    for row in dict.fromkeys((0, count - 1)):
+        here = _compare_row(model, args, kwargs, batch_dims, count, grad, row)
+        if here:
+            return here
+        found = here if found is None else found
+    return found
+
+
+def _compare_row(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch_dims: BatchDims,
+    count: int,
+    grad: bool,
+    row: int,
+) -> str | None:
+    """`find_mixing` for a change of one row; None if there is nothing to change it to."""
+    plain, other, changed = perturbed(model, args, kwargs, batch_dims, count, row)
     if not changed:
         return None
 
     def run(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[_Seen]:
         with torch.set_grad_enabled(grad), preserving_state(model), _frozen(model):
-            return _watch(model, *inputs, batch_dims)
+            return _watch(model, *inputs, batch_dims, row)
 
     before = run(plain)
     place = _first_moved(before, run(other))
     if place is None:
         return ""
-    again, _, _ = perturbed(model, args, kwargs, batch_dims, count)
+    again, _, _ = perturbed(model, args, kwargs, batch_dims, count, row)
     noise = _first_moved(before, run(again))
     if noise is not None and noise <= place:
         return ""  # the model does not repeat itself: no evidence of mixing
     return before[place].blame
 
 
-def perturbed(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    batch_dims: BatchDims,
-    count: int,
-) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]], bool]:
-    """The first `count` examples; the same with the first replaced by the second; do they differ?"""
-    changed = False
-
-    def keep(t: Tensor, dim: int) -> Tensor:
-        return t.detach().narrow(dim, 0, count).clone()
-
-    def change(t: Tensor, dim: int) -> Tensor:
-        nonlocal changed
-        t = keep(t, dim)
-        if count > 1:
-            first, second = t.select(dim, 0), t.select(dim, 1)
-            changed = changed or not torch.equal(first, second)
-            first.copy_(second)
-        return t
-
-    plain = map_batched(keep, model, args, kwargs, batch_dims)
-    return plain, map_batched(change, model, args, kwargs, batch_dims), changed
-
-
 class _Seen(NamedTuple):
-    """Values of examples other than the first in one tensor that went into or came out of a module.
+    """Values of the unchanged examples in one tensor that went into or came out of a module.
 
     Where it is not known which dimension holds the examples there is one alternative for each that
     could; all must have moved.
@@ -173,7 +219,7 @@ class _Seen(NamedTuple):
 
 
 def _watch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dims: BatchDims
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dims: BatchDims, row: int
 ) -> list[_Seen]:
     """Run the model and sample what goes in and out of every module."""
     recording = Recording(model, {})
@@ -182,8 +228,8 @@ def _watch(
 
     def sample(value: Any, blame: str) -> None:
         for t in tree_leaves(value):
-            if isinstance(t, Tensor) and t.is_floating_point() and _is_plain(t) and t.numel():
-                alternatives = _samples(t, recording)
+            if isinstance(t, Tensor) and t.is_floating_point() and is_plain(t) and t.numel():
+                alternatives = _samples(t, recording, row)
                 if alternatives:
                     relative = _RELATIVE.get(t.dtype, _RELATIVE_HALF)
                     seen.append(_Seen(blame, alternatives, relative))
@@ -229,20 +275,21 @@ def _label(name: str, module: nn.Module) -> str:
     return f"module '{name}' ({kind})" if name not in ("", "_orig_mod") else f"the model ({kind})"
 
 
-def _samples(t: Tensor, recording: Recording) -> list[Tensor]:
+def _samples(t: Tensor, recording: Recording, row: int) -> list[Tensor]:
     state = recording.state(t)
     count = recording.batch_size
     with torch._C.DisableTorchFunction():
         if isinstance(state, Tag):
             if state.dim is None:
-                return [_sample(t, 0, None)] if state.step != 0 else []
-            return [_sample(t, state.dim, owners(state, t.shape[state.dim], count, t.device))]
+                return [_sample(t, 0, None, row)] if state.step != row else []
+            own = owners(state, t.shape[state.dim], count, t.device)
+            return [_sample(t, state.dim, own, row)]
         plain = torch.arange(count, device=t.device)
-        return [_sample(t, d, plain) for d in range(t.dim()) if t.shape[d] == count]
+        return [_sample(t, d, plain, row) for d in range(t.dim()) if t.shape[d] == count]
 
 
-def _sample(t: Tensor, dim: int, owner: Tensor | None) -> Tensor:
-    """Up to `_SAMPLES` values that do not belong to example 0, in float64 on the CPU."""
+def _sample(t: Tensor, dim: int, owner: Tensor | None, row: int) -> Tensor:
+    """Up to `_SAMPLES` values that do not belong to example `row`, in float64 on the CPU."""
     flat = t.detach().reshape(-1)
     n = flat.numel()
     index = torch.arange(min(n, _SAMPLES), device=t.device)
@@ -252,7 +299,7 @@ def _sample(t: Tensor, dim: int, owner: Tensor | None) -> Tensor:
         inner = 1
         for size in t.shape[dim + 1 :]:
             inner *= size
-        index = index[owner[index // inner % t.shape[dim]] != 0]
+        index = index[owner[index // inner % t.shape[dim]] != row]
     return flat[index].double().cpu()
 
 
@@ -278,19 +325,8 @@ def _moved(a: Tensor, b: Tensor, relative: float) -> bool:
     return bool((a - b).abs().max() > relative * a.abs().max().clamp(min=1e-12))
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without DataParallel and DDP: ranks differ in their number of examples, and a rank that has
-    too few to check must not leave the others waiting in a collective."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, parallel) else model
-
-
 def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
-def _is_plain(t: Tensor) -> bool:
-    return t.layout == torch.strided and not t.is_nested and not t.is_quantized
 
 
 @contextmanager
@@ -303,37 +339,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
-
-
-@contextmanager
-def preserving_state(model: nn.Module) -> Iterator[None]:
-    """Random states, buffers and attributes of the model's modules are restored on the way out."""
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    tables = [m.__dict__ for m in modules]
-    tables += [m.__dict__[k] for m in modules for k in ("_parameters", "_buffers", "_modules")]
-    contents = [dict(table) for table in tables]
-    values = [v for table in contents for v in table.values()]
-    tensors = [
-        (t, t.detach().clone())
-        for t in {id(v): v for v in values if isinstance(v, Tensor)}.values()
-        if not isinstance(t, nn.Parameter) and _is_plain(t)
-    ]
-    generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    everything = [*model.parameters(), *model.buffers()]
-    cuda = {t.device.index for t in everything if t.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(sorted(i for i in cuda if i is not None)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        for generator, state in generators:
-            generator.set_state(state)
-        for table, content in zip(tables, contents, strict=True):
-            table.clear()
-            table.update(content)
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            for t, value in tensors:
-                if not torch.equal(t, value):  # unchanged ones keep their version
-                    t.copy_(value)

@@ -26,7 +26,7 @@ from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.store import FormStore, nonzero
 from dptorch.tape.gradients.two_passes import TwoPasses
 from dptorch.tape.gradients.vjp import batched_vjp
-from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
+from dptorch.tape.provenance.tags import Reduced
 
 __all__ = ["Site", "Tape", "TapeConfig", "TapeListener"]
 
@@ -90,9 +90,10 @@ class Tape:
     Attributes:
         batch_size: number of examples B; 0 until a batch was seen.
         fired: whether any gradient has arrived.
-        loss: how the loss of the last backward was reduced over the examples, or
-            `dptorch.tape.provenance.tags.PER_EXAMPLE`;
-            None if the recording did not see it.
+        loss: how the loss of the last backward was reduced over the examples and what its terms were
+            multiplied by; None if the recording did not see it. The kind is
+            `dptorch.tape.provenance.tags.PER_EXAMPLE` for a loss that was not reduced; without
+            factors, they are not known.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
         seed: what the gradient of the last backward was multiplied by.
         expected_bytes: size of all sites' inputs and output gradients: the most that could be kept.
@@ -167,9 +168,9 @@ class Tape:
         """Note the size of a site's input or output."""
         self.expected_bytes += nbytes
 
-    def note_loss(self, loss: Reduced | None) -> None:
-        """Note how the loss of the backward that begins was reduced; None for one value an example."""
-        self.loss = Reduced(PER_EXAMPLE) if loss is None else loss
+    def note_loss(self, loss: Reduced) -> None:
+        """Note how the loss of the backward that begins was reduced."""
+        self.loss = loss
 
     def begin_backward(self) -> float:
         """A backward begins; returns what the listener wants its gradient to be multiplied by."""

@@ -138,9 +138,8 @@ _PASSIVE = words(
     can_cast is_storage is_inference is_grad_enabled is_signed has_names is_conj is_neg
     is_pinned is_shared promote_types broadcast_shapes _assert_async is_set_to new_zeros
     new_ones new_empty new_empty_strided arange zeros ones empty linspace eye randint randperm
-    rand randn autograd_backward __len__ __bool__ __int__ __complex__ __index__ __repr__
-    __format__ __hash__ __str__ __array_wrap__ __contains__ __dir__ __reduce_ex__ __setstate__
-    __delete__ __dlpack__ __dlpack_device__ is_nonzero"""
+    rand randn autograd_backward __len__ __repr__ __format__ __hash__ __str__
+    __array_wrap__ __dir__ __reduce_ex__ __setstate__ __delete__ __dlpack__ __dlpack_device__"""
 )
 _TENSOR_PROPERTIES = frozenset({".T", ".mT", ".H", ".mH", ".data", ".real", ".imag"})
 _INFO: dict[Any, Info] = {}

@@ -12,8 +12,9 @@ Shape legend: B examples, m positions folded into the batch dimension, ... whate
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ __all__ = [
     "broadcast_shape",
     "complete",
     "owners",
+    "param_only_state",
     "place",
     "read_owners",
     "read_shadow",
@@ -113,6 +115,26 @@ class Mixed(NamedTuple):
 
 State = Tag | ParamOnly | Order | Reduced | Mixed
 PARAM_ONLY = ParamOnly()
+
+
+def param_only_state(
+    name: str, args: tuple[Any, ...], out: Any, parameters: Mapping[int, str]
+) -> ParamOnly:
+    """The state of what op `name` made of parameters alone; `parameters` has their ids."""
+    x = args[0] if args and isinstance(args[0], Tensor) else None
+    if x is None or not isinstance(out, Tensor):
+        return PARAM_ONLY
+    if name in ("expand", "expand_as", "broadcast_to"):
+        return ParamOnly(source=x)
+    if id(x) in parameters and x.dim() == 2 and out.dim() == 2:
+        swapped = name in (".T", ".mT", "t") or (
+            name in ("transpose", "permute")
+            and out.shape == x.shape[::-1]
+            and out.stride() == x.stride()[::-1]
+        )
+        if swapped:
+            return ParamOnly(transposed=x)
+    return PARAM_ONLY
 
 
 # torch works this out anew, in Python, at each call.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dptorch.errors import warn
+from dptorch.errors import PrivacyError, warn
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
-from dptorch.tape.recording.batch_dims import BatchDims, tag_inputs
-from dptorch.tape.recording.outputs import promote
+from dptorch.tape.provenance.tags import Tag
+from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
+from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
+from dptorch.tape.recording.outputs import follow, outputs_of, taint
 from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
+from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
 
 __all__ = ["ModelHooks", "hooks_of"]
 
@@ -30,7 +33,7 @@ class ModelHooks:
         parameters: the trainable parameters to follow, by name.
         batch_dims: see `dptorch.tape.recording.batch_dims.BatchDims`.
         on_forward: called before each recorded forward; returns what its tape is made with.
-        first_inputs: called with the arguments of each forward, until it returns True.
+        checks: each is called with the arguments of each forward, until it returns True.
     """
 
     def __init__(
@@ -40,17 +43,18 @@ class ModelHooks:
         *,
         batch_dims: BatchDims,
         on_forward: Callable[[], tuple[TapeConfig, TapeListener]],
-        first_inputs: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None,
+        checks: Sequence[Callable[[tuple[Any, ...], dict[str, Any]], bool]] = (),
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.guard = ParameterGuard(parameters, strict=True)
         self._on_forward = on_forward
-        self._first_inputs = first_inputs
+        self._checks = list(checks)
         self._paused = False
         self._warned = False
         self._open: tuple[Recording, ExitStack] | None = None
         self._batch_dims = batch_dims
+        self._batch: Batch | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -65,6 +69,19 @@ class ModelHooks:
                 yield
         finally:
             self._paused = before
+
+    def begin_batch(self, rows: int) -> None:
+        """The loader hands out a batch of `rows` rows; the forward passes to come are on it."""
+        self._batch = own_batch(rows, handed_out=True)
+
+    def taint(self, items: Any) -> None:
+        """Say that the tensors in `items` hold the rows of the batch that was begun last."""
+        if self._batch is not None and self._handles:
+            taint(items, self._batch, self.model)
+
+    def end_batch(self) -> None:
+        """Forward passes to come are on batches of unknown origin."""
+        self._batch = None
 
     def remove(self) -> None:
         """Take all hooks off the model and its parameters."""
@@ -85,24 +102,67 @@ class ModelHooks:
             # A KeyboardInterrupt left the last forward without its closing hook.
             self._open[1].close()
             self._open = None
-        if self._paused or self._open is not None or not torch.is_grad_enabled():
+        if self._paused or self._open is not None:
             return None
-        config, listener = self._on_forward()
-        recording = Recording(
-            self.model, self.parameters, config, guard=self.guard, listener=listener
-        )
-        tagged = tag_inputs(recording, recording.tag_batch, module, args, kwargs, self._batch_dims)
-        if self._first_inputs is not None:
+        training = torch.is_grad_enabled()
+        leaves: list[tuple[Tensor, int]] = []
+        map_batched(lambda t, d: leaves.append((t, d)), module, args, kwargs, self._batch_dims)
+        if not training and not module.training and all(batch_of(t) is None for t, _ in leaves):
+            return None  # evaluation on data of unknown origin
+        batch = self._batch_of(leaves)
+        if training:
+            config, listener = self._on_forward()
+            recording = Recording(
+                self.model,
+                self.parameters,
+                config,
+                guard=self.guard,
+                listener=listener,
+                batch=batch,
+            )
+        else:
+            recording = Recording(self.model, {}, batch=batch, strict=False)
+        tagged = tag_inputs(recording, _tagger(recording), module, args, kwargs, self._batch_dims)
+        if training and self._checks:
             with self.paused():
-                done = self._first_inputs(args, kwargs)
-            if done:
-                self._first_inputs = None
+                self._checks = [check for check in self._checks if not check(args, kwargs)]
         stack = ExitStack()
         stack.enter_context(uncompiled())
         stack.enter_context(patched())
         stack.enter_context(recording)
         self._open = recording, stack
         return tagged
+
+    def _batch_of(self, leaves: Sequence[tuple[Tensor, int]]) -> Batch:
+        """The rows that the next forward pass is made on.
+
+        Raises:
+            PrivacyError: if they are rows of an earlier batch of the loader.
+        """
+        known = {id(b): b for t, _ in leaves if (b := batch_of(t)) is not None}
+        sizes = {t.shape[d] for t, d in leaves}
+        if known:
+            batch = next(iter(known.values()))
+            if batch.handed_out and self._batch is not None and batch is not self._batch:
+                raise PrivacyError(
+                    "the model was given rows of an earlier batch than the one that the loader "
+                    "handed out last. What is kept from one step may not enter the next."
+                )
+            if batch.handed_out:
+                return batch
+            t, dim = next((t, d) for t, d in leaves if batch_of(t) is batch)
+            tag, whole = tag_of(t), Tag(dim % t.dim()) if batch.size > 1 else Tag(None, 0)
+            if tag is None or tag == whole:
+                return batch
+            # Rows of an earlier batch of the user's own, cut out anew, are a batch of their own.
+            cut = own_batch()
+            cut.cut_from = batch, owners_of(t, tag, batch.size)
+            return cut
+        elif self._batch is not None and sizes <= {self._batch.size, 1}:
+            return self._batch
+        elif sizes and (latest := latest_batch()) is not None and sizes <= {latest.size, 1}:
+            return latest
+        return own_batch()
 
     def _warn_of_copy(self, module: nn.Module) -> None:
         if module.training and torch.is_grad_enabled() and not self._warned:
@@ -118,7 +178,7 @@ class ModelHooks:
         recording, stack = self._open
         self._open = None
         stack.close()
-        if recording.escaped and not self._warned:
+        if recording.strict and recording.escaped and not self._warned:
             self._warned = True
             reads = ", ".join(f"{op}() {n} times" for op, n in recording.escaped.items())
             warn(
@@ -126,7 +186,22 @@ class ModelHooks:
                 "one that depends on several examples enters the computation again, their "
                 "gradients mix and the guarantee is void. dptorch.check names the module."
             )
-        return promote(output, recording)
+        return outputs_of(output, recording)
+
+
+def _tagger(recording: Recording) -> Callable[[Tensor, int], Tensor]:
+    """Tags an input, and lets whatever else is computed from it be followed."""
+
+    def tag(t: Tensor, dim: int) -> Tensor:
+        used = recording.tag_batch(t, dim)
+        if used is t and type(t) is Tensor:
+            with torch._C.DisableTorchFunction():
+                used = t.view_as(t)  # the model gets a plain tensor
+            recording.mark(used, recording.state(t))
+            follow(t, recording)
+        return used
+
+    return tag
 
 
 def hooks_of(model: nn.Module) -> ModelHooks | None:

@@ -1,34 +1,39 @@
-"""Model outputs that remember their recording, so that a loss computed outside it is still followed.
+"""Tensors that remember whose rows they hold, inside and outside the model.
 
-A recording ends with the model's forward, but the loss comes after. The outputs that need a gradient
-become `RecordedTensor`s: ordinary tensors in every respect, whose further ops are followed like
-those inside the model. So a loss that mixes examples is refused, the kind of reduction is known, and
-``loss.backward()`` accepts one loss for each example.
+A recording ends with the model's forward, but data comes before and the loss after. What the
+engine's loader hands out, what goes into the model and what comes out become `RecordedTensor`s:
+ordinary tensors in every respect, whose further ops are followed like those inside the model,
+through ``detach``, ``no_grad``, indexing and comparisons. So a loss that mixes examples is refused,
+the kind of reduction is known, and ``loss.backward()`` accepts one loss for each example.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dptorch.errors import ConfigurationError
-from dptorch.tape.provenance.calls import each_tensor
-from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.provenance.calls import each_tensor, info
+from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
+from dptorch.tape.recording.batches import Batch
+from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
+from dptorch.tape.recording.tensor_states import GUESSED
 
-__all__ = ["RecordedTensor", "promote"]
+__all__ = ["RecordedTensor", "follow", "outputs_of", "promote", "taint"]
 
 _RECORDING = "_dptorch_recording"
 
 
 class RecordedTensor(torch.Tensor):
-    """A tensor computed from a recorded model's output. Detached values are plain tensors."""
+    """A tensor that holds values of a batch. Copies and pickles of it are plain tensors."""
 
     @classmethod
     def __torch_function__(
@@ -43,34 +48,79 @@ class RecordedTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if not recorded:
                 return func(*args, **kwargs)
+            # That of a model rather than that of its data.
             recording: Recording = getattr(recorded[0], _RECORDING)
             for t in recorded[1:]:
+                other: Recording = getattr(t, _RECORDING)
+                if other.strict and not recording.strict:
+                    recording = other
+            for t in recorded:
                 _adopt(t, recording)
             with patched():
-                return promote(recording.handle(func, args, kwargs), recording)
+                out = promote(recording.handle(func, args, kwargs), recording)
+            if recording.strict:
+                carry_factors(recording, info(func).name, args, kwargs, out)
+                for t in each_tensor(args, kwargs):
+                    if type(t) is Tensor and getattr(t, GUESSED, "") == "loss":
+                        follow(t, recording)
+            return out
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return _plain(self).__reduce_ex__(proto)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(_plain(self), memo)
+
+    def __repr__(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        return repr(_plain(self))
+
+    def __format__(self, spec: str) -> str:
+        return format(_plain(self), spec)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The same values without what is known of them."""
+    with torch._C.DisableTorchFunction():
+        return t.view_as(t) if t.requires_grad else t.detach()
 
 
 def _adopt(t: Tensor, recording: Recording) -> None:
     """Follow another model's output (a generator's, say) in this recording too."""
     other: Recording = getattr(t, _RECORDING)
-    state = other.state(t)
-    if other is recording or state is None:
+    if other is recording:
         return
-    if isinstance(state, Tag) and other.batch_size != recording.batch_size:
+    state = recording.state(t)
+    foreign = other.states.batch is not recording.states.batch
+    other_size = foreign and t.requires_grad and other.batch_size != recording.batch_size
+    if other_size and isinstance(other.state(t), Tag):
         raise ConfigurationError(
-            f"outputs for {other.batch_size} and for {recording.batch_size} examples meet in one "
-            "loss. Compute a loss for each forward pass, and call backward() on each."
+            f"outputs for {other.batch_size} and for {recording.batch_size} examples meet in "
+            "one loss. Compute a loss for each forward pass, and call backward() on each."
         )
-    recording.mark(t, state)
+    if state is None or not t.requires_grad:
+        return
+    if foreign:
+        recording.mark(t, state)
     setattr(t, _RECORDING, recording)
-    recording.joined += [other.tape, *other.joined]
+    if other.strict:
+        recording.joined += [other.tape, *other.joined]
+
+
+def outputs_of(value: Any, recording: Recording) -> Any:
+    """`promote` what a model returned."""
+    if recording.batch_size == 1:
+        for t in tree_leaves(value):
+            if isinstance(t, Tensor) and t.requires_grad and t.numel() == 1:
+                forget_factors(t)
+    return promote(value, recording)
 
 
 def promote(value: Any, recording: Recording) -> Any:
-    """Turn the tensors in `value` that carry examples, and need a gradient, into RecordedTensors."""
+    """Turn the tensors in `value` that carry examples into RecordedTensors."""
     if isinstance(value, Tensor):
         return _promote_one(value, recording)
-    tree_map(lambda t: _promote_one(t, recording), value)
+    if value is not None and type(value) not in (int, float, bool, torch.Size):
+        tree_map(lambda t: _promote_one(t, recording), value)
     return value
 
 
@@ -78,12 +128,55 @@ def _promote_one(t: Any, recording: Recording) -> Any:
     if dataclasses.is_dataclass(t) and not isinstance(t, type):
         promote([getattr(t, f.name, None) for f in dataclasses.fields(t)], recording)
         return t
-    if not isinstance(t, Tensor) or isinstance(t, torch.nn.Parameter) or not t.requires_grad:
+    if not isinstance(t, Tensor) or isinstance(t, nn.Parameter):
         return t
-    if isinstance(recording.state(t), (Tag, Reduced, Mixed)) and type(t) in (
+    if isinstance(recording.state(t), (Tag, Reduced, Mixed, Order)) and type(t) in (
         Tensor,
         RecordedTensor,
     ):
         t.__class__ = RecordedTensor
         setattr(t, _RECORDING, recording)
     return t
+
+
+def _beside(batch: Batch, model: nn.Module) -> Recording:
+    """The recording of what is computed from a batch beside the model."""
+    if batch.beside is None:
+        batch.beside = Recording(model, {}, batch=batch, strict=False)
+    recording: Recording = batch.beside
+    return recording
+
+
+def follow(t: Tensor, recording: Recording) -> None:
+    """Let whatever is computed from `t` beside the model be followed as well."""
+    _promote_one(t, _beside(recording.states.batch, recording.states.model))
+
+
+def taint(value: Any, batch: Batch, model: nn.Module) -> None:
+    """Say that the tensors in `value` with as many rows as `batch` hold its rows, in their order.
+
+    Looks into tuples, lists, mappings and dataclasses. The tensors stay the objects that they are.
+
+    Args:
+        model: names modules in messages.
+    """
+    recording = _beside(batch, model)
+    state = Tag(0) if batch.size > 1 else Tag(None, 0)
+
+    def visit(v: Any) -> None:
+        if isinstance(v, Tensor):
+            if v.dim() and v.shape[0] == batch.size and type(v) in (Tensor, RecordedTensor):
+                recording.mark(v, state)
+                setattr(v, GUESSED, "loader")
+                _promote_one(v, recording)
+        elif isinstance(v, Mapping):
+            for item in v.values():
+                visit(item)
+        elif isinstance(v, (tuple, list)):
+            for item in v:
+                visit(item)
+        elif dataclasses.is_dataclass(v) and not isinstance(v, type):
+            for f in dataclasses.fields(v):
+                visit(getattr(v, f.name, None))
+
+    visit(value)

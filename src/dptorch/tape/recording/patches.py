@@ -7,12 +7,14 @@ They are patched while a recording is active, and only then.
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpoint
+import torch.utils.hooks
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
@@ -21,6 +23,12 @@ from dptorch.errors import NotCoveredError
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance.calls import Call, each_tensor
 from dptorch.tape.provenance.tags import PARAM_ONLY, Mixed, ParamOnly, Reduced, Tag
+from dptorch.tape.recording.backward_code import (
+    BackwardNote,
+    FollowedBackwardHook,
+    as_tuple,
+    followed_function,
+)
 from dptorch.tape.recording.handlers import SPECIAL
 from dptorch.tape.recording.recording import Recording, active_modes
 from dptorch.tape.recording.taps import TAPS
@@ -29,10 +37,15 @@ from dptorch.tape.rules import generic
 __all__ = ["patched", "uncompiled"]
 
 _depth = 0
-_plain_apply: Any = Function.__dict__["apply"]
+_apply_function: Any = Function.__dict__["apply"].__func__
+_plain_code: Any = _apply_function.__code__
+_plain_apply: Any = types.FunctionType(
+    _plain_code, _apply_function.__globals__, "apply", None, _apply_function.__closure__
+)
 _plain_set: Any = torch._C.TensorBase.set_
 _plain_new: Any = nn.Parameter.__new__
 _plain_generator: Any = checkpoint._checkpoint_without_reentrant_generator
+_plain_hook: Any = torch.utils.hooks.BackwardHook
 
 
 def _innermost() -> Recording | None:
@@ -47,20 +60,23 @@ def patched() -> Iterator[None]:
     """Patch on the first entry, restore on the last exit."""
     global _depth
     if _depth == 0:
-        Function.apply = classmethod(_apply)  # type: ignore[method-assign,assignment]
+        _apply_function.__globals__["_dptorch_apply"] = _apply
         checkpoint._checkpoint_without_reentrant_generator = _generator
         Tensor.set_ = _set  # type: ignore[assignment,method-assign]
         nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign]
+        torch.nn.modules.module.BackwardHook = _backward_hook  # type: ignore[assignment,attr-defined]
+        _apply_function.__code__ = _redirect.__code__
     _depth += 1
     try:
         yield
     finally:
         _depth -= 1
         if _depth == 0:
-            Function.apply = _plain_apply  # type: ignore[method-assign]
             del Tensor.set_
             nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
             checkpoint._checkpoint_without_reentrant_generator = _plain_generator
+            torch.nn.modules.module.BackwardHook = _plain_hook  # type: ignore[attr-defined]
+            _apply_function.__code__ = _plain_code
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -79,6 +95,29 @@ def _set(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     return SPECIAL["set"](recording, _plain_set, "set", (self, *args), kwargs)
 
 
+def _make_redirect() -> Any:
+    """Code for ``Function.apply`` that calls what is patched in, also where a program bound
+    ``MyFunction.apply`` to a name before. It must close over what the original closes over."""
+    __class__ = Function
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        __class__  # noqa: B018
+        return _dptorch_apply(cls, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+    return apply
+
+
+_redirect = _make_redirect()
+
+
+def _backward_hook(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
+    """A module's full backward hooks, which get the gradients of all examples."""
+    recording = _innermost()
+    if recording is None or recording.batch_size == 1:
+        return _plain_hook(module, hooks, pre_hooks)
+    return FollowedBackwardHook(recording, module, hooks, pre_hooks)
+
+
 def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """A Parameter made in a recorded forward pass holds the examples of what it is made from."""
     made = _plain_new(cls, data, *args, **kwargs)
@@ -93,7 +132,7 @@ def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: A
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    original = _plain_apply.__get__(None, cls)
+    original = types.MethodType(_plain_apply, cls)
     recording = None if cls in TAPS else _innermost()
     if recording is None:
         return original(*args, **kwargs)
@@ -101,6 +140,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return original(_recorded(args[0], args[2:], recording, reentrant=True), *args[1:])
     tensors = list(each_tensor(args, kwargs))
     states = [(t, recording.state(t)) for t in tensors]
+    known = {id(t): s for t, s in states}
     tagged = [(t, s) for t, s in states if isinstance(s, Tag)]
     parameters = [
         t
@@ -116,7 +156,16 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             _from_parameters(out, parameters, recording)
         return out
     if not parameters or not torch.is_grad_enabled():
-        return _passed_on(original(*args, **kwargs), cls, tagged, recording)
+        if not torch.is_grad_enabled() or cls.__module__.partition(".")[0] == "torch":
+            return _passed_on(original(*args, **kwargs), cls, tagged, recording)
+        note = BackwardNote(recording, cls, [known.get(id(t)) for t in args])
+        out = _passed_on(
+            followed_function(cls, _plain_apply)(note, *args, **kwargs), cls, tagged, recording
+        )
+        note.outputs = [
+            recording.state(o) if isinstance(o, Tensor) else None for o in as_tuple(out)
+        ]
+        return out
 
     def run(*a: Any, **k: Any) -> Any:
         # The ops inside tell where the examples go.

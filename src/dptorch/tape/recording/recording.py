@@ -1,4 +1,4 @@
-"""Watching a model run: every torch function is seen, every trainable parameter is detached.
+"""Record a model: see every torch function, detach and tap every trainable parameter.
 
 While a `Recording` is active a `TorchFunctionMode` sees every torch function. An op that takes a
 trainable parameter is run with the parameter detached and its output is tapped (`rules`); any other
@@ -10,14 +10,15 @@ weight gradient.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dptorch.errors import ExamplesMixError, NotCoveredError
-from dptorch.tape.gradients import Dense, PerExampleGradient
+from dptorch.tape.gradients import Dense
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import Tape, TapeConfig, TapeListener
 from dptorch.tape.propagation import FAMILIES, infer
@@ -34,42 +35,46 @@ from dptorch.tape.provenance.tags import (
     State,
     Tag,
     complete,
-    place,
-    rows,
-    separate,
+    param_only_state,
 )
+from dptorch.tape.recording import backward, backward_code  # noqa: F401 (fill SPECIAL)
 from dptorch.tape.recording.assignment import assign, assign_parameter
+from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.composites import is_composite, opened
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.parameter_graph import parameters_behind
-from dptorch.tape.recording.taps import lift, tap
-from dptorch.tape.recording.tensor_states import States
+from dptorch.tape.recording.taps import lift, reduce_to, tap
+from dptorch.tape.recording.tensor_states import TensorStates
+from dptorch.tape.recording.unknown_rows import rows_of_unknown
 from dptorch.tape.rules import LOSSES, RULES, generic, mean_in_float32
+from dptorch.tape.rules.recorder import Gradients
 
 __all__ = ["Recording", "active_modes"]
 
 # Ops whose further operands lend no more than their shape or type.
 _LIKE_OTHER = words("""expand_as view_as reshape_as type_as""")
 
-Gradients = Callable[
-    [Sequence[Tensor | None], Sequence[Tensor]], Iterable[tuple[Tensor, PerExampleGradient]]
-]
 
-
-class Recording(States):
-    """The state of one recorded forward pass; enter it to record.
+class Recording(TorchFunctionMode):
+    """One recorded forward pass; enter it to record.
 
     Args:
         model: names modules and parameters in messages.
         parameters: the trainable parameters to follow, by name. Ones that do not require grad are
             constants and cost nothing.
         config, guard, listener: of the tape.
+        batch: the rows that the forward pass is made on; by default those of its first input.
+        strict: whether a trainable parameter that is not followed is refused. Otherwise it is a
+            constant: what runs before or beside the model, on data that the loader handed out.
 
     Attributes:
         tape: filled when gradients arrive.
+        states: what is known of each tensor.
         generic_ops: how often each op went through the generic rule, by (op, parameter names).
         sites: how often an op met a parameter.
-        escaped: how often floating-point values of the batch were read into Python, by op.
+        escaped: how often values of the batch were read into Python, by op.
+        handle_of_taps: differentiating an output with respect to it reaches every tap.
+        joined: tapes of other models whose outputs entered the same loss.
     """
 
     def __init__(
@@ -80,16 +85,76 @@ class Recording(States):
         *,
         guard: ParameterGuard | None = None,
         listener: TapeListener | None = None,
+        batch: Batch | None = None,
+        strict: bool = True,
     ) -> None:
+        super().__init__()
         if parameters is None:
             parameters = dict(model.named_parameters())
         followed = {n: p for n, p in parameters.items() if p.requires_grad}
-        super().__init__(model, Tape(followed, config, guard=guard, listener=listener))
+        self.tape = Tape(followed, config, guard=guard, listener=listener)
+        self.states = states = TensorStates(
+            model, Batch() if batch is None else batch, strict=strict
+        )
+        self.state = states.state
+        self.mark = states.mark
+        self.mark_written = states.mark_written
+        self.module_path = states.module_path
+        self.statistic = states.statistic
+        self.strict = strict
         self.generic_ops: Counter[tuple[str, str]] = Counter()
         self.sites = 0
         self.escaped: Counter[str] = Counter()
-        self.joined: list[Tape] = []  # of other models whose outputs entered the same loss
-        self._handle = torch.zeros(0, requires_grad=True)
+        self.joined: list[Tape] = []
+        self._followed = self.tape.names
+        self.handle_of_taps = torch.zeros(0, requires_grad=True)
+
+    def __enter__(self) -> Recording:
+        self.states.depth += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.states.depth -= 1
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples B; 0 until a batch was tagged."""
+        return self.states.batch.size
+
+    @property
+    def refuses_reads(self) -> bool:
+        """Whether reads of statistics are refused: in a training forward, in code of its backward."""
+        return self.states.depth > 0 and self.strict and bool(self._followed)
+
+    def tag_batch(self, t: Tensor, dim: int = 0) -> Tensor:
+        """Declare that the examples of the batch lie along `dim` of `t`; returns the tensor to use.
+
+        Raises:
+            ConfigurationError, PrivacyError: see `TensorStates.tag_batch`.
+        """
+        used = self.states.tag_batch(t, dim)
+        self.tape.note_batch(self.batch_size)
+        return used
+
+    def spend_batch(self) -> None:
+        """Note that a backward goes through the forward pass."""
+        self.states.batch.spent = True
+
+    def untransposed(self, p: Tensor) -> tuple[Tensor, bool]:
+        """(the parameter that `p` is the transpose of, True), or (p, False)."""
+        state = self.state(p)
+        if isinstance(state, ParamOnly) and state.transposed is not None:
+            return state.transposed, True
+        return p, False
+
+    def describe(self, p: Tensor) -> str:
+        """A parameter's name, for messages."""
+        name = self.tape.names.get(id(p))
+        return (
+            f"parameter '{name}'" if name else f"a tensor computed from parameters {tuple(p.shape)}"
+        )
 
     # -- what rules call ---------------------------------------------------------------------------
 
@@ -115,7 +180,7 @@ class Recording(States):
             for parameter, form in gradients(grads, kept):
                 tape.add(parameter, form)
 
-        tapped = tap(outputs, saved, self._handle, on_gradient)
+        tapped = tap(outputs, saved, self.handle_of_taps, on_gradient)
         for t, tag in zip(tapped, tags, strict=True):
             self.mark(t, tag)
         return tapped
@@ -126,14 +191,14 @@ class Recording(States):
         source = p
         if isinstance(state, ParamOnly) and state.source is not None:
             source = state.source  # expanded to the batch by the model: take it before that
-        n, tape = self.batch_size, self.tape
+        n, tape = self.states.batch.size, self.tape
         if source is not p:
             tape.note_use(source)
 
         def on_gradient(g: Tensor) -> None:
-            tape.add(source, Dense(_reduce_to(g, source.shape, tag, n)))
+            tape.add(source, Dense(reduce_to(g, source.shape, tag, n)))
 
-        return lift(source, shape, self._handle, on_gradient)
+        return lift(source, shape, self.handle_of_taps, on_gradient)
 
     def note_generic(self, call: Call) -> None:
         """Note that an op has no rule of its own."""
@@ -171,10 +236,50 @@ class Recording(States):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
+        """Dispatch on what the function is and on what its operands are."""
         name = known.name
         special = SPECIAL.get(name)
         if special is not None:
             return special(self, func, name, args, kwargs)
+        tagged, parameters, lost, ordering = self._classify(name, args, kwargs)
+        if ordering and lost is None:
+            if name in KEEP_ORDER and not tagged and not parameters:
+                return reorder(self, func, args, kwargs)
+            if name not in USE_ORDER:
+                lost = Mixed(f"{self.module_path()}: '{name}' looks at the order of the examples.")
+        if lost is not None:
+            return self._after_the_batch(known, func, args, kwargs, tagged, parameters, lost)
+        if not tagged:
+            return self._without_examples(name, func, args, kwargs, parameters)
+        if name not in FAMILIES and name not in RULES and is_composite(func):
+            return self._decompose(func, args, kwargs)
+        call = Call(
+            func,
+            name,
+            args,
+            kwargs,
+            tagged,
+            list(parameters.values()) if parameters else [],
+            self.states.batch.size,
+            known.in_place,
+        )
+        if parameters:
+            return self._site(call)
+        if name == "__setitem__":
+            assign(call, self)
+            return None
+        if name in LOSSES and torch.is_grad_enabled():
+            out = LOSSES[name](call, self)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        self._propagate(call, out)
+        return mean_in_float32(call, self, out)
+
+    def _classify(
+        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[list[tuple[Tensor, Tag]], dict[int, Tensor], Mixed | Reduced | None, bool]:
+        """Sort the operands: (with a tag, parameters by id, what lost its examples, any order?)."""
         tagged: list[tuple[Tensor, Tag]] = []
         parameters: dict[int, Tensor] = {}
         lost: Mixed | Reduced | None = None
@@ -206,49 +311,32 @@ class Recording(States):
                 f"{self.describe(next(iter(parameters.values())))}. PyTorch has no gradient for "
                 "out=; assign the result instead."
             )
-        if ordering and lost is None:
-            if name in KEEP_ORDER and not tagged and not parameters:
-                return reorder(self, func, args, kwargs)
-            if name not in USE_ORDER:
-                lost = Mixed(f"{self.module_path()}: '{name}' looks at the order of the examples.")
-        if lost is not None:
-            return self._after_the_batch(known, func, args, kwargs, tagged, parameters, lost)
-        if not tagged:
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                self._refuse_vmap(name, tensors)
-            out = func(*args, **kwargs)
-            if parameters:
-                self.tape.note_derived(parameters.keys() & self._followed.keys())
-                self._mark_param_only(name, args, kwargs, out)
-            return out
-        if name not in FAMILIES and name not in RULES and is_composite(func):
-            return self._decompose(func, args, kwargs)
-        call = Call(
-            func,
-            name,
-            args,
-            kwargs,
-            tagged,
-            list(parameters.values()) if parameters else [],
-            self.batch_size,
-            known.in_place,
-        )
-        if parameters:
-            return self._site(call)
-        if name == "__setitem__":
-            assign(call, self)
-            return None
-        if name in LOSSES and grad_enabled:
-            out = LOSSES[name](call, self)
-            if out is not NotImplemented:
-                return out
+        if tagged and len(tensors) > len(tagged) and not self.states.depth:
+            tagged += rows_of_unknown(self.states, name, tensors, tagged)
+        return tagged, parameters, lost, ordering
+
+    def _without_examples(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        parameters: dict[int, Tensor],
+    ) -> Any:
+        """An op on constants and parameters."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self.states.refuse_vmap(name, each_tensor(args, kwargs))
         out = func(*args, **kwargs)
-        self._propagate(call, out)
-        return mean_in_float32(call, self, out)
+        if parameters:
+            self.tape.note_derived(parameters.keys() & self._followed.keys())
+            self._mark_param_only(name, args, out)
+        return out
 
     def _is_parameter(self, t: Tensor, name: str) -> bool:
         if id(t) in self._followed:
             return True
+        if not self.strict:
+            return False
         if isinstance(t, nn.Parameter):
             raise NotCoveredError(
                 f"{self.module_path()}: '{name}' uses a trainable parameter of shape "
@@ -273,22 +361,9 @@ class Recording(States):
             "penalty on the parameters, use the optimizer's weight_decay."
         )
 
-    def _mark_param_only(
-        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
-    ) -> None:
-        state = PARAM_ONLY
-        x = args[0] if args and isinstance(args[0], Tensor) else None
-        if x is not None and isinstance(out, Tensor):
-            if name in ("expand", "expand_as", "broadcast_to"):
-                state = ParamOnly(source=x)
-            elif id(x) in self._followed and x.dim() == 2 and out.dim() == 2:
-                swapped = name in (".T", ".mT", "t") or (
-                    name in ("transpose", "permute")
-                    and out.shape == x.shape[::-1]
-                    and out.stride() == x.stride()[::-1]
-                )
-                if swapped:
-                    state = ParamOnly(transposed=x)
+    def _mark_param_only(self, name: str, args: tuple[Any, ...], out: Any) -> None:
+        """Mark what was computed from parameters alone."""
+        state = param_only_state(name, args, out, self._followed)
         for o in _leaves(out if name != "__setitem__" else args[0]):
             if o.requires_grad and id(o) not in self._followed:
                 self.mark(o, state)
@@ -303,9 +378,8 @@ class Recording(States):
     def _with_rule(self, call: Call) -> Any:
         found = RULES.get(call.name)
         try:
-            for _, tag in call.tagged:
-                if not complete(tag):
-                    raise Lost("rows that belong to no example yet meet a parameter")
+            if not all(complete(tag) for _, tag in call.tagged):
+                raise Lost("rows that belong to no example yet meet a parameter")
             if call.name == "__setitem__":
                 return assign_parameter(call, self)
             if call.in_place and found is not RULES["add"]:
@@ -398,18 +472,6 @@ class Recording(States):
                 self.mark(o, own)
         return out
 
-    def _refuse_vmap(self, name: str, tensors: Sequence[Tensor]) -> None:
-        for t in tensors:
-            inner = t
-            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-                inner = torch._C._functorch.get_unwrapped(inner)
-            if inner is not t and t.is_floating_point() and self.state(inner) is not None:
-                raise NotCoveredError(
-                    f"{self.module_path()}: '{name}' runs on the examples inside torch.func "
-                    "(vmap, grad, ...), where they cannot be followed. Write it with ordinary ops "
-                    "on batched tensors."
-                )
-
     def _decompose(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
@@ -423,26 +485,6 @@ class Recording(States):
 def active_modes() -> list[Any]:
     """The torch function modes that are on, outermost first."""
     return list(torch.overrides._get_current_function_mode_stack())
-
-
-def _reduce_to(g: Tensor, shape: torch.Size, tag: Tag, n: int) -> Tensor:
-    """The gradient of a lifted copy -> one gradient of the parameter's `shape` for each example."""
-    if tag.dim is None:
-        return place(g.sum_to_size(shape), tag.step, n)
-    own_dim = tag.dim - (g.dim() - len(shape))
-    if own_dim >= 0 and shape[own_dim] != 1:  # the parameter itself spans the batch
-        reduced = g.sum_to_size([*shape])
-        return separate(reduced, tag.at(own_dim), n)
-    if tag.explicit is not None:
-        each = separate(g, tag, n)
-        return torch.stack([e.sum_to_size(shape) for e in each])
-    by_example = rows(g, tag, n)  # [B, m, rest without the batch dimension]
-    by_example = by_example.sum(1).unsqueeze(tag.dim + 1)
-    full = [1] * (g.dim() - len(shape)) + list(shape)
-    dims = [i + 1 for i in range(g.dim()) if full[i] == 1 and by_example.shape[i + 1] != 1]
-    if dims:
-        by_example = by_example.sum(dims, keepdim=True)
-    return by_example.reshape(n, *shape)
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

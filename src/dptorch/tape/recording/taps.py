@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dptorch.errors import NotCoveredError
+from dptorch.tape.provenance.tags import Tag, place, rows, separate
 
-__all__ = ["TAPS", "full_precision", "lift", "tap"]
+__all__ = ["TAPS", "full_precision", "lift", "reduce_to", "tap"]
 
 # Called in the backward with the outputs' gradients and the saved tensors.
 OnGradient = Callable[[Sequence[Tensor | None], Sequence[Tensor]], None]
@@ -132,3 +133,23 @@ def _apply_of(cls: type[Function]) -> Callable[..., Any]:
 _apply_tap = _apply_of(_Tap)
 _apply_lift = _apply_of(_Lift)
 TAPS = (_Tap, _Lift)
+
+
+def reduce_to(g: Tensor, shape: torch.Size, tag: Tag, n: int) -> Tensor:
+    """The gradient of a lifted copy -> one gradient of the parameter's `shape` for each example."""
+    if tag.dim is None:
+        return place(g.sum_to_size(shape), tag.step, n)
+    own_dim = tag.dim - (g.dim() - len(shape))
+    if own_dim >= 0 and shape[own_dim] != 1:  # the parameter itself spans the batch
+        reduced = g.sum_to_size([*shape])
+        return separate(reduced, tag.at(own_dim), n)
+    if tag.explicit is not None:
+        each = separate(g, tag, n)
+        return torch.stack([e.sum_to_size(shape) for e in each])
+    by_example = rows(g, tag, n)  # [B, m, rest without the batch dimension]
+    by_example = by_example.sum(1).unsqueeze(tag.dim + 1)
+    full = [1] * (g.dim() - len(shape)) + list(shape)
+    dims = [i + 1 for i in range(g.dim()) if full[i] == 1 and by_example.shape[i + 1] != 1]
+    if dims:
+        by_example = by_example.sum(dims, keepdim=True)
+    return by_example.reshape(n, *shape)

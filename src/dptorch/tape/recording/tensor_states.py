@@ -1,83 +1,81 @@
-"""What a recording knows of each tensor: kept with the tensor, good for one recording."""
+"""What is known of each tensor: kept with the tensor, good for one physical batch."""
 
 from __future__ import annotations
 
-import sys
-import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
-from dptorch.tape.gradients.tape import Tape
-from dptorch.tape.provenance.aliases import Aliases, storage_of
-from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, State, Tag
+from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError, PrivacyError
+from dptorch.tape.provenance.aliases import storage_of
+from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, State, Tag, owners
+from dptorch.tape.recording.batches import Batch
+from dptorch.tape.recording.places import OUTSIDE, module_path, user_line
 
-__all__ = ["States"]
+__all__ = ["GUESSED", "TensorStates", "batch_of", "owners_of", "tag_of"]
 
 _STATE = "_dptorch_state"
+#: Set on a tensor that was taken for rows of the batch because of its shape: to "loader" on one that
+#: the loader handed out, to "loss" on one of unknown origin that met the batch in the loss.
+GUESSED = "_dptorch_guessed"
 
 
-class _Token:
-    """Whose a tensor's state is: each recording has one."""
+def batch_of(t: Tensor) -> Batch | None:
+    """The batch that a tensor is known to hold values of; None for one of unknown origin."""
+    entry = getattr(t, _STATE, None)
+    if entry is None or entry[1] is None or isinstance(entry[1], ParamOnly):
+        return None
+    batch: Batch = entry[0].batch
+    return batch
 
-    __slots__ = ("batch_size",)
 
-    def __init__(self) -> None:
-        self.batch_size = 0
+def tag_of(t: Tensor) -> Tag | None:
+    """The tag that a tensor has in its batch; None if it has none."""
+    state = getattr(t, _STATE, (None, None))[1]
+    return state if isinstance(state, Tag) else None
 
 
-class States(TorchFunctionMode):
-    """The tensor states of one recorded forward pass, and the words for them.
+class TensorStates:
+    """The tensor states of one recorded forward pass.
 
     Args:
-        model: names modules and parameters in messages.
-        tape: follows its parameters.
+        model: names modules in messages; its buffers may not be written to.
+        batch: the rows that the forward pass is made on.
+        strict: whether a gradient that passes a mixed tensor raises.
 
     Attributes:
-        tape: filled when gradients arrive.
-        batch_size: number of examples B; 0 until a batch was tagged.
+        depth: how often the recording is entered; 0 once the model has returned.
     """
 
-    def __init__(self, model: nn.Module, tape: Tape) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, batch: Batch, *, strict: bool = True) -> None:
         self.model = model
-        self.tape = tape
-        self.batch_size = 0
-        self._followed = tape.names
-        self._token = _Token()
-        self._aliases = Aliases()
-        self._depth = 0
+        self.batch = batch
+        self.depth = 0
+        self._strict = strict
+        self._aliases = batch.aliases
         self._owned: dict[int, str] | None = None
 
-    def __enter__(self) -> States:
-        self._depth += 1
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self._depth -= 1
-        super().__exit__(*args)  # type: ignore[no-untyped-call]
-
-    # -- states -----------------------------------------------------------------------------------
-
     def state(self, t: Tensor) -> State | None:
-        """What is known of a tensor, or None for a constant.
+        """Return what is known of a tensor, or None for a constant.
 
         Raises:
-            NotCoveredError: for a tensor that carries the examples of another recording.
+            NotCoveredError: inside the model, for a tensor that carries the examples of another
+                batch.
         """
         entry = getattr(t, _STATE, None)
         if entry is None:
             state, clock = None, 0
-        elif entry[0] is self._token:
+        elif entry[0] is self:
             state, clock = entry[1], entry[2]
+        elif entry[0].batch is self.batch:
+            # A param-only tensor belongs to the graph of its own forward pass.
+            state, clock = (None, 0) if isinstance(entry[1], ParamOnly) else (entry[1], entry[2])
         else:
             state, clock = self._foreign(t, entry), 0
         if self._aliases.clock and clock < self._aliases.clock:
-            now = self._aliases.now(t, clock, state, self.batch_size)
+            now = self._aliases.now(t, clock, state, self.batch.size)
             if isinstance(state, Tag) and isinstance(now, Tag) and now != state and t.requires_grad:
                 now = Mixed(
                     f"{self.module_path()}: other examples were written into a tensor behind the "
@@ -85,30 +83,37 @@ class States(TorchFunctionMode):
                 )
             state = now
             if entry is not None or state is not None:
-                setattr(t, _STATE, (self._token, state, self._aliases.clock))
+                setattr(t, _STATE, (self, state, self._aliases.clock))
         return state
 
     def _foreign(self, t: Tensor, entry: tuple[Any, ...]) -> State | None:
-        token, state = entry[0], entry[1]
-        if isinstance(state, ParamOnly) or state is None or not t.is_floating_point():
+        """What a tensor that has a state in another batch is in this one."""
+        state = entry[1]
+        if isinstance(state, ParamOnly) or state is None or getattr(t, GUESSED, "") == "loss":
             return None
-        if self._depth == 0 and token.batch_size == self.batch_size and not t.requires_grad:
-            return state
+        other: Batch = entry[0].batch
         if t.is_leaf and t.requires_grad and not isinstance(state, Mixed):
             return None
+        cut_from = self.batch.cut_from
+        if cut_from is not None and cut_from[0] is other and isinstance(state, Tag):
+            mine = _same_rows(t, state, other.size, cut_from[1])
+            if mine is not None:
+                return mine if self.batch.size > 1 else Tag(None, 0)
+        same_step = not other.spent and not self.batch.spent and other.size == self.batch.size
+        if self.depth == 0:
+            if same_step and not (other.handed_out and self.batch.handed_out):
+                return state  # two models, each on inputs of its own, in one loss
+            return Mixed(f"{user_line()}: a tensor of shape {tuple(t.shape)} {_FOREIGN}")
         raise NotCoveredError(
-            f"{self.module_path()}: a tensor of shape {tuple(t.shape)} holds the examples of another "
-            "forward pass (a hidden state or a statistic kept from an earlier step, or another "
-            "model's output). What one step's examples leave behind may not enter the next. If it "
-            "belongs to the same examples, pass it as an argument of the model."
+            f"{self.module_path()}: a tensor of shape {tuple(t.shape)} {_FOREIGN}"
         )
 
     def mark(self, t: Any, state: State | None) -> None:
         """Say what a tensor is. A mixed tensor raises if a gradient ever passes it."""
         if not isinstance(t, Tensor):
             return
-        setattr(t, _STATE, (self._token, state, self._aliases.clock))
-        if isinstance(state, Mixed) and t.requires_grad and not t.is_leaf:
+        setattr(t, _STATE, (self, state, self._aliases.clock))
+        if isinstance(state, Mixed) and self._strict and t.requires_grad and not t.is_leaf:
             reason = state.reason
 
             def poison(_: Tensor) -> None:
@@ -139,7 +144,7 @@ class States(TorchFunctionMode):
         if isinstance(after, ParamOnly):
             self.mark(t, after)
             return
-        self._aliases.wrote(t, before, after, self.batch_size)
+        self._aliases.wrote(t, before, after, self.batch.size)
         self.mark(t, after)
 
     def tag_batch(self, t: Tensor, dim: int = 0) -> Tensor:
@@ -147,12 +152,19 @@ class States(TorchFunctionMode):
 
         Raises:
             ConfigurationError: if the size disagrees with another input's.
+            ExamplesMixError: if its rows were mixed before.
         """
+        known = self.state(t) if batch_of(t) is self.batch else None
         size = t.shape[dim]
-        if self.batch_size and size != self.batch_size:
+        if self.batch.size and size != self.batch.size:
+            if self.batch.handed_out:
+                raise PrivacyError(
+                    f"the model was given {size} rows where the loader handed out "
+                    f"{self.batch.size} examples. {ONE_ROW_EACH}"
+                )
             raise ConfigurationError(
                 f"an input of shape {tuple(t.shape)} has {size} examples along dimension {dim}, "
-                f"another had {self.batch_size}. Inputs of one forward pass must hold the same "
+                f"another had {self.batch.size}. Inputs of one forward pass must hold the same "
                 "examples; name the batch dimension of each with batch_dims=, None for inputs "
                 "that are not batched."
             )
@@ -161,43 +173,66 @@ class States(TorchFunctionMode):
                 "the batch is empty. An empty Poisson batch is a step of its own: use the engine's "
                 "loader, which turns it into a padding example of weight zero."
             )
-        self.batch_size = self._token.batch_size = size
-        self.tape.note_batch(size)
-        if t.requires_grad or isinstance(t, nn.Parameter):
+        self.batch.size = size
+        state = Tag(dim % t.dim()) if size > 1 else Tag(None, 0)
+        if isinstance(known, (Mixed, Reduced)):
+            reason = known.reason if isinstance(known, Mixed) else "It was reduced over examples."
+            raise ExamplesMixError(
+                f"an input of the model mixes examples of the batch. {reason} {ONE_ROW_EACH}"
+            )
+        if isinstance(known, Tag) and known != state and getattr(t, GUESSED, "") != "loader":
+            raise PrivacyError(
+                f"an input of shape {tuple(t.shape)} does not hold the rows of the batch in their "
+                f"order along dimension {dim}. {ONE_ROW_EACH}"
+            )
+        if t.requires_grad or type(t) is not Tensor:
             with torch._C.DisableTorchFunction():
                 t = t.view_as(t)  # another recording's output keeps its own state
-        self.mark(t, Tag(dim % t.dim()) if size > 1 else Tag(None, 0))
+        self.mark(t, state)
         return t
 
-    def untransposed(self, p: Tensor) -> tuple[Tensor, bool]:
-        """(the parameter that `p` is the transpose of, True), or (p, False)."""
-        state = self.state(p)
-        if isinstance(state, ParamOnly) and state.transposed is not None:
-            return state.transposed, True
-        return p, False
-
-    # -- messages ---------------------------------------------------------------------------------
-
-    def describe(self, p: Tensor) -> str:
-        """A parameter's name, for messages."""
-        name = self.tape.names.get(id(p))
-        return (
-            f"parameter '{name}'" if name else f"a tensor computed from parameters {tuple(p.shape)}"
-        )
+    def refuse_vmap(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Raise if an op runs on the examples inside torch.func, where nothing follows them."""
+        for t in tensors:
+            inner = t
+            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+                inner = torch._C._functorch.get_unwrapped(inner)
+            if inner is not t and t.is_floating_point() and self.state(inner) is not None:
+                raise NotCoveredError(
+                    f"{self.module_path()}: '{name}' runs on the examples inside torch.func "
+                    "(vmap, grad, ...), where they cannot be followed. Write it with ordinary ops "
+                    "on batched tensors."
+                )
 
     def module_path(self) -> str:
-        """The module whose forward is running, found by walking the stack: only errors pay for it."""
-        names = {id(m): n for n, m in self.model.named_modules()}
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and id(owner) in names:
-                name = names[id(owner)]
-                kind = type(owner).__name__
-                return f"module '{name}' ({kind})" if name else f"the model ({kind})"
-            frame = frame.f_back
-        return "outside the model"
+        """Name the module whose forward is running, or the line of the loss, for messages."""
+        found = module_path(self.model)
+        return found if found != OUTSIDE else f"{OUTSIDE}, {user_line()}"
 
     def statistic(self, name: str) -> Mixed:
-        """The state of a statistic over the examples."""
+        """Return the state of a statistic over the examples."""
         return Mixed(f"{self.module_path()}: '{name}' takes a statistic over the examples.")
+
+
+def owners_of(t: Tensor, tag: Tag, batch_size: int) -> tuple[int, ...]:
+    """Which row of a batch of `batch_size` each index along ``tag.dim`` is."""
+    if tag.dim is None:
+        return (tag.step,)
+    return tuple(owners(tag, t.shape[tag.dim], batch_size).tolist())
+
+
+def _same_rows(t: Tensor, tag: Tag, batch_size: int, chosen: tuple[int, ...]) -> Tag | None:
+    """The tag in a batch that was cut out of another, of a tensor cut out in the same way."""
+    return Tag(tag.dim or 0) if owners_of(t, tag, batch_size) == chosen else None
+
+
+ONE_ROW_EACH = (
+    "Each row must be one example: augmented views of an example go on an axis of their own, so that "
+    "its gradients are clipped together, and examples may not be paired, selected or mixed after the "
+    "loader."
+)
+_FOREIGN = (
+    "holds the examples of another forward pass (a hidden state, a count or a statistic kept from an "
+    "earlier step, or another model's output). What one step's examples leave behind may not enter "
+    "the next. If it belongs to the same examples, pass it as an argument of the model."
+)

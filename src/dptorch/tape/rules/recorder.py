@@ -34,12 +34,20 @@ class Recorder(AbstractContextManager[Any], Protocol):
         tape: filled when gradients arrive.
         joined: tapes of other models whose outputs entered the same loss.
         escaped: how often values of the batch were read into Python, by op.
+        strict: whether a model that is trained privately is recorded.
+        refuses_reads: whether a read of a statistic of the batch is refused now.
     """
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int: ...
+
     tape: Tape
     joined: list[Tape]
     escaped: Counter[str]
+    strict: bool
+
+    @property
+    def refuses_reads(self) -> bool: ...
 
     def tap(
         self, call: Call, out: Any, tags: list[Tag], saved: Sequence[Tensor], gradients: Gradients
@@ -60,6 +68,9 @@ class Recorder(AbstractContextManager[Any], Protocol):
 
     def untransposed(self, p: Tensor) -> tuple[Tensor, bool]:
         """(the parameter that `p` is the transpose of, True), or (p, False)."""
+
+    def spend_batch(self) -> None:
+        """Note that a backward goes through the forward pass."""
 
     def note_generic(self, call: Call) -> None:
         """Note that an op has no rule of its own."""

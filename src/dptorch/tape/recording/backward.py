@@ -1,0 +1,120 @@
+"""Handlers for ``loss.backward()`` and ``torch.autograd.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
+from dptorch.tape.provenance.calls import each_tensor
+from dptorch.tape.provenance.tags import PER_EXAMPLE, Mixed, Reduced, Tag
+from dptorch.tape.recording.backward_pass import run_backward
+from dptorch.tape.recording.handlers import handler
+from dptorch.tape.recording.loss_factors import factors_of
+from dptorch.tape.rules.recorder import Recorder
+
+__all__ = ["backward", "differentiate"]
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+
+_OWN_ROW = (
+    "Compute each example's loss from its own row and from constants. Shapes that broadcast ([B, 1] "
+    "against [B]), statistics of the batch and pairs of examples mix them."
+)
+
+
+@handler("grad")
+def differentiate(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """``torch.autograd.grad`` inside a recorded model, of a loss in its inputs (an attack, a score).
+
+    The gradient of what each example contributes in that example's rows is that example's own.
+
+    Raises:
+        NotCoveredError: for create_graph=True, and for gradients in parameters.
+    """
+    outputs = each_tensor(args[:1], {"outputs": kwargs.get("outputs")})
+    inputs = each_tensor(args[1:2], {"inputs": kwargs.get("inputs")})
+    states = [recording.state(t) for t in outputs]
+    if not recording.strict or not any(isinstance(s, (Tag, Reduced, Mixed)) for s in states):
+        return func(*args, **kwargs)
+    create = args[4] if len(args) > 4 else kwargs.get("create_graph", False)
+    own = [recording.state(t) for t in inputs]
+    if create:
+        raise NotCoveredError(
+            f"{recording.module_path()}: torch.autograd.grad(create_graph=True) makes the loss "
+            "depend on a second derivative, which the tape does not follow. For a gradient penalty "
+            "take a finite difference, (model(x + h * u) - model(x)) / h, in one forward of a wrapping "
+            "module."
+        )
+    if any(not isinstance(s, Tag) for s in own):
+        raise NotCoveredError(
+            f"{recording.module_path()}: torch.autograd.grad with respect to something else than "
+            "the examples (a parameter?) inside a recorded forward pass."
+        )
+    if any(isinstance(s, Mixed) for s in states):
+        raise ExamplesMixError(next(s.reason for s in states if isinstance(s, Mixed)))
+    with recording.tape.set_aside():
+        found = func(*args, **kwargs)
+    for g, state in zip(found, own, strict=True):
+        if g is not None:
+            recording.mark(g, state)
+    return found
+
+
+@handler("backward")
+def backward(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """``loss.backward()``: look at what kind of loss it is first.
+
+    Raises:
+        ConfigurationError: if the loss is neither a scalar nor one value for each example.
+        ExamplesMixError: if it mixes examples.
+    """
+    loss = args[0]
+    if not isinstance(loss, Tensor) or not recording.strict:
+        return func(*args, **kwargs)
+    state = recording.state(loss)
+    if isinstance(state, Mixed):
+        raise ExamplesMixError(f"{state.reason} {_OWN_ROW}")
+    weights = args[1] if len(args) > 1 else kwargs.get("gradient")
+    mixed = recording.state(weights) if isinstance(weights, Tensor) else None
+    if isinstance(mixed, (Mixed, Reduced)):
+        reason = mixed.reason if isinstance(mixed, Mixed) else "They are reduced over the examples."
+        raise ExamplesMixError(f"the weights given to backward() mix examples. {reason} {_OWN_ROW}")
+    if isinstance(state, (Tag, Reduced)):
+        if args[3:4] == (True,) or kwargs.get("create_graph"):
+            raise NotCoveredError(
+                "backward(create_graph=True): the tape does not follow second derivatives."
+            )
+        recording.spend_batch()
+        for tape in (recording.tape, *recording.joined):
+            tape.note_loss(_reduction(loss, state, weights))
+        per_example = isinstance(state, Tag) and loss.shape == (recording.batch_size,)
+        if loss.numel() != 1 and not per_example:
+            raise ConfigurationError(
+                f"the loss has shape {tuple(loss.shape)}; expected a scalar, or one value for "
+                f"each of the {recording.batch_size} examples. Reduce it over positions first, for "
+                "example loss.flatten(1).mean(1)."
+            )
+        if loss.numel() != 1 and len(args) < 2 and kwargs.get("gradient") is None:
+            kwargs = {**kwargs, "gradient": torch.ones_like(loss)}
+        return run_backward([recording.tape, *recording.joined], func, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _reduction(loss: Tensor, state: Tag | Reduced, weights: Any) -> Reduced:
+    """How a loss is reduced; one value for each example also has factors, if they are known."""
+    if isinstance(state, Reduced):
+        factors: tuple[float, ...] = state.factors
+    else:
+        factors = factors_of(loss) or ()
+    if isinstance(weights, Tensor) and weights.numel() and bool((weights == weights.max()).all()):
+        factors = tuple(f * float(weights.max()) for f in factors)
+    return Reduced(state.kind if isinstance(state, Reduced) else PER_EXAMPLE, factors)

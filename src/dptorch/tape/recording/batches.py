@@ -1,0 +1,57 @@
+"""The identity of a physical batch, which every tensor computed from it carries."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from dptorch.tape.provenance.aliases import Aliases
+
+__all__ = ["Batch", "latest_batch", "own_batch"]
+
+
+class Batch:
+    """One physical batch: states of tensors are good within it and refused outside.
+
+    Forward passes on the same rows share it, so that what one of them computed may enter the
+    other's loss. The rows of another batch are other records.
+
+    Args:
+        size: number of rows, padding included; 0 until it is known.
+        handed_out: whether the engine's loader handed it out. Then every tensor that holds its rows
+            is known, and none has to be guessed.
+
+    Attributes:
+        aliases: writes to shared memory.
+        spent: whether a backward went through a forward pass on it. Inputs of unknown origin then
+            belong to another batch.
+        cut_from: an earlier batch of the user's own, and which of its rows these are.
+        beside: the recording of what is computed from it outside of models.
+    """
+
+    __slots__ = ("__weakref__", "aliases", "beside", "cut_from", "handed_out", "size", "spent")
+
+    def __init__(self, size: int = 0, *, handed_out: bool = False) -> None:
+        self.size = size
+        self.handed_out = handed_out
+        self.aliases = Aliases()
+        self.spent = False
+        self.beside: Any = None
+        self.cut_from: tuple[Batch, tuple[int, ...]] | None = None
+
+
+_latest: weakref.ref[Batch] | None = None
+
+
+def own_batch(size: int = 0, *, handed_out: bool = False) -> Batch:
+    """A new batch; inputs of unknown origin join it until a backward goes through it."""
+    global _latest
+    batch = Batch(size, handed_out=handed_out)
+    _latest = weakref.ref(batch)
+    return batch
+
+
+def latest_batch() -> Batch | None:
+    """The batch that was begun last, if no backward went through it."""
+    batch = _latest() if _latest is not None else None
+    return None if batch is None or batch.spent else batch

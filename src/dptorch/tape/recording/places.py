@@ -1,0 +1,58 @@
+"""Name the place that an error is about: the module whose forward runs, the line of the user's code.
+
+Both walk the stack, so only errors pay for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+
+__all__ = ["OUTSIDE", "module_path", "reading_module", "user_line"]
+
+#: Where code runs that is no module's forward.
+OUTSIDE = "outside the model"
+_LIBRARIES = (
+    str(Path(__file__).parents[2]),
+    str(Path(torch.__file__).parent),
+)
+
+
+def module_path(model: nn.Module) -> str:
+    """Return the name of the innermost module of `model` whose forward is running."""
+    names = {id(m): n for n, m in model.named_modules()}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            name = names[id(owner)]
+            kind = type(owner).__name__
+            return f"module '{name}' ({kind})" if name else f"the model ({kind})"
+        frame = frame.f_back
+    return OUTSIDE
+
+
+def user_line() -> str:
+    """Return ``"file.py, line 12: code"`` of the innermost frame outside torch and this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(_LIBRARIES) and not path.startswith("<"):
+            return f"{Path(path).name}, line {frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"
+
+
+def reading_module() -> str:
+    """Return the name of the module whose code called the torch function that runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not name.startswith("dptorch."):
+            return name
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,78 @@
+"""Take a tensor of unknown origin for rows of the batch where it meets the batch in a loss.
+
+With a loader of the user's own nobody says which tensors hold rows of the batch. One that has as
+many rows as the batch and is paired with them, row by row, is taken for the batch's own, and so is
+one whose rows would all be paired with every example. What looks like a constant stays one: a
+parameter or buffer, a tensor seen with an earlier batch, one that fits along another dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dptorch.tape.propagation import FAMILIES
+from dptorch.tape.propagation.elementwise import elementwise
+from dptorch.tape.provenance.calls import words
+from dptorch.tape.provenance.tags import Tag
+from dptorch.tape.recording.tensor_states import GUESSED, TensorStates, batch_of
+
+__all__ = ["rows_of_unknown"]
+
+_LOSSES = words(
+    """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div poisson_nll_loss
+    binary_cross_entropy_with_logits soft_margin_loss cosine_similarity pairwise_distance"""
+)
+_PRODUCTS = words("""matmul mm __matmul__""")
+_ROW_LOSSES = words("""cross_entropy nll_loss multi_margin_loss""")
+
+
+def rows_of_unknown(
+    states: TensorStates, name: str, tensors: Sequence[Tensor], tagged: Sequence[tuple[Tensor, Tag]]
+) -> list[tuple[Tensor, Tag]]:
+    """Return the operands that are taken for rows of the batch, with their tags, and mark them."""
+    batch = states.batch
+    if batch.handed_out or batch.size < 2:
+        return []
+    first, tag = tagged[0]
+    if tag.dim is None:
+        return []
+    found = []
+    for t in tensors:
+        if states.state(t) is not None or batch_of(t) is not None or _is_constant(states, t):
+            continue
+        mine = _tag(name, t, first, tag, batch.size)
+        if mine is not None:
+            setattr(t, GUESSED, "loss")
+            states.mark(t, mine)
+            found.append((t, mine))
+    return found
+
+
+def _tag(name: str, t: Tensor, first: Tensor, tag: Tag, size: int) -> Tag | None:
+    assert tag.dim is not None
+    if name in _PRODUCTS:  # q @ k.T: one column for each row of k
+        transposed = t.dim() == 2 and t.shape[1] == size and t.stride(0) == 1 and t.stride(1) > 1
+        return Tag(1) if transposed and t._base is not None and t.shape[0] > 1 else None
+    if not t.dim() or t.shape[0] != size:
+        return None
+    if name in _ROW_LOSSES:
+        aligned = tag == Tag(0) and t.dim() in (first.dim() - 1, first.dim())
+        return Tag(0) if aligned and not t.is_floating_point() else None
+    if FAMILIES.get(name) is not elementwise and name not in _LOSSES:
+        return None
+    place = first.dim() - t.dim()  # of dimension 0 of t among those of the first operand
+    if place == tag.dim or place < 0 or first.shape[place] == 1:
+        return Tag(0)
+    return None  # as many columns as rows: class weights, for instance
+
+
+def _is_constant(states: TensorStates, t: Tensor) -> bool:
+    """Whether a tensor is a parameter or a buffer, or needs a gradient."""
+    if t.requires_grad or isinstance(t, nn.Parameter) or hasattr(t, GUESSED):
+        return True
+    if isinstance(t, getattr(torch.nn, "Buffer", ())):
+        return True
+    return any(t is b for b in states.model.buffers())

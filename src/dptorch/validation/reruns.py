@@ -1,0 +1,90 @@
+"""Run a model once more, on changed examples, and leave no trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dptorch.tape.recording.batch_dims import BatchDims, map_batched
+
+__all__ = ["is_plain", "perturbed", "preserving_state", "unwrapped"]
+
+
+def perturbed(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch_dims: BatchDims,
+    count: int,
+    row: int = 0,
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]], bool]:
+    """The first `count` examples; the same with one replaced by its neighbour; do they differ?"""
+    changed = False
+
+    def keep(t: Tensor, dim: int) -> Tensor:
+        with torch._C.DisableTorchFunction():  # a plain tensor, whatever the loader handed out
+            return t.detach().narrow(dim, 0, count).clone()
+
+    def change(t: Tensor, dim: int) -> Tensor:
+        nonlocal changed
+        t = keep(t, dim)
+        if count > 1:
+            first, second = t.select(dim, row), t.select(dim, 1 if row == 0 else row - 1)
+            changed = changed or not torch.equal(first, second)
+            first.copy_(second)
+        return t
+
+    plain = map_batched(keep, model, args, kwargs, batch_dims)
+    return plain, map_batched(change, model, args, kwargs, batch_dims), changed
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without DataParallel and DDP: ranks differ in their number of examples, and a rank that has
+    too few to check must not leave the others waiting in a collective."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, parallel) else model
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether `t` is an ordinary dense tensor."""
+    return t.layout == torch.strided and not t.is_nested and not t.is_quantized
+
+
+@contextmanager
+def preserving_state(model: nn.Module) -> Iterator[None]:
+    """Random states, buffers and attributes of the model's modules are restored on the way out."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    tables = [m.__dict__ for m in modules]
+    tables += [m.__dict__[k] for m in modules for k in ("_parameters", "_buffers", "_modules")]
+    contents = [dict(table) for table in tables]
+    values = [v for table in contents for v in table.values()]
+    tensors = [
+        (t, t.detach().clone())
+        for t in {id(v): v for v in values if isinstance(v, Tensor)}.values()
+        if not isinstance(t, nn.Parameter) and is_plain(t)
+    ]
+    generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    everything = [*model.parameters(), *model.buffers()]
+    cuda = {t.device.index for t in everything if t.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(i for i in cuda if i is not None)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in generators:
+            generator.set_state(state)
+        for table, content in zip(tables, contents, strict=True):
+            table.clear()
+            table.update(content)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for t, value in tensors:
+                if not torch.equal(t, value):  # unchanged ones keep their version
+                    t.copy_(value)
