@@ -11,7 +11,7 @@ from torch import Tensor
 from dptorch.tape.provenance.calls import words
 from dptorch.tape.provenance.tags import Mixed, Reduced, State
 
-__all__ = ["follow_loss"]
+__all__ = ["follow_loss", "plus_constant"]
 
 _LINEAR = words(
     """neg positive sum mean view reshape flatten squeeze unsqueeze to float double half bfloat16
@@ -63,6 +63,14 @@ def follow_loss(
             return mixed("multiplies the loss by a tensor of several numbers.")
         return first.times(factor if name == "mul" else 1 / factor if factor else math.inf)
     return mixed("is not linear, and its argument is reduced over the examples.")
+
+
+def plus_constant(operands: Sequence[tuple[Tensor, State | None]], mixed: Mixed) -> Mixed | Reduced:
+    """The state of a sum of a reduced loss and a mixed value: a value without a gradient changes the
+    loss and leaves its gradient."""
+    if any(t.requires_grad for t, state in operands if isinstance(state, Mixed)):
+        return mixed
+    return next((s for t, s in operands if isinstance(s, Reduced) and t.requires_grad), mixed)
 
 
 def _number(value: Any) -> float | None:

@@ -158,9 +158,9 @@ class ModelHooks:
             cut = own_batch()
             cut.cut_from = batch, owners_of(t, tag, batch.size)
             return cut
-        elif self._batch is not None and sizes <= {self._batch.size, 1}:
+        elif self._batch is not None and sizes == {self._batch.size}:
             return self._batch
-        elif sizes and (latest := latest_batch()) is not None and sizes <= {latest.size, 1}:
+        elif (latest := latest_batch()) is not None and sizes == {latest.size}:
             return latest
         return own_batch()
 

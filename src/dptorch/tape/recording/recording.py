@@ -23,7 +23,7 @@ from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import Tape, TapeConfig, TapeListener
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance.calls import Call, Info, each_tensor, info, words
-from dptorch.tape.provenance.loss_reduction import follow_loss
+from dptorch.tape.provenance.loss_reduction import follow_loss, plus_constant
 from dptorch.tape.provenance.ordering import KEEP_ORDER, USE_ORDER, order_of
 from dptorch.tape.provenance.tags import (
     PARAM_ONLY,
@@ -129,11 +129,7 @@ class Recording(TorchFunctionMode):
         return self.states.depth > 0 and self.strict and bool(self._followed)
 
     def tag_batch(self, t: Tensor, dim: int = 0) -> Tensor:
-        """Declare that the examples of the batch lie along `dim` of `t`; returns the tensor to use.
-
-        Raises:
-            ConfigurationError, PrivacyError: see `TensorStates.tag_batch`.
-        """
+        """As `TensorStates.tag_batch`; the tape is told the number of examples."""
         used = self.states.tag_batch(t, dim)
         self.tape.note_batch(self.batch_size)
         return used
@@ -446,6 +442,8 @@ class Recording(TorchFunctionMode):
                 "privacy; or add the term to each example's loss before reducing."
             )
         state: State = lost
+        if isinstance(lost, Mixed) and name in ("add", "sub") and not tagged:
+            lost = plus_constant([(t, self.state(t)) for t in each_tensor(args, kwargs)], lost)
         if isinstance(lost, Reduced):
             states = map(self.state, each_tensor(args, kwargs))
             state = follow_loss(
