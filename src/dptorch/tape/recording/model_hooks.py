@@ -158,7 +158,7 @@ class ModelHooks:
             cut = own_batch()
             cut.cut_from = batch, owners_of(t, tag, batch.size)
             return cut
-        elif self._batch is not None and sizes == {self._batch.size}:
+        elif self._batch is not None and (not sizes or sizes == {self._batch.size}):
             return self._batch
         elif (latest := latest_batch()) is not None and sizes == {latest.size}:
             return latest
