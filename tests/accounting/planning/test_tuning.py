@@ -46,6 +46,53 @@ def test_no_enumerated_mechanism_exceeds_the_bound(name, mean):
     assert exceeded, "negative control: the cost of one run is no bound on the best of several"
 
 
+@pytest.mark.parametrize("mean", [0.5, 1.5, 5.0, 40.0])
+def test_no_enumerated_mechanism_exceeds_the_bound_of_a_poisson_number(mean, monkeypatch):
+    """The best of a Poisson number of draws; of none, a fixed outcome."""
+
+    def best(p):
+        below = np.exp(-mean * (1 - np.concatenate([[0.0], np.cumsum(p)])))
+        return np.concatenate([below[:1], np.diff(below)])
+
+    class Enumerated:
+        def delta(self, history, epsilon, *, adjacency):
+            return max(np.maximum(p - math.exp(epsilon) * q, 0).sum() for p, q in self.pairs)
+
+    enumerated = Enumerated()
+    monkeypatch.setattr(tuning.registry, "get_accountant", lambda name: enumerated)
+    exceeded = False
+    for p, q in BASES:
+        p, q = np.array(p), np.array(q)
+        enumerated.pairs = ((p, q), (q, p))
+        one = np.maximum(divergence(p, q), divergence(q, p))
+        bound = tuning._poisson([], ORDERS, one, mean, "add-remove")
+        for real in (divergence(best(p), best(q)), divergence(best(q), best(p))):
+            assert np.all(real <= bound + 1e-12)
+            without = one + max(0.0, math.log(mean)) / (ORDERS - 1)
+            exceeded |= bool(np.any(real > without + 1e-6))
+    assert exceeded or mean < 5, "the broken twin: without the term mean_runs · δ'"
+
+
+def test_dp_accounting_differs_by_its_delta_alone(monkeypatch):
+    """With the δ' that Rényi divergences give, its number comes out."""
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    run = [SampledGaussian(2.0, 0.01, 1000)]
+    law = RunLaw("poisson", 10)
+    theirs = rdp_privacy_accountant.RdpAccountant()
+    one = dp_event.PoissonSampledDpEvent(0.01, dp_event.GaussianDpEvent(2.0))
+    many = dp_event.SelfComposedDpEvent(one, 1000)
+    theirs.compose(dp_event.RepeatAndSelectDpEvent(many, 10, math.inf))
+    ours = accounting.tuned_epsilon(run, 1e-5, law)
+    assert ours < 0.95 * theirs.get_epsilon(1e-5)
+    rdp = accounting.get_accountant("rdp")
+    monkeypatch.setattr(tuning.registry, "get_accountant", lambda name: rdp)
+    assert accounting.tuned_epsilon(run, 1e-5, law) == pytest.approx(
+        theirs.get_epsilon(1e-5), rel=0.02
+    )
+
+
 @pytest.mark.parametrize("name", ["logarithmic", "geometric", "poisson"])
 def test_run_laws_have_their_mean(name):
     """100,000 draws: the mean within 5 standard errors (false alarm 6e-7)."""
