@@ -166,13 +166,14 @@ class SampledDiscreteGaussian(Event):
 class TruncatedPoissonGaussian(Event):
     """Poisson sampling whose batches are cut to `capacity` records, for fixed physical shapes.
 
-    Cutting costs nothing in ε and a little in δ: with probability at least 1 - `overflow` the run
-    is one of plain Poisson sampling, so that
+    Accountants "exact" and "pld" compose a dominating pair of it
+    (`dptorch.accounting.pairs.truncated`). The others take it for plain Poisson sampling, which the run
+    is with probability at least 1 - `overflow`, so that
 
         δ(ε) <= δ_Poisson(ε) + (1 + e^ε) · overflow
 
     (Chua et al. 2024, arXiv:2411.04205, Theorem 3.3; by total variation, so whichever records are
-    cut). Accountants that cover `SampledGaussian` cover this, δ and ε jointly.
+    cut). That is infinite in ε where the capacity is often exceeded.
 
     Attributes:
         noise_multiplier, sample_rate, steps: as of `SampledGaussian`.
@@ -208,6 +209,13 @@ class TruncatedPoissonGaussian(Event):
     def overflow(self) -> float:
         """A bound on the probability that any step's sample exceeds the capacity."""
         return min(1.0, self.steps * _binomial_tail(self))
+
+    @property
+    def cut_probability(self) -> float:
+        """A bound on the probability that the records besides one fill a step's batch."""
+        from scipy.stats import binom
+
+        return float(binom.sf(self.capacity - 1, self.sample_size - 1, self.sample_rate))
 
     @staticmethod
     def safe_capacity(

@@ -22,7 +22,7 @@ class TruncatedPoissonSampler:
 
     A loader pads each batch to `capacity`, so every step has the same shape: it compiles once, needs
     the same memory, and its duration does not tell how many examples were drawn. While no batch
-    exceeds the capacity this is Poisson sampling, and that chance is what it costs, in δ.
+    exceeds the capacity this is Poisson sampling. The chance that one does is what it costs.
 
     Args:
         sample_size, sample_rate, key: as for `PoissonSampler`.
@@ -105,8 +105,9 @@ TRUNCATED_POISSON: Final = Scheme(
     name="truncated-poisson",
     law="every {unit} enters every batch with probability {sample_rate:.6g}, independently of all "
     "others and of all other steps; of a batch above {capacity}, a random {capacity} are kept",
-    theorem="Poisson sampling but for the chance that a batch is cut, which is added to delta, and "
-    "is computed from a public number of records (Chua et al. 2024, arXiv:2411.04205, Theorem 3.3)",
+    theorem="Poisson sampling but for the chance that a batch is cut, where one record may take the "
+    "place of another; it is computed from a public number of records (Chua et al. 2024, "
+    "arXiv:2411.04205, Theorem 3.3, and 2025, arXiv:2508.15089)",
     adjacencies=PUBLIC_SIZE,
     sampler=_sampler,
     event=_event,

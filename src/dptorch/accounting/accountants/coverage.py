@@ -10,13 +10,14 @@ from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPa
 from dptorch.accounting.pairs.random_allocation import AllocationPair
 from dptorch.accounting.pairs.reduction import can_reduce
 from dptorch.accounting.pairs.sampled import SampledPair
+from dptorch.accounting.pairs.truncated import TruncatedPair
 
 __all__ = ["PAIRS", "accountants_covering"]
 
 #: In the order in which accountants are listed to users.
 PAIRS: Mapping[str, tuple[type, ...]] = {
-    "exact": (SampledPair, FixedSizePair),
-    "pld": (SampledPair, FixedSizePair, WithReplacementPair, AllocationPair),
+    "exact": (SampledPair, TruncatedPair, FixedSizePair),
+    "pld": (SampledPair, TruncatedPair, FixedSizePair, WithReplacementPair, AllocationPair),
     "rdp": (SampledPair, FixedSizePair, DiscretePair),
     "prv": (SampledPair,),
     "gdp": (SampledPair,),

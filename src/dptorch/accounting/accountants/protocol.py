@@ -132,7 +132,7 @@ class PairAccountant(ABC):
                 )
             if not self.covers(event):
                 raise _refusal(self.name, event)
-        return reduced(history, relation)
+        return reduced(history, relation, PAIRS[self.name])
 
 
 def _refusal(name: str, event: Event) -> PrivacyError:

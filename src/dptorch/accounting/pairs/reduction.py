@@ -4,7 +4,8 @@ One case per event class; a history's cost is the largest over its directions, e
 
 | event | add/remove, zero-out | replace-one |
 |---|---|---|
-| SampledGaussian, TruncatedPoissonGaussian | `remove` and `add` | `replace` |
+| SampledGaussian | `remove` and `add` | `replace` |
+| TruncatedPoissonGaussian | `truncated`, or as SampledGaussian and a chance of overflow | likewise |
 | SampledDiscreteGaussian | Rényi divergences only | the same, without sampling only |
 | EpochwiseGaussian, CorrelatedGaussian | a Gaussian | a Gaussian, sensitivity doubled |
 | RandomAllocationGaussian | `allocation` | refused |
@@ -14,7 +15,7 @@ One case per event class; a history's cost is the largest over its directions, e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from dptorch.accounting.adjacency import Adjacency
@@ -32,6 +33,7 @@ from dptorch.accounting.pairs.discrete_gaussian import DiscretePair
 from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPair
 from dptorch.accounting.pairs.random_allocation import AllocationPair
 from dptorch.accounting.pairs.sampled import Direction, Pair, SampledPair
+from dptorch.accounting.pairs.truncated import TruncatedPair
 from dptorch.errors import PrivacyError
 
 __all__ = ["Reduced", "can_reduce", "directions", "pair_of", "reduced"]
@@ -80,8 +82,16 @@ def directions(adjacency: Adjacency) -> tuple[Direction, ...]:
     return ("replace",) if adjacency is Adjacency.REPLACE_ONE else ("remove", "add")
 
 
-def reduced(history: Iterable[Event], adjacency: Adjacency) -> Reduced:
+def reduced(
+    history: Iterable[Event], adjacency: Adjacency, pairs: Collection[type] = ()
+) -> Reduced:
     """Reduce `history`, equal pairs added up and sorted, so that equal costs look equal.
+
+    Args:
+        history: what ran.
+        adjacency: the neighbouring relation.
+        pairs: classes that the accountant composes besides `SampledPair`. Without `TruncatedPair`,
+            truncated sampling becomes Poisson sampling and an overflow.
 
     Raises:
         PrivacyError: an event that no theorem here covers under `adjacency`.
@@ -99,13 +109,26 @@ def reduced(history: Iterable[Event], adjacency: Adjacency) -> Reduced:
     for direction in directions(adjacency) if events else ():
         steps: dict[Pair, int] = {}
         for event in events:
-            pair = pair_of(event, direction, adjacency)
+            if isinstance(event, TruncatedPoissonGaussian) and TruncatedPair in pairs:
+                pair = truncated_pair(event, direction)
+            else:
+                pair = pair_of(event, direction, adjacency)
             one = replace(pair, steps=1)  # type: ignore[type-var]
             steps[one] = steps.get(one, 0) + pair.steps
         grouped = (replace(one, steps=n) for one, n in steps.items())  # type: ignore[type-var]
         compositions.append(tuple(sorted(grouped, key=repr)))
-    overflow = sum(e.overflow for e in events if isinstance(e, TruncatedPoissonGaussian))
+    overflow = 0.0
+    if TruncatedPair not in pairs:
+        overflow = sum(e.overflow for e in events if isinstance(e, TruncatedPoissonGaussian))
     return Reduced(tuple(compositions), overflow=overflow)
+
+
+def truncated_pair(event: TruncatedPoissonGaussian, direction: Direction) -> Pair:
+    """Return the pair of `event`, whose batches may be cut."""
+    noise, rate, cut = event.noise_multiplier, event.sample_rate, event.cut_probability
+    if cut == 0:
+        return SampledPair(direction, noise, rate, event.steps)
+    return TruncatedPair(direction, noise, rate, cut, event.steps)
 
 
 def can_reduce(event: Event, pairs: tuple[type, ...]) -> bool:

@@ -209,11 +209,15 @@ class SampledPair:
         return low, high
 
     def cells(
-        self, interval: float, tail: float, reach: float = math.inf
+        self,
+        interval: float,
+        tail: float,
+        reach: float = math.inf,
+        ends: tuple[float, float] | None = None,
     ) -> tuple[int, Array, Array]:
-        """See `Pair.cells`."""
+        """See `Pair.cells`; `ends` takes the place of `loss_ends(tail)`."""
         sigma, rate = self.noise_multiplier, self.sample_rate
-        low, high = self.loss_ends(tail)
+        low, high = ends or self.loss_ends(tail)
         first = math.floor(max(low, -reach) / interval)
         last = math.ceil(min(high, reach) / interval)
         x = self.thresholds(interval * np.arange(first, last + 1))
