@@ -76,6 +76,10 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "where": lambda m, x: torch.where(x > 0, input=x, other=m.w),
     "lerp": lambda m, x: torch.lerp(x, end=2 * x, weight=m.w),
     "cat": lambda m, x: torch.cat(dim=1, tensors=[x, m.w.expand(len(x), 3, 3)]),
+    "softmax without a dimension": lambda m, x: F.softmax(x.flatten(1)) * m.w.flatten(),
+    "log_softmax, none of three": lambda m, x: (
+        F.log_softmax(x.transpose(0, 1)).transpose(0, 1) * m.w
+    ),
     "softmax": lambda m, x: torch.softmax(dim=2, input=x * m.w),
     "gather": lambda m, x: torch.gather(dim=1, index=(x > 0).long(), input=x * m.w),
 }

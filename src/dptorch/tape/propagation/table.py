@@ -117,7 +117,8 @@ def agree(tags: Sequence[Tag]) -> Tag:
 
 def named_dims(call: Call, x: Tensor, default: Any = None) -> list[int]:
     """The dimensions an op reduces or scans, non-negative; all of them when none is named."""
-    dim = call.arg("dim", default)
+    dim = call.arg("dim")
+    dim = default if dim is None else dim
     if dim is None or (isinstance(dim, (tuple, list)) and not dim):
         return list(range(x.dim()))
     return [d % max(x.dim(), 1) for d in ((dim,) if isinstance(dim, int) else dim)]
