@@ -20,6 +20,7 @@ def cost(name, delta=1e-5, adjacency="add-remove", **changes):
     return accounting.get_accountant(name).epsilon([event], delta, adjacency=adjacency)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCOUNTANTS)
 @pytest.mark.parametrize("adjacency", ["add-remove", "replace-one"])
 @pytest.mark.parametrize(
@@ -79,6 +80,7 @@ def test_edges(name):
     assert accountant.delta([SampledGaussian(0.0, 0.1, 1)], 1.0) == 1.0
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     log_sigma=st.floats(-0.5, 1.0),

@@ -93,6 +93,7 @@ def two_steps(sigma, rate, direction, epsilon):
     return float(np.trapezoid(density(shifts[0], x) * inner, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("sigma", "rate", "epsilon"), [(1.0, 0.2, 0.4), (0.8, 0.01, 0.5)])
 def test_two_steps_by_integration(direction, sigma, rate, epsilon):
@@ -105,6 +106,7 @@ def test_two_steps_by_integration(direction, sigma, rate, epsilon):
         assert wrong != pytest.approx(truth, rel=1e-2), "negative control: a wrong direction"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("order", [1.5, 7.3])
 @pytest.mark.parametrize(("sigma", "rate"), [(0.6, 0.3), (4.0, 0.999)])
@@ -247,6 +249,7 @@ def test_optimistic_rounding_would_be_caught():
     assert tilted.compose([down], 1e-3, 6.0).epsilon(1e-5) < composed_epsilon([pair], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "rate", "steps", "delta"),
     [(0.715, 2.95e-4, 63, 2.2e-6), (2.5, 2.4e-5, 9, 5.5e-12)],

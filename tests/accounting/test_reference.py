@@ -39,6 +39,7 @@ def test_exact_lies_in_the_prv_interval(row):
     assert float(row["prv_lower"]) <= found <= float(row["prv_upper"])
 
 
+@pytest.mark.slow
 @every_row
 def test_pld_is_an_upper_bound_and_tight(row):
     """The web-scale row is where a plain FFT fails: 1.7169 there, for a true 1.7105."""
@@ -63,6 +64,7 @@ def test_gdp_meets_the_table_and_warns(row):
     assert found == pytest.approx(float(row["gdp_clt"]), abs=2e-6)
 
 
+@pytest.mark.slow
 @every_row
 @pytest.mark.parametrize("name", ["exact", "pld"])
 def test_delta_is_the_inverse_of_epsilon(row, name):

@@ -50,6 +50,7 @@ def result() -> AuditResult:
     return audit(plan, canaries=400, seed=2, statement="The statement <of> the run.")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_shows_the_page(result: AuditResult, tmp_path: Path) -> None:
     chromium = browser()
@@ -101,6 +102,7 @@ def test_the_page_says_what_was_found_and_loads_nothing(result: AuditResult) -> 
     assert not re.search(r"@import|url\(|<script|<link|<iframe", text)
 
 
+@pytest.mark.slow
 def test_a_refuted_claim_and_one_without_limit_are_pages_too() -> None:
     perfect = Evidence.of(np.arange(50) + 100.0, np.arange(50.0))
     refuted = judge(perfect, epsilon=0.1, delta=0.0, adversary="sees all")
@@ -151,6 +153,7 @@ def test_roc_numbers_against_counting() -> None:
     assert np.trapezoid(tpr, fpr) == pytest.approx(pairs)
 
 
+@pytest.mark.slow
 def test_bands_and_intervals_cover() -> None:
     # 300 measurements of a known curve. The uniform band misses at most 5 %, and so does the
     # pointwise one at one threshold; five standard errors of that are 6.3 points.

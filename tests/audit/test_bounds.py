@@ -93,6 +93,7 @@ def test_gaussian_counts_at_the_true_rates_approach_mu() -> None:
     assert mu_lower_bound(found, n, alarms, n) == pytest.approx(mu, abs=0.003)
 
 
+@pytest.mark.slow
 def test_gaussian_scores_are_exact_by_simulation() -> None:
     # 4000 audits at α = 10 %: the share that errs is within 5 standard errors (2.4 points).
     rng = np.random.default_rng(0)

@@ -52,6 +52,7 @@ def false_alarms(game: Game, epsilon: float, delta: float, bound: str, threshold
     return refuted / AUDITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bound", "threshold", "game", "epsilon", "delta"),
     [
@@ -69,6 +70,7 @@ def test_true_claims_are_refuted_as_often_as_stated(
     assert 0.025 <= false_alarms(game, epsilon, delta, bound, threshold) <= 0.075
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bound", "threshold", "game", "epsilon", "delta"),
     [

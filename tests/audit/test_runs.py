@@ -81,6 +81,7 @@ def test_the_plan_does_not_tell_how_many_are_in(blobs: Path) -> None:
     assert plans[0].epsilon() <= 2.0
 
 
+@pytest.mark.slow
 def test_a_private_run_is_not_refuted_and_a_run_that_lies_is(blobs: Path, tmp_path: Path) -> None:
     path = trained(job_on(blobs, seed=4, model="mlp", canaries=400), tmp_path / "runs")
     result = audit(path)

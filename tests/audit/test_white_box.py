@@ -31,6 +31,7 @@ def small_plan(**changes: Any) -> PrivacyPlan:
     return make_plan(**settings | {"target_delta": 1e-5} | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -109,6 +110,7 @@ TWINS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", TWINS, ids=lambda t: t.__name__)
 def test_each_broken_twin_is_refuted(monkeypatch: pytest.MonkeyPatch, twin: Any) -> None:
     plan = small_plan()
@@ -118,6 +120,7 @@ def test_each_broken_twin_is_refuted(monkeypatch: pytest.MonkeyPatch, twin: Any)
     assert result.verdict == "REFUTED", f"{twin.__name__}: {result}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", [repeated_sample, reused_key], ids=lambda t: t.__name__)
 def test_what_repeats_is_seen_over_the_whole_run(
     monkeypatch: pytest.MonkeyPatch, twin: Any

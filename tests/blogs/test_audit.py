@@ -89,6 +89,7 @@ def _shuffle_world(index):
     return World(steps=100, canaries=100, index=index, dataset_size=1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["2024", "0.1.21"])
 @pytest.mark.parametrize("score", ["exact-match", "sorted-block", "norm"])
 def test_a_step_of_blogs_refutes_what_is_claimed_of_the_whole_run(index, score):
@@ -153,6 +154,7 @@ def _step_game(world, *, games=150):
     )
 
 
+@pytest.mark.slow
 def test_a_step_of_the_gaussian_sibling_does_not_refute_its_epsilon():
     """The hardest case for it: one step at ε = 1, without amplification, and the best test there is.
     The audit of a true claim says REFUTED in at most one case of twenty."""
@@ -161,6 +163,7 @@ def test_a_step_of_the_gaussian_sibling_does_not_refute_its_epsilon():
     assert not _step_game(world).refuted
 
 
+@pytest.mark.slow
 def test_the_same_game_refutes_noise_that_is_too_small(monkeypatch):
     """Negative control: a tenth of the noise is found."""
     privatize = GaussianNoise.privatize
@@ -172,6 +175,7 @@ def test_the_same_game_refutes_noise_that_is_too_small(monkeypatch):
     assert _step_game(_gaussian_world(steps=1, canaries=1)).refuted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["exact-match", "projection"])
 def test_one_run_of_the_gaussian_sibling_does_not_refute_its_epsilon(score):
     """The game that refutes BloGS: as many canaries and steps, the same adversary."""

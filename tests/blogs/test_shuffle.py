@@ -63,6 +63,7 @@ def test_pad_and_cut_does_not_keep_the_blocks():
     assert all(_is_rearrangement(before, _shuffled(before, 4, step=s), 4) for s in range(30))
 
 
+@pytest.mark.slow
 def test_every_order_of_the_blocks_is_equally_likely():
     """24 orders of three blocks and a remainder, 4,800 draws; chi-square at false alarm 1e-4."""
     from scipy import stats

@@ -91,6 +91,7 @@ def _trainer(folder, tmp_path, *, arguments=None, config=SFTConfig, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_forgetnets_call(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -157,6 +158,7 @@ def test_every_optimizer_step_gets_shuffled_gradients_and_only_those(folder, tmp
         assert not any(torch.equal(r, s) for _, r, s in multisets if r.numel() > 100)
 
 
+@pytest.mark.slow
 def test_the_index_so_far_is_in_every_entry_of_the_log(folder, tmp_path):
     trainer = _trainer(folder, tmp_path, eval_dataset=Dataset.from_dict({"text": TEXTS[:5]}))
     trainer.train()
@@ -182,6 +184,7 @@ def test_adapters_and_frozen_parameters(folder, tmp_path):
     assert all("lora" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_training_stops_at_the_target(folder, tmp_path):
     trainer = _trainer(folder, tmp_path, arguments={"max_steps": 4})
     trainer.args.max_steps = 100
@@ -192,6 +195,7 @@ def test_training_stops_at_the_target(folder, tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_counting(folder, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 6}
     whole = _trainer(folder, tmp_path, arguments=arguments)
@@ -231,6 +235,7 @@ def test_bad_arguments_are_refused(folder, tmp_path):
 GAUSSIAN = {"mechanism": "gaussian", "target_epsilon": 8.0}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:a batch did not come:dptorch.errors.PrivacyWarning")
 def test_noise_under_the_same_call(folder, tmp_path):
     """Poisson batches of 8 in the mean in parts of at most 4; 10 steps for two epochs of 37."""
@@ -251,6 +256,7 @@ def test_noise_under_the_same_call(folder, tmp_path):
     assert "eval_loss" in trainer.evaluate()
 
 
+@pytest.mark.slow
 def test_noisy_steps_clip_each_record_whatever_its_parts(folder, tmp_path):
     """The same seed whole or in parts of 2: the same run, so noise is added once a step."""
     runs = []
@@ -264,6 +270,7 @@ def test_noisy_steps_clip_each_record_whatever_its_parts(folder, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_on_adapters_alone(folder, tmp_path):
     trainer = _trainer(
         folder,
@@ -278,6 +285,7 @@ def test_noise_on_adapters_alone(folder, tmp_path):
     assert all("lora" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_a_resumed_private_run_goes_on_with_its_steps(folder, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 6}
     whole = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)

@@ -62,6 +62,7 @@ def lengths_model(lengths: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
     return model, directions * lengths[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
 def test_the_norm_finds_the_quantile(quantile: float) -> None:
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ NORMS = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 @given(norms=NORMS, bound=st.floats(1e-6, 1e6))
 def test_no_contribution_exceeds_the_bound(function: str, norms: list[float], bound: float) -> None:

@@ -118,6 +118,7 @@ def test_a_sum_is_not_divided() -> None:
     torch.testing.assert_close(total, [g * BATCH for g in mean])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"epochs": None, "num_steps": 8}])
 def test_target_epsilon_is_met_and_kept(changes: dict[str, Any]) -> None:
     model = network()

@@ -194,6 +194,7 @@ def compare(kind: str, settings: dict[str, Any], data: Batch, loss: Loss, mode: 
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ghost", "default"])
 @pytest.mark.parametrize("model", CLASSIFIERS)
 def test_classification(model: str, mode: str) -> None:
@@ -201,6 +202,7 @@ def test_classification(model: str, mode: str) -> None:
     compare(*CLASSIFIERS[model], classification(), of_class, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ghost", "default"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("model", GENERATORS)
@@ -213,6 +215,7 @@ def test_generation(model: str, tied: bool, mode: str) -> None:
     assert (built.get_input_embeddings().weight is built.get_output_embeddings().weight) == tied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ghost", "default"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("model", TRANSLATORS)
@@ -225,6 +228,7 @@ def test_conditional_generation(model: str, tied: bool, mode: str) -> None:
     assert (built.get_input_embeddings().weight is built.get_output_embeddings().weight) == tied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ghost", "default"])
 @pytest.mark.parametrize("model", IMAGES)
 def test_image_classification(model: str, mode: str) -> None:
@@ -232,6 +236,7 @@ def test_image_classification(model: str, mode: str) -> None:
     compare(*IMAGES[model], pictures(), of_class, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
 def test_per_layer_is_per_layer(model: str) -> None:
     torch.manual_seed(1)

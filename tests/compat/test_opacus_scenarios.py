@@ -233,6 +233,7 @@ def test_a_noise_generator_is_said_to_be_for_tests() -> None:
 # -- targets and what is spent -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 @pytest.mark.parametrize("target", [0.8, 6.0])
 def test_a_target_epsilon_is_met_and_used(accountant: str, target: float) -> None:

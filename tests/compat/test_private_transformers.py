@@ -75,6 +75,7 @@ def test_a_callback_sees_the_noisy_gradient_and_may_change_it() -> None:
     assert engine.steps == 3
 
 
+@pytest.mark.slow
 def test_target_epsilon_with_parts_of_private_batches() -> None:
     model, optimizer, engine = make(noise_multiplier=None, target_epsilon=3.0, seed=5)
     loader = engine.loader(TensorDataset(*batch(SIZE)), max_physical_batch_size=5)

@@ -97,6 +97,7 @@ def test_gdp_does_not_choose_the_noise() -> None:
     assert spent["eps_gdp"] < 1.9 < spent["eps_upper"] <= 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rdp", "rdp_cks", "glw", "all"])
 def test_accounting_modes_meet_the_target(mode: str) -> None:
     spent = make(accounting_mode=mode).get_privacy_spent(steps=10)

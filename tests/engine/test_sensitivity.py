@@ -197,6 +197,7 @@ def _turned_by_the_batch(norms: Tensor, bound: float) -> Tensor:
     return bound / norms * (1 - 2 * ((norms.sum() * 1e3).long() % 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "twin", [_not_clipped, _clipped_after_the_mean, _twice_the_bound, _turned_by_the_batch]
 )

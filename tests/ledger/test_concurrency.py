@@ -55,6 +55,7 @@ def committed_over_time(location: str) -> Iterator[float]:
             yield adaptive_epsilon([PLAN.event(steps)], 1e-5)
 
 
+@pytest.mark.slow
 def test_32_writers_stay_below_the_cap_and_lose_nothing(location: str) -> None:
     cap = cap_for(20)
     open_ledger(location).dataset("shared").set_cap(cap)

@@ -170,6 +170,7 @@ def cap_holds(total: Total) -> bool:
     return total.adaptive <= total.committed <= total.cap.epsilon
 
 
+@pytest.mark.slow
 def test_32_processes_that_resume_one_checkpoint(location: str) -> None:
     released, counted, total = resumed_at_once(location)
     assert (released <= counted).all()
@@ -188,6 +189,7 @@ def test_32_processes_without_a_lease_are_caught(
 # -- the ledger must be whole ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", [name for name in EDITS if name != "backdated"])
 def test_nothing_is_admitted_or_given_back_on_a_broken_ledger(location: str, edit: str) -> None:
     run = begin(location, 5)

@@ -34,6 +34,7 @@ def masses(scale: float, mean: tuple[int, ...], reach: int) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
 @pytest.mark.parametrize("scale", [0.8, 2.0, 5.0])
 @pytest.mark.parametrize("shift", [(1,), (2, 0), (1, 1), (2, 1), (3, -2)])

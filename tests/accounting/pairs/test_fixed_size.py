@@ -53,6 +53,7 @@ WORLDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("sigma", [0.8, 2.0])
 def test_no_real_mechanism_exceeds_the_bound(sigma, replacement):
@@ -120,6 +121,7 @@ def test_with_replacement_is_the_theorems_sum():
         assert pair.one_step_delta(epsilon) == pytest.approx(truth, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1000), (2.0, 1000), (4.0, 30), (1.0, 1)])
 def test_exact_and_pld_agree(sigma, steps):
     run = [FixedSizeGaussian(sigma, 600, 60_000, steps)]
@@ -172,6 +174,7 @@ def test_every_record_every_step_is_the_gaussian_mechanism():
         )
 
 
+@pytest.mark.slow
 def test_replacement_costs_more():
     cost = [
         accounting.get_accountant("pld").epsilon(

@@ -40,6 +40,7 @@ def one_epoch(direction, sigma, epsilon, choices=2):
     return AllocationPair(direction, sigma, choices, 1).one_step_delta(epsilon)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.7, 1.0, 3.0])
 @pytest.mark.parametrize("epsilon", [0.0, 0.2, 1.0])
 def test_two_steps_by_integration(sigma, epsilon):
@@ -55,6 +56,7 @@ def test_two_steps_by_integration(sigma, epsilon):
     assert max(remove, add) <= certified <= max(remove, add) * 1.02 + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("choices", "epochs"), [(3, 1), (3, 2), (100, 10)])
 def test_no_simulation_is_above_the_bound(choices, epochs):
     """60,000 runs of each direction: δ(ε) lies within 4.5 standard errors (false alarm 1e-5)."""
@@ -116,6 +118,7 @@ def test_renyi_moments_of_add(sigma, choices, order):
     assert found == pytest.approx(truth, rel=3e-3)
 
 
+@pytest.mark.slow
 def test_the_published_settings():
     """1 of 100, 10 epochs: at most 1.7290 and 0.6174, the numbers of an independent (looser) code."""
     for sigma, other in ((1.0, 1.7290), (2.0, 0.6174)):
@@ -124,6 +127,7 @@ def test_the_published_settings():
         assert 0.9 * other < found <= other < poisson
 
 
+@pytest.mark.slow
 def test_more_choices_hide_more_and_parts_of_epochs_count_whole():
     cost = lambda *run: PLD.epsilon([RandomAllocationGaussian(1.0, *run)], 1e-4)
     assert cost(10, 20) == cost(10, 11) > cost(20, 40) > cost(40, 80)

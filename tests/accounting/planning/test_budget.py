@@ -12,6 +12,7 @@ BUDGET = {"sample_size": 10_000, "target_epsilon": 2.0, "delta": 1e-5}
 SIZES = [64, 256, 1024]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "steps"),
     [
@@ -59,12 +60,14 @@ def test_tuning_is_inside_the_budget():
     assert tuned.noise_multiplier > 1.2 * plain.noise_multiplier
 
 
+@pytest.mark.slow
 def test_too_few_steps_are_left_out():
     choices = plan_budget(**BUDGET, epochs=2, batch_sizes=SIZES)
     assert [c.batch_size for c in choices] == [64]
     assert all(c.batch_size <= 10_000 for c in plan_budget(**BUDGET, steps=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

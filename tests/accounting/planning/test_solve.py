@@ -16,6 +16,7 @@ CALIBRATED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q", "steps", "epsilon", "delta", "sigma"), CALIBRATED)
 @pytest.mark.parametrize("name", ["exact", "pld"])
 def test_calibration_meets_the_reference_and_is_safe(name, q, steps, epsilon, delta, sigma):
@@ -47,6 +48,7 @@ def test_exact_calibration_takes_few_evaluations(monkeypatch):
     assert 0 < sum(nodes) < 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "pld", "rdp"])
 @pytest.mark.parametrize("adjacency", ["add-remove", "replace-one"])
 def test_the_faces_are_inverse_to_each_other(name, adjacency):
@@ -144,6 +146,7 @@ def test_a_tiny_target_is_met_at_once(target, adjacency):
     assert accounting.delta(epsilon=0.0, noise_multiplier=sigma / 2, **run) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "steps"), [(0.05, 200), (0.256, 80), (1.0, 10), (0.1, 1)])
 @pytest.mark.parametrize("target", [1e-3, 1e-4, 1e-6])
 def test_exact_calibrates_to_tiny_targets(target, rate, steps):

@@ -127,6 +127,7 @@ def test_a_gaussian_run_by_hand():
     assert by_hand <= found <= 1.01 * by_hand
 
 
+@pytest.mark.slow
 def test_it_costs_more_than_a_run_and_less_than_all():
     run = [SampledGaussian(2.0, 0.02, 500)]
     one = accounting.get_accountant("exact").epsilon(run, 1e-5)

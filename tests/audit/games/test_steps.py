@@ -32,6 +32,7 @@ def noise(member: bool, stddev: float) -> list[torch.Tensor]:
     return [g + stddev * torch.randn(g.shape, generator=GENERATOR) for g in known]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["exact-match", "norm", "sum", SortedBlocks(4)])
 def test_a_shuffle_is_told_apart_without_error(score: str) -> None:
     result = audit_step(
