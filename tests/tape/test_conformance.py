@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dptorch
-from dptorch.errors import ExamplesMixError, NotCoveredError
+from dptorch.errors import ExamplesMixError
 from dptorch.tape import Tape
 
 Draw = Callable[[st.SearchStrategy], object]
@@ -319,13 +319,24 @@ def test_a_parametrized_layer_equals_the_loop(name: str, kind: str, training: bo
     assert moved == (training and kind == "spectral_norm")
 
 
-@pytest.mark.parametrize(("mode", "offsets"), [("sum", [0, 1]), ("max", [0, 2])])
-def test_other_bags_in_one_tensor_are_refused(mode: str, offsets: list[int]) -> None:
-    model = Lambda(
-        lambda m, i: m.e(i.flatten(), torch.tensor(offsets)), e=nn.EmbeddingBag(4, 3, mode=mode)
+def bags(mode: str, step: int) -> nn.Module:
+    """Bags of `step` ids from rows of two, in one vector."""
+    return Lambda(
+        lambda m, i: m.e(i.flatten(), torch.arange(0, i.numel(), step)),
+        e=nn.EmbeddingBag(4, 3, mode=mode),
     )
-    with dptorch.record(model), pytest.raises(NotCoveredError, match="embedding_bag"):
-        model(torch.tensor([[1, 1], [2, 3]]))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_for_each_example_in_one_tensor_is_exact(mode: str) -> None:
+    check(bags(mode, 2), torch.tensor([[1, 1], [2, 3], [3, 0]]))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_of_several_examples_is_refused(mode: str) -> None:
+    refused = pytest.raises(NotCoveredError, match="a bag holds ids of several examples")
+    with dptorch.record(model := bags(mode, 4)), refused:
+        model(torch.tensor([[1, 1], [2, 3], [3, 0], [0, 1]]))
 
 
 def test_adaptive_softmax_is_exact_or_refused() -> None:

@@ -19,7 +19,7 @@ from dptorch.bench.engines import NON_PRIVATE, start
 from dptorch.bench.memory import allocator_peak
 from dptorch.bench.workloads import Size, get_workload
 from dptorch.tape import Tape
-from dptorch.tape.gradients import Dense, Geometry, convolution, tape
+from dptorch.tape.gradients import Dense, Geometry, convolution, store
 from dptorch.tape.gradients.summing_order import least_peak_order
 from dptorch.tape.rules import convolution as convolution_rule
 from dptorch.tape.rules import input_gradient
@@ -42,7 +42,7 @@ def test_the_mlp_keeps_little_more_than_its_sums(monkeypatch: pytest.MonkeyPatch
     assert ratio(MLP, "dptorch/auto") < 1.09
     assert ratio(MLP, "dptorch/layer-wise") < 1.09
     # In the order of the parameters, the last sum is made beside two factors instead of one.
-    monkeypatch.setattr(tape, "least_peak_order", lambda kept, sizes: sorted(kept))
+    monkeypatch.setattr(store, "least_peak_order", lambda kept, sizes: sorted(kept))
     assert ratio(MLP, "dptorch/auto") > 1.1
     clipped_sum = Tape.clipped_sum
 
