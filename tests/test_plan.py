@@ -106,7 +106,7 @@ def test_the_statement_says_everything_that_matters() -> None:
         "1e-05",
         "Sampling planned     poisson: every example enters every batch with probability 0.0625",
         "10 steps: poisson",
-        "in a place that no other record moves",
+        "its place does not depend on other records",
         "Gaussian noise, multiplier 1.1",
         "operating system",
         "certified for what ran (accountant pld, an upper bound)",
@@ -350,7 +350,7 @@ def test_units() -> None:
     assert "replacing one user by one that contributes nothing" in str(made)
     assert "at most 8 enter a step, each clipped to 0.25" in str(made)
     assert "number of users 1024" in str(made)
-    assert "user ids say truly" in str(made)
+    assert "user_ids gives the user of each example" in str(made)
     packed = str(statement({"poisson": 10}, plan=plan(unit="packed sequence")))
     assert "spread over several rows is NOT covered" in packed
     assert "NOTE: the unit is the packed row" in packed
