@@ -95,7 +95,7 @@ def backward(
             )
         recording.spend_batch()
         for tape in (recording.tape, *recording.joined):
-            tape.note_loss(_reduction(loss, state, weights))
+            tape.note_loss(_reduction(loss, state, None if isinstance(mixed, Tag) else weights))
         per_example = isinstance(state, Tag) and loss.shape == (recording.batch_size,)
         if loss.numel() != 1 and not per_example:
             raise ConfigurationError(
@@ -110,11 +110,14 @@ def backward(
 
 
 def _reduction(loss: Tensor, state: Tag | Reduced, weights: Any) -> Reduced:
-    """How a loss is reduced; one value for each example also has factors, if they are known."""
+    """How a loss is reduced; one value for each example also has factors, if they are known.
+
+    Weights of no example are constants, and count as the largest of them.
+    """
     if isinstance(state, Reduced):
         factors: tuple[float, ...] = state.factors
     else:
         factors = factors_of(loss) or ()
-    if isinstance(weights, Tensor) and weights.numel() and bool((weights == weights.max()).all()):
+    if isinstance(weights, Tensor) and weights.numel():
         factors = tuple(f * float(weights.max()) for f in factors)
     return Reduced(state.kind if isinstance(state, Reduced) else PER_EXAMPLE, factors)

@@ -1,0 +1,86 @@
+"""What a loss is multiplied by is a public constant: checked for scalars, vectors, weights and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import dptorch
+from dptorch.engine import batch_checks, logical_batch
+from dptorch.errors import PrivacyError
+
+SIZE, STEPS = 16, 4
+
+
+def mean(losses: Tensor, factor: float) -> None:
+    (losses.mean() * factor).backward()
+
+
+def vector(losses: Tensor, factor: float) -> None:
+    (losses * factor).backward()
+
+
+def weights(losses: Tensor, factor: float) -> None:
+    losses.backward(torch.full((len(losses),), factor))
+
+
+def uneven_weights(losses: Tensor, factor: float) -> None:
+    """Weights that are not all equal are still scaled as a whole."""
+    losses.backward(factor * torch.linspace(0.5, 1.0, len(losses)))
+
+
+BACKWARDS = (mean, vector, weights, uneven_weights)
+
+
+def train(
+    backward: Callable[[Tensor, float], None], factors: list[float], physical: int | None = None
+) -> int:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    engine = dptorch.PrivacyEngine(
+        model, sample_rate=1.0, sample_size=SIZE, steps=STEPS, noise_multiplier=1.0,
+        target_delta=1e-3, seed=1,
+    )  # fmt: skip
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    data = TensorDataset(torch.randn(SIZE, 6), torch.arange(SIZE) % 3)
+    while not engine.exhausted:
+        for x, y in engine.loader(data, max_physical_batch_size=physical):
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            backward(losses, factors[engine.steps_done])
+            optimizer.step()
+            optimizer.zero_grad()
+    return engine.steps_done
+
+
+# A part of one row has the first of the uneven weights alone, which is another constant.
+CONSTANTS = [(b, p) for b in (mean, vector, weights) for p in (None, 5, 1)] + [
+    (uneven_weights, None)
+]
+
+
+@pytest.mark.parametrize(("backward", "physical"), CONSTANTS)
+def test_a_constant_may_multiply_the_loss(
+    backward: Callable[[Tensor, float], None], physical: int | None
+) -> None:
+    assert train(backward, [0.5] * STEPS, physical) == STEPS
+
+
+@pytest.mark.parametrize("physical", [None, 1])
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_a_factor_that_changes_is_refused(
+    backward: Callable[[Tensor, float], None], physical: int | None
+) -> None:
+    with pytest.raises(PrivacyError, match="multiplied by"):
+        train(backward, [0.5, 0.5, 0.4, 0.5], physical)
+
+
+def test_without_the_check_a_factor_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin."""
+    monkeypatch.setattr(logical_batch, "check_factors", lambda factors, before: None)
+    assert train(vector, [0.5, 0.5, 0.4, 0.5]) == STEPS
+    assert batch_checks.check_factors is not logical_batch.check_factors
