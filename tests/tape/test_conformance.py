@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dptorch
-from dptorch.errors import ExamplesMixError
+from dptorch.errors import ExamplesMixError, NotCoveredError
 from dptorch.tape import Tape
 
 Draw = Callable[[st.SearchStrategy], object]
