@@ -24,6 +24,8 @@ def replacing(path: str | Path, *, private: bool = False) -> Iterator[Path]:
         After a crash, a power cut or an error at any instant `path` is the old file or the new one,
         whole, and after the block it is the new one even if the power fails: the file is forced to
         disk before it gets its name, and the name before this returns.
+        Held by `test_whatever_instant_it_is_cut_off_the_file_is_whole` and
+        `test_content_is_on_disk_before_its_name_and_its_name_before_the_end`.
 
     Raises:
         OSError: the folder is missing or read-only, or the disk is full; the old file is there.

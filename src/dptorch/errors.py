@@ -89,6 +89,7 @@ def warn(message: str) -> None:
     Guarantees:
         The warning names the user's file and line, however deep inside dptorch it is given
         (`tests/test_errors.py`).
+        Held by `test_a_warning_points_at_the_users_line`.
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught:

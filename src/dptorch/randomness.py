@@ -68,6 +68,8 @@ class RootKey:
           streams, so sampling and noise, or two steps, share nothing an observer could use.
         - *No accidental reuse*: a process forked after the key was made cannot use it (parent and
           child would otherwise add the same noise to different sums).
+        Held by `test_different_arguments_never_share_a_stream` and
+        `test_a_fork_cannot_use_the_key_but_may_restore_it`.
 
     Example:
         >>> key = RootKey.from_seed(0)

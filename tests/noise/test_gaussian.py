@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,26 @@ def test_scaled_noise_hides_a_scaled_contribution_as_the_multiplier_says() -> No
     scales, swapped = {"a": 0.1, "b": 2.0}, {"a": 2.0, "b": 0.1}
     assert longest_in_units_of_noise(scales, scales) == pytest.approx(1 / 1.7, rel=1e-5)
     assert longest_in_units_of_noise(scales, swapped) > 1 / 1.7, "the broken twin must be caught"
+
+
+def test_noise_is_a_function_of_key_step_context_position_and_scale() -> None:
+    """Of the values through the context alone; each of the five changes every coordinate."""
+
+    def noise(values: float = 0.0, **changed: Any) -> torch.Tensor:
+        given = {"key": KEY, "step": 3, "context": 9, "multiplier": 1.5} | changed
+        filled = {name: torch.full_like(t, values).double() for name, t in zeros().items()}
+        noisy = GaussianNoise(given["multiplier"]).privatize(
+            ClippedSum(filled, 1.0), given["key"], given["step"], context=given["context"]
+        )
+        return torch.cat([t.reshape(-1) for t in noisy.values.values()]) - values
+
+    same = noise()
+    assert torch.equal(noise(), same)
+    assert torch.allclose(noise(values=0.5), same, rtol=0, atol=1e-14)
+    others = {"key": RootKey.from_seed(77), "step": 4, "context": 10, "multiplier": 3.0}
+    for name, value in others.items():
+        assert (noise(**{name: value}) != same).all(), name
+    assert same.unique().numel() == same.numel(), "two positions share a number"
 
 
 def test_every_coordinate_gets_noise() -> None:

@@ -46,6 +46,7 @@ def audit_run(
     Guarantees:
         With the bound "one-run": if the run is (ε, δ)-DP as its statement says, the result is REFUTED
         with probability at most `significance`.
+        Held by `test_a_private_run_is_not_refuted_and_a_run_that_lies_is`.
 
     Raises:
         DataError: the folder holds no finished run, or one without canaries.

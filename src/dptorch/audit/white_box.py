@@ -47,6 +47,7 @@ def audit_plan(
     Guarantees:
         If the engine does what the plan says, the result is REFUTED with probability at most
         `significance`.
+        Held by `test_false_alarms_of_the_engine_itself`.
 
     Raises:
         ConfigurationError: fewer than 20 canaries, or more steps than the plan has.

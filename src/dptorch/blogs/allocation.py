@@ -102,6 +102,8 @@ def equal_share(
     Guarantees:
         ``index.after(steps, per_step(index, sizes, result)) <= target``, and no larger common
         share has that; unless `at_minimum` had to be used.
+        Held by `test_a_run_stays_within_its_target_or_is_refused_with_what_can_be_met` and
+        `test_no_larger_equal_share_stays_within_the_target`.
 
     Raises:
         ConfigurationError: the target cannot be met; the message names what can.

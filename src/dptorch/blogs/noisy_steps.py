@@ -49,6 +49,8 @@ class NoisySteps:
 
     Guarantees:
         Those of `PrivacyEngine`, at the stated ε; see its statement.
+        Held by `test_noise_of_a_layer_is_sigma_c_over_root_w` and
+        `test_what_is_spent_is_proven_and_stops`.
     """
 
     def __init__(

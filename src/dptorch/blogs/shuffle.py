@@ -38,6 +38,9 @@ class BlockShuffle:
           the rounding of the clip factor; where the norm is within `clip_value`, bit for bit.
         - Permutations depend on (key, step, block sizes, tensor order) alone.
         - Either all tensors of a call are shuffled or, when it raises, none.
+        Held by `test_every_block_survives_whole`,
+        `test_the_same_seed_and_step_repeat_and_the_operating_system_does_not` and
+        `test_nothing_is_changed_when_one_gradient_is_bad`.
 
     Example:
         >>> shuffle = BlockShuffle({"w": 2}, clip_value=100.0, key=RootKey.from_seed(1))

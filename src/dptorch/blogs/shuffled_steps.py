@@ -51,6 +51,8 @@ class ShuffledSteps:
     Guarantees:
         None of privacy; see `dptorch.blogs.index_statement`. Every gradient of a step is clipped and
         shuffled, or `shuffle` raises and none is changed.
+        Held by `test_no_raw_gradient_is_stepped_whichever_step_is_called` and
+        `test_a_bad_gradient_is_no_step`.
 
     Raises:
         ConfigurationError: for settings that cannot be met.

@@ -117,6 +117,7 @@ def noise_scales(
     Guarantees:
         ``sum_g (C_g / scale_g)^2 + sum_g (1/2 / count scale)^2 <= 1``: an example moves everything
         that is released by at most one unit of noise multiplier.
+        Held by `test_sum_and_counts_cost_together_what_the_plan_says`.
 
     Raises:
         ConfigurationError: if the counts alone would cost more than the plan.

@@ -96,6 +96,8 @@ def coefficients(norms: Tensor, max_grad_norm: float, function: str = "abadi") -
     Guarantees:
         ``coefficients * norms <= max_grad_norm`` up to one rounding, and an example whose norm is
         NaN or infinite has coefficient 0: it is dropped, whatever the others are.
+        Held by `test_no_contribution_exceeds_the_bound` and
+        `test_float32_stays_within_one_rounding`.
 
     Example:
         >>> coefficients(torch.tensor([0.5, 2.0, float("nan")]), 1.0).tolist()

@@ -69,6 +69,7 @@ class ClippingGroup:
             Measured in these units an example moves all groups together by at most
             ``sqrt(sum_g (C_g / scale_g)^2) = sqrt(sum_g w_g) = 1``, so the mechanism is a Gaussian
             one with the plan's noise multiplier, whatever the weights.
+            Held by `test_an_example_moves_all_groups_together_by_one_unit_of_noise`.
         """
         return self.max_grad_norm / math.sqrt(self.noise_weight)
 

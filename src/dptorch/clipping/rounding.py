@@ -42,6 +42,8 @@ def rounded_sum(
         exactly: the squares of integers, added up in float64, are exact where they are near the
         bound. A row that is longer, by whatever error before, is left out, and so is one that is not
         finite.
+        Held by `test_one_row_moves_the_sum_by_no_more_than_the_bound` and
+        `test_rows_that_are_too_long_or_not_finite_are_left_out`.
 
     Example:
         >>> g = {"w": torch.tensor([[3.0, 4.0]])}

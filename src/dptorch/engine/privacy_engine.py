@@ -85,6 +85,9 @@ class PrivacyEngine:
         nothing else; it is counted before it is applied, and none is applied past the plan. No
         parameter's ``.grad`` ever holds a gradient without noise. The statement lists what this
         assumes of data and loss.
+        Held by `test_one_record_moves_the_sum_by_no_more_than_declared`,
+        `test_the_noise_is_as_large_as_the_plan_says`,
+        `test_no_gradient_without_noise_is_ever_in_grad` and `test_the_budget_is_never_passed`.
 
     Raises:
         ConfigurationError: for arguments that cannot be honoured, a model without trainable

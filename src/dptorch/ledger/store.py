@@ -175,6 +175,7 @@ class Store:
         mode with synchronous=FULL, PostgreSQL with synchronous_commit=on. One whose `write()`
         raised is not in the ledger, unless the connection broke during the commit: then it may be,
         which counts a step too many and never one too few.
+        Held by `test_200_kills_lose_no_step`.
 
     Raises:
         DataError: there is no ledger there, or the file is something else.

@@ -194,7 +194,10 @@ class DiscreteGaussianNoise:
     Guarantees:
         - Sum and noise are integers, and their sum is exact: no rounding depends on the data after
           that of each contribution, which `RoundedSum` bounds.
-        - The noise depends on (key, step, context, position) alone, as that of `GaussianNoise`.
+        - The noise is a function of (key, step, context, position, noise_multiplier * scale), as that
+          of `GaussianNoise`.
+        Held by `test_sum_and_noise_are_added_exactly` and
+        `test_noise_has_the_stated_size_and_place`.
 
     Raises:
         ConfigurationError: `noise_multiplier` is out of range.

@@ -48,6 +48,8 @@ def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
         of all bits with secret random weights, modulo 2^64, so that nothing but these leaves the
         device; the same bound holds if the device's generator is as good as random. It is the same
         number with and without a C compiler.
+        Held by `test_any_change_of_the_sum_changes_its_fingerprint`,
+        `test_the_fingerprint_of_other_devices_sees_every_bit` and `test_compiled_hash_is_numpys`.
 
     Example:
         >>> key, x = RootKey.from_seed(0), torch.zeros(1000)

@@ -47,10 +47,10 @@ class GaussianNoise:
 
     The scale is the sum's `max_norm`, or that of the parameter where the sum gives `scales`.
 
-    Number i of the noise of a step is a function of (key, step, i), where i counts the coordinates
-    of all parameters in the order of `clipped.values`. On the CPU the numbers come from an AES-256
-    keystream. On other devices they come from the device's own generator under seeds derived from
-    the key, which is faster but not cryptographic; `secure_rng=True` makes them on the CPU and
+    Number i of the noise of a step is a function of (key, step, context, i), where i counts the
+    coordinates of all parameters in the order of `clipped.values`. On the CPU the numbers come from an
+    AES-256 keystream. On other devices they come from the device's own generator under seeds derived
+    from the key, which is faster but not cryptographic; `secure_rng=True` makes them on the CPU and
     copies.
 
     Args:
@@ -60,9 +60,13 @@ class GaussianNoise:
 
     Guarantees:
         - Every coordinate of every parameter gets noise, those that are zero included.
-        - The noise depends on nothing but (key, step, position, noise_multiplier * scale): not on
-          the values, the number of threads, or how the parameters are laid out in memory.
+        - The noise is a function of (key, step, context, position, noise_multiplier * scale). Neither
+          the number of threads nor how the parameters lie in memory changes it, and the values do so
+          through `context` alone: the engine's is a fingerprint of the sum.
         - Noise of different steps, and of different positions, is independent.
+        Held by `test_every_coordinate_gets_noise`,
+        `test_noise_is_a_function_of_key_step_context_position_and_scale` and
+        `test_no_noise_is_used_twice`.
 
     What it does not protect from: an observer who sees all bits of float32 outputs can exclude some
     inputs (Mironov 2012, CCS); the stated epsilon is that of the ideal, real-valued mechanism.

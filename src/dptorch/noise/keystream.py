@@ -31,6 +31,7 @@ class Keystream:
         - Under the usual assumption on AES-256, the bytes cannot be told from uniform ones, nor be
           predicted from any number of others, by anyone without the key.
         - No 16-byte block occurs twice (the cipher is a permutation of the 2**128 counters).
+        Held by `test_nist_vector` and `test_no_block_repeats`.
 
     Example:
         >>> stream = Keystream(bytes(32))

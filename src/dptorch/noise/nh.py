@@ -33,6 +33,7 @@ def nh(words: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint64]
     Guarantees:
         Under a random key, different words of one length have equal sums with probability at most
         2^-64 (theorem 2 there, w = 32, two passes). `hash.c` does the same.
+        Held by `test_hash_by_the_definition` and `test_compiled_hash_is_numpys`.
 
     Example:
         >>> nh(np.arange(4, dtype=np.uint32), np.zeros(KEY_WORDS, np.uint32))

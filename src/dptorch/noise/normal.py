@@ -78,6 +78,8 @@ class KeystreamNormals:
         - No number is exactly 0, so that every coordinate carries noise.
         - float32 numbers are the same bits on every machine and in every version of numpy: the
           transform consists of operations that IEEE 754 rounds correctly, and of nothing else.
+        Held by `test_the_tail_reaches_eight_sigma`, `test_no_bits_give_zero_or_a_non_number` and
+        `test_compiled_bits_are_numpy_bits`.
 
     Not claimed: floating-point outputs are a discrete set, whose low-order bits tell something
     about the value that noise was added to (Mironov 2012). A keystream does not change that.

@@ -73,6 +73,9 @@ class PrivateLoader:
         - The shares of all ranks are disjoint and together the draw, and arrive in equally many
           parts on each; a rank that has no example for a part gets padding.
         - The sampler and its key stay in this process; workers see indices only.
+        Held by `test_parts_together_are_the_draw`,
+        `test_current_is_set_when_handed_out_not_when_prefetched`,
+        `test_empty_batches_arrive_in_their_place` and `test_ranks_share_each_batch`.
 
     Raises:
         ConfigurationError: an argument contradicts sampling or has an impossible value.

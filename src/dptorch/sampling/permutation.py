@@ -39,6 +39,8 @@ class KeyedPermutation:
           its key, but for the chance of two equal words (below 2**-32).
         - Beyond: pseudo-random. No attack on as many rounds is known, but nobody has proved that all
           outputs together look uniform; this is the standing of every cipher on a small domain.
+        Held by `test_it_is_a_bijection`, `test_every_order_is_equally_likely` and
+        `test_pairs_of_a_larger_network_are_uniform`.
 
     Example:
         >>> order = KeyedPermutation(10**9, b"a key")

@@ -78,6 +78,8 @@ class PoissonSampler:
         - Every index of [0, N) is in batch `step` with probability q, independently of all others
           and of all other steps (to the 53-bit precision of the gaps).
         - Indices within a batch are distinct.
+        Held by `test_draws_have_the_poisson_law` and
+        `test_indices_are_distinct_sorted_and_in_range`.
 
     Raises:
         ConfigurationError: `sample_size` is no positive integer or `sample_rate` is outside (0, 1].

@@ -30,6 +30,7 @@ class TruncatedPoissonSampler:
 
     Guarantees:
         `draw(step)` is `PoissonSampler.draw(step)` wherever that has at most `capacity` examples.
+        Held by `test_truncation_keeps_a_uniform_subset`.
 
     Example:
         >>> sampler = TruncatedPoissonSampler(1000, 0.1, RootKey.from_seed(0), capacity=100)

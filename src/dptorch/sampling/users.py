@@ -105,6 +105,8 @@ class UserSampler:
         At most k examples of a user are in a batch for each time the user was drawn, and whether they
         are, and which, does not depend on any other user's examples. With every example clipped to
         C / k, a user moves a batch's sum by at most C, by the triangle inequality.
+        Held by `test_a_drawn_user_brings_at_most_the_bound_and_all_up_to_it` and
+        `test_nobody_elses_choice_moves`.
 
     Example:
         >>> from dptorch.sampling import PoissonSampler

@@ -197,6 +197,7 @@ def is_held_out(content: bytes, fraction: float) -> bool:
         The side an example is on depends on no other example. A shuffled split would move others
         when one is added or removed, and the guarantee is about exactly that change. Equal
         examples land on the same side, so a duplicate cannot leak into the test set.
+        Held by `test_removing_an_example_moves_no_other` and `test_duplicates_stay_together`.
 
     Example:
         >>> sides = [is_held_out(str(i).encode(), 0.2) for i in range(1000)]

@@ -32,6 +32,7 @@ def deskew(images_NHW: Tensor) -> Tensor:
 
     Guarantees:
         Output n depends on image n alone.
+        Held by `test_each_output_depends_on_its_own_image_alone`.
 
     Example:
         >>> slanted = torch.zeros(1, 28, 28)
@@ -80,6 +81,7 @@ def standardise(inputs: Tensor) -> Tensor:
 
     Guarantees:
         Output n depends on example n alone.
+        Held by `test_each_output_depends_on_its_own_image_alone`.
 
     Example:
         >>> out = standardise(torch.tensor([[0.0, 2.0], [5.0, 5.0]]))
@@ -112,6 +114,7 @@ def hog(images_NHW: Tensor, *, cell: int = 7, bins: int = 12, clip: float = 0.2)
 
     Guarantees:
         Output n depends on image n alone.
+        Held by `test_each_output_depends_on_its_own_image_alone`.
 
     Example:
         >>> hog(torch.rand(3, 28, 28)).shape

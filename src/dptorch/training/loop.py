@@ -130,6 +130,9 @@ def train(
         - After an interruption the folder holds the model of the last whole step, a statement of
           the privacy spent on exactly those steps, and a checkpoint to go on from.
         - Columns of `metrics.csv` computed from private data begin with `not_private_`.
+        Held by `test_a_complete_run_cannot_be_resumed`,
+        `test_an_interrupted_run_is_usable_and_resumes_to_the_same_end` and
+        `test_what_comes_from_private_data_says_so`.
 
     Raises:
         DataError: there is nothing to resume, or the data has changed since.

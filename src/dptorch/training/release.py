@@ -73,6 +73,7 @@ def release(
         Nothing in the destination is a function of the training examples except the model, whose
         privacy the statement is about; the number of examples and the names of the classes, which
         the plan and the statement treat as public.
+        Held by `test_no_private_value_is_in_a_release`.
 
     Raises:
         ConfigurationError: the destination is taken.

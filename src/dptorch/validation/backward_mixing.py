@@ -46,6 +46,7 @@ def find_backward_mixing(
 
     Guarantees:
         As `dptorch.validation.mixing.find_mixing`; no parameter's ``.grad`` is written.
+        Held by `test_probing_the_backward_leaves_everything_as_it_was`.
     """
     model = unwrapped(model)
     sizes: set[int] = set()

@@ -78,6 +78,7 @@ class FrozenBatchNorm(nn.Module):
 
     Guarantees:
         The output is that of `norm` in eval mode, bit for bit, whatever mode this module is in.
+        Held by `test_frozen_is_eval_mode_bit_for_bit`.
 
     Raises:
         ConfigurationError: if `norm` has no running statistics.
@@ -198,6 +199,8 @@ def prepare(
         Afterwards no BatchNorm is left, in training and eval mode alike. Parameters are the same
         objects under the same names, so an optimizer made before still fits. A second call changes
         nothing. If it raises, the model is as it was.
+        Held by `test_every_kind_stops_mixing`, `test_parameters_stay_the_same_objects` and
+        `test_what_cannot_be_converted_is_named_and_nothing_is_changed`.
 
     Raises:
         ConfigurationError: for a BatchNorm that cannot be converted, naming it.

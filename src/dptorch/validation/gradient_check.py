@@ -82,6 +82,7 @@ def check(
 
     Guarantees:
         Parameters, ``.grad``, buffers, modes, random states and the batch are as before.
+        Held by `test_nothing_is_left_changed`.
 
     Raises:
         ConfigurationError: for a batch that cannot be cut or has fewer than two different

@@ -132,6 +132,7 @@ def find_mixing(
     Guarantees:
         Random states, buffers, attributes of modules and the model's mode are as before. User hooks
         do run, and what a module appends to a list of its own stays there.
+        Held by `test_state_and_random_numbers_are_restored_and_raise_no_alarm`.
 
     Raises:
         ConfigurationError, PrivacyError: where the recording refuses the inputs.

@@ -46,6 +46,7 @@ class PLDAccountant(PairAccountant):
     Guarantees:
         ε and δ are at least the true ones: discretisation, cut-off tails and a margin for the
         rounding of the FFT all err upwards.
+        Held by `test_pld_is_an_upper_bound_and_tight` and `test_two_steps_agree_with_forty_digits`.
 
     Attributes:
         tolerance: wanted excess of ε over the exact value, up to ε = 10; above, it grows with ε.

@@ -48,6 +48,7 @@ def connect_the_dots(
 
     Guarantees:
         The composed result's δ(ε) is at least that of `pair`, at every ε.
+        Held by `test_one_step_masses_are_googles` and `test_optimistic_rounding_would_be_caught`.
 
     Example:
         >>> from dptorch.accounting.pairs.sampled import SampledPair

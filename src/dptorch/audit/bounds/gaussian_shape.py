@@ -55,6 +55,7 @@ def mu_lower_bound_from_scores(evidence: Evidence, *, significance: float = 0.05
     Guarantees:
         If members' scores are independent N(a + μ s, s²) and others' N(a, s²), the result exceeds μ
         with probability exactly `significance` where it is above 0.
+        Held by `test_gaussian_scores_are_exact_by_simulation`.
 
     Returns:
         at least 0; infinity where scores do not vary and differ.
@@ -108,6 +109,7 @@ class GaussianCounts:
         Valid for independent games against an algorithm whose trade-off curve lies above that of a
         Gaussian mechanism with (ε, δ). It is conservative: both error rates get half of the
         significance, and their limits are combined as if both were missed at once.
+        Held by `test_true_claims_are_refuted_as_often_as_stated`.
     """
 
     name: ClassVar[str] = "Gaussian trade-off, from error rates (Nasr et al. 2023)"
@@ -138,6 +140,7 @@ class GaussianScores:
     Guarantees:
         Exact (not conservative) where scores are independent and normal with one variance, as those
         of a linear test on Gaussian noise are.
+        Held by `test_gaussian_scores_are_exact_by_simulation`.
     """
 
     name: ClassVar[str] = "Gaussian scores (noncentral t)"

@@ -75,6 +75,7 @@ def clopper_pearson_epsilon(
     Guarantees:
         If the algorithm is (ε, δ)-DP and the games are independent, the result exceeds ε with
         probability at most `significance`.
+        Held by `test_clopper_pearson_covers_by_enumeration`.
 
     Example:
         >>> round(clopper_pearson_epsilon(500, 1000, 10, 1000, delta=1e-5), 3)
@@ -147,6 +148,7 @@ class ClopperPearson:
         Valid for any (ε, δ)-DP algorithm if the scores come from independent games: runs of their
         own, or steps with fresh noise. Canaries of one training run are not independent; `OneRun`
         is for them.
+        Held by `test_true_claims_are_refuted_as_often_as_stated`.
     """
 
     name: ClassVar[str] = "many games (Clopper-Pearson)"

@@ -64,6 +64,8 @@ def one_run_epsilon(
         If the algorithm is (ε, δ)-DP with respect to adding or removing one canary, the result
         exceeds ε with probability at most `significance`, over coins and algorithm, as long as which
         guesses to make was decided without looking at the coins.
+        Held by `test_the_term_for_delta_is_the_maximum_over_all_tails` and
+        `test_true_claims_are_refuted_as_often_as_stated`.
 
     Example:
         >>> round(one_run_epsilon(1000, 200, 180, delta=1e-5), 3)
@@ -90,6 +92,7 @@ class OneRun:
 
     Guarantees:
         Valid for scores of one run, however they depend on each other.
+        Held by `test_true_claims_are_refuted_as_often_as_stated`.
     """
 
     gaussian: bool = False

@@ -71,6 +71,7 @@ def one_run_fdp_epsilon(
         If the algorithm's trade-off curve lies above that of a Gaussian mechanism with (ε, δ), the
         result exceeds ε with probability at most `significance`. For an algorithm of which only (ε,
         δ)-DP is claimed use `one_run_epsilon`.
+        Held by `test_one_run_reference` and `test_true_claims_are_refuted_as_often_as_stated`.
 
     Example:
         >>> round(one_run_fdp_epsilon(1000, 200, 180, delta=1e-5), 3)

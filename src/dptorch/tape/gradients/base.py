@@ -115,6 +115,8 @@ def without_cancellation(
 
     Guarantees:
         The result is at least the true squared norm, to a relative error of 1e-2.
+        Held by `test_a_linear_record_whose_positions_cancel_is_clipped` and
+        `test_a_tied_record_whose_uses_cancel_is_clipped`.
     """
     eps = torch.finfo(squared.dtype).eps
     if squared.is_cuda and torch.backends.cuda.matmul.allow_tf32:

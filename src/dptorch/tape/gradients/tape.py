@@ -375,6 +375,7 @@ class Tape:
 
         Guarantees:
             A non-finite gradient of an example with coefficient 0 does not enter the sum.
+            Held by `test_a_bad_example_is_dropped_and_the_rest_unharmed`.
         """
         self._ready(names)
         if coefficients.shape != (self.batch_size,):

@@ -51,6 +51,8 @@ def record(
     Guarantees:
         Every trainable parameter is either followed exactly or an error names it: a use that the
         recording cannot see raises when its gradient arrives.
+        Held by `test_parameter_used_outside_the_model` and
+        `test_what_a_recording_cannot_see_is_a_fault`.
 
     Example:
         >>> import torch, dptorch
