@@ -64,8 +64,7 @@ class PrivacyEngine:
         plan: a plan made before, instead of settings.
         clipping_mode: how per-example norms are computed, a name in
             `dptorch.tape.gradients.clipping_modes.MODES`: "auto" takes what is fastest at each layer.
-            Every mode gives the same gradients, but "non-private", which trains
-            without clipping and noise, for comparison.
+            Every mode gives the same gradients, but "non-private", which neither clips nor adds noise.
         memory_budget: bytes of gradients that may be kept between backward and clipping; what needs
             more is computed in a second backward. By default half of what is free.
         on_budget_exhausted: what a step past the plan does: "raise" `BudgetExhausted`, or "stop":
@@ -82,9 +81,8 @@ class PrivacyEngine:
     Guarantees:
         Each `optimizer.step()` applies ``sum_b clip(gradient_b) + N(0, (noise_multiplier *
         max_grad_norm)^2)``, divided by the public expected batch size under a mean loss, and
-        nothing else; it is counted before it is applied, and none is applied past the plan. No
-        parameter's ``.grad`` ever holds a gradient without noise. The statement lists what this
-        assumes of data and loss.
+        nothing else. It is counted before it is applied, and none is applied past the plan. No
+        parameter's ``.grad`` ever holds a gradient without noise. The statement lists assumptions.
         Held by `test_one_record_moves_the_sum_by_no_more_than_declared`,
         `test_the_noise_is_as_large_as_the_plan_says`,
         `test_no_gradient_without_noise_is_ever_in_grad` and `test_the_budget_is_never_passed`.
