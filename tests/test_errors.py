@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import warnings
 from collections.abc import Callable
@@ -78,19 +79,10 @@ def forward_after_a_backward_without_an_optimizer() -> None:
     model(torch.randn(4, 2))  # THE LINE
 
 
-class Reads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) * (2.0 if x.abs().max().item() > 9 else 1.0)
-
-
-def forward_that_reads_values() -> None:
-    model = Reads()
-    _engine = engine_on(model, self_check=False)
-    model(torch.randn(4, 2))  # THE LINE
+def forward_of_a_copy() -> None:
+    model = nn.Linear(2, 1)
+    _engine = engine_on(model)
+    copy.deepcopy(model)(torch.randn(4, 2))  # THE LINE
 
 
 @pytest.mark.parametrize(
@@ -100,7 +92,7 @@ def forward_that_reads_values() -> None:
         (step_on_a_batch_of_ones_own, "did not come from engine.loader()"),
         (step_by_a_scheduler_and_a_closure, "did not come from engine.loader()"),
         (forward_after_a_backward_without_an_optimizer, "no optimizer is attached"),
-        (forward_that_reads_values, "reads values of the batch into Python"),
+        (forward_of_a_copy, "copy of one that has a privacy engine"),
     ],
 )
 def test_a_warning_points_at_the_users_line(act: Callable[[], None], message: str) -> None:

@@ -62,7 +62,7 @@ def test_a_callback_sees_the_noisy_gradient_and_may_change_it() -> None:
             p.grad.zero_()
 
     model.eval()  # gradients are followed all the same
-    with pytest.warns(PrivacyWarning, match="shown to nobody"):
+    with pytest.warns(PrivacyWarning, match="Nobody is shown the sum"):
         optimizer.step(loss=losses(model, *batch()), callback=project)
     assert seen == [n for n, _ in model.named_parameters()]
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
