@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dptorch
-from dptorch.tape import Recording, Tape
+from dptorch.tape import Ragged, Recording, Tape
 from dptorch.tape.provenance.tags import Reduced
 
 D = 6
@@ -248,7 +248,8 @@ def test_rows_of_ids_and_offsets() -> None:
     """EmbeddingBag's own form: ids in one row, and where each example's begin."""
     model = nn.EmbeddingBag(7, 4, mode="mean")
     ids, offsets = torch.tensor([1, 1, 2, 5, 0, 3, 3]), torch.tensor([0, 3, 4])
-    with dptorch.record(model, batch_dims={"input": None}) as tape:
+    dims = {"input": Ragged("offsets", "offsets")}
+    with dptorch.record(model, batch_dims=dims) as tape:
         loss = model(ids, offsets).square().sum()
     loss.backward()
     rows = [ids[0:3], ids[3:4], ids[4:]]

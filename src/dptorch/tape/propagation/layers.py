@@ -126,10 +126,11 @@ def bag_owners(call: Call, ids: torch.Tensor, offsets: torch.Tensor, bags: int) 
     by, of = call.tag_of(offsets), call.tag_of(ids)
     weights = call.tag_of(call.arg("per_sample_weights"))
     of = weights if of is None else of
-    if of is None:  # ids that were declared no inputs of the batch; each bag is whose place it is
-        if by is None:
-            raise Lost("ids in a row that are not the batch's")
-        return regular_or_explicit(owners(by, offsets.shape[0], n)[:bags], 0, n)
+    if of is None:  # where one bag ends is where the next example's begins
+        raise Lost(
+            "ids in a row that are not the batch's; say whose they are with batch_dims= and "
+            "dptorch.tape.Ragged"
+        )
     if weights is not None and weights != of:
         raise Lost("ids and their weights are of different examples")
     places = owners(by, offsets.shape[0], n).tolist() if by is not None else None
