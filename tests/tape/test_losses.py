@@ -249,7 +249,7 @@ def test_losses_that_mix_are_refused(name: str) -> None:
 
 
 def test_a_mean_that_is_taken_for_a_sum_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "_reduced_or", lambda call, unreduced: tags.Reduced("sum"))
+    monkeypatch.setattr(families, "_reduced_or", lambda *a: tags.Reduced("sum"))
     with pytest.raises(AssertionError):
         run("mse", "mean", tagged=True)
 

@@ -134,6 +134,30 @@ def test_flat_targets_of_ctc() -> None:
     )  # fmt: skip
 
 
+def test_flat_targets_selected_from_rows_and_a_mean() -> None:
+    """As Wav2Vec2 takes its labels: rows padded with -100, put one after another by their mask."""
+
+    class Selected(Speech):
+        def forward(self, x: Tensor, rows: Tensor, full: Tensor) -> Tensor:
+            mask = rows >= 0
+            scores = self.l(x).log_softmax(-1).transpose(0, 1)
+            return F.ctc_loss(scores, rows.masked_select(mask), full, mask.sum(1), reduction="mean")
+
+    x, model = torch.randn(B, 9, 3), Selected()
+    rows = torch.randint(1, 5, (B, 4)).masked_fill(
+        torch.arange(4) >= torch.tensor(LENGTHS)[:, None], -100
+    )
+    full = torch.full((B,), 9)
+    each = [
+        torch.autograd.grad(model(x[i : i + 1], rows[i : i + 1], full[:1]), model.l.weight)[0]
+        for i in range(B)
+    ]
+    with dptorch.record(model) as tape:
+        model(x, rows, full).backward()
+    found = B * tape.per_example_gradients()["l.weight"]
+    assert relative_error(found, torch.stack(each)) <= 1e-9
+
+
 class Graph(nn.Module):
     """Messages along edges, mean over the nodes of each graph: block-diagonal batches of graphs."""
 

@@ -31,13 +31,15 @@ def reduction_of(call: Call) -> str:
     return _NUMBERED[reduction] if isinstance(reduction, int) else str(reduction)
 
 
-def _reduced_or(call: Call, unreduced: Callable[[], Found]) -> Found:
+def _reduced_or(call: Call, unreduced: Callable[[], Found], rows: Tag | None = None) -> Found:
+    """What the reduction makes of a loss; `rows` tells whose its terms are where operands do not."""
     reduction = reduction_of(call)
     if reduction not in ("none", "sum", "mean", "batchmean"):
         raise Lost(f"reduction={reduction!r} is not known")
     if reduction == "none":
         return unreduced()
-    if not all(tag.regular for _, tag in call.tagged) and reduction != "sum":
+    tags = [tag for _, tag in call.tagged] if rows is None else [rows]
+    if not all(tag.regular for tag in tags) and reduction != "sum":
         raise Lost("a mean over examples of unequal sizes")
     if reduction == "batchmean" and any(tag.dim != 0 for _, tag in call.tagged):
         raise Lost("batchmean divides by dimension 0, where the examples are not")
@@ -117,7 +119,8 @@ def ctc_loss(call: Call, outputs: Sequence[Any]) -> Found:
             raise Lost("the targets in a row are not cut where one example's end")
     if call.name == "_ctc_loss":
         return rows
-    return _reduced_or(call, lambda: rows)
+    # each loss is divided by the length of its own target before the mean
+    return _reduced_or(call, lambda: rows, rows)
 
 
 @family("cross_entropy nll_loss cross_entropy_loss nll_loss_nd nll_loss2d")
