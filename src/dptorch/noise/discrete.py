@@ -72,6 +72,7 @@ class DiscreteNormals:
         self._log_t = max(0, round(math.log2(float(exact))))
         self._variance = exact**2
         self._centre = self._variance / 2**self._log_t
+        # Thresholds rounded down: a word that equals one is decided with more digits, in `_geometric`.
         with decimal.localcontext(prec=60):
             tops = [int((-decimal.Decimal(v)).exp() * 2**64) for v in range(1, 45)]
         self._tops = np.array(tops[::-1], np.uint64)  # floor(2**64 exp(-v)), ascending
@@ -104,6 +105,7 @@ class DiscreteNormals:
         def exact(i: int) -> Fraction:
             return (int(size[i]) - self._centre) ** 2 / (2 * self._variance)
 
+        # Zero has one sign: with two it would be drawn twice as often as the law says.
         accepted = self._below(last, x, exact, words) & ~(negative & (size == 0))
         return np.where(negative, -size, size)[accepted]
 

@@ -59,8 +59,11 @@ class Keystream:
         if offset < 0 or offset % CIPHER_BLOCK:
             raise ConfigurationError(f"offset={offset} must be a multiple of {CIPHER_BLOCK}, >= 0")
         if offset != self._position:
+            # A reader that goes on where it was needs no new cipher. Counter mode counts in big-endian
+            # order, and by its number a block can be reached without those before it.
             counter = (offset // CIPHER_BLOCK).to_bytes(CIPHER_BLOCK, "big")
             self._encryptor = Cipher(self._algorithm, modes.CTR(counter)).encryptor()
+        # Kept, as reads are mostly of one length.
         if len(self._zeros) != out.size:
             self._zeros = bytes(out.size)
         # The keystream is the encryption of zeros.

@@ -42,8 +42,11 @@ def nh(words: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint64]
     sums = np.zeros((-(-len(words) // CHUNK), 2), np.uint64)
     for i, row in enumerate(sums):
         part = words[i * CHUNK : (i + 1) * CHUNK]
+        # The caller hashes the number of words, which tells this zero from one of theirs.
         if len(part) % 2:
             part = np.append(part, np.uint32(0))
+        # Two passes under keys two words apart square the chance of a collision for two words of key
+        # (Toeplitz). Additions and products wrap as the theorem's do.
         for j in range(2):
             keyed = (part + key[2 * j : 2 * j + len(part)]).astype(np.uint64)
             row[j] = np.sum(keyed[0::2] * keyed[1::2], dtype=np.uint64)

@@ -122,9 +122,12 @@ def to_float32(bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
     """
     high, low, turn = bits
     one, minus_zero = np.float32(1.0), np.int32(-(2**31))
+    # Only operations that IEEE 754 rounds correctly: a C library's log and sine differ in the last bit.
+    # -1 for negative x and 0 otherwise, so that x ^ sign is never negative.
     sign = high >> 31
     v = (high ^ sign).astype(np.float32)  # -1 - x for negative x: 1 - u in place of u
     v *= np.float32(2.0**-32)
+    # An int32 holds 31 bits of it: as a signed number the whole word could be negative.
     fine = ((low ^ sign).view(np.uint32) >> 1).view(np.int32).astype(np.float32)
     fine *= np.float32(2.0**-63)
     fine += np.float32(2.0**-64)  # off zero
@@ -133,6 +136,7 @@ def to_float32(bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
     signed = np.bitwise_xor(v.view(np.int32), sign & minus_zero, out=fine.view(np.int32))
     u = signed.view(np.float32)
     u -= sign.astype(np.float32)
+    # Counted from sqrt(1/2), so that |f| stays below 0.42 and one short series serves.
     exponent = u.view(np.int32)  # u = (1 + f) 2**exponent
     exponent -= ROOT_HALF_BITS
     mantissa = exponent & 0x7FFFFF
@@ -147,6 +151,7 @@ def to_float32(bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
     mantissa &= rounded
     minus_v &= np.invert(rounded, out=rounded)
     mantissa |= minus_v
+    # log(1 + f) = 2 artanh(f / (2 + f)): an odd series, of half as many terms as one in f.
     q = np.add(f, np.float32(2.0), out=v)
     np.divide(f, q, out=q)
     z = np.multiply(q, q, out=f)
@@ -174,6 +179,7 @@ def to_float32(bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
         normal *= radius
         as_bits = normal.view(np.int32)
         as_bits ^= signs & np.int32(-(2**31))
+        # The other normal takes the cosine, which is the sine of the complement.
         np.subtract(0x3FFFFFFF, x, out=x)
         signs = signs << 1
 
@@ -183,6 +189,7 @@ def to_float64(bits: NDArray[np.int32], normals: NDArray[np.float64]) -> None:
     high, low, turn = bits
     x = (high.astype(np.int64) << 32) | low.view(np.uint32)
     v = ((np.where(x < 0, ~x, x) >> 1) + 0.5) * 2.0**-63
+    # u near 1 is known as v = 1 - u: log(1 - v) would lose the digits of the small radii.
     radius = np.sqrt(-2.0 * np.where(x < 0, np.log1p(-v), np.log(v)))
     angle = ((turn & 0x3FFFFFFF) + 0.5) * (math.pi / 2.0**31)
     np.multiply(radius, np.copysign(np.sin(angle), turn), out=normals[0])

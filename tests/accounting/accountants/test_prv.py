@@ -6,7 +6,7 @@ import pytest
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
-from dptorch.accounting.pairs.reduction import reduced
+from dptorch.accounting.pairs.reduction import reduce_history
 from dptorch.accounting.pairs.sampled import SampledPair
 from dptorch.errors import ConfigurationError
 
@@ -18,7 +18,7 @@ def test_the_interval_holds_exact(adjacency):
     pytest.importorskip("prv_accountant")
     accountant = accounting.get_accountant("prv")
     exact = accounting.get_accountant("exact").epsilon(RUN, 1e-5, adjacency=adjacency)
-    pairs = reduced(RUN, Adjacency(adjacency)).compositions[0]
+    pairs = reduce_history(RUN, Adjacency(adjacency)).compositions[0]
     lower, estimate, upper = accountant.interval(pairs, 1e-5)
     assert lower <= exact <= upper == accountant.epsilon(RUN, 1e-5, adjacency=adjacency)
     assert estimate == pytest.approx(exact, abs=1e-3)

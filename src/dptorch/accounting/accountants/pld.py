@@ -118,7 +118,7 @@ class PLDAccountant(PairAccountant):
             >>> PLDAccountant().profile(gaussian, np.array([0.0, 1.0])).round(3).tolist()
             [0.383, 0.127]
         """
-        run = self._reduced(history, adjacency)
+        run = self._reduce(history, adjacency)
         if run.noiseless:
             return np.ones(len(epsilons))
         worst = np.zeros(len(epsilons))

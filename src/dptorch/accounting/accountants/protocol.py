@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from dptorch.accounting.accountants.coverage import PAIRS, accountants_covering
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.events import Event, History
-from dptorch.accounting.pairs.reduction import Reduced, can_reduce, reduced
+from dptorch.accounting.pairs.reduction import ReducedHistory, can_reduce, reduce_history
 from dptorch.accounting.pairs.sampled import Pair
 from dptorch.errors import ConfigurationError, PrivacyError
 
@@ -97,7 +97,7 @@ class PairAccountant(ABC):
     ) -> float:
         """ε of `history` at `delta`; see `Accountant.epsilon`."""
         delta = check_delta(delta)
-        run = self._reduced(history, adjacency)
+        run = self._reduce(history, adjacency)
         if run.noiseless:
             return math.inf
         if not run.compositions:
@@ -113,7 +113,7 @@ class PairAccountant(ABC):
     ) -> float:
         """δ of `history` at `epsilon`; see `Accountant.delta`."""
         epsilon = check_epsilon(epsilon)
-        run = self._reduced(history, adjacency)
+        run = self._reduce(history, adjacency)
         if run.noiseless:
             return 1.0
         if not run.compositions:
@@ -121,7 +121,7 @@ class PairAccountant(ABC):
         extra = _overflow_delta(run, epsilon)
         return min(1.0, self._delta(run.compositions, epsilon) + extra) if extra < 1 else 1.0
 
-    def _reduced(self, history: History, adjacency: Adjacency | str) -> Reduced:
+    def _reduce(self, history: History, adjacency: Adjacency | str) -> ReducedHistory:
         relation = Adjacency.of(adjacency)
         for event in history:
             if not isinstance(event, Event):
@@ -132,7 +132,7 @@ class PairAccountant(ABC):
                 )
             if not self.covers(event):
                 raise _refusal(self.name, event)
-        return reduced(history, relation, PAIRS[self.name])
+        return reduce_history(history, relation, PAIRS[self.name])
 
 
 def _refusal(name: str, event: Event) -> PrivacyError:
@@ -146,14 +146,14 @@ def _refusal(name: str, event: Event) -> PrivacyError:
     return PrivacyError(f"accountant {name!r} does not cover the event {event.kind!r}. {way_out}")
 
 
-def _overflow_delta(run: Reduced, epsilon: float) -> float:
+def _overflow_delta(run: ReducedHistory, epsilon: float) -> float:
     if run.overflow == 0:
         return 0.0
     exponent = math.log(run.overflow) + epsilon + math.log1p(math.exp(-epsilon))
     return math.exp(min(exponent, 0.0))
 
 
-def _with_overflow(cost: Callable[[float], float], delta: float, run: Reduced) -> float:
+def _with_overflow(cost: Callable[[float], float], delta: float, run: ReducedHistory) -> float:
     """The ε with δ(ε) + (1 + e^ε) · overflow <= delta: the fixed point of `cost`, from above."""
     if run.overflow == 0:
         return cost(delta)

@@ -53,7 +53,7 @@ class RDPAccountant(PairAccountant):
         Raises:
             PrivacyError: an event that it does not cover.
         """
-        run = self._reduced(history, adjacency)
+        run = self._reduce(history, adjacency)
         if run.noiseless or run.overflow:
             return renyi_orders(), np.full(renyi_orders().size, np.inf)
         return renyi_orders(), renyi_divergences(run.compositions)
@@ -74,7 +74,7 @@ class RDPAccountant(PairAccountant):
         """The Rényi order that gives `epsilon`; infinite where nothing, or no noise, was released."""
         from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
-        run = self._reduced(history, adjacency)
+        run = self._reduce(history, adjacency)
         if run.noiseless or not run.compositions:
             return math.inf
         divergences = renyi_divergences(run.compositions)

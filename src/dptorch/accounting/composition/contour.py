@@ -69,6 +69,7 @@ class _Line:
         y = self.y[::stride]
         height = cut * self.y[-1]
         weight = 0.5 * erfc(12.0 * (y / height - 0.5)) * (y[1] - y[0]) / math.pi
+        # Both halves of the line are conjugate: twice the real part of one, but for their common point.
         weight[0] *= 0.5
         terms = self.shape[::stride] * np.exp(-1j * epsilon * y) * weight
         total = float(terms.real.sum())
@@ -210,6 +211,7 @@ def moments_bound(pairs: Sequence[Pair], target: float, tail: float) -> tuple[fl
         k = log_mgf(pairs, t, tail)
         return (k + t * log_t - (1 + t) * math.log1p(t) - target) / t
 
+    # In log t: the best t may lie many orders of magnitude away.
     log_t = _valley(bound, 1.0)
     return math.exp(log_t), bound(log_t)
 
@@ -257,8 +259,10 @@ def _converged_line(
     tail: float,
 ) -> _Line:
     """A line on which δ(ε) passes both checks."""
+    # What decides how fine and how long: the integrand's width, and how deep it lies below the copies.
     bend = 0.05 * t
     k_low, k_mid, k_high = (log_mgf(pairs, s, tail) for s in (t - bend, t, t + bend))
+    # The second difference of K is the tilted loss's variance: the integrand is 1 / spread wide.
     spread = math.sqrt(max(k_low + k_high - 2 * k_mid, 1e-30)) / bend
     depth = max(0.0, -(k_mid - t * epsilon - math.log(t) - math.log1p(t)))
     # The rule with step s sees copies of δ at distance 2π/s; they must be negligible at both sides.
@@ -380,6 +384,7 @@ def _powers(weights: Array, losses: Array, step: float, count: int) -> Array:
     width = math.ceil(math.sqrt(count))
     rows = math.ceil(count / width)
     sums = np.zeros((rows, width), complex)
+    # 64 MB of complex factors at a time.
     block = max(1, 4_000_000 // (rows + width))
     for start in range(0, weights.size, block):
         phase = step * losses[start : start + block]

@@ -148,6 +148,7 @@ def compose(parts: Sequence[Discretised], interval: float, tilt: float) -> LossT
     while low > 0 and below(low) > 1e-13 and high - low < _LARGEST_WINDOW:
         low -= (high - low + 1) // 2
     low, high = max(low, 0), min(high, support)
+    # At least the longest part, which would otherwise wrap around before it is composed.
     size = fft.next_fast_len(max(high - low + 1, longest), real=True)
     top = above(low + size) if low + size <= support else 0.0
 
@@ -170,6 +171,7 @@ def compose(parts: Sequence[Discretised], interval: float, tilt: float) -> LossT
         wrapped = fft.irfft(np.exp(exponent + log_still), size)
     if not np.isfinite(wrapped).all():
         raise PrivacyError("composing the privacy loss overflowed; nothing is stated.")
+    # Rounding leaves masses below 0. As 0 they only grow.
     composed = np.maximum(np.roll(wrapped, (shift - low) % size), 0.0)
 
     offset = sum(part.steps * part.lowest for part in parts)

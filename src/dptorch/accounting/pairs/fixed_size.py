@@ -105,9 +105,11 @@ class _GluedPair(ABC):
             q[:last] += weight * np.concatenate([[above[0] + above[1]], above[2:]])
             p[last:] += weight * hit
             q[last:] += weight * base
+            # Both glued parts keep to their own side of 0. P and Q agree on what neither covers.
             atom = weight * max(0.0, 1 - float(hit.sum() + base.sum()))
             p[last] += atom
             q[last] += atom
+        # The k that were left out count as of infinite loss, as Q has no mass there.
         p[-1] += max(0.0, 1 - sum(weight for weight, _ in parts))
         return -last, p, q
 

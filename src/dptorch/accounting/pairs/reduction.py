@@ -36,7 +36,7 @@ from dptorch.accounting.pairs.sampled import Direction, Pair, SampledPair
 from dptorch.accounting.pairs.truncated import TruncatedPair
 from dptorch.errors import PrivacyError
 
-__all__ = ["Reduced", "can_reduce", "directions", "pair_of", "reduced"]
+__all__ = ["ReducedHistory", "can_reduce", "directions", "pair_of", "reduce_history"]
 
 
 # Less noise counts as none. One step in which a record takes part costs an ε above 5,000 with it, and
@@ -57,7 +57,7 @@ _PAIRS: dict[type[Event], type] = {
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ReducedHistory:
     """A history as accountants compose it.
 
     Attributes:
@@ -82,9 +82,9 @@ def directions(adjacency: Adjacency) -> tuple[Direction, ...]:
     return ("replace",) if adjacency is Adjacency.REPLACE_ONE else ("remove", "add")
 
 
-def reduced(
+def reduce_history(
     history: Iterable[Event], adjacency: Adjacency, pairs: Collection[type] = ()
-) -> Reduced:
+) -> ReducedHistory:
     """Reduce `history`, equal pairs added up and sorted, so that equal costs look equal.
 
     Args:
@@ -98,13 +98,13 @@ def reduced(
 
     Example:
         >>> step = SampledGaussian(2.0, 0.1, 5)
-        >>> found = reduced([step, EpochwiseGaussian(1.0, 10, 30), step], Adjacency.ADD_REMOVE)
+        >>> found = reduce_history([step, EpochwiseGaussian(1.0, 10, 30), step], Adjacency.ADD_REMOVE)
         >>> [(pair.sample_rate, pair.steps) for pair in found.compositions[0]]
         [(1.0, 3), (0.1, 10)]
     """
     events = [event for event in history if event.steps]
     if any(getattr(event, "noise_multiplier", math.inf) < _LEAST_NOISE for event in events):
-        return Reduced((), noiseless=True)
+        return ReducedHistory((), noiseless=True)
     compositions = []
     for direction in directions(adjacency) if events else ():
         steps: dict[Pair, int] = {}
@@ -120,7 +120,7 @@ def reduced(
     overflow = 0.0
     if TruncatedPair not in pairs:
         overflow = sum(e.overflow for e in events if isinstance(e, TruncatedPoissonGaussian))
-    return Reduced(tuple(compositions), overflow=overflow)
+    return ReducedHistory(tuple(compositions), overflow=overflow)
 
 
 def truncated_pair(event: TruncatedPoissonGaussian, direction: Direction) -> Pair:

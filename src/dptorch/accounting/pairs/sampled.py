@@ -165,6 +165,8 @@ class SampledPair:
         q, variance = self.sample_rate, self.noise_multiplier**2
         if self.direction == "replace":
             return np.sign(losses) * _replace_thresholds(np.abs(losses), q, variance)
+        # Solve for the exponent of the mixture. Near loss 0, expm1 keeps the digits that dividing by a
+        # tiny q brings out. Far out, e^loss would overflow.
         log_mixture = -losses if self.direction == "add" else losses
         with np.errstate(divide="ignore", invalid="ignore"):
             near = np.log((np.expm1(np.minimum(log_mixture, 30.0)) + q) / q)
@@ -249,6 +251,7 @@ class SampledPair:
         log_masses = log_p - 0.5 * (x / sigma) ** 2 + scale
         if tail is not None:
             log_masses += self._taper(x, left, right)
+        # A node costs the same whatever its weight, and many weigh nothing.
         weights = log_masses + np.maximum(t * losses, 0.0)
         keep = weights > max(float(weights.max()), 0.0) - NEGLIGIBLE
         return log_masses[keep], losses[keep]

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dptorch.accounting.accountants.coverage import PAIRS
 from dptorch.accounting.accountants.pld import PLDAccountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.composition.composed import composed_epsilon
 from dptorch.accounting.events import History
-from dptorch.accounting.pairs.reduction import reduced
+from dptorch.accounting.pairs.reduction import reduce_history
 from dptorch.accounting.pairs.sampled import Array
 from dptorch.errors import ConfigurationError
 
@@ -105,7 +106,7 @@ def gaussian_fit(
 
 def _profile(history: History, relation: Adjacency) -> tuple[Array, Array]:
     """(ε, δ) pairs that shape the curve: from ε = 0 to where δ is 1e-8."""
-    run = reduced(history, relation)
+    run = reduce_history(history, relation, PAIRS["pld"])
     if run.noiseless:
         return np.zeros(1), np.ones(1)
     if not run.compositions:
