@@ -124,7 +124,10 @@ class OptimizerBinding:
 
 def _plain(loss: Any) -> Any:
     """Return a loss as an ordinary tensor, without the recording that it was followed by."""
-    return loss.detach() if isinstance(loss, Tensor) else loss
+    if not isinstance(loss, Tensor):
+        return loss
+    with torch._C.DisableTorchFunction():  # a followed tensor stays one through detach()
+        return loss.detach()
 
 
 def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient) -> None:
