@@ -53,7 +53,7 @@ def test_rdp_meets_the_table(row):
     """The table's is dp-accounting's, whose divergences at fractional orders are bounds."""
     found = accounting.get_accountant("rdp").epsilon(history(row), float(row["delta"]))
     table, true = float(row["rdp"]), float(row["eps_reference"])
-    assert max(true, 0.97 * table) < found <= table + 1e-6
+    assert max(true, 0.95 * table) < found <= table + 1e-6
 
 
 @every_row
