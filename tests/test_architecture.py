@@ -130,6 +130,23 @@ def test_no_file_is_in_a_circle(graph):
     assert circles(graph) == set()
 
 
+def test_mechanisms_know_nothing_of_each_other(graph):
+    """Tape, noise, clipping and sampling meet in the engine, but for the type of a clipped sum."""
+    mechanisms = ("tape", "noise", "clipping", "sampling")
+
+    def mechanism_of(module: str) -> str | None:
+        first = module.removeprefix("dptorch.").partition(".")[0]
+        return first if first in mechanisms else None
+
+    met = {
+        (mechanism_of(module), other)
+        for module, others in graph.items()
+        for other in others
+        if mechanism_of(module) and mechanism_of(other) not in (None, mechanism_of(module))
+    }
+    assert met == {("noise", "dptorch.clipping.sums")}
+
+
 def test_what_runs_upwards_or_in_a_circle_is_found(tmp_path):
     """The broken twin: a lazy import upwards, and a circle closed by a typing import."""
     package = tmp_path / "dptorch"

@@ -1,8 +1,10 @@
 """The plan and its statement."""
 
 import dataclasses
+import inspect
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import pytest
 
 import dptorch
 from dptorch import accounting
+from dptorch import plan as plan_module
 from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
-from dptorch.plan import PrivacyPlan, make_plan
+from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
 from dptorch.randomness import KeySource
 from dptorch.sampling import SCHEMES
 from dptorch.sampling.schemes import OWN_LOADER
@@ -380,3 +383,22 @@ def test_a_delta_above_one_over_the_records_warns(size: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_plan(batch_size=64, steps=1, noise_multiplier=1.0, target_delta=1e-5, **size)
+
+
+def _lost_settings(source: str) -> set[str]:
+    """Settings that `make_plan` neither hands on as they are nor reads by name."""
+    read = set(re.findall(r'settings\.get\(\s*"(\w+)"', source))
+    return set(PlanSettings.__annotations__) - set(plan_module._FIELDS) - read
+
+
+def test_no_setting_is_accepted_and_lost() -> None:
+    source = inspect.getsource(make_plan)
+    assert _lost_settings(source) == set()
+    # The broken twin: what is read under another name is found.
+    assert _lost_settings(source.replace('"sample_rate"', '"rate"')) == {"sample_rate"}
+
+
+@pytest.mark.parametrize("bad", [True, "1", "x", None, math.nan])
+def test_a_norm_that_is_no_number_is_refused(bad: Any) -> None:
+    with pytest.raises(ConfigurationError, match="max_grad_norm="):
+        make_plan(batch_size=10, sample_size=1000, steps=1, noise_multiplier=1.0, max_grad_norm=bad)

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event, SampledDiscreteGaussian, SampledGaussian
-from dptorch.accounting.arguments import positive_int
+from dptorch.accounting.arguments import number, positive_int
 from dptorch.clipping import (
     LEAST_NORM,
     AdaptiveClipping,
@@ -378,7 +378,7 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
         sample_rate=rate,
         steps=steps,
         noise_multiplier=noise_multiplier,
-        max_grad_norm=float(settings.get("max_grad_norm", 1.0)),
+        max_grad_norm=number("max_grad_norm", settings.get("max_grad_norm", 1.0)),
         expected_batch_size=terms.expected_batch_size,
         target_delta=delta,
         clipping_style=style,

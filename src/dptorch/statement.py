@@ -52,6 +52,10 @@ ASSUMED = (
 )
 #: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"
+OWN_BATCHES = (
+    "what the loop computes from a batch of its own loader before the batch meets the model, and in "
+    "passes without gradients, keeps the examples apart: it is followed from the model on"
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class Statement:
                 "does not go on over the end of an epoch, and no batch is backpropagated twice. "
                 "What is in k rows of a step counts k times",
             )
+            assumed.append(OWN_BATCHES)
         if plan.unit == "user":
             assumed.append(
                 f"user_ids gives the user of each example; a batch that the engine did not draw has "
