@@ -84,6 +84,7 @@ def test_a_browser_shows_the_page(result: AuditResult, tmp_path: Path) -> None:
     assert picture.stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_found_and_loads_nothing(result: AuditResult) -> None:
     text = render_audit(result)
     for needed in (

@@ -85,6 +85,7 @@ def test_the_threshold_of_the_best_f1() -> None:
     assert _best_f1_threshold(np.zeros(4), np.array([0, 1, 0, 1])) == 0.0
 
 
+@pytest.mark.slow
 def test_the_quick_start(known: Any) -> None:
     members, others, model, tokenizer = known
     model.train()
@@ -143,6 +144,7 @@ def test_sets_of_other_distributions_are_said_to_be(known: Any) -> None:
     assert any("differ by themselves" in w for w in results["warnings"])
 
 
+@pytest.mark.slow
 def test_bad_texts(known: Any) -> None:
     members, others, model, tokenizer = known
     mia = LanguageMIA(**QUICK, gradients=False)
@@ -176,6 +178,7 @@ class Silent(nn.Module):
         return {"hidden": 0.0}
 
 
+@pytest.mark.slow
 def test_images_and_rows() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(120, 1, 6, 6), torch.randint(0, 4, (120,))
@@ -224,6 +227,7 @@ def test_new_tokens_tell_a_model_that_learned_them_by_heart() -> None:
     assert public.ids.shape == (20, 5)
 
 
+@pytest.mark.slow
 def test_inside_a_hugging_face_evaluation(known: Any) -> None:
     members, others, _, tokenizer = known
     rows = [{"input_ids": r[:6], "labels": r[:6]} for r in tokenize(members[:8], tokenizer)]

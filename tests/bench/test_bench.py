@@ -92,6 +92,7 @@ def test_each_step_is_divided_by_the_ordinary_one_beside_it(clock: WorkClock) ->
     assert found.step_ms > 2 * 1000 * 1.5
 
 
+@pytest.mark.slow
 def test_rounds_follow_the_seconds_and_slow_engines_sit_out(clock: WorkClock) -> None:
     quick, slow = clock.work(1.0, 1.0), clock.work(20.0, 20.0)
     found = interleave(quick, {"quick": quick, "slow": slow}, seconds=0, rounds=24)
@@ -104,6 +105,7 @@ def test_rounds_follow_the_seconds_and_slow_engines_sit_out(clock: WorkClock) ->
 # -- workloads and engines -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_each_workload_steps_and_ours_is_exact(name: str) -> None:
     recipe = WORKLOADS[name]
@@ -116,6 +118,7 @@ def test_each_workload_steps_and_ours_is_exact(name: str) -> None:
     assert gradient_error(ENGINES["dptorch/auto"], recipe) < WRONG
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ENGINES if n.startswith("dptorch/")])
 def test_each_mode_and_style_of_ours_is_measured(name: str) -> None:
     recipe = WORKLOADS["gpt2_tied"]
@@ -263,6 +266,7 @@ def bench(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_a_run_writes_everything(tiny: Path) -> None:
     (tiny / "docs").mkdir()
     chosen = ("--engine", "dptorch/auto", "--engine", "opacus/ghost", "--no-memory", "--docs")

@@ -51,6 +51,7 @@ def test_a_rate_alone_needs_no_batch_size() -> None:
     assert (found["batch_size"], found["noise_multiplier"]) == (None, 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[], ["train"], ["bench"], ["audit"], ["ledger"]])
 def test_help_loads_no_room_and_no_optional_package_of_another_command(command: list[str]) -> None:
     code = (

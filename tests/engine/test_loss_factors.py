@@ -63,6 +63,7 @@ CONSTANTS = [(b, p) for b in (mean, vector, weights) for p in (None, 5, 1)] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backward", "physical"), CONSTANTS)
 def test_a_constant_may_multiply_the_loss(
     backward: Callable[[Tensor, float], None], physical: int | None

@@ -66,6 +66,7 @@ def step(
     return torch.cat([(B * p.grad).flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", WRITES)
 def test_a_sum_is_of_what_its_norms_were_taken_of(how: str, mode: str) -> None:

@@ -72,6 +72,7 @@ def share_of(
     return loader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("sampling", SCHEMES)
 def test_a_step_sums_what_the_scheme_drew(sampling: str, limit: int | None) -> None:

@@ -24,6 +24,7 @@ def excess(noise: float, rate: float, steps: int, delta: float) -> float:
     return ours / theirs.get_epsilon(delta) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Optimal order")
 @pytest.mark.parametrize(("noise", "rate", "steps", "delta"), GRID)
 def test_no_epsilon_is_above_opacus(noise, rate, steps, delta):

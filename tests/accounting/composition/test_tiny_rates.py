@@ -47,6 +47,7 @@ def two_step_delta(epsilon: float, sigma: float, rate: float) -> mp.mpf:
         return mp.quad(integrand, sorted([*points, place(e - least)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "rate", "delta"), CASES)
 def test_two_steps_agree_with_forty_digits(sigma, rate, delta):
     run = [SampledGaussian(sigma, rate, 2)]
@@ -66,6 +67,7 @@ def test_a_thousand_steps_agree_with_a_fine_grid():
     assert exact < get_accountant("pld").epsilon(run, delta) < 1.01 * exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "rate", "steps", "delta"),
     [(1.0, 1e-7, 10**5, 1e-10), (0.5, 1e-8, 10**6, 1e-9), (0.7, 1e-6, 10**4, 1e-7)],
@@ -78,6 +80,7 @@ def test_the_bound_is_above_the_estimate(sigma, rate, steps, delta):
     assert exact * (1 - 1e-4) < get_accountant("pld").epsilon(run, delta) < exact + 1e-2
 
 
+@pytest.mark.slow
 def test_a_grid_over_all_losses_has_no_point_below_epsilon(monkeypatch):
     """The broken twin: without the reach, the estimate was above the bound."""
     monkeypatch.setattr(composed, "loss_reach", lambda pairs, epsilon: 30.0)
@@ -86,6 +89,7 @@ def test_a_grid_over_all_losses_has_no_point_below_epsilon(monkeypatch):
     assert composed._extrapolated_epsilon([pair], 1e-8) > 1.002 * 2.84342e-4
 
 
+@pytest.mark.slow
 def test_rounding_losses_down_is_no_bound(monkeypatch):
     """The broken twin of the bound: each loss at the lower end of its cell."""
     true = pld.connect_the_dots

@@ -73,6 +73,7 @@ def test_no_enumerated_mechanism_exceeds_the_bound_of_a_poisson_number(mean, mon
     assert exceeded or mean < 5, "the broken twin: without the term mean_runs · δ'"
 
 
+@pytest.mark.slow
 def test_dp_accounting_differs_by_its_delta_alone(monkeypatch):
     """With the δ' that Rényi divergences give, its number comes out."""
     from dp_accounting import dp_event
