@@ -155,7 +155,7 @@ def test_bad_texts(known: Any) -> None:
     assert any("members and 40 non-members" in w for w in half["warnings"])
     short = mia.attack([*members, "w1"], [*others, "", "w2"], model, tokenizer)
     assert any("1 texts have fewer than two tokens" in w for w in short["warnings"])
-    with pytest.raises(DataError, match="at least 10"):
+    with pytest.raises(DataError, match="At least 10"):
         mia.attack(members[:9], others, model, tokenizer)
     with pytest.raises(DataError, match="nothing to compare"):
         mia.attack(["", " "], others, model, tokenizer)
