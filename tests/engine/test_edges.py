@@ -379,3 +379,31 @@ def test_parts_of_data_that_went_through_the_model_whole_are_batches() -> None:
         F.cross_entropy(model(x[chosen]), y[chosen]).backward()
         optimizer.step()
     assert engine.steps_done == 4
+
+
+def test_a_batch_may_be_put_together_of_old_and_new_rows() -> None:
+    """As a replay buffer does. Inside a model, rows that nobody owns meet no parameter, as before."""
+    model = nn.Linear(5, 3)
+    engine = make_engine(model, sample_rate=0.5, steps=6)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    x, y = data().tensors
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    x, y = torch.cat([x[:4], torch.ones(2, 5)]), torch.cat([y[:4], y.new_zeros(2)])
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert engine.steps_done == 2
+
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.cat([x, torch.ones(1, 5)]))
+
+    twin = Joins()
+    other = make_engine(twin, sample_rate=0.5, steps=1)
+    other.attach(torch.optim.SGD(twin.parameters(), 0.1))
+    with pytest.raises(PrivacyError):
+        F.cross_entropy(twin(data().tensors[0]), torch.zeros(N + 1, dtype=torch.long)).backward()

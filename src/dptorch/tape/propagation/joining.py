@@ -32,15 +32,16 @@ def cat(call: Call, outputs: Sequence[Any]) -> Found:
     dim = int(call.arg("dim", 0)) % outputs[0].dim()
     tags = [call.tag_of(t) for t in parts]
     known = [g for g in tags if g is not None]
-    if all(g is not None and g.dim in (dim, None) for g in tags):
+    # Constant rows may join what needs no gradient: a batch that is put together, and not a loss.
+    constants = not any(t.requires_grad for t in parts)
+    if all(constants if g is None else g.dim in (dim, None) for g in tags):
         device = outputs[0].device
         owner = torch.cat(
             [
                 owners(g, t.shape[dim], call.batch_size, device)
-                if g.dim is not None
-                else torch.full((t.shape[dim],), g.step, device=device)
+                if g is not None and g.dim is not None
+                else torch.full((t.shape[dim],), NOBODY if g is None else g.step, device=device)
                 for t, g in zip(parts, tags, strict=True)
-                if g is not None
             ]
         )
         return regular_or_explicit(owner, dim, call.batch_size, known[0].step)
