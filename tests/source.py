@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
+@cache
+def trees() -> dict[str, ast.Module]:
     """Every Python file of the tests by its path from here; other people's documents are none."""
-    for path in sorted(TESTS.rglob("*.py")):
-        if "documents" not in path.parts:
-            yield str(path.relative_to(TESTS)), ast.parse(path.read_text())
+    return {
+        str(path.relative_to(TESTS)): ast.parse(path.read_text())
+        for path in sorted(TESTS.rglob("*.py"))
+        if "documents" not in path.parts
+    }
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:

@@ -113,7 +113,7 @@ def imported_tests(tree: ast.Module) -> list[str]:
 
 def test_no_test_module_is_imported() -> None:
     """What tests share is in a module that is no test: it is collected once, and found by its name."""
-    found = {name: imported for name, tree in trees() if (imported := imported_tests(tree))}
+    found = {name: imported for name, tree in trees().items() if (imported := imported_tests(tree))}
     assert found == {}
 
 

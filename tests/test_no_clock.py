@@ -45,6 +45,8 @@ def _of_a_clock(call: ast.Call) -> bool:
 
 def judged(function: ast.AST) -> list[int]:
     """Lines of assertions whose outcome depends on a clock that the function reads."""
+    if not reads_clock(function, set()):
+        return []
     tainted: set[str] = set()
     while True:
         found = set(tainted)
@@ -94,17 +96,21 @@ def clocks_in_text(tree: ast.AST) -> list[int]:
 
 @pytest.mark.parametrize("rule", [waits, clocks_in_text], ids=lambda rule: rule.__name__)
 def test_nothing_times_out(rule) -> None:
-    found = [f"{name}:{line}" for name, tree in trees() if name != HERE for line in rule(tree)]
+    found = [
+        f"{name}:{line}" for name, tree in trees().items() if name != HERE for line in rule(tree)
+    ]
     assert found == []
 
 
 def test_no_assertion_depends_on_a_clock() -> None:
-    found = [f"{name}:{n}" for name, tree in trees() for f in functions(tree) for n in judged(f)]
+    found = [
+        f"{name}:{n}" for name, tree in trees().items() for f in functions(tree) for n in judged(f)
+    ]
     assert found == []
 
 
 def test_only_these_sleep() -> None:
-    assert {name for name, tree in trees() if sleeps(tree)} == set(SLEEPERS)
+    assert {name for name, tree in trees().items() if sleeps(tree)} == set(SLEEPERS)
 
 
 def test_examples_have_no_deadline() -> None:

@@ -109,6 +109,7 @@ def test_the_quick_start(known: Any) -> None:
     assert signature[1:5] == ["train_dataset", "test_dataset", "model", "tokenizer"]
 
 
+@pytest.mark.slow
 def test_a_model_that_has_seen_neither_set_does_not_leak(known: Any) -> None:
     members, others, _, tokenizer = known
     results = LanguageMIA(**QUICK, gradients=False).attack(
@@ -136,6 +137,7 @@ def test_features_are_live_and_the_loss_is_the_next_tokens(known: Any) -> None:
         assert -norm == pytest.approx(sum(float(g.square().sum()) for g in grads) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_sets_of_other_distributions_are_said_to_be(known: Any) -> None:
     members, _, model, tokenizer = known
     shifted = make_texts(60, 3, words=12)

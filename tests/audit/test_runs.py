@@ -121,10 +121,9 @@ def test_resume_goes_on_with_the_same_canaries(
         def tested(self, *_: object) -> None: ...
         def stepped(self, step: int, loss: float) -> None:
             if step == 6:
-                import os
                 import signal
 
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
     outcome = train(setup, folder, observer=Stop())
     assert outcome.interrupted
@@ -183,6 +182,7 @@ def test_the_command(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not Path("runs/two").exists()
 
 
+@pytest.mark.slow
 def test_damaged_files(blobs: Path, tmp_path: Path) -> None:
     path = trained(job_on(blobs), tmp_path / "runs")
     (path / CANARY_FILE).write_bytes(b"not an archive")

@@ -30,6 +30,7 @@ def _rows(folder):
     return json.loads((folder / "blogs" / "results.json").read_text())["results"]
 
 
+@pytest.mark.slow
 def test_the_page_has_every_method_and_its_plots(folder):
     page = (folder / "blogs.md").read_text()
     for row in _rows(folder):
@@ -55,6 +56,7 @@ def test_the_shuffle_is_refuted_and_the_noise_is_not(folder):
     assert page.count("**REFUTED**") == 2 + 1  # the rows, and the explanation
 
 
+@pytest.mark.slow
 def test_bad_options_are_refused():
     result = CliRunner().invoke(app, ["--task", "digit"])
     assert result.exit_code == 2

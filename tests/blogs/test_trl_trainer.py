@@ -140,6 +140,7 @@ class Watch(TrainerCallback):
         optimizer.optimizer.register_step_pre_hook(look)
 
 
+@pytest.mark.slow
 def test_every_optimizer_step_gets_shuffled_gradients_and_only_those(folder, tmp_path):
     """37 rows in batches of 4, two to a step: the last step of an epoch has one."""
     watch = Watch()
@@ -169,6 +170,7 @@ def test_the_index_so_far_is_in_every_entry_of_the_log(folder, tmp_path):
     assert not any("epsilon" in e for e in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_adapters_and_frozen_parameters(folder, tmp_path):
     trainer = _trainer(
         folder,

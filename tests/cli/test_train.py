@@ -135,14 +135,13 @@ def test_ranges_by_column(data: Path) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_run_resumes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
     import signal
 
     from dptorch.cli.progress import EpochLines
 
     def stepped(self: EpochLines, step: int, train_loss: float) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(EpochLines, "stepped", stepped)
@@ -162,14 +161,13 @@ def test_a_resumed_run_keeps_its_style_and_may_change_its_mode(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import json
-    import os
     import signal
 
     from dptorch.cli.progress import EpochLines
 
     def stepped(self: EpochLines, step: int, train_loss: float) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     own = ("train", "--data", "points.csv", *QUICK, "--model", "mlp")
     with monkeypatch.context() as patch:
@@ -189,13 +187,12 @@ def test_a_resumed_run_keeps_its_style_and_may_change_its_mode(
 def test_a_run_whose_recorded_style_was_changed_is_not_resumed(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
     import signal
 
     from dptorch.cli.progress import EpochLines
 
     def stepped(self: EpochLines, step: int, train_loss: float) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(EpochLines, "stepped", stepped)

@@ -72,6 +72,7 @@ def sensitivity(kind: str, loss: str, *, own_loader: bool = True) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_row_moves_the_sum_by_its_own_gradient(kind: str, loss: str) -> None:

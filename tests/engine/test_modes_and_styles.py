@@ -131,6 +131,7 @@ def test_the_styles_differ_so_the_tests_above_can_fail() -> None:
             assert not torch.allclose(first, second, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ALL_STYLES, ids=str)
 def test_one_example_moves_the_sum_by_no_more_than_the_norm_in_every_style(style: Any) -> None:
     model, batch = case()

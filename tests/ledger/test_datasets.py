@@ -260,6 +260,7 @@ def by_scheme(sampling: str) -> dptorch.PrivacyPlan:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SCHEMES)
 @pytest.mark.parametrize("adjacency", list(Adjacency))
 def test_a_cap_and_a_total_hold_for_schemes_that_their_adjacency_covers(

@@ -177,6 +177,7 @@ def test_32_processes_that_resume_one_checkpoint(location: str) -> None:
     assert cap_holds(total)
 
 
+@pytest.mark.slow
 def test_32_processes_without_a_lease_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -349,6 +349,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
     process.ledger.store.close()
 
 
+@pytest.mark.slow
 def test_200_schedules_count_every_step(location: str, tmp_path: Path) -> None:
     server = location if "://" in location else None
     schedules = SCHEDULES["postgresql" if server else "sqlite"]
@@ -375,6 +376,7 @@ def without_reading_anew() -> None:
     RunLedger._read = lambda self, transaction: self._in_ledger  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breakage", [without_the_lease, without_reading_anew])
 def test_a_broken_lease_is_caught(breakage: Callable[[], None], tmp_path: Path) -> None:
     """The broken twins."""

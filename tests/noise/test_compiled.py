@@ -42,6 +42,7 @@ def libraries(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.so")) if cache.exists() else []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_bits_are_numpy_bits() -> None:
     library = compiled()
@@ -70,6 +71,7 @@ def noisy_sum(divisor: float = 1.0) -> tuple[torch.Tensor, int]:
     return torch.cat(list(noisy.values.values())), mark
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("divisor", [1.0, 256.0, 17.3])
 @pytest.mark.parametrize("without", ["compiler", "cipher", "threads of torch"])
@@ -93,6 +95,7 @@ def test_a_step_is_the_same_without(
     assert with_all[1] == again[1]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_division_is_that_of_the_undivided_noisy_sum() -> None:
     assert torch.equal(noisy_sum(256.0)[0] * 256.0, noisy_sum()[0])

@@ -71,6 +71,7 @@ def epochs(draw: Draw, steps_per_epoch: int, count: int) -> list[tuple[tuple[int
 # -- brute force -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_fixed_size_draws_every_subset_alike(size: int) -> None:
     sampler = FixedSizeSampler(5, size, KEY)

@@ -50,6 +50,7 @@ def steps_of(loader: PrivateLoader) -> dict[int, list[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("limit", [None, 1, 7, 1000])
 def test_parts_together_are_the_draw(workers: int, limit: int | None) -> None:
@@ -238,6 +239,7 @@ def test_iterations_start_and_end() -> None:
     assert ledger.events == [("start", 0), *steps, ("end", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

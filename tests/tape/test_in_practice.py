@@ -142,6 +142,7 @@ def test_low_precision_parameters(dtype: torch.dtype) -> None:
     assert relative_error(tape.norms(), truth) < 3e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_models_are_exact(backend: str) -> None:
     """aot_eager makes custom autograd Functions, as inductor does, in which nothing can be followed."""

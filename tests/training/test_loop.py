@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +28,7 @@ class InterruptAt(Silent):
 
     def stepped(self, step: int, train_loss: float) -> None:
         if step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 class Record(Silent):
@@ -157,10 +156,10 @@ def test_another_plan_cannot_be_resumed(job: Job, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_is_not_held_back() -> None:
     with StopOnSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -59,6 +59,7 @@ def test_two_steps_agree_with_forty_digits(sigma, rate, delta):
     assert two_step_delta(bound, sigma, rate) <= delta
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_agree_with_a_fine_grid():
     # Losses below 2e-3 composed by FFT at intervals of 1e-6 to 4e-8, those above to 40 digits.
     run, delta = [SampledGaussian(0.3, 1e-9, 1000)], 1e-8

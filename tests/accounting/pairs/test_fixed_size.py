@@ -144,6 +144,7 @@ def test_composing_each_direction_alone_would_be_caught():
     assert alone < 0.95 * sound
 
 
+@pytest.mark.slow
 def test_rdp_improves_on_dp_accounting_with_its_factor_mended():
     """Wang, Balle, Kasiviswanathan 2019 as in `dp-accounting`; given σ it forgets the 2C: halve σ."""
     from dp_accounting import GaussianDpEvent, NeighboringRelation, SampledWithoutReplacementDpEvent

@@ -70,6 +70,7 @@ def test_it_composes_where_the_overflow_is_above_delta(adjacency):
     assert exact > uncut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capacity", "looser"), [(20, 1.06), (40, 1.001)])
 def test_beside_dp_accounting(capacity, looser):
     """Above it, as the number of records may be a bound; see the module."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,14 +73,18 @@ def test_a_loss_outside_is_the_loop(name: str) -> None:
         assert relative_error(B * formed[key], gradient) <= 1e-9, key
 
 
-def test_what_needs_no_gradient_stays_an_ordinary_tensor() -> None:
-    model, x = Wrapped(lambda out: Output(out, out.detach())), torch.randn(B, D)
+def test_what_holds_no_example_is_an_ordinary_tensor() -> None:
+    model, x = Wrapped(lambda out: Output(out, torch.zeros(B))), torch.randn(B, D)
     _, out = recorded(model, x)
     assert type(out.constant) is Tensor
-    assert type(out.logits.detach()) is Tensor
-    with torch.no_grad():
-        assert type(out.logits + 1) is not RecordedTensor
-    out.logits.sum().backward()
+    assert type(out.logits.detach()) is RecordedTensor, "its values are the examples' still"
+
+
+def test_copies_and_pickles_are_ordinary_tensors() -> None:
+    _, out = recorded(Wrapped(lambda out: out), torch.randn(B, D))
+    for made in (copy.deepcopy(out.detach()), pickle.loads(pickle.dumps(out.detach()))):
+        assert type(made) is Tensor
+        assert torch.equal(made, out.detach())
 
 
 def test_outputs_of_two_models_meet_in_one_loss() -> None:
