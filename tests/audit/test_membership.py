@@ -119,6 +119,7 @@ def test_a_model_that_has_seen_neither_set_does_not_leak(known: Any) -> None:
     assert low < 0.5 < high or abs(results["roc_auc"] - 0.5) < 0.2
 
 
+@pytest.mark.slow
 def test_features_are_live_and_the_loss_is_the_next_tokens(known: Any) -> None:
     members, _, model, tokenizer = known
     names, features = LanguageMIA().features(members[:12], model, tokenizer, [])
@@ -253,6 +254,7 @@ def test_inside_a_hugging_face_evaluation(known: Any) -> None:
     assert 0 <= metrics["not_private_mia_roc_auc"] <= 1
 
 
+@pytest.mark.slow
 def test_statistics_do_not_depend_on_the_batch(known: Any) -> None:
     members, _, model, tokenizer = known
     ids = tokenize(members[:9], tokenizer)

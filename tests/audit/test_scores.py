@@ -217,6 +217,7 @@ def test_rows_and_mappings_are_data_too() -> None:
 # -- texts -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_token_statistics_by_hand(texts: Any) -> None:
     _, ids, model, _ = texts
     said = token_statistics(model, ids[:3])[1]

@@ -132,6 +132,7 @@ def test_what_repeats_is_seen_over_the_whole_run(
     assert steps.epsilon_lower < 1 < run.epsilon_lower
 
 
+@pytest.mark.slow
 def test_power_at_epsilon_4_38() -> None:
     plan = make_plan(
         sample_rate=1.0, sample_size=1000, steps=25, noise_multiplier=5.0, target_delta=1e-5

@@ -117,6 +117,7 @@ def test_the_noise_is_as_large_as_the_plan_says() -> None:
     check_noise(noisy_gradients(), 2.0 * 0.25 / SIZE)
 
 
+@pytest.mark.slow
 def test_noise_twins_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = GaussianNoise.privatize
 

@@ -358,6 +358,7 @@ def public_record(size: int, sampling: str) -> tuple[dict[str, Any], Tensor]:
     return record, first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["poisson", "random-allocation"])
 def test_nothing_published_depends_on_the_number_of_records(sampling: str) -> None:
     """Neighbouring data and the same randomness: all that is shown is equal, but for one noisy sum,
@@ -475,6 +476,7 @@ def test_users_and_ids_belong_together() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SCHEMES)
 def test_a_resumed_run_draws_the_same_batches(sampling: str) -> None:
     settings: dict[str, Any] = {"sample_rate": 1 / 4, "sampling": sampling, "steps": 8}

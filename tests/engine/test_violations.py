@@ -254,6 +254,7 @@ def test_v8_empty_batches_are_steps_with_noise_on_every_rank() -> None:
     assert engine.steps_done == moved == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_v9_half_precision_does_not_loosen_the_bound(
     monkeypatch: pytest.MonkeyPatch, autocast: bool

@@ -80,6 +80,7 @@ def test_32_writers_stay_below_the_cap_and_lose_nothing(location: str) -> None:
     assert sum(kept.values()) == total.steps
 
 
+@pytest.mark.slow
 def test_looking_before_locking_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: eight writers that decide on what they read before they had the lock, and
     before any of them wrote."""

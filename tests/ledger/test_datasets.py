@@ -288,6 +288,7 @@ def test_a_cap_and_a_total_hold_for_schemes_that_their_adjacency_covers(
     assert free.cap is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SCHEMES)
 def test_the_default_cap_and_total_cover_every_scheme(tmp_path: Path, sampling: str) -> None:
     patients = open_ledger(tmp_path / "ledger.db").dataset("a")

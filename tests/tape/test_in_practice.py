@@ -274,6 +274,7 @@ FACTORED = """gpt2_tied bert vit llama t5_relative_bias swin_windows resnet_grou
 timm_convnext lora_on_gpt2"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FACTORED.split())
 def test_common_models_need_no_generic_rule(name: str) -> None:
     assert generic_ops(name) == set()

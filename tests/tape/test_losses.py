@@ -182,11 +182,13 @@ def run(name: str, reduction: str, tagged: bool) -> None:
         assert relative_error(scale * gradient, expected[parameter]) <= 1e-9, parameter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "reduction"), CASES)
 def test_targets_that_carry_the_examples(name: str, reduction: str) -> None:
     run(name, reduction, tagged=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "reduction"), CASES)
 def test_targets_that_are_constants(name: str, reduction: str) -> None:
     run(name, reduction, tagged=False)

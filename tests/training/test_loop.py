@@ -72,6 +72,7 @@ def test_a_run_writes_everything(job: Job, tmp_path: Path) -> None:
     assert "16 of 16 planned" in (folder.path / "statement.txt").read_text()
 
 
+@pytest.mark.slow
 def test_what_comes_from_private_data_says_so(finished: RunFolder) -> None:
     columns = set(finished.read_metrics()[-1])
     public = {"epoch", "step", "epsilon", "delta", "test_accuracy", "test_loss", "seconds"}

@@ -35,6 +35,7 @@ def test_shapes_and_determinism(name: str, shape: tuple[int, ...]) -> None:
     assert model(torch.stack([first.train[i][0] for i in range(3)])).shape == (3, 10)
 
 
+@pytest.mark.slow
 def test_train_and_test_share_no_image() -> None:
     _, labels = recipes.mnist_images()
     train, test = recipes.mnist_split(labels)

@@ -155,6 +155,7 @@ def test_a_run_without_a_statement_is_refused(finished: RunFolder, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_release_that_fails_leaves_nothing(finished: RunFolder, tmp_path: Path) -> None:
     (finished.path / "plan.json").unlink()
     with pytest.raises(DataError, match="could not be written"):

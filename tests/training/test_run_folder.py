@@ -74,6 +74,7 @@ def test_reopen_lists_the_runs_there_are(tmp_path: Path) -> None:
         run_folder.reopen(tmp_path, "yours")
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_loaded_back(finished: RunFolder) -> None:
     model = load_model(finished.path)
     about = finished.read_json("run.json")

@@ -241,6 +241,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_changed() -> None:
         silent(nn.Sequential(), group_size=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batchnorm", ["group", "frozen"])
 def test_timm_norms_keep_their_activation(batchnorm: str) -> None:
     timm = pytest.importorskip("timm")

@@ -71,6 +71,7 @@ def test_one_more_step_would_be_too_many():
     assert costs[0] <= 4.0 < costs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [1e-3, 0.1, 30.0, 500.0])
 def test_far_targets(target):
     sigma = accounting.noise_multiplier(

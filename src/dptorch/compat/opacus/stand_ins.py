@@ -25,6 +25,6 @@ def stand_in(name: str, instead: str) -> Any:
     """
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigurationError(f"{name} is not in dptorch. {instead}.")
+        raise ConfigurationError(f"{name} is not in dptorch. {instead}")
 
     return type(name, (), {"__new__": refuse, "__doc__": f"Not in dptorch. {instead}"})
