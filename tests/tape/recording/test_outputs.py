@@ -13,7 +13,7 @@ import torch
 from tests.oracles.loop import one_example_loop, relative_error
 from torch import Tensor, nn
 
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, ExamplesMixError
 from dptorch.tape import Recording, Tape
 from dptorch.tape.recording.outputs import RecordedTensor, promote
 from dptorch.tape.recording.patches import patched
@@ -73,11 +73,15 @@ def test_a_loss_outside_is_the_loop(name: str) -> None:
         assert relative_error(B * formed[key], gradient) <= 1e-9, key
 
 
-def test_what_holds_no_example_is_an_ordinary_tensor() -> None:
-    model, x = Wrapped(lambda out: Output(out, torch.zeros(B))), torch.randn(B, D)
-    _, out = recorded(model, x)
-    assert type(out.constant) is Tensor
-    assert type(out.logits.detach()) is RecordedTensor, "its values are the examples' still"
+def test_examples_are_followed_without_a_gradient_and_constants_are_not() -> None:
+    model, x = Wrapped(lambda out: [out, out.detach(), torch.zeros(B)]), torch.randn(B, D)
+    _, (logits, detached, constant) = recorded(model, x)
+    assert type(detached) is type(logits.detach()) is RecordedTensor
+    with torch.no_grad():
+        assert type(logits + 1) is RecordedTensor
+    assert type(constant) is Tensor
+    with pytest.raises(ExamplesMixError):  # what a detached statistic would carry to the others
+        (logits * detached.mean()).sum().backward()
 
 
 def test_copies_and_pickles_are_ordinary_tensors() -> None:
