@@ -94,6 +94,8 @@ class TensorStates:
         other: Batch = entry[0].batch
         if t.is_leaf and t.requires_grad and not isinstance(state, Mixed):
             return None
+        if not self.batch.size and not other.handed_out:
+            return None  # data of the user's own, looked at before any of it was given to the model
         cut_from = self.batch.cut_from
         if cut_from is not None and cut_from[0] is other and isinstance(state, Tag):
             mine = _same_rows(t, state, other.size, cut_from[1])
