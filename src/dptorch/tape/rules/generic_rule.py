@@ -8,9 +8,11 @@ times the cost of that op's backward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dptorch.errors import NotCoveredError
@@ -18,7 +20,7 @@ from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.vjp import batched_vjp
 from dptorch.tape.propagation import infer
 from dptorch.tape.provenance.calls import Call, replace_tensors
-from dptorch.tape.provenance.tags import Lost, Tag, separate
+from dptorch.tape.provenance.tags import Lost, Tag, owners, separate
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["generic"]
@@ -32,11 +34,8 @@ def generic(call: Call, recording: Recorder) -> Any:
     """
     copies = {id(p): p.detach().requires_grad_() for p in call.parameters}
     target = call.args[0] if call.in_place else None
-    if target is None:
-        result = call.run(copies)
-    else:  # on a copy, so that the tensor written to ends up behind the tap
-        table = {**copies, id(target): copies.get(id(target), target).clone()}
-        result = call.run(table)
+    random_state = torch.get_rng_state()
+    result = _run(call, copies, target)
     outputs = result if isinstance(result, (tuple, list)) else (result,)
     try:
         tags = _tags(call, recording, outputs)
@@ -64,6 +63,8 @@ def generic(call: Call, recording: Recorder) -> Any:
     raw_tags = [t for _, t in pairs if isinstance(t, Tag)]
     leaves = [copies[id(p)] for p in call.parameters]
     n, parameters = call.batch_size, call.parameters  # not the call, which holds its arguments
+    broken = _not_finite(call.tagged + list(zip(raw, raw_tags, strict=True)), n)
+    spare = None if broken is None else _spare(call, copies, target, outputs, raw, broken, random_state)
 
     def gradients(
         grads: Sequence[Tensor | None], saved: Sequence[Tensor]
@@ -75,6 +76,12 @@ def generic(call: Call, recording: Recorder) -> Any:
 
         size = sum(g.numel() for _, g, _ in used)
         found = batched_vjp([o for o, _, _ in used], leaves, separated, n, size)
+        if broken is not None and spare is not None and _reached_others(found, broken):
+            others = [s for s, g in zip(spare, grads, strict=True) if g is not None]
+            found = batched_vjp(others, leaves, separated, n, size)
+            for grad in found:
+                if grad is not None:
+                    grad[broken] = math.nan
         for p, grad in zip(parameters, found, strict=True):
             if grad is not None:
                 yield p, Dense(grad)
@@ -88,6 +95,64 @@ def generic(call: Call, recording: Recorder) -> Any:
             recording.mark_written(target, before, raw_tags[0])
         return target
     return replace_tensors(result, {id(o): t for o, t in zip(raw, tapped, strict=True)})
+
+
+def _run(call: Call, replaced: dict[int, Tensor], target: Tensor | None) -> Any:
+    """Run the op with some operands replaced; one that writes to its target, on a copy of that."""
+    if target is None:
+        return call.run(replaced)
+    return call.run({**replaced, id(target): replaced.get(id(target), target).clone()})
+
+
+def _not_finite(values: Sequence[tuple[Tensor, Tag]], n: int) -> Tensor | None:
+    """The examples of which some value is not finite, [B]; None where there is none, or no other."""
+    bad = torch.zeros(n, dtype=torch.bool)
+    for t, tag in values:
+        if not t.is_floating_point() or t.isfinite().all():
+            continue
+        if tag.dim is None:
+            bad[tag.step] = True
+            continue
+        rows = ~t.detach().isfinite().movedim(tag.dim, 0).flatten(1).all(1)
+        owner = owners(tag, t.shape[tag.dim], n, t.device)[rows]
+        bad[owner[owner >= 0].cpu()] = True
+    return bad if bad.any() and not bad.all() else None
+
+
+def _spare(
+    call: Call,
+    copies: dict[int, Tensor],
+    target: Tensor | None,
+    outputs: Sequence[Any],
+    raw: Sequence[Tensor],
+    bad: Tensor,
+    random_state: Tensor,
+) -> list[Tensor]:
+    """The outputs `raw` of the op without the values of examples that are not finite.
+
+    One example's share of a gradient is taken with cotangents of zero for all others. Zero times the
+    NaN of another is NaN, so that one such example would take all others with it.
+    """
+    clean = {}
+    for t, tag in call.tagged:
+        if t.is_floating_point() and tag.dim is not None:
+            owner = owners(tag, t.shape[tag.dim], call.batch_size, t.device)
+            shape = [-1 if i == tag.dim else 1 for i in range(t.dim())]
+            taken = (bad.to(t.device)[owner.clamp(min=0)] & (owner >= 0)).view(shape)
+            clean[id(t)] = t.detach().masked_fill(taken, 0)
+        elif t.is_floating_point() and bad[tag.step]:
+            clean[id(t)] = torch.zeros_like(t)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random_state)
+        again = _run(call, {**clean, **copies}, target)
+    again = again if isinstance(again, (tuple, list)) else (again,)
+    return [s for o, s in zip(outputs, again, strict=True) if any(o is r for r in raw)]
+
+
+def _reached_others(found: Sequence[Tensor | None], bad: Tensor) -> bool:
+    """Whether gradients of examples whose values are finite are not."""
+    good = (~bad).nonzero().flatten()
+    return any(g is not None and not g[good.to(g.device)].isfinite().all() for g in found)
 
 
 def _tags(call: Call, recording: Recorder, outputs: Sequence[Any]) -> list[Any]:
