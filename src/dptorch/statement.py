@@ -49,6 +49,9 @@ ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
     "dataset, the collate function or the loop",
     "the loss is multiplied by public constants only",
+    "no number that is read from a batch (a value, a norm, a size that depends on values, a text of "
+    "them) decides what is computed for another {unit}, in the model or in the loop",
+    "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows",
 )
 #: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"

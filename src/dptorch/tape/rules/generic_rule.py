@@ -64,7 +64,9 @@ def generic(call: Call, recording: Recorder) -> Any:
     leaves = [copies[id(p)] for p in call.parameters]
     n, parameters = call.batch_size, call.parameters  # not the call, which holds its arguments
     broken = _not_finite(call.tagged + list(zip(raw, raw_tags, strict=True)), n)
-    spare = None if broken is None else _spare(call, copies, target, outputs, raw, broken, random_state)
+    spare = (
+        None if broken is None else _spare(call, copies, target, outputs, raw, broken, random_state)
+    )
 
     def gradients(
         grads: Sequence[Tensor | None], saved: Sequence[Tensor]
