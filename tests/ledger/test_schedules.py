@@ -353,19 +353,24 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_200_schedules_count_every_step(location: str, tmp_path: Path) -> None:
     server = location if "://" in location else None
     schedules = SCHEDULES["postgresql" if server else "sqlite"]
+    # What the schedules are for, and how often each must have happened. Which process comes first is
+    # the machine's to decide, so that more are played where these happened too seldom.
+    wanted = {
+        "kills": schedules,
+        "step LedgerError": schedules / 4,  # another process has the run
+        "step BudgetExhausted": schedules / 4,  # the cap is reached
+        "released again": schedules / 2,
+        "copies put back": 0 if server else schedules / 20,
+    }
     tally: Counter[str] = Counter()
+    problems: list[str] = []
+    seed = 0
     with crew() as four:
-        problems = [
-            p for seed in range(schedules) for p in play(four, tmp_path, seed, tally, server)
-        ]
+        while seed < schedules or any(tally[name] < times for name, times in wanted.items()):
+            assert seed < 5 * schedules, f"wanted {wanted}, found {tally}"
+            problems += play(four, tmp_path, seed, tally, server)
+            seed += 1
     assert problems == []
-    # The schedules did what they are for.
-    assert tally["kills"] >= schedules
-    assert tally["step LedgerError"] >= schedules / 4, "nobody lost a run"
-    assert tally["step BudgetExhausted"] >= schedules / 4, "the cap was never reached"
-    assert tally["released again"] >= schedules / 2, "no step was released twice"
-    if server is None:
-        assert tally["copies put back"] >= schedules / 20
 
 
 def without_the_lease() -> None:
