@@ -14,7 +14,7 @@ from dptorch.accounting import SampledGaussian, get_accountant
 from dptorch.compat.opacus0 import PrivacyEngine
 from dptorch.compat.opacus0.dp_model_inspector import DPModelInspector
 from dptorch.compat.opacus0.utils.uniform_sampler import UniformWithReplacementSampler
-from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
+from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyError, PrivacyWarning
 
 SIZE = 40
 
@@ -100,6 +100,7 @@ def test_the_parts_are_draws_of_the_sampler_s_own_rate() -> None:
 
 def test_the_rest_of_an_epoch_is_a_step() -> None:
     engine, model, optimizer, loader = make(rate=0.2, parts=2, noise_multiplier=1.0)
+    assert optimizer.privacy_engine.get_privacy_spent(1e-3) == (0.0, math.inf)
     for _ in range(2):
         for i, (x, y, _) in enumerate(loader):
             F.cross_entropy(model(x), y).backward()
@@ -194,6 +195,9 @@ def test_a_shuffled_loader_is_not_amplified() -> None:
         optimizer.step()
     assert engine._run.history() == [SampledGaussian(engine.noise_multiplier, 1.0, 6)]
     assert 2.9 < engine.get_privacy_spent()[0] <= 3.0
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(BudgetExhausted):
+        optimizer.step()
 
 
 def test_detach_gives_model_and_optimizer_back() -> None:
