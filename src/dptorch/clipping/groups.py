@@ -10,10 +10,10 @@ nothing of it is kept. With norms C_g, one example's contribution has the joint 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -21,10 +21,10 @@ from dptorch.errors import ConfigurationError, one_of
 
 __all__ = ["STYLES", "ClippingGroup", "GroupSpec", "groups_of", "read_style"]
 
-STYLES = ("all-layer", "layer-wise", "param-wise", "block-wise")
 _ALIASES = {"flat": "all-layer", "per-layer": "layer-wise", "per_layer": "layer-wise"}
 _NAMED = "named groups"
 _REST = "all others"
+Members = dict[str, list[str]]  # names of parameters, by the name of their group
 
 
 @dataclass(frozen=True)
@@ -178,17 +178,8 @@ def groups_of(
         >>> [g.name for g in groups_of(model, names, "layer-wise", (), 1.0)]
         ['0', '1']
     """
-    names = list(parameters)
-    if style == "all-layer":
-        members = {style: names}
-    elif style == "param-wise":
-        members = {n: [n] for n in names}
-    elif style == "layer-wise":
-        members = _by(names, lambda n: n.rpartition(".")[0] or "the model itself")
-    elif style == _NAMED:
-        members = _named(model, names, specs)
-    else:
-        members = _blocks(model, names, [s.pattern for s in specs])
+    join = _named if style == _NAMED else STYLES[one_of("clipping_style", style, STYLES)]
+    members = join(model, list(parameters), specs)
     own = {s.pattern: s for s in specs if s.max_grad_norm is not None}
     max_grad_norm = joint_norm(specs) or max_grad_norm
     groups = []
@@ -211,7 +202,19 @@ def groups_of(
     return tuple(groups)
 
 
-def _by(names: Iterable[str], key: Any) -> dict[str, list[str]]:
+def _whole(model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]) -> Members:
+    return {"all-layer": list(names)}
+
+
+def _layers(model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]) -> Members:
+    return _by(names, lambda n: n.rpartition(".")[0] or "the model itself")
+
+
+def _parameters(model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]) -> Members:
+    return {n: [n] for n in names}
+
+
+def _by(names: Iterable[str], key: Any) -> Members:
     found: dict[str, list[str]] = {}
     for n in names:
         found.setdefault(key(n), []).append(n)
@@ -222,9 +225,7 @@ def _inside(name: str, module: str) -> bool:
     return not module or name.startswith(module + ".")
 
 
-def _named(
-    model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]
-) -> dict[str, list[str]]:
+def _named(model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]) -> Members:
     modules = [m for m, _ in model.named_modules() if m]
     found: dict[str, list[str]] = {s.pattern: [] for s in specs}
     takers: dict[str, str] = {}
@@ -253,9 +254,8 @@ def _matched(pattern: str, names: Sequence[str], modules: Sequence[str]) -> list
     return [n for n in names if fnmatchcase(n, pattern) or any(_inside(n, m) for m in inside)]
 
 
-def _blocks(
-    model: nn.Module, names: Sequence[str], patterns: Sequence[str]
-) -> dict[str, list[str]]:
+def _blocks(model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]) -> Members:
+    patterns = [s.pattern for s in specs]
     if patterns:
         # A pattern may also name parameters, each of which is then a group.
         paths = [m for m, _ in model.named_modules() if m] + list(names)
@@ -269,6 +269,15 @@ def _blocks(
         return next((m for m in blocks if n == m or _inside(n, m)), _REST)
 
     return _by(names, block)
+
+
+STYLES: Final[Mapping[str, Callable[[nn.Module, Sequence[str], Sequence[GroupSpec]], Members]]] = {
+    "all-layer": _whole,
+    "layer-wise": _layers,
+    "param-wise": _parameters,
+    "block-wise": _blocks,
+}
+"""The styles by name: (model, names of parameters, the user's patterns) -> the names in each group."""
 
 
 def _repeated(model: nn.Module) -> list[str]:
