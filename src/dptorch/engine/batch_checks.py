@@ -9,7 +9,7 @@ from dptorch.errors import PrivacyError
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
 
-__all__ = ["check_factors", "check_rows", "planned_factors"]
+__all__ = ["check_factors", "check_rows", "gradient_scale", "planned_factors"]
 
 
 def check_rows(rows: int, part: PhysicalBatch) -> None:
@@ -29,7 +29,7 @@ def check_rows(rows: int, part: PhysicalBatch) -> None:
 
 
 def planned_factors(
-    losses: Sequence[Reduced | None], rows: int, reduction: str
+    losses: Sequence[Reduced | None], rows: int, reduction: str, expected: float
 ) -> tuple[float, ...]:
     """Return what the terms of the losses are multiplied by, beside the planned reduction.
 
@@ -37,6 +37,7 @@ def planned_factors(
         losses: how the loss of each backward was reduced, None if it was not followed.
         rows: number of examples B in the physical batch.
         reduction: the planned reduction, "mean" or "sum".
+        expected: the public expected batch size.
 
     Returns:
         One factor for each term; none where the model returned the loss of its one row.
@@ -44,10 +45,41 @@ def planned_factors(
     Raises:
         PrivacyError: a loss was not followed, or is reduced otherwise than planned.
     """
-    return tuple(f for loss in losses or [None] for f in _factors_of(loss, rows, reduction))
+    return tuple(
+        f for loss in losses or [None] for f in _factors_of(loss, rows, reduction, expected)
+    )
 
 
-def _factors_of(loss: Reduced | None, rows: int, reduction: str) -> tuple[float, ...]:
+def gradient_scale(loss: Reduced | None, rows: int, reduction: str, expected: float) -> float:
+    """Return what turns the gradients of a loss into those of each example's own loss.
+
+    Under a mean that is the number of rows, which the loss was divided by, or, for a sum that the
+    loop divided by the expected batch size itself, that number. Arguments as of `planned_factors`.
+    """
+    if loss is None or reduction == "sum":
+        return 1.0
+    if _is_over_expected(loss, rows, expected):
+        return expected
+    return 1.0 if loss.kind == PER_EXAMPLE else float(rows)
+
+
+def _is_over_expected(loss: Reduced, rows: int, expected: float) -> bool:
+    """Whether a loss is a sum that was divided by the expected batch size.
+
+    The loss of one row is not reduced, and may be such a sum like that of the other parts.
+    """
+    summed = loss.kind == "sum" or (loss.kind == PER_EXAMPLE and rows == 1)
+    return summed and _has_a_one(loss.factors, expected)
+
+
+def _has_a_one(factors: Sequence[float], times: float) -> bool:
+    """Whether a term is multiplied by 1 / times and so, whatever the others have, by one."""
+    return any(math.isclose(f * times, 1.0, rel_tol=1e-6) for f in factors)
+
+
+def _factors_of(
+    loss: Reduced | None, rows: int, reduction: str, expected: float
+) -> tuple[float, ...]:
     if loss is None:
         raise PrivacyError(
             "the loss could not be followed from the model's outputs to backward(), so it may "
@@ -55,18 +87,20 @@ def _factors_of(loss: Reduced | None, rows: int, reduction: str) -> tuple[float,
             "dicts or dataclasses) with torch functions, and call loss.backward()."
         )
     kind, factors = loss.kind, loss.factors
+    if reduction == "mean" and _is_over_expected(loss, rows, expected):
+        return tuple(f * expected for f in factors)
     if kind in (PER_EXAMPLE, reduction) or rows == 1:
         return factors
     # A sum divided by the number of rows is a mean, and a mean times it a sum.
-    factors = tuple(f * rows if reduction == "mean" else f / rows for f in factors)
-    if not all(math.isclose(f, 1.0, rel_tol=1e-6) for f in factors):
+    scale = rows if reduction == "mean" else 1 / rows
+    if not _has_a_one(factors, scale):
         raise PrivacyError(
             f"the loss is a {kind} over the examples, but the engine was told "
             f"loss_reduction={reduction!r}: gradients would be off by the "
             f"batch size. Use loss_reduction={kind!r}, without dividing by anything that "
-            "depends on the batch."
+            f"depends on the batch; a sum divided by the expected batch size, {expected:g}, is a mean."
         )
-    return factors
+    return tuple(f * scale for f in factors)
 
 
 def check_factors(factors: tuple[float, ...], before: tuple[float, ...]) -> None:

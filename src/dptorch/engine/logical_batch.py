@@ -13,7 +13,12 @@ from torch import Tensor
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.clipping.rounding import rounded_sum
 from dptorch.clipping.sums import ClippedSum, RoundedSum
-from dptorch.engine.batch_checks import check_factors, check_rows, planned_factors
+from dptorch.engine.batch_checks import (
+    check_factors,
+    check_rows,
+    gradient_scale,
+    planned_factors,
+)
 from dptorch.engine.diagnostics import StepDiagnostics, summarise
 from dptorch.errors import PrivacyError, warn
 from dptorch.plan import PrivacyPlan
@@ -21,7 +26,7 @@ from dptorch.sampling import PhysicalBatch
 from dptorch.tape import Tape
 from dptorch.tape.gradients.explain import Explanation
 from dptorch.tape.gradients.tape import TapeListener
-from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
+from dptorch.tape.provenance.tags import Reduced
 from dptorch.tape.recording.taps import full_precision
 
 __all__ = ["LogicalBatch"]
@@ -315,7 +320,8 @@ class LogicalBatch:
         """
         tape, part = batch.tape, batch.part
         b = tape.batch_size
-        factors = planned_factors(batch.losses, b, self.plan.loss_reduction)
+        plan = self.plan
+        factors = planned_factors(batch.losses, b, plan.loss_reduction, plan.expected_batch_size)
         if factors and self.loss_factors is not None:
             check_factors(factors, self.loss_factors)
         elif factors:
@@ -334,13 +340,16 @@ class LogicalBatch:
                 f"{_ONE_FORWARD}"
             )
         if part.padding:
-            weights[part.examples :] = 0
+            places = torch.arange(b) if tape.order is None else torch.tensor(tape.order)
+            weights[places >= part.examples] = 0
         return weights
 
     def _wanted_seed(self, tape: Tape) -> float:
         """What makes the gradients of a backward those of each example's own loss."""
-        each = tape.loss is None or tape.loss.kind == PER_EXAMPLE or tape.batch_size == 1
-        return 1.0 if each or self.plan.loss_reduction == "sum" else float(tape.batch_size)
+        plan = self.plan
+        return gradient_scale(
+            tape.loss, tape.batch_size, plan.loss_reduction, plan.expected_batch_size
+        )
 
     def add_pending(self, what: str = "virtual_step") -> None:
         """Clip what has arrived and keep it for this step.

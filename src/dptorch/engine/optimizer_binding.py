@@ -21,6 +21,15 @@ __all__ = ["OptimizerBinding", "check_parameters", "write_gradients"]
 
 Closure = Callable[[], Any]
 
+# torch.amp.GradScaler hands its scale to optimizers that have this, and asserts on gradients of others.
+_SCALES = "_step_supports_amp_scaling"
+_NO_SCALER = (
+    "torch.amp.GradScaler multiplies the loss by a number that it changes, and skips steps by looking "
+    "at exact gradients. Under privacy an example whose gradient is not finite is left out by itself. "
+    "Make it with GradScaler(enabled=False), or leave it out, and use torch.autocast with "
+    "dtype=torch.bfloat16, which needs no scale. The step was neither taken nor counted."
+)
+
 
 class OptimizerBinding:
     """Replaces the methods of `optimizer` until `restore`.
@@ -54,7 +63,7 @@ class OptimizerBinding:
         self._attached = True
         self._step = optimizer.step
         self._zero_grad = optimizer.zero_grad
-        self._own = {name: optimizer.__dict__.get(name) for name in ("step", "zero_grad")}
+        self._own = {n: optimizer.__dict__.get(n) for n in ("step", "zero_grad", _SCALES)}
 
         # Learning-rate schedulers take the function out of the method and bind it to the optimizer
         # again, so it must be a method of the optimizer and not of this object.
@@ -69,12 +78,15 @@ class OptimizerBinding:
         }
         for name, method in self._methods.items():
             setattr(optimizer, name, method)
+        setattr(optimizer, _SCALES, True)
         optimizer.virtual_step = add_pending  # type: ignore[attr-defined]
         optimizer.privacy_engine = owner  # type: ignore[attr-defined]
 
     def _private_step(self, closure: Closure | None = None) -> Any:
         if not self._attached:  # a scheduler wrapped this method and still calls it
             return self._step() if closure is None else self._step(closure)
+        if hasattr(self.optimizer, "grad_scale"):
+            raise ConfigurationError(_NO_SCALER)
         if isinstance(self.optimizer, LBFGS):
             return self._lbfgs_step(closure)
         loss = None
@@ -118,8 +130,10 @@ class OptimizerBinding:
                 del self.optimizer.__dict__[name]
                 if self._own[name] is not None:
                     setattr(self.optimizer, name, self._own[name])
-        for name in ("virtual_step", "privacy_engine"):
+        for name in ("virtual_step", "privacy_engine", _SCALES):
             self.optimizer.__dict__.pop(name, None)
+        if self._own[_SCALES] is not None:
+            setattr(self.optimizer, _SCALES, self._own[_SCALES])
 
 
 def _plain(loss: Any) -> Any:

@@ -89,6 +89,8 @@ class Tape:
 
     Attributes:
         batch_size: number of examples B; 0 until a batch was seen.
+        order: which row of the loader's batch each example is, where the loop put them in another
+            order.
         fired: whether any gradient has arrived.
         loss: how the loss of the last backward was reduced over the examples and what its terms were
             multiplied by; None if the recording did not see it. The kind is
@@ -125,6 +127,7 @@ class Tape:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.config = config or TapeConfig()
         self.batch_size = 0
+        self.order: tuple[int, ...] | None = None
         self.fired = False
         self.loss: Reduced | None = None
         self.seed = 1.0

@@ -122,6 +122,8 @@ class ModelHooks:
             )
         else:
             recording = Recording(self.model, {}, batch=batch, strict=False)
+        if batch.handed_out and batch.cut_from is not None:
+            recording.tape.order = batch.cut_from[1]
         tagged = tag_inputs(recording, _tagger(recording), module, args, kwargs, self._batch_dims)
         if training and self._checks:
             with self.paused():
@@ -143,20 +145,23 @@ class ModelHooks:
         sizes = {t.shape[d] for t, d in leaves}
         if known:
             batch = next(iter(known.values()))
-            if batch.handed_out and self._batch is not None and batch is not self._batch:
+            whole_batch = batch if batch.cut_from is None else batch.cut_from[0]
+            if batch.handed_out and self._batch not in (None, batch, whole_batch):
                 raise PrivacyError(
                     "the model was given rows of an earlier batch than the one that the loader "
                     "handed out last. What is kept from one step may not enter the next."
                 )
-            if batch.handed_out:
-                return batch
             t, dim = next((t, d) for t, d in leaves if batch_of(t) is batch)
             tag, whole = tag_of(t), Tag(dim % t.dim()) if batch.size > 1 else Tag(None, 0)
             if tag is None or tag == whole:
                 return batch
-            # Rows of an earlier batch of the user's own, cut out anew, are a batch of their own.
-            cut = own_batch()
-            cut.cut_from = batch, owners_of(t, tag, batch.size)
+            # Rows of a batch that were put in another order, or of an earlier batch of the user's
+            # own that were cut out anew, are a batch of their own.
+            chosen, all_rows = owners_of(t, tag, batch.size), tuple(range(batch.size))
+            if batch.handed_out and (chosen == all_rows or tuple(sorted(chosen)) != all_rows):
+                return batch  # rows that are missing or there twice are refused
+            cut = own_batch(batch.size if batch.handed_out else 0, handed_out=batch.handed_out)
+            cut.cut_from = batch, chosen
             return cut
         elif self._batch is not None and (not sizes or sizes == {self._batch.size}):
             return self._batch

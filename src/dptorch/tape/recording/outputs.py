@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ from dptorch.tape.recording.tensor_states import GUESSED
 __all__ = ["RecordedTensor", "follow", "outputs_of", "promote", "taint"]
 
 _RECORDING = "_dptorch_recording"
+_DEEPEST = 3  # objects in objects that are looked into
 
 
 class RecordedTensor(torch.Tensor):
@@ -112,20 +114,32 @@ def outputs_of(value: Any, recording: Recording) -> Any:
     return promote(value, recording)
 
 
-def promote(value: Any, recording: Recording) -> Any:
+def promote(value: Any, recording: Recording, depth: int = 0) -> Any:
     """Turn the tensors in `value` that carry examples into RecordedTensors."""
     if isinstance(value, Tensor):
         return _promote_one(value, recording)
     if value is not None and type(value) not in (int, float, bool, torch.Size):
-        tree_map(lambda t: _promote_one(t, recording), value)
+        tree_map(lambda t: _promote_one(t, recording, depth), value)
     return value
 
 
-def _promote_one(t: Any, recording: Recording) -> Any:
-    if dataclasses.is_dataclass(t) and not isinstance(t, type):
-        promote([getattr(t, f.name, None) for f in dataclasses.fields(t)], recording)
+def _attributes(value: Any) -> list[Any]:
+    """What an object holds that is no container of torch's: a dataclass, a distribution, a class of
+    the user's own. None of modules, functions and classes."""
+    if isinstance(value, (nn.Module, type, types.ModuleType)) or callable(value):
+        return []
+    held = list(getattr(value, "__dict__", {}).values())
+    if dataclasses.is_dataclass(value):
+        held += [getattr(value, f.name, None) for f in dataclasses.fields(value)]  # slots
+    return held
+
+
+def _promote_one(t: Any, recording: Recording, depth: int = 0) -> Any:
+    if not isinstance(t, Tensor):
+        if depth < _DEEPEST and (held := _attributes(t)):
+            promote(held, recording, depth + 1)
         return t
-    if not isinstance(t, Tensor) or isinstance(t, nn.Parameter):
+    if isinstance(t, nn.Parameter):
         return t
     if isinstance(recording.state(t), (Tag, Reduced, Mixed, Order)) and type(t) in (
         Tensor,
@@ -152,7 +166,8 @@ def follow(t: Tensor, recording: Recording) -> None:
 def taint(value: Any, batch: Batch, model: nn.Module) -> None:
     """Say that the tensors in `value` with as many rows as `batch` hold its rows, in their order.
 
-    Looks into tuples, lists, mappings and dataclasses. The tensors stay the objects that they are.
+    Looks into tuples, lists, mappings and the attributes of objects. The tensors stay the objects
+    that they are.
 
     Args:
         model: names modules in messages.
@@ -160,7 +175,7 @@ def taint(value: Any, batch: Batch, model: nn.Module) -> None:
     recording = _beside(batch, model)
     state = Tag(0) if batch.size > 1 else Tag(None, 0)
 
-    def visit(v: Any) -> None:
+    def visit(v: Any, depth: int = 0) -> None:
         if isinstance(v, Tensor):
             if v.dim() and v.shape[0] == batch.size and type(v) in (Tensor, RecordedTensor):
                 recording.mark(v, state)
@@ -168,12 +183,12 @@ def taint(value: Any, batch: Batch, model: nn.Module) -> None:
                 _promote_one(v, recording)
         elif isinstance(v, Mapping):
             for item in v.values():
-                visit(item)
+                visit(item, depth)
         elif isinstance(v, (tuple, list)):
             for item in v:
-                visit(item)
-        elif dataclasses.is_dataclass(v) and not isinstance(v, type):
-            for f in dataclasses.fields(v):
-                visit(getattr(v, f.name, None))
+                visit(item, depth)
+        elif depth < _DEEPEST:
+            for item in _attributes(v):
+                visit(item, depth + 1)
 
     visit(value)

@@ -156,7 +156,9 @@ class TensorStates:
             ConfigurationError: if the size disagrees with another input's.
             ExamplesMixError: if its rows were mixed before.
         """
-        known = self.state(t) if batch_of(t) is self.batch else None
+        cut_from = self.batch.cut_from
+        mine = self.batch if cut_from is None else cut_from[0]
+        known = self.state(t) if batch_of(t) in (self.batch, mine) else None
         size = t.shape[dim]
         if self.batch.size and size != self.batch.size:
             if self.batch.handed_out:

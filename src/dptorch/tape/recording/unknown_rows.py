@@ -2,8 +2,9 @@
 
 With a loader of the user's own nobody says which tensors hold rows of the batch. One that has as
 many rows as the batch and is paired with them, row by row, is taken for the batch's own, and so is
-one whose rows would all be paired with every example. What looks like a constant stays one: a
-parameter or buffer, a tensor seen with an earlier batch, one that fits along another dimension.
+one whose rows would all be paired with every example, and so are the targets of rows that were
+selected. What looks like a constant stays one: a parameter or buffer, a tensor seen with an earlier
+batch, one that fits along another dimension.
 """
 
 from __future__ import annotations
@@ -56,16 +57,18 @@ def _tag(name: str, t: Tensor, first: Tensor, tag: Tag, size: int) -> Tag | None
     if name in _PRODUCTS:  # q @ k.T: one column for each row of k
         transposed = t.dim() == 2 and t.shape[1] == size and t.stride(0) == 1 and t.stride(1) > 1
         return Tag(1) if transposed and t._base is not None and t.shape[0] > 1 else None
-    if not t.dim() or t.shape[0] != size:
+    selected = tag.explicit is not None and tag.dim == 0  # its own rows, by a mask or by indices
+    mine = Tag(0, 1, tag.explicit) if selected else Tag(0)
+    if not t.dim() or t.shape[0] != (len(tag.explicit or ()) if selected else size):
         return None
     if name in _ROW_LOSSES:
-        aligned = tag == Tag(0) and t.dim() in (first.dim() - 1, first.dim())
-        return Tag(0) if aligned and not t.is_floating_point() else None
+        aligned = tag == mine and t.dim() in (first.dim() - 1, first.dim())
+        return mine if aligned and not t.is_floating_point() else None
     if FAMILIES.get(name) is not elementwise and name not in _LOSSES:
         return None
     place = first.dim() - t.dim()  # of dimension 0 of t among those of the first operand
     if place == tag.dim or place < 0 or first.shape[place] == 1:
-        return Tag(0)
+        return mine
     return None  # as many columns as rows: class weights, for instance
 
 

@@ -1,0 +1,193 @@
+"""Programs that look like breaks and are none: each runs, and its broken twin is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dptorch.errors import ConfigurationError, PrivacyError
+from tests.engine.setup import SIZE, make_data, make_engine, make_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+EXPECTED = SIZE / 2
+
+
+def train(loss: Loss, model: nn.Module, *, own: bool = False, **plan: Any) -> int:
+    """Train on two batches; returns the number of steps taken."""
+    torch.manual_seed(0)
+    engine = make_engine(model, **{"sample_rate": 0.5, "steps": 2} | plan)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    batches = DataLoader(make_data(), batch_size=12) if own else engine.loader(make_data())
+    for x, y in batches:
+        loss(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return engine.steps_done
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        h: Tensor = self.layer(x + z)
+        return h
+
+
+def order_of(x: Tensor) -> Tensor:
+    return torch.randperm(len(x), generator=torch.Generator().manual_seed(5))
+
+
+def _two_permuted(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    order = order_of(x)
+    return F.cross_entropy(m(x[order], 0.1 * x[order]), y[order])
+
+
+def _second_input_not_permuted(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    order = order_of(x)
+    return F.cross_entropy(m(x[order], 0.1 * x), y[order])
+
+
+def _second_input_mixed(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    order = order_of(x)
+    return F.cross_entropy(m(x[order], x - x.mean(0)), y[order])
+
+
+def _outputs_given_again(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    order = order_of(x)
+    with torch.no_grad():
+        again = m(x[order], x[order]).sum(1, keepdim=True)
+    return F.cross_entropy(m(x[order], again.expand(-1, 5)), y[order])
+
+
+def permuted(choose: Callable[[Tensor], Tensor], labels: bool = True) -> Loss:
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        chosen = choose(order_of(x))
+        return F.cross_entropy(m(x[chosen]), y[chosen] if labels else y[: len(chosen)])
+
+    return loss
+
+
+def _first_twice(order: Tensor) -> Tensor:
+    return torch.cat([order[:1], order[:-1]])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_rows_may_be_put_in_another_order(own: bool) -> None:
+    assert train(permuted(lambda order: order), make_model(), own=own) == 2
+    assert train(_two_permuted, TwoInputs(), own=own) == 2
+    assert train(_outputs_given_again, TwoInputs(), own=own) == 2
+
+
+@pytest.mark.parametrize("loss", [_second_input_not_permuted, _second_input_mixed])
+def test_inputs_in_different_orders_are_refused(loss: Loss) -> None:
+    with pytest.raises(PrivacyError):
+        train(loss, TwoInputs())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        permuted(lambda order: order, labels=False),
+        permuted(_first_twice),
+        permuted(lambda order: order[:-1]),
+        permuted(lambda order: torch.zeros_like(order)),
+    ],
+)
+def test_rows_that_are_paired_left_out_or_taken_twice_are_refused(loss: Loss) -> None:
+    with pytest.raises(PrivacyError):
+        train(loss, make_model())
+
+
+def total(divisor: Callable[[int], float]) -> Loss:
+    """A sum of losses over a number; there is one more term at half its weight."""
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        out = m(x)
+        each = F.cross_entropy(out, y, reduction="sum") + 0.5 * out.square().sum()
+        return each / divisor(len(x))
+
+    return loss
+
+
+@pytest.mark.parametrize("physical", [None, 5, 1])
+def test_a_sum_over_the_expected_batch_size_is_a_mean(physical: int | None) -> None:
+    found = []
+    for divisor, reduction in ((lambda n: EXPECTED, "mean"), (lambda n: 1.0, "sum")):
+        model = make_model()
+        engine = make_engine(model, sample_rate=0.5, steps=1, loss_reduction=reduction)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        for x, y in engine.loader(make_data(), max_physical_batch_size=physical):
+            total(divisor)(model, x, y).backward()
+            optimizer.step()
+        scale = 1.0 if reduction == "mean" else EXPECTED
+        found.append(torch.cat([p.grad.flatten() / scale for p in model.parameters()]))  # type: ignore[union-attr]
+    assert torch.allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_sum_over_anything_else_is_refused(own: bool) -> None:
+    assert train(total(lambda n: EXPECTED), make_model(), own=own) == 2
+    assert train(total(float), make_model(), own=own) == 2
+    for divisor in (lambda n: n**2, lambda n: EXPECTED + 1, lambda n: 1.0):
+        with pytest.raises(PrivacyError, match="expected batch size, 12"):
+            train(total(divisor), make_model(), own=own)
+
+
+def test_a_divisor_that_changes_is_refused() -> None:
+    divisors = iter([EXPECTED, 2 * EXPECTED])
+    with pytest.raises(PrivacyError):
+        train(total(lambda n: next(divisors)), make_model())
+
+
+def selected(reduction: str, *, column: bool = False) -> Loss:
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        out, keep = m(x), y != 1
+        if column:
+            return F.mse_loss(out[keep][:, 0], y[keep][:, None].float(), reduction=reduction)
+        return F.cross_entropy(out[keep], y[keep], reduction=reduction)
+
+    return loss
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_losses_of_selected_rows_may_be_summed(own: bool) -> None:
+    def run(loss: Loss) -> int:
+        return train(loss, make_model(), own=own, loss_reduction="sum")
+
+    assert run(selected("sum")) == 2
+    for broken in (selected("mean"), selected("sum", column=True)):
+        with pytest.raises(PrivacyError):
+            run(broken)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_scaler_of_gradients_is_refused_with_a_way_out() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    x, y = make_data().tensors
+    for enabled, unscale in ((True, False), (True, True), (False, False)):
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        if enabled:
+            with pytest.raises(ConfigurationError, match=r"enabled=False"):
+                scaler.step(optimizer)
+            engine.drop_batch()
+            engine._batch.loss_factors = None
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        else:
+            scaler.step(optimizer)
+    assert engine.steps_done == 1
+    engine.detach()
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
