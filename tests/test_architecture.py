@@ -47,6 +47,7 @@ ROOMS = (
     "ledger",
     "statement",
     "engine",
+    "integrations.transformers",
     "blogs",
     "training",
     "audit",

@@ -49,6 +49,8 @@ ELSEWHERE = {
     "engine/loading.py": ("engine/test_sampling.py", "what is loaded is what was drawn"),
     "engine/": ("engine/test_privacy.py", "asked as a whole, one question a file"),
     "integrations/membership.py": ("audit/test_membership.py", "calls the attack after an epoch"),
+    "integrations/transformers/": (
+        "integrations/transformers/test_trainers.py", "parts of one trainer"),
     "ledger/chain.py": ("ledger/test_datasets.py", "a chain is verified over entries"),
     "ledger/": ("ledger/test_datasets.py", "asked as a whole, on both databases"),
     "native/": ("noise/test_compiled.py", "where there is code to compile"),

@@ -25,6 +25,7 @@ from trl import SFTConfig
 
 from dptorch.blogs.trl_trainer import BloGSSFTTrainer
 from dptorch.errors import ConfigurationError, PrivacyWarning
+from dptorch.integrations.transformers.private_trainer import PRIVATE_FOLDER
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 
@@ -251,7 +252,7 @@ def test_noise_under_the_same_call(folder, tmp_path):
     assert spent.formal_epsilon == float(spent) <= 8.0
     assert trainer._blogs.engine.sampling_run == {"poisson": 10}
     assert not any(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
-    entries = [e for e in trainer.state.log_history if "loss" in e]
+    entries = [e for e in trainer.state.log_history if "not_private_loss" in e]
     assert [e["epsilon"] for e in entries] == sorted({e["epsilon"] for e in entries})
     assert entries[-1]["epsilon"] == pytest.approx(float(spent))
     assert "differentially private" in str(trainer.privacy_statement())
@@ -298,7 +299,7 @@ def test_a_resumed_private_run_goes_on_with_its_steps(folder, tmp_path):
     assert float(resumed.get_privacy_spent()) == float(whole.get_privacy_spent())
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    (tmp_path / "checkpoint-6" / "dptorch_engine.pt").unlink()
+    (tmp_path / PRIVATE_FOLDER / "checkpoint-6.pt").unlink()
     other = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
     with pytest.raises(ConfigurationError, match="not known what the checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))

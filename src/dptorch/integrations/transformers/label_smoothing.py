@@ -1,0 +1,51 @@
+"""Label smoothing example by example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["SmoothLabels"]
+
+
+class SmoothLabels:
+    """Cross-entropy with smoothed labels, the mean over an example's own tokens.
+
+    It is called in the place of `transformers.trainer_pt_utils.LabelSmoother`, which divides by the
+    number of tokens of the whole batch.
+
+    Args:
+        epsilon: share of each label that is spread over all classes.
+        ignore_index: label of tokens that do not count.
+    """
+
+    def __init__(self, epsilon: float, ignore_index: int = -100) -> None:
+        self.epsilon = epsilon
+        self.ignore_index = ignore_index
+
+    @classmethod
+    def in_place_of(cls, smoother: Any) -> SmoothLabels | None:
+        """The same smoothing as a Trainer's own, or None where it has none."""
+        return None if smoother is None else cls(smoother.epsilon, smoother.ignore_index)
+
+    def __call__(
+        self,
+        outputs: Any,
+        labels: Tensor,
+        shift_labels: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        if logits.dim() == 3:
+            logits = logits.transpose(1, 2)
+        # The tape makes this mean the one over examples of each one's own mean.
+        return F.cross_entropy(
+            logits.float() if logits.dtype.itemsize < 4 else logits,
+            labels,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.epsilon,
+        )
