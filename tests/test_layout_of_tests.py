@@ -55,6 +55,7 @@ ELSEWHERE = {
     "ledger/": ("ledger/test_datasets.py", "asked as a whole, on both databases"),
     "native/": ("noise/test_compiled.py", "where there is code to compile"),
     "noise/": ("noise/test_gaussian.py", "parts of the Gaussian mechanism"),
+    "plan/": ("test_plan.py", "a plan, and how it is made"),
     "sampling/": ("sampling/test_laws.py", "each scheme by the same brute force"),
     "tape/gradients/": ("tape/test_exactness.py", "forms and sums, each model against the loop"),
     "tape/propagation/": ("tape/test_dispatch.py", "an op is tested where it is called"),

@@ -13,10 +13,12 @@ import pytest
 
 import dptorch
 from dptorch import accounting
-from dptorch import plan as plan_module
 from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
+from dptorch.noise import MECHANISMS
 from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
+from dptorch.plan.privacy_plan import _EVENTS, _with_mechanism
+from dptorch.plan.settings import _FIELDS
 from dptorch.randomness import KeySource
 from dptorch.sampling import SCHEMES
 from dptorch.sampling.schemes import OWN_LOADER
@@ -388,7 +390,7 @@ def test_a_delta_above_one_over_the_records_warns(size: dict[str, Any]) -> None:
 def _lost_settings(source: str) -> set[str]:
     """Settings that `make_plan` neither hands on as they are nor reads by name."""
     read = set(re.findall(r'settings\.get\(\s*"(\w+)"', source))
-    return set(PlanSettings.__annotations__) - set(plan_module._FIELDS) - read
+    return set(PlanSettings.__annotations__) - set(_FIELDS) - read
 
 
 def test_no_setting_is_accepted_and_lost() -> None:
@@ -402,3 +404,9 @@ def test_no_setting_is_accepted_and_lost() -> None:
 def test_a_norm_that_is_no_number_is_refused(bad: Any) -> None:
     with pytest.raises(ConfigurationError, match="max_grad_norm="):
         make_plan(batch_size=10, sample_size=1000, steps=1, noise_multiplier=1.0, max_grad_norm=bad)
+
+
+def test_every_mechanism_has_its_own_event() -> None:
+    assert set(_EVENTS) == set(MECHANISMS)
+    with pytest.raises(ConfigurationError, match="mechanism='newcomer'"):
+        _with_mechanism("newcomer", SampledGaussian(1.0, 0.1, 1), "poisson")

@@ -7,7 +7,7 @@ import operator
 
 from dptorch.errors import ConfigurationError
 
-__all__ = ["noise_of", "number", "positive_int", "rate_of"]
+__all__ = ["noise_of", "number", "positive", "positive_int", "rate_of"]
 
 
 def positive_int(name: str, value: object, *, least: int = 1) -> int:
@@ -67,3 +67,9 @@ def number(name: str, value: object) -> float:
     if math.isnan(found) or isinstance(value, (bool, str)):
         raise ConfigurationError(f"{name}={value!r} is not a number. Pass a float.")
     return found
+
+
+def positive(name: str, value: float) -> None:
+    """Return if `value` is a finite number above 0; else raise ConfigurationError."""
+    if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise ConfigurationError(f"{name}={value!r} must be a finite number above 0.")

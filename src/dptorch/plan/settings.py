@@ -1,0 +1,251 @@
+"""PlanSettings and make_plan: a plan from what a user knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, TypedDict
+
+from typing_extensions import Unpack
+
+from dptorch import accounting
+from dptorch.accounting import Adjacency
+from dptorch.accounting.arguments import number, positive
+from dptorch.clipping import AdaptiveClipping, read_style
+from dptorch.errors import ConfigurationError, one_of, warn
+from dptorch.plan.privacy_plan import PrivacyPlan, event_of
+from dptorch.sampling import Terms, get_scheme
+
+Style = str | Sequence[str] | Mapping[str, Any]
+
+
+class PlanSettings(TypedDict, total=False):
+    """The settings that a plan is made from, by keyword; see `make_plan`.
+
+    A setting that is left out has the default stated here.
+
+    Attributes:
+        batch_size: expected number of records that a step draws. A record is one `unit`, so this is a
+            number of users where the unit is the user.
+        sample_rate: probability with which a step draws each record; batch_size / sample_size.
+        sample_size: number of records. It is treated as public if it is given.
+        epochs: length of the run in passes over the data; steps = ceil(epochs / sample_rate).
+        steps: length of the run in steps.
+        target_epsilon: calibrate the noise so that all steps together spend at most this ε.
+        noise_multiplier: or state the noise, standard deviation over max_grad_norm; ε follows.
+        target_delta: δ; by default 1 / (10 * sample_size), at most 1e-5, rounded down to a power
+            of ten.
+        max_grad_norm: bound C on the norm of one record's gradient; by default 1.
+        clipping_fn: name in `dptorch.clipping.FUNCTIONS`; by default "abadi".
+        clipping_style: what is clipped together: a name of `dptorch.clipping.read_style` (by default
+            "all-layer"), a list of module names or patterns (each module that matches is a group), or
+            {pattern: norm} or {pattern: (norm, noise weight)}.
+        adaptive_clipping: let the norm follow a quantile of the gradient norms (Andrew et al.
+            2021), privately: True, the quantile, or `dptorch.clipping.AdaptiveClipping`.
+        accountant: name of the accountant whose ε is stated; by default "pld".
+        adjacency: the neighbouring relation. By default zero-out where sample_size is given, since
+            rate and batch size then tell it, and add/remove otherwise.
+        loss_reduction: how the loss joins the examples, "mean" (the default) or "sum".
+        unit: what one record is, see `PrivacyPlan`; by default "example".
+        sampling: name in `dptorch.sampling.SCHEMES`; by default "poisson". A scheme that goes through
+            the data in epochs makes an epoch a whole number of steps, and adjusts rate and batch size
+            to it.
+        capacity: largest number of records in a batch of truncated Poisson sampling; by default
+            B + 8 sqrt(B) for an expected B, or more where that would be exceeded too often.
+        max_examples_per_user: largest number of one user's examples in a step, for unit="user".
+        mechanism: "gaussian" (the default) or "discrete_gaussian", see `PrivacyPlan`.
+    """
+
+    batch_size: float | None
+    sample_rate: float | None
+    sample_size: int | None
+    epochs: float | None
+    steps: int | None
+    target_epsilon: float | None
+    noise_multiplier: float | None
+    target_delta: float | None
+    max_grad_norm: float
+    clipping_fn: str
+    clipping_style: Style
+    adaptive_clipping: AdaptiveClipping | Mapping[str, float] | float | bool | None
+    accountant: str
+    adjacency: Adjacency | str | None
+    loss_reduction: str
+    unit: str
+    sampling: str
+    capacity: int | None
+    max_examples_per_user: int | None
+    mechanism: str
+
+
+# The settings that are fields of the plan as they are, with the defaults that `PrivacyPlan` states.
+_FIELDS: Final = (
+    "clipping_fn",
+    "accountant",
+    "loss_reduction",
+    "unit",
+    "target_epsilon",
+    "sample_size",
+    "sampling",
+    "max_examples_per_user",
+    "mechanism",
+)
+
+
+def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
+    """Make a plan from what a user knows.
+
+    Give two of batch_size, sample_rate and sample_size; the length of the run, as epochs or steps; and
+    either target_epsilon or noise_multiplier.
+
+    Args:
+        settings: see `PlanSettings`.
+
+    Raises:
+        ConfigurationError: where settings are unknown, missing, contradict each other or cannot be
+            met; for a target ε out of reach it names the smallest that is.
+
+    Example:
+        >>> plan = make_plan(batch_size=256, sample_size=50_000, epochs=3, target_epsilon=2.0)
+        >>> plan.steps, plan.target_delta, plan.epsilon() <= 2.0
+        (586, 1e-06, True)
+    """
+    for name in settings:
+        one_of("setting", name, PlanSettings.__annotations__)
+    sample_size = settings.get("sample_size")
+    scheme = get_scheme(settings.get("sampling", "poisson"))
+    rate, batch_size = _rate(settings.get("batch_size"), settings.get("sample_rate"), sample_size)
+    terms = scheme.settle(Terms(rate, batch_size, sample_size, settings.get("capacity")))
+    rate = terms.sample_rate
+    style, groups = read_style(settings.get("clipping_style", "all-layer"))
+    adjacency = settings.get("adjacency")
+    if adjacency is None:
+        adjacency = Adjacency.ADD_REMOVE if sample_size is None else Adjacency.ZERO_OUT
+    adjacency = Adjacency.of(adjacency)
+    steps = _steps(settings.get("epochs"), settings.get("steps"), rate)
+    delta = _delta(settings.get("target_delta"), sample_size, terms.expected_batch_size / rate)
+    if terms.capacity is None and scheme.capacity is not None and sample_size is not None:
+        terms = replace(terms, capacity=scheme.capacity(terms, steps, delta))
+    scheme.check(terms, adjacency)
+    noise_multiplier, target_epsilon = (
+        settings.get("noise_multiplier"),
+        settings.get("target_epsilon"),
+    )
+    if (target_epsilon is None) == (noise_multiplier is None):
+        raise ConfigurationError(
+            f"target_epsilon={target_epsilon!r} and noise_multiplier={noise_multiplier!r}: give "
+            "exactly one; the other follows."
+        )
+    if noise_multiplier is None:
+        assert target_epsilon is not None
+        accountant = settings.get("accountant", PrivacyPlan.accountant)
+        accounting.get_accountant(accountant)
+        mechanism = settings.get("mechanism", PrivacyPlan.mechanism)
+        noise_multiplier = accounting.noise_multiplier_for(
+            lambda noise: event_of(scheme, mechanism, terms, noise, steps),
+            target_epsilon=target_epsilon,
+            delta=delta,
+            accountant=accountant,
+            adjacency=adjacency,
+        )
+    fields_given: dict[str, Any] = {n: v for n, v in settings.items() if n in _FIELDS}
+    return PrivacyPlan(
+        sample_rate=rate,
+        steps=steps,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=number("max_grad_norm", settings.get("max_grad_norm", 1.0)),
+        expected_batch_size=terms.expected_batch_size,
+        target_delta=delta,
+        clipping_style=style,
+        clipping_groups=groups,
+        adaptive_clipping=AdaptiveClipping.of(settings.get("adaptive_clipping")),
+        adjacency=adjacency,
+        capacity=terms.capacity,
+        **fields_given,
+    )
+
+
+def default_delta(sample_size: int) -> float:
+    """1 / (10 * sample_size), at most 1e-5, rounded down to a power of ten.
+
+    Example:
+        >>> default_delta(60_000), default_delta(3_000_000)
+        (1e-06, 1e-08)
+    """
+    return min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
+
+
+def _steps(epochs: float | None, steps: int | None, rate: float) -> int:
+    """The length of the run in steps, from the one of the two that is given."""
+    if epochs is None and steps is not None:
+        return steps
+    if epochs is None or steps is not None:
+        raise ConfigurationError(
+            f"epochs={epochs!r} and steps={steps!r}: give exactly one, the length of the run."
+        )
+    positive("epochs", epochs)
+    # 1 / rate is often a hair above the whole number it means.
+    return math.ceil(round(epochs / rate, 6))
+
+
+def _delta(target: float | None, sample_size: int | None, expected_size: float) -> float:
+    """δ of the plan: the one wanted, or the default. `expected_size` is batch size over rate."""
+    if target is None:
+        if sample_size is None:
+            raise ConfigurationError(
+                "target_delta is missing, and without sample_size there is no default. Give a "
+                "number well below one over the number of records, for example 1e-5."
+            )
+        return default_delta(sample_size)
+    size = expected_size if sample_size is None else sample_size
+    if 1 / size <= target < 1:
+        warn(
+            f"target_delta={target:g} is not below 1/{size:.6g}, one over the number of records: a "
+            "mechanism that publishes one record in full would satisfy it. Use at most "
+            f"{10.0 ** math.floor(math.log10(0.1 / size)):g}."
+        )
+    return target
+
+
+def _rate(
+    batch_size: float | None, sample_rate: float | None, sample_size: int | None
+) -> tuple[float, float]:
+    """(sample_rate, expected_batch_size) from any two of the three."""
+    if sample_size is not None and (
+        isinstance(sample_size, bool) or int(sample_size) != sample_size or sample_size < 1
+    ):
+        raise ConfigurationError(
+            f"sample_size={sample_size!r} must be a whole number of records, at least 1."
+        )
+    if batch_size is not None and sample_rate is not None and sample_size is not None:
+        if not math.isclose(batch_size, sample_rate * sample_size, rel_tol=1e-6):
+            raise ConfigurationError(
+                f"batch_size={batch_size!r}, sample_rate={sample_rate!r} and "
+                f"sample_size={sample_size!r} contradict each other: "
+                f"{sample_rate} * {sample_size} = {sample_rate * sample_size:g}. Leave one out."
+            )
+        batch_size = None
+    if batch_size is not None:
+        positive("batch_size", batch_size)
+        if sample_rate is None and sample_size is None:
+            raise ConfigurationError(
+                f"batch_size={batch_size!r} alone does not say how likely a record is to be drawn. "
+                "Give sample_size (the number of records) or sample_rate too."
+            )
+        if sample_rate is None:
+            assert sample_size is not None
+            if batch_size > sample_size:
+                raise ConfigurationError(
+                    f"batch_size={batch_size!r} is larger than sample_size={sample_size!r}."
+                )
+            sample_rate = batch_size / sample_size
+        return sample_rate, float(batch_size)
+    if sample_rate is None or sample_size is None:
+        raise ConfigurationError(
+            f"batch_size={batch_size!r}, sample_rate={sample_rate!r}, sample_size={sample_size!r}: "
+            "give two of the three."
+        )
+    if not 0 < sample_rate <= 1:
+        raise ConfigurationError(f"sample_rate={sample_rate!r} must be in (0, 1].")
+    return sample_rate, sample_rate * sample_size
