@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dptorch.errors import PrivacyError
 from dptorch.sampling import PhysicalBatch
 from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
+from dptorch.tape.recording.places import way_out_of_a_trainer
 
 __all__ = ["check_factors", "check_rows", "gradient_scale", "planned_factors"]
 
@@ -99,6 +100,7 @@ def _factors_of(
             f"loss_reduction={reduction!r}: gradients would be off by the "
             f"batch size. Use loss_reduction={kind!r}, without dividing by anything that "
             f"depends on the batch; a sum divided by the expected batch size, {expected:g}, is a mean."
+            + way_out_of_a_trainer()
         )
     return tuple(f * scale for f in factors)
 
@@ -116,7 +118,7 @@ def check_factors(factors: tuple[float, ...], before: tuple[float, ...]) -> None
             f"the terms of the loss are multiplied by {_list(factors)}, before by "
             f"{_list(before)}. A factor that depends on the batch (a number of tokens, a sum of "
             "weights) lets one example rescale all others. Use public constants, and the "
-            "learning rate for a schedule."
+            "learning rate for a schedule." + way_out_of_a_trainer()
         )
 
 

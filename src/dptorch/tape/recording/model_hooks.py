@@ -19,6 +19,7 @@ from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
 from dptorch.tape.recording.patches import patched, uncompiled
+from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
 
@@ -150,6 +151,7 @@ class ModelHooks:
                 raise PrivacyError(
                     "the model was given rows of an earlier batch than the one that the loader "
                     "handed out last. What is kept from one step may not enter the next."
+                    + way_out_of_a_trainer()
                 )
             t, dim = next((t, d) for t, d in leaves if batch_of(t) is batch)
             tag, whole = tag_of(t), Tag(dim % t.dim()) if batch.size > 1 else Tag(None, 0)

@@ -12,10 +12,12 @@ from types import FrameType
 import torch
 from torch import nn
 
-__all__ = ["OUTSIDE", "module_path", "reading_module", "user_line"]
+__all__ = ["OUTSIDE", "module_path", "reading_module", "user_line", "way_out_of_a_trainer"]
 
 #: Where code runs that is no module's forward.
 OUTSIDE = "outside the model"
+_TRAINERS = ("transformers.trainer", "trl.trainer")
+_PRIVATE_TRAINERS = "dptorch.integrations.transformers"
 _LIBRARIES = (
     str(Path(__file__).parents[2]),
     str(Path(torch.__file__).parent),
@@ -56,3 +58,22 @@ def reading_module() -> str:
             return name
         frame = frame.f_back
     return ""
+
+
+def way_out_of_a_trainer() -> str:
+    """Return a sentence that names the private trainer, if the loop that runs is transformers' own."""
+    frame: FrameType | None = sys._getframe(1)
+    found = False
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(_PRIVATE_TRAINERS):
+            return ""
+        found = found or name.startswith(_TRAINERS)
+        frame = frame.f_back
+    if not found:
+        return ""
+    return (
+        " The loop is that of transformers' Trainer, which divides by the tokens of the whole batch "
+        f"and joins several draws in a step. Train with {_PRIVATE_TRAINERS}.DPTrainer or "
+        "DPSFTTrainer, which take its arguments and do neither."
+    )

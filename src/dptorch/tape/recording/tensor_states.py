@@ -12,7 +12,12 @@ from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.provenance.aliases import storage_of
 from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, State, Tag, owners
 from dptorch.tape.recording.batches import Batch
-from dptorch.tape.recording.places import OUTSIDE, module_path, user_line
+from dptorch.tape.recording.places import (
+    OUTSIDE,
+    module_path,
+    user_line,
+    way_out_of_a_trainer,
+)
 
 __all__ = ["GUESSED", "TensorStates", "batch_of", "owners_of", "tag_of"]
 
@@ -215,7 +220,10 @@ class TensorStates:
 
     def statistic(self, name: str) -> Mixed:
         """Return the state of a statistic over the examples."""
-        return Mixed(f"{self.module_path()}: '{name}' takes a statistic over the examples.")
+        return Mixed(
+            f"{self.module_path()}: '{name}' takes a statistic over the examples."
+            + way_out_of_a_trainer()
+        )
 
 
 def owners_of(t: Tensor, tag: Tag, batch_size: int) -> tuple[int, ...]:
