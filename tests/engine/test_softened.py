@@ -191,3 +191,46 @@ def test_a_scaler_of_gradients_is_refused_with_a_way_out() -> None:
     assert engine.steps_done == 1
     engine.detach()
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+def backwards(engine: Any, optimizer: Any, *batches: tuple[Tensor, Tensor]) -> None:
+    """A step on the sum of several backwards."""
+    optimizer.zero_grad()
+    for x, y in batches:
+        F.cross_entropy(engine.model(x), y).backward()
+    optimizer.step()
+
+
+def test_rows_of_a_loader_of_ones_own_count_once_a_step() -> None:
+    model = make_model()
+    engine = make_engine(model, steps=20)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    x, y = make_data().tensors
+    whole, first, last = (x, y), (x[:8], y[:8]), (x[16:], y[16:])
+    backwards(engine, optimizer, first, last)
+    backwards(engine, optimizer, whole)
+    backwards(engine, optimizer, whole)  # in another step
+    backwards(engine, optimizer, (x[:8], y[:8]), (x[8:16], y[8:16]))
+    outs = [model(a) for a, _ in (first, last)]  # two forwards, then a backward of each
+    for out, (_, b) in zip(outs, (first, last), strict=True):
+        F.cross_entropy(out, b).backward()
+    optimizer.step()
+    taken = engine.steps_done
+    for again in ((whole, whole), (first, last, first), (whole, (x[:8], y[:8])),
+                  ((x[4:8], y[4:8]), (x[7:9], y[7:9]))):  # fmt: skip
+        with pytest.raises(PrivacyError, match="count twice"):
+            backwards(engine, optimizer, *again)
+        optimizer.zero_grad()
+        engine.drop_batch()
+    assert engine.steps_done == taken == 5
+
+
+def test_a_virtual_step_does_not_forget_which_rows_it_counted() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    x, y = make_data().tensors
+    F.cross_entropy(model(x), y).backward()
+    optimizer.virtual_step()  # type: ignore[attr-defined]
+    with pytest.raises(PrivacyError, match="count twice"):
+        backwards(engine, optimizer, (x, y))

@@ -42,6 +42,10 @@ _ONE_FORWARD = (
     "dimensions for the model, and call backward() once on the sum of the losses: an example's "
     "gradients are then clipped together. See docs/migrating.md, 'Several forward passes'."
 )
+_TWICE = (
+    "two backwards were made through the model on one batch: each example would count twice. Call "
+    f"optimizer.zero_grad() between them to drop the first. If both count, {_ONE_FORWARD}"
+)
 _NO_OWNERS = (
     "unit='user', and a batch did not come from engine.loader: it is not known whose rows these are, "
     "so that one user's rows could add up to many times max_grad_norm. The step was neither taken nor "
@@ -57,11 +61,13 @@ class Accumulated:
         sums: by parameter name; None where nothing was added.
         measured: norms and coefficients of each physical batch, [2, groups, B].
         places: (logical step, index) of the physical batches that came from the engine's loader.
+        rows: the rows of batches of the user's own, by what stands for the batch.
     """
 
     sums: dict[str, Tensor] | None = None
     measured: list[Tensor] = field(default_factory=list)
     places: set[tuple[int, int]] = field(default_factory=set)
+    rows: dict[object, set[int]] = field(default_factory=dict)
 
     def merge(self, other: Accumulated) -> None:
         """Add another accumulation, whose tensors may be used up."""
@@ -72,6 +78,8 @@ class Accumulated:
                 self.sums[name].add_(value)
         self.measured += other.measured
         self.places |= other.places
+        for batch, rows in other.rows.items():
+            self.rows.setdefault(batch, set()).update(rows)
 
 
 @dataclass
@@ -248,6 +256,8 @@ class LogicalBatch:
         found = Accumulated(batch.sums, [torch.stack([norms, factors])])
         if batch.part is not None:
             found.places = {(batch.part.logical_step, batch.part.index)}
+        elif tape.rows is not None:
+            found.rows = {tape.rows[0]: set(tape.rows[1])}
         self._pending.merge(found)
 
     def _only_batch(self) -> _Batch:
@@ -330,19 +340,24 @@ class LogicalBatch:
         if part is None:
             if self.plan.unit == "user":
                 raise PrivacyError(_NO_OWNERS)
+            if tape.seen_before and tape.rows is not None and self._counted(*tape.rows):
+                raise PrivacyError(_TWICE)
             return weights
         check_rows(b, part)
         place = (part.logical_step, part.index)
         if place in self._kept.places or place in self._pending.places:
-            raise PrivacyError(
-                "two backwards were made through the model on one batch: each example would count "
-                "twice. Call optimizer.zero_grad() between them to drop the first. If both count, "
-                f"{_ONE_FORWARD}"
-            )
+            raise PrivacyError(_TWICE)
         if part.padding:
-            places = torch.arange(b) if tape.order is None else torch.tensor(tape.order)
-            weights[places >= part.examples] = 0
+            rows = range(b) if tape.rows is None else tape.rows[1]
+            weights[torch.tensor(rows) >= part.examples] = 0
         return weights
+
+    def _counted(self, batch: object, rows: Sequence[int]) -> bool:
+        """Whether one of these rows of a batch is in the sum of this step already."""
+        return any(
+            not found.rows.get(batch, set()).isdisjoint(rows)
+            for found in (self._kept, self._pending)
+        )
 
     def _wanted_seed(self, tape: Tape) -> float:
         """What makes the gradients of a backward those of each example's own loss."""

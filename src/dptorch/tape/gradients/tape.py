@@ -89,8 +89,9 @@ class Tape:
 
     Attributes:
         batch_size: number of examples B; 0 until a batch was seen.
-        order: which row of the loader's batch each example is, where the loop put them in another
-            order.
+        rows: whose rows the examples are: an object that stands for the batch that they were taken
+            from, and the number of each example in it.
+        seen_before: whether the batch is known to have gone through the model before.
         fired: whether any gradient has arrived.
         loss: how the loss of the last backward was reduced over the examples and what its terms were
             multiplied by; None if the recording did not see it. The kind is
@@ -127,7 +128,8 @@ class Tape:
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.config = config or TapeConfig()
         self.batch_size = 0
-        self.order: tuple[int, ...] | None = None
+        self.rows: tuple[object, tuple[int, ...]] | None = None
+        self.seen_before = False
         self.fired = False
         self.loss: Reduced | None = None
         self.seed = 1.0

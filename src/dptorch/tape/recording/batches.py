@@ -39,6 +39,13 @@ class Batch:
         self.beside: Any = None
         self.cut_from: tuple[Batch, tuple[int, ...]] | None = None
 
+    def origin(self) -> tuple[Batch, tuple[int, ...]]:
+        """The batch that this one was cut from in the end, itself if from none, and which of its rows."""
+        if self.cut_from is None:
+            return self, tuple(range(self.size))
+        base, rows = self.cut_from[0].origin()
+        return base, tuple(rows[i] for i in self.cut_from[1])
+
 
 _latest: weakref.ref[Batch] | None = None
 

@@ -123,9 +123,9 @@ class ModelHooks:
             )
         else:
             recording = Recording(self.model, {}, batch=batch, strict=False)
-        if batch.handed_out and batch.cut_from is not None:
-            recording.tape.order = batch.cut_from[1]
+        seen_before = any(batch_of(t) is batch for t, _ in leaves) or batch.cut_from is not None
         tagged = tag_inputs(recording, _tagger(recording), module, args, kwargs, self._batch_dims)
+        recording.tape.rows, recording.tape.seen_before = batch.origin(), seen_before
         if training and self._checks:
             with self.paused():
                 self._checks = [check for check in self._checks if not check(args, kwargs)]
