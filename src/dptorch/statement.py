@@ -48,7 +48,8 @@ _MECHANISMS = {"gaussian": "Gaussian noise", "discrete_gaussian": "discrete Gaus
 ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
     "dataset, the collate function or the loop",
-    "the loss is multiplied by public constants only",
+    "what the loss and its terms are multiplied by is public: constants, and what the program says is "
+    "public (public_number)",
     "no number that is read from a batch (a value, a norm, a size that depends on values, a text of "
     "them) decides what is computed for another {unit}, in the model or in the loop",
     "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows",

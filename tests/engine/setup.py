@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import dptorch
 from dptorch.clipping.sums import ClippedSum
 from dptorch.noise import GaussianNoise
 
 SIZE = 24
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def make_model() -> nn.Module:
@@ -39,6 +40,19 @@ def make_engine(model: nn.Module, **overrides: Any) -> dptorch.PrivacyEngine:
         "seed": 0,
     }
     return dptorch.PrivacyEngine(model, **settings | overrides)
+
+
+def steps_with(loss: Loss, model: nn.Module, *, own: bool = False, **plan: Any) -> int:
+    """Train on two batches; returns the number of steps taken."""
+    torch.manual_seed(0)
+    engine = make_engine(model, **{"sample_rate": 0.5, "steps": 2} | plan)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    batches = DataLoader(make_data(), batch_size=12) if own else engine.loader(make_data())
+    for x, y in batches:
+        loss(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return engine.steps_done
 
 
 def parameters(model: nn.Module) -> Tensor:

@@ -9,27 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dptorch.errors import ConfigurationError, PrivacyError
-from tests.engine.setup import SIZE, make_data, make_engine, make_model
+from tests.engine.setup import SIZE, Loss, make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 EXPECTED = SIZE / 2
-
-
-def train(loss: Loss, model: nn.Module, *, own: bool = False, **plan: Any) -> int:
-    """Train on two batches; returns the number of steps taken."""
-    torch.manual_seed(0)
-    engine = make_engine(model, **{"sample_rate": 0.5, "steps": 2} | plan)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
-    batches = DataLoader(make_data(), batch_size=12) if own else engine.loader(make_data())
-    for x, y in batches:
-        loss(model, x, y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return engine.steps_done
 
 
 class TwoInputs(nn.Module):
@@ -82,15 +67,15 @@ def _first_twice(order: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_rows_may_be_put_in_another_order(own: bool) -> None:
-    assert train(permuted(lambda order: order), make_model(), own=own) == 2
-    assert train(_two_permuted, TwoInputs(), own=own) == 2
-    assert train(_outputs_given_again, TwoInputs(), own=own) == 2
+    assert steps_with(permuted(lambda order: order), make_model(), own=own) == 2
+    assert steps_with(_two_permuted, TwoInputs(), own=own) == 2
+    assert steps_with(_outputs_given_again, TwoInputs(), own=own) == 2
 
 
 @pytest.mark.parametrize("loss", [_second_input_not_permuted, _second_input_mixed])
 def test_inputs_in_different_orders_are_refused(loss: Loss) -> None:
     with pytest.raises(PrivacyError):
-        train(loss, TwoInputs())
+        steps_with(loss, TwoInputs())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +89,7 @@ def test_inputs_in_different_orders_are_refused(loss: Loss) -> None:
 )
 def test_rows_that_are_paired_left_out_or_taken_twice_are_refused(loss: Loss) -> None:
     with pytest.raises(PrivacyError):
-        train(loss, make_model())
+        steps_with(loss, make_model())
 
 
 def total(divisor: Callable[[int], float]) -> Loss:
@@ -135,17 +120,17 @@ def test_a_sum_over_the_expected_batch_size_is_a_mean(physical: int | None) -> N
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_sum_over_anything_else_is_refused(own: bool) -> None:
-    assert train(total(lambda n: EXPECTED), make_model(), own=own) == 2
-    assert train(total(float), make_model(), own=own) == 2
+    assert steps_with(total(lambda n: EXPECTED), make_model(), own=own) == 2
+    assert steps_with(total(float), make_model(), own=own) == 2
     for divisor in (lambda n: n**2, lambda n: EXPECTED + 1, lambda n: 1.0):
         with pytest.raises(PrivacyError, match="expected batch size, 12"):
-            train(total(divisor), make_model(), own=own)
+            steps_with(total(divisor), make_model(), own=own)
 
 
 def test_a_divisor_that_changes_is_refused() -> None:
     divisors = iter([EXPECTED, 2 * EXPECTED])
     with pytest.raises(PrivacyError):
-        train(total(lambda n: next(divisors)), make_model())
+        steps_with(total(lambda n: next(divisors)), make_model())
 
 
 def selected(reduction: str, *, column: bool = False) -> Loss:
@@ -161,7 +146,7 @@ def selected(reduction: str, *, column: bool = False) -> Loss:
 @pytest.mark.parametrize("own", [False, True])
 def test_losses_of_selected_rows_may_be_summed(own: bool) -> None:
     def run(loss: Loss) -> int:
-        return train(loss, make_model(), own=own, loss_reduction="sum")
+        return steps_with(loss, make_model(), own=own, loss_reduction="sum")
 
     assert run(selected("sum")) == 2
     for broken in (selected("mean"), selected("sum", column=True)):

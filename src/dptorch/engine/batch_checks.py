@@ -118,7 +118,9 @@ def check_factors(factors: tuple[float, ...], before: tuple[float, ...]) -> None
             f"the terms of the loss are multiplied by {_list(factors)}, before by "
             f"{_list(before)}. A factor that depends on the batch (a number of tokens, a sum of "
             "weights) lets one example rescale all others. Use public constants, and the "
-            "learning rate for a schedule." + way_out_of_a_trainer()
+            "learning rate for a schedule of the whole loss. A weight of one term that follows a "
+            "public schedule is said to: dptorch.tape.public_number(weight) * term."
+            + way_out_of_a_trainer()
         )
 
 

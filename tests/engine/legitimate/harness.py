@@ -76,11 +76,10 @@ class Program:
 
 @dataclass
 class Step:
-    """What one step summed up: of these batches, at these parameters."""
+    """What one step summed up, and what a loop over its examples gives."""
 
-    batches: list[Any]
-    state: dict[str, Tensor]
     values: dict[str, Tensor]
+    expected: dict[str, Tensor]
 
 
 class Run:
@@ -139,20 +138,20 @@ class Run:
 
     def step_seen(self, clipped: ClippedSum) -> None:
         """A sum is about to get its noise."""
-        state = {k: v.clone() for k, v in self.model.state_dict().items()}
         values = {k: v.clone() for k, v in clipped.values.items()}
-        self.seen.append(Step(self._waiting, state, values))
+        exact = self.program.tolerance is not None
+        self.seen.append(Step(values, self._expected() if exact else values))
         self._waiting = []
 
-    def expected(self, step: Step) -> dict[str, Tensor]:
+    def _expected(self) -> dict[str, Tensor]:
         """The sum of the clipped gradients, by a loop over examples."""
         plain = self.program.model()
-        plain.load_state_dict(step.state)
+        plain.load_state_dict(self.model.state_dict())
         plain.train(self.model.training)
         trained = {n: p for n, p in plain.named_parameters() if p.requires_grad}
         total = {n: torch.zeros_like(p) for n, p in trained.items()}
         bound = self.engine.plan.max_grad_norm
-        for batch in step.batches:
+        for batch in self._waiting:
             for i in range(_size(batch)):
                 loss = self.loss(plain, row_of(batch, i)).sum() * self.program.scale
                 grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -202,7 +201,7 @@ def run(program: Program, own: bool, monkeypatch: Any) -> Run:
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in running.trained())
     if program.tolerance is not None:
         for step in running.seen:
-            for name, wanted in running.expected(step).items():
+            for name, wanted in step.expected.items():
                 far = (step.values[name].float() - wanted.float()).abs().max()
                 assert far <= program.tolerance * BOUND, f"{name} is off by {far / BOUND:.2g} x C"
     return running

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
+import dptorch
 from tests.engine.legitimate.harness import N, Program, Run, plain_loop
 
 
@@ -277,3 +278,41 @@ def checkpoints(run: Run) -> None:
         best = min(best, loss.item())
         file = io.BytesIO()
         torch.save({"model": run.model.state_dict(), "best": best}, file)
+
+
+@loop
+def annealed_penalty(run: Run) -> None:
+    """A weight of one term that follows a public schedule, and says so."""
+    weight = iter([0.0, 0.1, 0.2, 0.3, 0.4])
+    now: list[float] = []
+
+    def annealed(m: nn.Module, b: Any) -> Tensor:
+        out = m(b[0])
+        beta = dptorch.tape.public_number(now[-1])
+        return F.cross_entropy(out, b[1]) + beta * out.square().sum(1).mean()
+
+    run.loss = annealed
+    for batch in run.batches():
+        now.append(next(weight))
+        loss = annealed(run.model, batch)
+        assert loss.item() > 0
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+
+@loop
+def schedule_of_a_weight_in_the_data(run: Run) -> None:
+    """A curriculum: each example's weight is a function of its own loss and of the step."""
+    threshold = [0.5]
+
+    def curriculum(m: nn.Module, b: Any) -> Tensor:
+        each = F.cross_entropy(m(b[0]), b[1], reduction="none")
+        return (each * (each.detach() < threshold[-1])).mean()
+
+    run.loss = curriculum
+    for batch in run.batches():
+        threshold.append(threshold[-1] + 0.3)
+        curriculum(run.model, batch).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dptorch.tape.provenance.calls import words
+from dptorch.tape.provenance.public_number import PublicNumber
 from dptorch.tape.provenance.tags import Mixed, Reduced, State
 
 __all__ = ["follow_loss", "plus_constant"]
@@ -74,7 +75,9 @@ def plus_constant(operands: Sequence[tuple[Tensor, State | None]], mixed: Mixed)
 
 
 def _number(value: Any) -> float | None:
-    """The value of a number or of a tensor that holds one; None for anything else."""
+    """The value of a number or of a tensor that holds one, 1 if it is said to be public; else None."""
+    if isinstance(value, PublicNumber):
+        return 1.0
     if isinstance(value, Tensor):
         return float(value.detach()) if value.numel() == 1 else None
     return float(value) if isinstance(value, (int, float)) else None

@@ -40,7 +40,7 @@ class Batch:
         self.cut_from: tuple[Batch, tuple[int, ...]] | None = None
 
     def origin(self) -> tuple[Batch, tuple[int, ...]]:
-        """The batch that this one was cut from in the end, itself if from none, and which of its rows."""
+        """The batch that this one was cut from in the end (itself if from none), and the rows of it."""
         if self.cut_from is None:
             return self, tuple(range(self.size))
         base, rows = self.cut_from[0].origin()

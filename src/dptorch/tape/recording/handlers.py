@@ -10,7 +10,9 @@ from torch import Tensor
 from dptorch.errors import NotCoveredError
 from dptorch.tape.provenance.calls import each_tensor, words
 from dptorch.tape.provenance.tags import Mixed, Order, ParamOnly, Reduced, Tag
+from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.reads import refuse_read
+from dptorch.tape.recording.tensor_states import batch_of
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["SPECIAL", "Special", "handler", "reorder"]
@@ -59,7 +61,10 @@ def read(
             if mixed:
                 refuse_read(recording, name)
             break
-    return func(*args, **kwargs)
+    out = func(*args, **kwargs)
+    if isinstance(out, float) and (batch := batch_of(args[0])) is not None:
+        read_numbers.note(out, states[0], batch)
+    return out
 
 
 @handler("tensor as_tensor asarray scalar_tensor new_tensor full new_full")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dptorch.tape.provenance.calls import each_tensor, words
+from dptorch.tape.provenance.public_number import PublicNumber
 from dptorch.tape.provenance.tags import Reduced, Tag
 from dptorch.tape.rules.recorder import Recorder
 
@@ -75,6 +76,8 @@ def carry_factors(
 
 
 def _number(recording: Recorder, value: Any) -> float | None:
+    if isinstance(value, PublicNumber):
+        return 1.0
     if isinstance(value, Tensor):
         constant = value.numel() == 1 and recording.state(value) is None
         return float(value.detach()) if constant else None

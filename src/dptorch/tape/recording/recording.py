@@ -43,6 +43,7 @@ from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.composites import is_composite, opened
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.parameter_graph import parameters_behind
+from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.taps import lift, reduce_to, tap
 from dptorch.tape.recording.tensor_states import TensorStates
 from dptorch.tape.recording.unknown_rows import rows_of_unknown
@@ -243,6 +244,8 @@ class Recording(TorchFunctionMode):
                 return reorder(self, func, args, kwargs)
             if name not in USE_ORDER:
                 lost = Mixed(f"{self.module_path()}: '{name}' looks at the order of the examples.")
+        if read_numbers and (tagged or isinstance(lost, Reduced)):
+            lost = read_numbers.among(name, args, kwargs, tagged, self.states) or lost
         if lost is not None:
             return self._after_the_batch(known, func, args, kwargs, tagged, parameters, lost)
         if not tagged:

@@ -1,0 +1,145 @@
+"""Numbers that were read from a batch, and found again among the operands of an op.
+
+``loss.item()`` is a number of Python, which nothing follows. Logging it is nobody's concern; but a
+number that was read from several examples, or from another batch, must not enter what is computed
+for one example. So what was read is remembered by its value, and an operand of an op on the batch
+that equals it, or a simple function of it, is known for what it is: read values have random digits,
+which a public constant does not share by chance. A number that went through other arithmetic (a
+moving average, an average over a list), and a decision that was made by one, are not recognised.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dptorch.tape.provenance.public_number import PublicNumber
+from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.recording.batches import Batch
+from dptorch.tape.recording.tensor_states import TensorStates
+
+__all__ = ["ReadNumbers", "read_numbers"]
+
+_REMEMBERED = 64  # values
+_COMBINED = 8  # of them, the latest, are looked for as pairs too
+_BITS = 40  # of the mantissa that must agree
+_RANDOM_BITS = 14  # a value with fewer is not told from a constant
+
+_FUNCTIONS: tuple[Callable[[float], float], ...] = (
+    lambda v: v,
+    lambda v: 1 / v,
+    lambda v: v * v,
+    lambda v: 1 + v,
+    lambda v: 1 - v,
+    math.sqrt,
+    lambda v: 1 / math.sqrt(v),
+    math.exp,
+    lambda v: math.exp(-v),
+    math.log,
+)
+_PAIRS: tuple[Callable[[float, float], float], ...] = (
+    lambda v, w: v / w,
+    lambda v, w: v * w,
+    lambda v, w: v + w,
+    lambda v, w: v - w,
+)
+
+
+class _Read(NamedTuple):
+    """A value, its batch, and the example it is of; None for a value of several."""
+
+    value: float
+    batch: weakref.ref[Batch]
+    owner: int | None
+
+
+class ReadNumbers:
+    """The numbers that were read last, in all batches."""
+
+    def __init__(self) -> None:
+        self._reads: deque[_Read] = deque(maxlen=_REMEMBERED)
+        self._known: dict[int, _Read] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._reads)
+
+    def note(self, value: Any, state: Any, batch: Batch) -> None:
+        """Remember a value that was read from a tensor of this state."""
+        if type(value) is not float or not isinstance(state, (Tag, Mixed, Reduced)):
+            return
+        if _has_random_digits(value):
+            whose = state.step if isinstance(state, Tag) and state.dim is None else None
+            self._reads.append(_Read(value, weakref.ref(batch), whose))
+            self._known = None
+
+    def among(
+        self,
+        name: str,
+        args: Iterable[Any],
+        kwargs: Mapping[str, Any],
+        tagged: Iterable[tuple[Tensor, Tag]],
+        states: TensorStates,
+    ) -> Mixed | None:
+        """The state of what op `name` makes of an operand that was read from other examples than those
+        of its operands `tagged`, or from another batch; None if there is none such."""
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, float) and _has_random_digits(value):
+                read = self._all().get(_key(value))
+                if read is not None and not _is_own(read, [t for _, t in tagged], states.batch):
+                    return Mixed(
+                        f"{states.module_path()}: the number {value:.6g} in '{name}' was read from "
+                        "several examples, or from those of another step (item(), float())."
+                    )
+        return None
+
+    def _all(self) -> dict[int, _Read]:
+        if self._known is None:
+            self._known = {}
+            latest = list(self._reads)[-_COMBINED:]
+            for read in latest:
+                for other in latest:
+                    if other is not read:
+                        for combine in _PAIRS:
+                            self._add(combine, read._replace(owner=None), read.value, other.value)
+            for read in self._reads:  # of equal values the last, an example is in many steps
+                for function in _FUNCTIONS:
+                    self._add(function, read, read.value)
+        return self._known
+
+    def _add(self, function: Callable[..., float], read: _Read, *values: float) -> None:
+        try:
+            value = function(*values)
+        except (ArithmeticError, ValueError):
+            return
+        if _has_random_digits(value):
+            assert self._known is not None
+            self._known[_key(value)] = read
+
+
+read_numbers = ReadNumbers()
+
+
+def _has_random_digits(value: float) -> bool:
+    """Whether a value has more digits than a constant that a person writes in binary."""
+    if isinstance(value, PublicNumber) or not math.isfinite(value):
+        return False
+    shifted = math.frexp(value)[0] * 2.0**_RANDOM_BITS
+    return shifted != int(shifted)
+
+
+def _key(value: float) -> int:
+    """The leading bits of a value, without its sign."""
+    mantissa, exponent = math.frexp(abs(value))
+    return round(mantissa * 2.0**_BITS) * 4096 + exponent
+
+
+def _is_own(read: _Read, tags: Iterable[Tag], batch: Batch) -> bool:
+    """Whether the value was read from the one example that all operands are of."""
+    if read.owner is None or read.batch() is not batch:
+        return False
+    return all(tag.dim is None and tag.step == read.owner for tag in tags)
