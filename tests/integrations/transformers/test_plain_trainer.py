@@ -32,7 +32,7 @@ class Plain(Trainer):
 def plain(folder, *, count_tokens, reduction="mean", **settings):
     model = build("gpt2")
     engine = PrivacyEngine(
-        model, batch_size=setup.ROWS, sample_size=setup.ROWS, steps=6, target_delta=1e-3,
+        model, batch_size=5, sample_size=setup.ROWS, steps=6, target_delta=1e-3, seed=0,
         noise_multiplier=1.0, loss_reduction=reduction,
     )  # fmt: skip
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
