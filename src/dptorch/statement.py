@@ -336,25 +336,25 @@ def make_statement(
     key_source: KeySource,
     resumed: int = 0,
     *,
-    record: RunLedger | None = None,
+    ledger: RunLedger | None = None,
 ) -> Statement:
     """The statement for a run that took `steps` steps of `plan`.
 
     Args:
-        record: the ledger of the run, which knows of steps that were released more than once.
+        ledger: that of the run, which knows of steps that were released more than once.
     """
     own = sum(n for scheme, n in sampling_run.items() if scheme != plan.sampling)
     adjacency = plan.adjacency
     # The ledger knows of steps that were lost after the last checkpoint, too.
-    if own or (record is not None and adjacency not in record.adjacencies):
+    if own or (ledger is not None and adjacency not in ledger.adjacencies):
         adjacency = Adjacency.ZERO_OUT if adjacency is Adjacency.ADD_REMOVE else adjacency
     bound = accounting.get_accountant(plan.accountant).is_upper_bound
     accountant = plan.accountant if bound else "pld"
     poisson = replace(plan, sampling="poisson", capacity=None)
-    repeated = 0 if record is None else record.repeated_steps
-    if record is not None and repeated:
-        history = record.attempts.events()
-        if_poisson = record.attempts.events(each_as=poisson.event(1))
+    repeated = 0 if ledger is None else ledger.repeated_steps
+    if ledger is not None and repeated:
+        history = ledger.attempts.events()
+        if_poisson = ledger.attempts.events(each_as=poisson.event(1))
     else:
         history = plan.history(steps, own_loader_steps=own)
         if_poisson = poisson.history(steps)
@@ -387,7 +387,7 @@ def make_statement(
         },
         resumed=resumed,
         repeated=repeated,
-        ledger=None if record is None else record.name,
+        ledger=None if ledger is None else ledger.name,
     )
 
 

@@ -18,7 +18,7 @@ from dptorch.bench.all_engines import choose, engines
 from dptorch.bench.cost_page import Measurements, load, page, save
 from dptorch.bench.engines import NON_PRIVATE, Engine, Settings, Step, start
 from dptorch.bench.exactness import WRONG, gradient_error
-from dptorch.bench.memory import Job, allocator_peak, ask, largest_batch, memory_bytes
+from dptorch.bench.memory import Question, allocator_peak, ask, largest_batch, memory_bytes
 from dptorch.bench.peers import peer_engines, read_peers
 from dptorch.bench.suite import Options, Row, measure
 from dptorch.bench.timing import interleave
@@ -229,15 +229,15 @@ def test_the_largest_batch_is_found() -> None:
 
 @pytest.mark.slow
 def test_a_process_of_its_own() -> None:
-    job = Job("mlp", "dptorch/auto", {"B": 8, "T": None, "d": 64})
-    peaks = ask(job)
+    question = Question("mlp", "dptorch/auto", {"B": 8, "T": None, "d": 64})
+    peaks = ask(question)
     # Less than the sum of one step's activations, weights and gradients is no peak.
     assert peaks["allocator"] is not None
     assert 4 * 64 * 64 * 4 < peaks["allocator"] < 2**20
     with pytest.raises(Unavailable, match="tying"):
-        ask(replace(job, workload="reused", engine="opacus/ghost"))
+        ask(replace(question, workload="reused", engine="opacus/ghost"))
     with pytest.raises(Unavailable, match=r"process died.*nothing"):
-        ask(replace(job, engine="nothing"))
+        ask(replace(question, engine="nothing"))
 
 
 def test_amounts_of_memory() -> None:
@@ -300,11 +300,11 @@ def test_a_run_writes_everything(tiny: Path) -> None:
 def test_the_largest_batch_from_the_command_line(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answer(job: Job) -> dict[str, int | None]:
-        assert job.cap == 10**9
-        if job.engine == "opacus/ghost":
+    def answer(question: Question) -> dict[str, int | None]:
+        assert question.cap == 10**9
+        if question.engine == "opacus/ghost":
             raise Unavailable("it is told not to")
-        return {"batch": 7 if job.engine == NON_PRIVATE else 5}
+        return {"batch": 7 if question.engine == NON_PRIVATE else 5}
 
     monkeypatch.setattr(suite, "ask", answer)
     code, out = bench("--largest-batch", "--memory-cap", "1GB", "mlp")
@@ -351,7 +351,7 @@ def test_a_run_replaces_what_it_measures_and_leaves_other_workloads(tmp_path: Pa
 def test_memory_is_a_ratio_to_the_ordinary_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {NON_PRIVATE: 2**20, "dptorch/auto": 3 * 2**20}
     monkeypatch.setattr(
-        suite, "ask", lambda job: {"allocator": peaks[job.engine], "resident": None}
+        suite, "ask", lambda question: {"allocator": peaks[question.engine], "resident": None}
     )
     recipe = replace(WORKLOADS["mlp"], size=WORKLOADS["mlp"].tiny)
     options = Options([ENGINES["dptorch/auto"]], rounds=1, check=False)

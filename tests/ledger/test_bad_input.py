@@ -261,7 +261,7 @@ def test_a_fork_may_not_use_the_parents_ledger(running: Any) -> None:
 
     def child() -> None:
         with pytest.raises(LedgerError, match="fork"):
-            engine._run._record.count(1, engine.plan.event(1))
+            engine._run._run_ledger.count(1, engine.plan.event(1))
 
     assert wait(spawn(child)) == 0
     assert steps_in(path) == 1

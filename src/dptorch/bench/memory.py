@@ -25,7 +25,7 @@ from dptorch.bench.workloads import Unavailable
 from dptorch.errors import ConfigurationError
 
 __all__ = [
-    "Job",
+    "Question",
     "allocator_peak",
     "ask",
     "largest_batch",
@@ -188,7 +188,7 @@ class _limit:
 
 
 @dataclass(frozen=True)
-class Job:
+class Question:
     """What a worker process is asked: the peaks of a step, or with a cap (bytes) the largest batch."""
 
     workload: str
@@ -201,8 +201,8 @@ class Job:
     cap: int | None = None
 
 
-def ask(job: Job) -> dict[str, int | None]:
-    """Run a job in a new process.
+def ask(question: Question) -> dict[str, int | None]:
+    """Put a question to a new process.
 
     Returns:
         ``allocator`` and ``resident`` in bytes, or ``batch``.
@@ -212,7 +212,7 @@ def ask(job: Job) -> dict[str, int | None]:
     """
     found = subprocess.run(
         [sys.executable, "-m", "dptorch.bench.worker"],
-        input=json.dumps(asdict(job)),
+        input=json.dumps(asdict(question)),
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,7 @@ import torch
 from dptorch.bench.all_engines import engines
 from dptorch.bench.engines import NON_PRIVATE, Engine, Step, start, versions
 from dptorch.bench.exactness import gradient_error
-from dptorch.bench.memory import Job, ask
+from dptorch.bench.memory import Question, ask
 from dptorch.bench.timing import interleave
 from dptorch.bench.workloads import Recipe, Size, Unavailable
 
@@ -55,11 +55,11 @@ class Options:
     check: bool = True
     seed: int = 0
 
-    def job(self, recipe: Recipe, size: Size, engine: str, cap: int | None = None) -> Job:
-        """The question to a worker process."""
+    def question(self, recipe: Recipe, size: Size, engine: str, cap: int | None = None) -> Question:
+        """What a worker process is asked."""
         peers = {n: str(p) for n, p in self.peers.items()}
         at = (self.device, self.dtype, self.threads)
-        return Job(recipe.name, engine, dict(vars(size)), peers, *at, cap)
+        return Question(recipe.name, engine, dict(vars(size)), peers, *at, cap)
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _add_memory(
             continue
         tell(f"{recipe.name}: memory of {name}", False)
         try:
-            peaks = ask(options.job(recipe, size, name))
+            peaks = ask(options.question(recipe, size, name))
         except Unavailable as error:
             row.reason = f"memory: {error}"
             continue
@@ -206,7 +206,7 @@ def largest(recipe: Recipe, options: Options, cap: int, *, tell: Tell) -> list[R
         tell(f"{recipe.name}: largest batch of {name}", False)
         row = _row(recipe, recipe.size, name)
         try:
-            row.largest_batch = ask(options.job(recipe, recipe.size, name, cap))["batch"]
+            row.largest_batch = ask(options.question(recipe, recipe.size, name, cap))["batch"]
         except Unavailable as error:
             row.reason = str(error)
         rows.append(row)

@@ -1,4 +1,4 @@
-"""One engine in a process of its own: ``python -m dptorch.bench.worker`` answers one `Job` in JSON.
+"""One engine in a process of its own: ``python -m dptorch.bench.worker`` answers a `Question` in JSON.
 
 Libraries print as they like; the answer goes where nothing else does, to the original standard output.
 """
@@ -17,26 +17,26 @@ import torch
 
 from dptorch.bench.all_engines import engines
 from dptorch.bench.engines import start
-from dptorch.bench.memory import Job, allocator_peak, largest_batch, live_bytes, resident_peak
+from dptorch.bench.memory import Question, allocator_peak, largest_batch, live_bytes, resident_peak
 from dptorch.bench.workloads import Size, Unavailable, get_workload
 
 __all__ = ["answer", "main"]
 
 
-def answer(job: Job) -> dict[str, Any]:
+def answer(question: Question) -> dict[str, Any]:
     """What `memory.ask` returns; ``unavailable`` with a reason if the engine cannot run."""
-    torch.set_num_threads(job.threads)
-    device, dtype = torch.device(job.device), getattr(torch, job.dtype)
-    engine = engines({n: Path(p) for n, p in job.peers.items()})[job.engine]
-    made, size = get_workload(job.workload), Size(**job.size)  # type: ignore[arg-type]
+    torch.set_num_threads(question.threads)
+    device, dtype = torch.device(question.device), getattr(torch, question.dtype)
+    engine = engines({n: Path(p) for n, p in question.peers.items()})[question.engine]
+    made, size = get_workload(question.workload), Size(**question.size)  # type: ignore[arg-type]
 
     def begin(B: int) -> Callable[[], None]:
         work = made.make(size.with_("B", B), device=device, dtype=dtype)
         return start(engine, work)
 
     try:
-        if job.cap is not None:
-            return {"batch": largest_batch(begin, job.cap, device)}
+        if question.cap is not None:
+            return {"batch": largest_batch(begin, question.cap, device)}
         work = made.make(size, device=device, dtype=dtype)
         before = live_bytes(device)
         step = start(engine, work)
@@ -48,12 +48,12 @@ def answer(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read a job, answer it."""
+    """Read a question, answer it."""
     warnings.simplefilter("ignore")
-    job = Job(**json.load(sys.stdin))
+    question = Question(**json.load(sys.stdin))
     out = os.dup(1)
     os.dup2(2, 1)
-    result = answer(job)
+    result = answer(question)
     os.write(out, (json.dumps(result) + "\n").encode())
 
 

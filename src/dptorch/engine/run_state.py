@@ -20,7 +20,7 @@ __all__ = ["RunState"]
 
 
 class RunState:
-    """State of a private run: plan, root key, steps taken, ledger record.
+    """State of a private run: plan, root key, steps taken, ledger.
 
     Args:
         plan: what the run commits to.
@@ -41,7 +41,7 @@ class RunState:
         self.loaders = 0
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
-        self._record: RunLedger | None = None
+        self._run_ledger: RunLedger | None = None
 
     @property
     def exhausted(self) -> bool:
@@ -58,9 +58,9 @@ class RunState:
             BudgetExhausted, LedgerError: the ledger did not take the step. Nothing is counted then.
         """
         step = self.steps_done
-        if self._record is not None:
+        if self._run_ledger is not None:
             (released,) = self.plan.history(1, own_loader_steps=0 if sampled else 1)
-            self._record.count(step, released)
+            self._run_ledger.count(step, released)
         self.steps_done += 1
         self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
         return step
@@ -75,36 +75,36 @@ class RunState:
                 "released before would be missing in it."
             )
         self._ledger = ledger
-        self._record = ledger.run(self.plan, self.key.source.value)
+        self._run_ledger = ledger.run(self.plan, self.key.source.value)
 
     def reserve_budget(self) -> None:
         """See `PrivacyEngine.reserve_budget`."""
-        if self._record is not None and not self.exhausted:
-            self._record.open()
+        if self._run_ledger is not None and not self.exhausted:
+            self._run_ledger.open()
 
     def release_budget(self) -> None:
         """See `PrivacyEngine.release_budget`."""
-        if self._record is not None:
-            self._record.close()
+        if self._run_ledger is not None:
+            self._run_ledger.close()
 
     @property
     def ledger_run(self) -> dict[str, str] | None:
         """See `PrivacyEngine.ledger_run`."""
-        if self._ledger is None or self._record is None:
+        if self._ledger is None or self._run_ledger is None:
             return None
         ledger = self._ledger.ledger
-        return {**self._record.name, "location": ledger.location, "head": ledger.head()}
+        return {**self._run_ledger.name, "location": ledger.location, "head": ledger.head()}
 
     # -- reporting ---------------------------------------------------------------------------------
 
     def get_privacy_spent(self) -> PrivacySpent:
         """See `PrivacyEngine.get_privacy_spent`."""
         own = self.sampling_run[OWN_LOADER]
-        if self._record is None or not self._record.repeated_steps:
+        if self._run_ledger is None or not self._run_ledger.repeated_steps:
             epsilon = self.plan.epsilon(self.steps_done, own_loader_steps=own)
         else:
             epsilon = accounting.get_accountant(self.plan.accountant).epsilon(
-                self._record.attempts.events(),
+                self._run_ledger.attempts.events(),
                 self.plan.target_delta,
                 adjacency=self.plan.adjacency,
             )
@@ -112,14 +112,14 @@ class RunState:
 
     def statement(self) -> Statement:
         """See `PrivacyEngine.statement`."""
-        record = self._record
+        ledger = self._run_ledger
         return make_statement(
             self.plan,
             self.steps_done,
             dict(self.sampling_run),
             self.key.source,
             self._resumed,
-            record=record if record is not None and record.begun else None,
+            ledger=ledger if ledger is not None and ledger.begun else None,
         )
 
     # -- a checkpoint's part -----------------------------------------------------------------------
@@ -131,9 +131,9 @@ class RunState:
             "steps_done": self.steps_done,
             "resumed": self._resumed,
             "sampling_run": dict(self.sampling_run),
-            "run": None if self._record is None else self._record.run,
-            "run_begun": self._record is not None and self._record.begun,
-            "ledger_head": None if self._record is None else self._record.head,
+            "run": None if self._run_ledger is None else self._run_ledger.run,
+            "run_begun": self._run_ledger is not None and self._run_ledger.begun,
+            "ledger_head": None if self._run_ledger is None else self._run_ledger.head,
         }
 
     def refuse_other(self, values: Mapping[str, Any]) -> None:
@@ -171,7 +171,7 @@ class RunState:
                     "were lost since the checkpoint are not counted. Pass ledger=."
                 )
             return
-        record = self._record = self._ledger.run(
+        ledger = self._run_ledger = self._ledger.run(
             self.plan,
             key.source.value,
             run=run,
@@ -180,9 +180,9 @@ class RunState:
             steps_done=values["steps_done"],
             own_loader_steps=values["sampling_run"].get(OWN_LOADER, 0),
         )
-        if record.repeated_steps:
+        if ledger.repeated_steps:
             warn(
-                f"{record.repeated_steps} steps were released after this checkpoint was written, and "
+                f"{ledger.repeated_steps} steps were released after this checkpoint was written, and "
                 "lost. They count: at the end of its plan the run will have spent "
-                f"epsilon={record.epsilon_at_end():.4g} instead of {self.plan.epsilon():.4g}."
+                f"epsilon={ledger.epsilon_at_end():.4g} instead of {self.plan.epsilon():.4g}."
             )

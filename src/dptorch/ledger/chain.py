@@ -1,6 +1,6 @@
 """Check the chain of hashes: every entry is as it was written, and none is missing.
 
-Each entry holds the hash of the one before it, and its own hash covers all of it. The head record
+Each entry holds the hash of the one before it, and its own hash covers all of it. The stored head
 names the last one. So an entry that was edited, deleted, inserted or reordered is found, and so is
 an end that was cut off, unless the whole chain is rebuilt with it.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dptorch.ledger.entry import GENESIS, Entry, seal
 
-__all__ = ["START", "Link", "Verification", "check"]
+__all__ = ["START", "Link", "Verification", "verify"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Verification:
     clock_went_back: list[int]
 
 
-def check(
+def verify(
     entries: Iterable[Entry],
     head: tuple[int, str],
     key: bytes | None,
@@ -58,7 +58,7 @@ def check(
 
     Args:
         entries: in order.
-        head: (seq, hash) of the last entry, as the head record has them.
+        head: (seq, hash) of the last entry, as the stored head has them.
         key: of the ledger, if it has one.
         pinned_head: a hash kept from earlier; some entry must have it.
         after: the entry up to which the chain was checked before.
@@ -68,7 +68,7 @@ def check(
 
     Guarantees:
         Editing, deleting, inserting or reordering entries is found, and so is cutting off the end
-        without setting the head record back (`test_every_kind_of_edit_is_found`). Whoever can write
+        without setting the stored head back (`test_every_kind_of_edit_is_found`). Whoever can write
         to the database can rebuild all of it consistently, unless the ledger has a key that they
         lack (`test_with_a_key_nobody_else_can_rebuild_the_chain`) or `pinned_head` is given: then
         only what came after it can be rebuilt
@@ -86,7 +86,7 @@ def check(
         last = Link(last.seq + 1, entry.time, entry.hash)
     if head != (last.seq, last.hash):
         problems.append(
-            f"the head record says that {head[0]} entries end in {head[1][:16]}..., but {last.seq} "
+            f"the stored head says that {head[0]} entries end in {head[1][:16]}..., but {last.seq} "
             f"end in {last.hash[:16]}...: entries were cut off or added"
         )
     if not pin_found:

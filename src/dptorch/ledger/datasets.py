@@ -85,7 +85,7 @@ class Total:
 
 
 class Ledger:
-    """A durable, hash-chained record of everything released. Made by `dptorch.ledger.open_ledger`."""
+    """A durable, hash-chained list of everything released. Made by `dptorch.ledger.open_ledger`."""
 
     def __init__(self, store: Store, *, key: bytes | None, steps_per_write: int) -> None:
         self.store = store
@@ -134,13 +134,13 @@ class Ledger:
         return close_dead(self.store, run)
 
     def verify(self, pinned_head: str | None = None) -> Verification:
-        """Recompute every hash; see `dptorch.ledger.chain.check`.
+        """Recompute every hash; see `dptorch.ledger.chain.verify`.
 
         Args:
             pinned_head: a head kept from earlier; some entry must have it.
         """
         with self.store.read() as transaction:
-            found, _ = chain.check(
+            found, _ = chain.verify(
                 transaction.entries(), transaction.head, self._key, pinned_head=pinned_head
             )
         return found

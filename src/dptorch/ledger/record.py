@@ -229,7 +229,7 @@ class RunLedger:
         with (
             store.read() as transaction
         ):  # before the lock: an accountant looks up what it computed
-            store.check(transaction)
+            store.verify(transaction)
             self._admitted(transaction, event)
         with store.decide() as transaction:
             found = self._admitted(transaction, event)

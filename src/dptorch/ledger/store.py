@@ -1,7 +1,7 @@
 """Where entries are kept: SQLite in a file, or PostgreSQL by URL.
 
 Only this module and `connection` speak to a database. A transaction that writes holds the ledger's one
-write lock from its first statement (SQLite: BEGIN IMMEDIATE; PostgreSQL: the row of the head, FOR
+write lock from its first statement (SQLite: BEGIN IMMEDIATE; PostgreSQL: the stored head, FOR
 UPDATE), so what it reads cannot change before it appends, whoever else writes.
 """
 
@@ -72,14 +72,16 @@ class Transaction:
             query = query.with_for_update()  # SQLite has no such clause and leaves it out
         row = connection.execute(query).one_or_none()
         if row is None:
-            raise LedgerError("the ledger has lost its head record: it is damaged.")
+            raise LedgerError(
+                "the ledger has lost its head, the row that names its last entry: it is damaged."
+            )
         self._seq: int = row.seq
         self._time: str = row.time
         self._hash: str = row.hash
 
     @property
     def head(self) -> tuple[int, str]:
-        """(seq, hash) of the last entry, as the head record has them."""
+        """(seq, hash) of the last entry, as the stored head has them."""
         return self._seq, self._hash
 
     def append(
@@ -100,7 +102,7 @@ class Transaction:
         """
         now, body = _utc_now(), dict(body or {})
         if now < self._time:
-            body["clock_behind"] = now  # the clock went back: kept for the record
+            body["clock_behind"] = now  # the clock went back: kept for whoever audits
             now = self._time
         seq = self._seq + 1
         if session is None and run is not None:
@@ -247,12 +249,12 @@ class Store:
             LedgerError: the chain is broken, or it could not be written; nothing of it was.
         """
         with self.read() as transaction:  # the long part, while others may write
-            self.check(transaction)
+            self.verify(transaction)
         with self.write() as transaction:
-            self.check(transaction)
+            self.verify(transaction)
             yield transaction
 
-    def check(self, transaction: Transaction) -> None:
+    def verify(self, transaction: Transaction) -> None:
         """Raise LedgerError if the chain is broken.
 
         The first check of a process reads every entry, a later one those that were added since. It
@@ -262,7 +264,7 @@ class Store:
         before = self._checked
         if before.seq and not transaction.holds(before.seq, before.hash):
             before = chain.START
-        found, last = chain.check(
+        found, last = chain.verify(
             transaction.entries(after=before.seq), transaction.head, self._key, after=before
         )
         problems = found.problems
@@ -383,7 +385,7 @@ class Store:
             yield
         except IntegrityError:
             raise LedgerError(
-                f"The ledger {self.location} contradicts itself (its head record is behind its "
+                f"The ledger {self.location} contradicts itself (its stored head is behind its "
                 "entries): it has been edited or restored in part. Run `dptorch ledger verify`."
             ) from None
         except DBAPIError as error:

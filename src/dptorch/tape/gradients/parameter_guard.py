@@ -30,7 +30,7 @@ class ParameterGuard:
 
     def __init__(self, parameters: Mapping[str, Tensor], *, strict: bool) -> None:
         self.strict = strict
-        self._lifted = False
+        self._suspended = False
         self._tape_task = -1
         self._leaked: dict[int, str] = {}
         me = weakref.ref(self)
@@ -39,7 +39,7 @@ class ParameterGuard:
 
     def reached(self, name: str) -> None:
         """Autograd computes a gradient of parameter `name`."""
-        if self._lifted:
+        if self._suspended:
             return
         task = torch._C._current_graph_task_id()
         if self.strict or task == self._tape_task:
@@ -54,14 +54,14 @@ class ParameterGuard:
             raise _leak(name)
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """Let gradients through: while the tape itself differentiates param-only tensors, and for
         training on public data."""
-        before, self._lifted = self._lifted, True
+        before, self._suspended = self._suspended, True
         try:
             yield
         finally:
-            self._lifted = before
+            self._suspended = before
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -305,7 +305,7 @@ class Tape:
         tensors = list(self._intermediate.values())
         forms = [self._store.pop(id(t)).dense() for t in tensors]
         bases = list(self.parameters.values())
-        with self._guard.lifted() if self._guard else nullcontext():
+        with self._guard.suspended() if self._guard else nullcontext():
             found = batched_vjp(
                 tensors,
                 bases,

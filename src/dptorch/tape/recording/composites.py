@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["is_composite", "opened"]
+__all__ = ["is_composite", "without_checks"]
 
 _OVERRIDE_CHECKS = (
     "has_torch_function",
@@ -27,12 +27,12 @@ def is_composite(func: Callable[..., Any]) -> bool:
     return code is not None and any(c in code.co_names and c in scope for c in _OVERRIDE_CHECKS)
 
 
-_opened: dict[Any, Callable[..., Any]] = {}
+_COPIES: dict[Any, Callable[..., Any]] = {}
 
 
-def opened(func: Callable[..., Any]) -> Callable[..., Any]:
+def without_checks(func: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a Python-level torch function that does not hand itself back to the mode."""
-    if func not in _opened:
+    if func not in _COPIES:
         scope = dict(func.__globals__)
         scope.update({check: lambda *a, **k: False for check in _OVERRIDE_CHECKS})
         copy = types.FunctionType(
@@ -43,5 +43,5 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any]:
             func.__closure__,
         )
         copy.__kwdefaults__ = func.__kwdefaults__
-        _opened[func] = copy
-    return _opened[func]
+        _COPIES[func] = copy
+    return _COPIES[func]

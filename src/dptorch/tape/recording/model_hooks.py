@@ -66,7 +66,7 @@ class ModelHooks:
         """Forward passes inside are ordinary: not recorded, not private."""
         before, self._paused = self._paused, True
         try:
-            with self.guard.lifted():
+            with self.guard.suspended():
                 yield
         finally:
             self._paused = before

@@ -40,7 +40,7 @@ from dptorch.tape.provenance.tags import (
 from dptorch.tape.recording import backward, backward_code  # noqa: F401 (fill SPECIAL)
 from dptorch.tape.recording.assignment import assign, assign_parameter
 from dptorch.tape.recording.batches import Batch
-from dptorch.tape.recording.composites import is_composite, opened
+from dptorch.tape.recording.composites import is_composite, without_checks
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.parameter_graph import parameters_behind
 from dptorch.tape.recording.read_numbers import read_numbers
@@ -478,9 +478,9 @@ class Recording(TorchFunctionMode):
     ) -> Any:
         """Run a Python-level torch function so that the ops inside it are seen."""
         if self in active_modes():
-            return opened(func)(*args, **kwargs)
+            return without_checks(func)(*args, **kwargs)
         with self:
-            return opened(func)(*args, **kwargs)
+            return without_checks(func)(*args, **kwargs)
 
 
 def active_modes() -> list[Any]:
