@@ -220,7 +220,7 @@ def test_without_the_check_a_run_is_admitted_on_a_broken_ledger(
     """The broken twin."""
     take(open_ledger(location).dataset("a"), 5)
     execute(location, EDITS["deleted"])
-    monkeypatch.setattr(Store, "check", lambda self, transaction: None)
+    monkeypatch.setattr(Store, "verify", lambda self, transaction: None)
     admitted = open_ledger(location).dataset("a").run(PLAN, OS)
     admitted.open()
     assert admitted.run in {entry.run for entry in open_ledger(location).entries()}
