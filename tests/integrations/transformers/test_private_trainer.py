@@ -229,6 +229,38 @@ def test_the_unit_is_the_user_where_a_column_says_whose_rows_are(tmp_path):
         )
 
 
+def test_a_rate_is_not_computed_from_a_number_that_is_protected(tmp_path):
+    settings = {"adjacency": "add-remove", "noise_multiplier": 1.0}
+    with pytest.raises(ConfigurationError, match="an estimate will do"):
+        trainer_of(build("gpt2"), "gpt2", tmp_path, privacy=settings)
+    settings["sample_size"] = 12
+    trainer = trainer_of(
+        build("gpt2"), "gpt2", tmp_path, privacy=settings, per_device_train_batch_size=6
+    )
+    assert (trainer.plan.sample_rate, trainer.plan.adjacency.value) == (0.5, "add-remove")
+    trainer.train()
+    assert trainer.engine.exhausted
+
+
+@pytest.mark.slow
+def test_empty_batches_and_worker_processes(tmp_path):
+    """One row of ten in a step on average: a third of the batches have none."""
+    trainer = trainer_of(
+        build("bert"),
+        "bert",
+        tmp_path,
+        privacy={"noise_multiplier": 1.0},
+        per_device_train_batch_size=1,
+        max_steps=12,
+        dataloader_num_workers=2,
+    )
+    drawn = [len(trainer.get_train_dataloader()._loader.sampler.draw(step)) for step in range(12)]
+    assert min(drawn) == 0
+    assert max(drawn) > 1
+    trainer.train()
+    assert trainer.engine.sampling_run == {"poisson": 12}
+
+
 def test_half_precision_trains(tmp_path):
     trainer = ran(trainer_of(build("gpt2"), "gpt2", tmp_path, bf16=True))
     assert trainer.engine.steps_done == 1

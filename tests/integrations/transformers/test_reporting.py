@@ -76,13 +76,13 @@ def run(folder, **settings):
 def test_nothing_that_is_uploaded_holds_the_key_or_a_loss(tmp_path, hub):
     trainer = run(tmp_path, push_to_hub=True)
     trainer.save_state()
+    trainer.save_metrics("eval", trainer.evaluate())
     trainer.push_to_hub()
     key = trainer.engine.state_dict()["key"]
     secret = key["key"]
     assert checkpoint.read(tmp_path / PRIVATE_FOLDER / "checkpoint-2.pt")["engine"]["key"] == key
-    assert {"model.safetensors", "README.md", "trainer_state.json", "training_args.bin"} <= set(
-        hub.files
-    )
+    expected = "model.safetensors README.md trainer_state.json training_args.bin eval_results.json"
+    assert set(expected.split()) <= hub.files.keys()
     assert not any("checkpoint" in name or "dptorch" in name for name in hub.files)
     for name, content in hub.files.items():
         assert secret.encode() not in content, name

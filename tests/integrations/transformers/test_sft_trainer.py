@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2LMHeadModel
 from trl import SFTConfig
 
 from dptorch.errors import ConfigurationError
@@ -73,6 +74,35 @@ def test_only_completions_count_and_adapters_alone_are_trained(tmp_path, float64
     expected = loop_over_examples(same, "gpt2", dataset=tokens_of(trainer))
     assert all("lora" in name for name in expected)
     assert largest_error(one_step_of_sgd(trainer), expected) < 1e-9
+
+
+@pytest.mark.slow
+def test_labels_are_smoothed_on_models_that_transformers_does_not_list(tmp_path, float64):
+    class OwnModel(GPT2LMHeadModel):
+        pass
+
+    def own(name):
+        model = build("gpt2")
+        model.__class__ = OwnModel if name == "own" else GPT2LMHeadModel
+        return sft(model, tmp_path, label_smoothing_factor=0.3)
+
+    steps = [one_step_of_sgd(own(name)) for name in ("own", "listed")]
+    assert largest_error(*steps) < 1e-12
+
+
+@pytest.mark.slow
+def test_the_unit_is_the_user_whose_texts_they_are(tmp_path):
+    rows = Dataset.from_dict({"text": TEXTS, "uid": [i // 2 for i in range(setup.ROWS)]})
+    trainer = sft(
+        build("gpt2"),
+        tmp_path,
+        dataset=rows,
+        privacy={"user_column": "uid", "max_examples_per_user": 2, "noise_multiplier": 1.0},
+        per_device_train_batch_size=5,
+    )
+    trainer.train()
+    assert (trainer.plan.unit, trainer.plan.sample_size) == ("user", 5)
+    assert "user" in trainer.privacy_statement().unit_text
 
 
 @pytest.mark.slow

@@ -19,16 +19,19 @@ class SmoothLabels:
     Args:
         epsilon: share of each label that is spread over all classes.
         ignore_index: label of tokens that do not count.
+        causal: whether the model predicts the next token, whoever calls; a Trainer knows that of the
+            models that transformers lists.
     """
 
-    def __init__(self, epsilon: float, ignore_index: int = -100) -> None:
+    def __init__(self, epsilon: float, ignore_index: int = -100, causal: bool = False) -> None:
         self.epsilon = epsilon
         self.ignore_index = ignore_index
+        self.causal = causal
 
     @classmethod
-    def in_place_of(cls, smoother: Any) -> SmoothLabels | None:
+    def in_place_of(cls, smoother: Any, *, causal: bool = False) -> SmoothLabels | None:
         """The same smoothing as a Trainer's own, or None where it has none."""
-        return None if smoother is None else cls(smoother.epsilon, smoother.ignore_index)
+        return None if smoother is None else cls(smoother.epsilon, smoother.ignore_index, causal)
 
     def __call__(
         self,
@@ -38,7 +41,7 @@ class SmoothLabels:
         num_items_in_batch: Any = None,
     ) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        if shift_labels:
+        if shift_labels or self.causal:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         if logits.dim() == 3:
             logits = logits.transpose(1, 2)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from dptorch.accounting import Adjacency
 from dptorch.engine import checkpoint
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError
@@ -55,6 +56,8 @@ class PrivateTrainer(Trainer):
 
     Attributes:
         engine: the engine; None where the subclass trains without one.
+        arguments_class: of `args` where none are given.
+        always_causal: whether every model of this Trainer predicts the next token.
 
     Guarantees:
         Those of `PrivacyEngine` for the parameters, at the ε of `privacy_statement`; the loss of an
@@ -71,6 +74,7 @@ class PrivateTrainer(Trainer):
     engine: PrivacyEngine | None = None
     _user_ids: list[Any] | None = None
     arguments_class: type[TrainingArguments] = TrainingArguments
+    always_causal = False
 
     def __init__(
         self,
@@ -117,6 +121,12 @@ class PrivateTrainer(Trainer):
         privacy = self.privacy
         dataset: Any = self.train_dataset
         size = privacy.sample_size
+        if size is None and Adjacency.of(privacy.adjacency or "zero-out") is Adjacency.ADD_REMOVE:
+            raise ConfigurationError(
+                f"adjacency={privacy.adjacency!r} protects the number of records, so that the sampling "
+                "rate may not be computed from it. Give sample_size, a number that is public: an "
+                "estimate will do."
+            )
         if privacy.user_column is not None:
             self._user_ids = _column(dataset, privacy.user_column)
             size = size or len(Users.of(dataset, self._user_ids))
@@ -131,7 +141,7 @@ class PrivateTrainer(Trainer):
         """Take loader, step and accounting from `engine`."""
         self.engine = engine
         self.args.max_steps = engine.plan.steps
-        smoother: Any = SmoothLabels.in_place_of(self.label_smoother)
+        smoother: Any = SmoothLabels.in_place_of(self.label_smoother, causal=self.always_causal)
         self.label_smoother = smoother
         self.add_callback(_FollowEngine(engine))
 
@@ -282,15 +292,23 @@ class PrivateTrainer(Trainer):
         """Log with ε and δ so far, and exact functions of private data under ``not_private_`` names;
         where the run is pushed to the hub, without those."""
         if self.engine is not None:
-            logs = renamed(logs, eval_is_public=self.privacy.eval_is_public)
-            if self.args.push_to_hub:
-                logs = {n: v for n, v in logs.items() if not n.startswith(NOT_PRIVATE)}
+            logs = self._told(logs)
             epsilon, delta = self.get_privacy_spent()
             logs |= {"epsilon": epsilon, "delta": delta}
             for callback in self.callback_handler.callbacks:
                 if getattr(callback, "training_bar", None) is not None:
                     callback.training_bar.set_postfix(epsilon=f"{epsilon:.3g}")
         super().log(logs, start_time)
+
+    def _told(self, values: dict[str, float]) -> dict[str, float]:
+        values = renamed(values, eval_is_public=self.privacy.eval_is_public)
+        if not self.args.push_to_hub:
+            return values
+        return {name: v for name, v in values.items() if not name.startswith(NOT_PRIVATE)}
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As the Trainer, under the names that `log` gives."""
+        super().save_metrics(split, self._told(metrics) if self.engine else metrics, combined)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the Trainer's card, and the privacy statement into it."""

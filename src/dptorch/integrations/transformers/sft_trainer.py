@@ -22,6 +22,7 @@ class DPSFTTrainer(PrivateTrainer, SFTTrainer):
     """
 
     arguments_class = SFTConfig
+    always_causal = True
 
     def __init__(
         self,
