@@ -21,6 +21,7 @@ from dptorch.accounting import Adjacency
 from dptorch.engine import checkpoint
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError
+from dptorch.integrations.transformers.chunked_loss import ChunkedLoss
 from dptorch.integrations.transformers.data_checks import check_data
 from dptorch.integrations.transformers.label_smoothing import SmoothLabels
 from dptorch.integrations.transformers.logical_batches import LogicalBatches
@@ -53,6 +54,8 @@ class PrivateTrainer(Trainer):
             the model at once. The run has ``max_steps`` steps, or those of ``num_train_epochs``.
         privacy: what is guaranteed.
         ledger: see `dptorch.PrivacyEngine`.
+        loss_chunk: for a causal language model with a frozen head (adapters): how many tokens of every
+            row have their logits in memory at once; None for all.
 
     Attributes:
         engine: the engine; None where the subclass trains without one.
@@ -73,6 +76,7 @@ class PrivateTrainer(Trainer):
 
     engine: PrivacyEngine | None = None
     _user_ids: list[Any] | None = None
+    _chunked: ChunkedLoss | None = None
     arguments_class: type[TrainingArguments] = TrainingArguments
     always_causal = False
 
@@ -83,6 +87,7 @@ class PrivateTrainer(Trainer):
         *positional: Any,
         privacy: PrivacyArguments,
         ledger: Any = None,
+        loss_chunk: int | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         if not isinstance(privacy, PrivacyArguments):
@@ -104,6 +109,7 @@ class PrivateTrainer(Trainer):
         if self.train_dataset is None:
             raise ConfigurationError("train_dataset is missing: give the private data set.")
         check_data(self)
+        self._chunked = None if loss_chunk is None else self._chunked_loss(loss_chunk)
         settings: dict[str, Any] = {
             **privacy.plan_settings(),
             **self._length_of_run(batch_size),
@@ -165,6 +171,21 @@ class PrivateTrainer(Trainer):
                 "no epsilon here covers. Leave it out, or say PrivacyArguments(eval_is_public=True) if "
                 "that data is public."
             )
+
+    def _chunked_loss(self, tokens: int) -> ChunkedLoss:
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ConfigurationError(
+                f"loss_chunk={tokens} is the plain loss of a language model. Leave it out, or label "
+                "smoothing and a loss of your own."
+            )
+        chunked = ChunkedLoss(self.model, tokens)
+        dataset, collate = self._columns_of_the_model()
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        chunked.check(model, self._prepare_inputs(collate([dataset[0]])))
+        model.train(was_training)
+        return chunked
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: every trial is a release of its own.
@@ -268,6 +289,8 @@ class PrivateTrainer(Trainer):
         base: Any = super()
         if self.engine is None or not model.training:
             return base.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._chunked is not None:
+            return self._chunked(model, inputs)
         return Trainer.compute_loss(self, model, inputs, return_outputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
