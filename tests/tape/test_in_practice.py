@@ -91,7 +91,11 @@ def held_by_graph(model: nn.Module, x: Tensor) -> int:
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with dptorch.record(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        dptorch.record(model),
+        dptorch.tape.trusted_reads(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         loss = squares(model, x).sum()
     del loss
     return sum(kept.values())

@@ -13,7 +13,16 @@ from torch import Tensor
 from dptorch.tape.provenance.schemas import bind
 from dptorch.tape.provenance.tags import Tag
 
-__all__ = ["Call", "Info", "canonical_name", "each_tensor", "info", "replace_tensors", "words"]
+__all__ = [
+    "DYNAMIC",
+    "Call",
+    "Info",
+    "canonical_name",
+    "each_tensor",
+    "info",
+    "replace_tensors",
+    "words",
+]
 
 
 def words(text: str) -> frozenset[str]:
@@ -123,24 +132,35 @@ class Info(NamedTuple):
         name: its `canonical_name`.
         in_place: whether its name says that it writes to its first argument.
         passive: it makes no tensor of the batch, or none that matters.
+        sizes_by_values: the size of its result can depend on values.
     """
 
     name: str
     in_place: bool
     passive: bool
+    sizes_by_values: bool
 
 
+#: Ops whose result has a size that depends on values: those that torch tags so, and their relatives.
+DYNAMIC = words(
+    """nonzero argwhere unique _unique _unique2 unique_dim unique_consecutive masked_select bincount
+    repeat_interleave one_hot __getitem__ index _unsafe_index where to_sparse to_sparse_coo
+    to_sparse_csr to_sparse_csc to_sparse_bsr to_sparse_bsc indices values _indices _values
+    crow_indices col_indices coalesce _pack_padded_sequence pack_padded_sequence
+    pad_packed_sequence combinations histogram_bin_edges"""
+)
 # Functions that make no tensor of the batch, or none that matters.
 _PASSIVE = words(
     """size dim ndimension numel nelement stride is_floating_point is_complex element_size
-    data_ptr is_contiguous storage_offset untyped_storage storage is_same_size get_device
+    is_contiguous storage_offset is_same_size get_device
     retain_grad register_post_accumulate_grad_hook requires_grad is_tensor result_type
     can_cast is_storage is_inference is_grad_enabled is_signed has_names is_conj is_neg
-    is_pinned is_shared promote_types broadcast_shapes _assert_async is_set_to new_zeros
-    new_ones new_empty new_empty_strided arange zeros ones empty linspace eye randint randperm
-    rand randn autograd_backward __len__ __repr__ __format__ __hash__ __str__
-    __array_wrap__ __dir__ __reduce_ex__ __setstate__ __delete__ __dlpack__ __dlpack_device__"""
+    is_pinned is_shared promote_types broadcast_shapes is_set_to autograd_backward __len__ __hash__
+    __array_wrap__ __dir__ __setstate__ __delete__ __dlpack_device__ is_coalesced sparse_dim dense_dim
+    _is_view is_distributed sym_size sym_numel sym_stride sym_storage_offset"""
 )
+# Properties that hand out memory or code that changes gradients.
+_ACTIVE_PROPERTIES = frozenset({".__cuda_array_interface__", ".grad_fn"})
 _TENSOR_PROPERTIES = frozenset({".T", ".mT", ".H", ".mH", ".data", ".real", ".imag"})
 _INFO: dict[Any, Info] = {}
 
@@ -166,8 +186,10 @@ def _describe(func: Callable[..., Any]) -> Info:
     in_place = raw == "__setitem__" or (
         raw[2:-2] in _IN_PLACE_DUNDERS if dunder else raw.endswith("_")
     )
-    passive = name in _PASSIVE or (name[0] == "." and name not in _TENSOR_PROPERTIES)
-    return Info(name, in_place, passive and name not in (".data=",))
+    passive = name in _PASSIVE or (
+        name[0] == "." and name not in _TENSOR_PROPERTIES and name not in _ACTIVE_PROPERTIES
+    )
+    return Info(name, in_place, passive and name not in (".data=",), name in DYNAMIC)
 
 
 # Kinds of argument that are no tensor and hold none; a look here is cheaper than isinstance.

@@ -9,20 +9,23 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils.hooks
 from torch import Tensor
 
-from dptorch.errors import ExamplesMixError
-from dptorch.tape.provenance.tags import State, Tag
+from dptorch.errors import ExamplesMixError, NotCoveredError
+from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, State, Tag
 from dptorch.tape.recording.handlers import Args, Kwargs, handler
+from dptorch.tape.recording.places import user_line
+from dptorch.tape.recording.reads import is_trusted
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = [
     "BackwardNote",
     "FollowedBackwardHook",
+    "GuardedNode",
     "as_tuple",
     "follow_backward",
     "followed_function",
@@ -75,17 +78,87 @@ def follow_backward(
 def register_hook(
     recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
-    """A hook that changes a gradient must keep each example's to itself."""
+    """A hook that changes a gradient must keep each example's to itself.
+
+    Raises:
+        NotCoveredError: for one on a tensor computed from parameters alone.
+    """
     t, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
     state = recording.state(t)
-    if not isinstance(state, Tag) or recording.batch_size == 1:
+    if isinstance(state, ParamOnly):
+        raise NotCoveredError(
+            f"{recording.module_path()}: a hook on a tensor computed from parameters alone. Its "
+            "gradient is that of all examples, before it is clipped. Set the hook on an activation, or "
+            "remove it."
+        )
+    if not isinstance(state, (Tag, Reduced)):
         return func(*args, **kwargs)
 
     def followed(g: Tensor) -> Any:
-        what = "a hook on a tensor of the model"
-        return follow_backward(recording, hook, [g], [state], [state], what)
+        if isinstance(state, Tag):
+            what = "a hook on a tensor of the model"
+            return follow_backward(recording, hook, [g], [state], [state], what)
+        version = g._version
+        with recording:
+            changed = hook(g)
+        if changed is not None or g._version != version:
+            raise NotCoveredError(
+                "a hook on a loss changes its gradient, which multiplies the loss of every example. "
+                "Multiply the loss itself by a public constant."
+            )
+        return None
 
     return func(t, followed)
+
+
+@handler(".grad_fn")
+def grad_fn(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """The node of autograd's graph, which takes no hooks from code that is not torch's."""
+    node = func(*args, **kwargs)
+    state = recording.state(args[0])
+    if node is None or not recording.strict or not isinstance(state, (Tag, Mixed, Reduced)):
+        return node
+    return node if is_trusted(("torch",)) else GuardedNode(node)
+
+
+class GuardedNode:
+    """A node of autograd's graph that looks like itself and refuses hooks, which nothing follows."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node, name)
+
+    def __repr__(self) -> str:
+        return repr(self._node)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._node == getattr(other, "_node", other))
+
+    def __hash__(self) -> int:
+        return hash(self._node)
+
+    @property
+    def next_functions(self) -> tuple[tuple[Any, int], ...]:
+        """The nodes that this one passes gradients to."""
+        nodes = self._node.next_functions
+        return tuple((None if n is None else GuardedNode(n), i) for n, i in nodes)
+
+    def register_hook(self, fn: Any) -> NoReturn:
+        """Refuse the hook.
+
+        Raises:
+            NotCoveredError: always.
+        """
+        raise NotCoveredError(
+            f"{user_line()}: a hook on a node of autograd's graph gets the gradients of all examples, "
+            "and is not followed. Set it on the tensor, h.register_hook(hook), where it is."
+        )
+
+    register_prehook = register_hook
 
 
 class FollowedBackwardHook(torch.utils.hooks.BackwardHook):

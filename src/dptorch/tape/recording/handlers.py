@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from dptorch.errors import NotCoveredError
-from dptorch.tape.provenance.calls import each_tensor, words
+from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, Order, ParamOnly, Reduced, Tag
 from dptorch.tape.recording.read_numbers import read_numbers
-from dptorch.tape.recording.reads import refuse_read
+from dptorch.tape.recording.reads import note_read
 from dptorch.tape.recording.tensor_states import batch_of
 from dptorch.tape.rules.recorder import Recorder
 
@@ -22,10 +22,6 @@ Kwargs = Mapping[str, Any]
 Special = Callable[["Recorder", Callable[..., Any], str, Args, Kwargs], Any]
 
 SPECIAL: dict[str, Special] = {}
-
-
-# These look at every element, and so at every example.
-_OF_WHOLE_TENSORS = words("equal allclose __contains__")
 
 
 def handler(names: str) -> Callable[[Special], Special]:
@@ -41,30 +37,32 @@ def handler(names: str) -> Callable[[Special], Special]:
 
 @handler(
     """item tolist numpy __float__ __array__ __bool__ __int__ __index__ __complex__ is_nonzero equal
-    allclose __contains__"""
+    allclose __contains__ _local_scalar_dense __format__ __repr__ __str__ _is_any_true _is_all_true
+    __dlpack__ untyped_storage storage _typed_storage data_ptr __reduce_ex__ __reduce__ share_memory
+    .__cuda_array_interface__ _nnz _dimI _dimV"""
 )
 def read(
     recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
 ) -> Any:
-    """Values leave for Python, where nothing can be followed.
+    """Values leave for Python, where nothing can be followed: as numbers, texts or memory.
 
     Raises:
-        ExamplesMixError: inside a forward pass or a hook, for a value that several examples went
-            into; see `dptorch.tape.recording.reads`.
+        ExamplesMixError: inside a forward pass or a hook; see `dptorch.tape.recording.reads`.
     """
-    states = [recording.state(t) for t in each_tensor(args[:2], {})]
-    of_all = name in _OF_WHOLE_TENSORS
-    for state in states:
-        mixed = isinstance(state, (Mixed, Reduced)) or (of_all and isinstance(state, Tag))
-        if recording.batch_size > 1 and (mixed or isinstance(state, Tag)):
-            recording.escaped[name] += 1
-            if mixed:
-                refuse_read(recording, name)
-            break
+    states = [recording.state(t) for t in each_tensor(args, kwargs)]
+    note_read(recording, name, states)
     out = func(*args, **kwargs)
     if isinstance(out, float) and (batch := batch_of(args[0])) is not None:
         read_numbers.note(out, states[0], batch)
     return out
+
+
+@handler("_assert_async")
+def assertion(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """It returns nothing; that it failed is noted as any other error."""
+    return func(*args, **kwargs)
 
 
 @handler("tensor as_tensor asarray scalar_tensor new_tensor full new_full")

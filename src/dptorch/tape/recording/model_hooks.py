@@ -17,11 +17,13 @@ from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
+from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
 from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
+from dptorch.tape.recording.unseen import refuse_saved_tensor_hooks
 
 __all__ = ["ModelHooks", "hooks_of"]
 
@@ -54,6 +56,7 @@ class ModelHooks:
         self._paused = False
         self._warned = False
         self._open: tuple[Recording, ExitStack] | None = None
+        self._outer_error: BaseException | None = None  # that is handled around the forward
         self._batch_dims = batch_dims
         self._batch: Batch | None = None
         self._handles = [
@@ -112,6 +115,7 @@ class ModelHooks:
             return None  # evaluation on data of unknown origin
         batch = self._batch_of(leaves)
         if training:
+            refuse_saved_tensor_hooks("around the model")
             config, listener = self._on_forward()
             recording = Recording(
                 self.model,
@@ -134,6 +138,7 @@ class ModelHooks:
         stack.enter_context(patched())
         stack.enter_context(recording)
         self._open = recording, stack
+        self._outer_error = sys.exc_info()[1]
         return tagged
 
     def _batch_of(self, leaves: Sequence[tuple[Tensor, int]]) -> Batch:
@@ -185,6 +190,9 @@ class ModelHooks:
         recording, stack = self._open
         self._open = None
         stack.close()
+        if sys.exc_info()[1] is not self._outer_error:
+            return None  # the forward pass ends with an error
+        refuse_swallowed(recording)
         if recording.strict and recording.escaped and not self._warned:
             self._warned = True
             reads = ", ".join(f"{op}() {n} times" for op, n in recording.escaped.items())

@@ -30,7 +30,7 @@ from dptorch.tape.recording.backward_code import (
     followed_function,
 )
 from dptorch.tape.recording.handlers import SPECIAL
-from dptorch.tape.recording.recording import Recording, active_modes
+from dptorch.tape.recording.recording import Recording, active_modes, innermost
 from dptorch.tape.recording.taps import TAPS
 from dptorch.tape.rules import generic
 
@@ -46,13 +46,6 @@ _plain_set: Any = torch._C.TensorBase.set_
 _plain_new: Any = nn.Parameter.__new__
 _plain_generator: Any = checkpoint._checkpoint_without_reentrant_generator
 _plain_hook: Any = torch.utils.hooks.BackwardHook
-
-
-def _innermost() -> Recording | None:
-    for mode in reversed(active_modes()):
-        if isinstance(mode, Recording):
-            return mode
-    return None
 
 
 @contextmanager
@@ -89,7 +82,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 def _set(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``Tensor.set_``, which no function mode sees."""
-    recording = _innermost()
+    recording = innermost()
     if recording is None:
         return _plain_set(self, *args, **kwargs)
     return SPECIAL["set"](recording, _plain_set, "set", (self, *args), kwargs)
@@ -112,8 +105,8 @@ _redirect = _make_redirect()
 
 def _backward_hook(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
     """A module's full backward hooks, which get the gradients of all examples."""
-    recording = _innermost()
-    if recording is None or recording.batch_size == 1:
+    recording = innermost()
+    if recording is None:
         return _plain_hook(module, hooks, pre_hooks)
     return FollowedBackwardHook(recording, module, hooks, pre_hooks)
 
@@ -121,7 +114,7 @@ def _backward_hook(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
 def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """A Parameter made in a recorded forward pass holds the examples of what it is made from."""
     made = _plain_new(cls, data, *args, **kwargs)
-    recording = _innermost()
+    recording = innermost()
     if recording is not None and data is not None:
         state = recording.state(data)
         if isinstance(state, Reduced):
@@ -133,7 +126,7 @@ def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: A
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     original = types.MethodType(_plain_apply, cls)
-    recording = None if cls in TAPS else _innermost()
+    recording = None if cls in TAPS else innermost()
     if recording is None:
         return original(*args, **kwargs)
     if cls is checkpoint.CheckpointFunction:
@@ -233,7 +226,7 @@ def _passed_on(out: Any, cls: Any, tagged: list[tuple[Tensor, Tag]], recording: 
 
 
 def _generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    recording = _innermost()
+    recording = innermost()
     if recording is not None:
         inputs = args[4:]  # preserve_rng_state, context_fn, determinism_check, debug, (early_stop)
         fn = _recorded(fn, (inputs, kwargs), recording, reentrant=False)

@@ -6,13 +6,14 @@ Both walk the stack, so only errors pay for them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import nn
 
-__all__ = ["OUTSIDE", "module_path", "reading_module", "user_line", "way_out_of_a_trainer"]
+__all__ = ["OUTSIDE", "module_path", "reading_modules", "user_line", "way_out_of_a_trainer"]
 
 #: Where code runs that is no module's forward.
 OUTSIDE = "outside the model"
@@ -49,15 +50,14 @@ def user_line() -> str:
     return "an unknown line"
 
 
-def reading_module() -> str:
-    """Return the name of the module whose code called the torch function that runs now."""
+def reading_modules() -> Iterator[str]:
+    """Yield the names of the modules whose code runs now, innermost first, this package left out."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
         if not name.startswith("dptorch."):
-            return name
+            yield name
         frame = frame.f_back
-    return ""
 
 
 def way_out_of_a_trainer() -> str:

@@ -1,35 +1,52 @@
-"""Refuse reads into Python that could carry values of several examples to others.
+"""Refuse reads into Python, which could carry values of one example to others.
 
-A number, a truth value or an index that a model reads off a statistic of the batch decides what is
-computed for every example, and nothing follows it there. Some code reads only to choose between
-computations that give the same result: whether a mask hides anything, which experts got a token.
-Code of `TRUSTED` packages is taken to do so and is warned of. Other code says so with `trusted_reads`.
+A number, a truth value, a text, a size or a piece of memory that a model takes from values of the batch
+decides what is computed for every example, and nothing follows it there: within the batch, or kept
+for the next one. Whatever leaves a followed tensor for Python passes `note_read`, the one place that
+judges it: torch functions that return anything but tensors, sizes that depend on values, tensors
+given for numbers, and what `dptorch.tape.recording.escapes` finds.
+
+Some code reads only to choose between computations that give the same result: whether a mask hides
+anything, which experts got a token. Code of `TRUSTED` packages is taken to do so and is warned of.
+Other code says so with `trusted_reads`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from dptorch.errors import ExamplesMixError
-from dptorch.tape.recording.places import reading_module, user_line
+from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.recording.places import reading_modules, user_line
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["TRUSTED", "refuse_read", "trusted_reads"]
+__all__ = ["TRUSTED", "is_trusted", "note_read", "trusted_reads"]
 
-#: Packages whose models read statistics of a batch only to choose between equal computations:
-#: torch's validation of arguments and lengths of packed sequences, masks and experts of transformers.
-TRUSTED = ("torch", "transformers", "timm", "torchvision", "peft", "numpy")
+#: Packages whose models read values of a batch only to choose between equal computations: torch's
+#: layers and its validation of arguments, masks and experts of transformers.
+TRUSTED = (
+    "torch.nn",
+    "torch.distributions",
+    "torch.functional",
+    "torch.utils.checkpoint",
+    "transformers",
+    "timm",
+    "torchvision",
+    "peft",
+    "einops",
+)
 
 _trusted = 0
 
 
 @contextmanager
 def trusted_reads() -> Iterator[None]:
-    """Let a model read statistics of the batch into Python.
+    """Let a model read values of the batch into Python.
 
     This is a promise: what is read inside decides only between computations that give every example
-    the same result. A wrong one voids the privacy guarantee.
+    the same result, and is not kept for the next batch. A wrong one voids the privacy guarantee.
 
     Example:
         >>> import torch, dptorch
@@ -45,23 +62,53 @@ def trusted_reads() -> Iterator[None]:
         _trusted -= 1
 
 
-def refuse_read(recording: Recorder, name: str) -> None:
-    """Raise if the read that happens now is not trusted.
+def is_trusted(packages: Iterable[str] = TRUSTED) -> bool:
+    """Whether the code that runs now is of one of `packages`, or inside `trusted_reads`.
+
+    Other code of torch, numpy and the standard library runs on behalf of who calls it.
+    """
+    if _trusted:
+        return True
+    for name in reading_modules():
+        if any(f"{name}.".startswith(f"{package}.") for package in packages):
+            return True
+        if not _is_intermediate(name):
+            return False
+    return False
+
+
+def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
+    """Judge that `name` hands values of tensors with these states to Python.
+
+    What examples went into is counted, and refused where a model is recorded and the code that reads
+    is not trusted, whether the value is of one example or of several: a part of a batch may have one
+    row, and what is read from it can be kept for the next.
 
     Raises:
         ExamplesMixError: naming the line of the user's code.
     """
-    if not recording.refuses_reads or _trusted:
+    if not any(isinstance(s, (Tag, Mixed, Reduced)) for s in states):
         return
-    if reading_module().partition(".")[0] in TRUSTED:
+    if not recording.refuses_reads:
+        return
+    recording.escaped[name] += 1
+    if is_trusted():
         return
     where, line = recording.module_path(), user_line()
     if line not in where:
         where = f"{where}, {line}"
     raise ExamplesMixError(
-        f"{where}: '{name}' reads a value that several examples went into. What the model computes "
-        "for one example then depends on the others, where no gradient shows it. Decide for each "
-        "example by itself (torch.where), or use a public constant. If the value only chooses "
-        "between computations that give the same result, read it inside "
-        "dptorch.tape.trusted_reads()."
+        f"{where}: '{name}' reads values of examples into Python. What the model computes for one "
+        "example then depends on others, in this batch or in the next, where no gradient shows it. "
+        "Decide for each example by itself (torch.where), use a public constant, and log outside "
+        "the model. If the value only chooses between computations that give the same result, read "
+        "it inside dptorch.tape.trusted_reads()."
     )
+
+
+def _is_intermediate(name: str) -> bool:
+    top = name.partition(".")[0]
+    return top in ("torch", "numpy") or top in _STANDARD
+
+
+_STANDARD = frozenset({"copy", "copyreg", "pickle", "json", "functools", "contextlib", "threading"})

@@ -10,20 +10,19 @@ weight gradient.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dptorch.errors import ExamplesMixError, NotCoveredError
+from dptorch.errors import NotCoveredError
 from dptorch.tape.gradients import Dense
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import Tape, TapeConfig, TapeListener
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance.calls import Call, Info, each_tensor, info, words
-from dptorch.tape.provenance.loss_reduction import follow_loss, plus_constant
 from dptorch.tape.provenance.ordering import KEEP_ORDER, USE_ORDER, order_of
 from dptorch.tape.provenance.tags import (
     PARAM_ONLY,
@@ -37,20 +36,28 @@ from dptorch.tape.provenance.tags import (
     complete,
     param_only_state,
 )
-from dptorch.tape.recording import backward, backward_code  # noqa: F401 (fill SPECIAL)
+from dptorch.tape.recording import (  # backward and its code fill SPECIAL
+    backward,  # noqa: F401
+    backward_code,  # noqa: F401
+    value_sizes,
+)
+from dptorch.tape.recording.after_batch import after_the_batch, leaves
 from dptorch.tape.recording.assignment import assign, assign_parameter
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.composites import is_composite, without_checks
+from dptorch.tape.recording.escapes import judge_results, judge_slices, note_error
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.parameter_graph import parameters_behind
 from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.taps import lift, reduce_to, tap
 from dptorch.tape.recording.tensor_states import TensorStates
 from dptorch.tape.recording.unknown_rows import rows_of_unknown
+from dptorch.tape.recording.unseen import watch
+from dptorch.tape.recording.value_sizes import follow_sizes, plain_sizes, read_size
 from dptorch.tape.rules import LOSSES, RULES, generic, mean_in_float32
 from dptorch.tape.rules.recorder import Gradients
 
-__all__ = ["Recording", "active_modes"]
+__all__ = ["Recording", "active_modes", "innermost"]
 
 # Ops whose further operands lend no more than their shape or type.
 _LIKE_OTHER = words("""expand_as view_as reshape_as type_as""")
@@ -67,6 +74,8 @@ class Recording(TorchFunctionMode):
         batch: the rows that the forward pass is made on; by default those of its first input.
         strict: whether a trainable parameter that is not followed is refused. Otherwise it is a
             constant: what runs before or beside the model, on data that the loader handed out.
+        is_probe: whether a model that is trained runs once more, so that its reads are refused though
+            no parameter is followed.
 
     Attributes:
         tape: filled when gradients arrive.
@@ -76,6 +85,7 @@ class Recording(TorchFunctionMode):
         escaped: how often values of the batch were read into Python, by op.
         handle_of_taps: differentiating an output with respect to it reaches every tap.
         joined: tapes of other models whose outputs entered the same loss.
+        error: the first that the forward pass met.
     """
 
     def __init__(
@@ -88,6 +98,7 @@ class Recording(TorchFunctionMode):
         listener: TapeListener | None = None,
         batch: Batch | None = None,
         strict: bool = True,
+        is_probe: bool = False,
     ) -> None:
         super().__init__()
         if parameters is None:
@@ -103,20 +114,25 @@ class Recording(TorchFunctionMode):
         self.module_path = states.module_path
         self.statistic = states.statistic
         self.strict = strict
+        self.is_probe = is_probe
         self.generic_ops: Counter[tuple[str, str]] = Counter()
         self.sites = 0
         self.escaped: Counter[str] = Counter()
         self.joined: list[Tape] = []
+        self.error: Exception | None = None
+        self._unwatch: list[Callable[[], None]] = []
         self._followed = self.tape.names
         self.handle_of_taps = torch.zeros(0, requires_grad=True)
 
     def __enter__(self) -> Recording:
         self.states.depth += 1
+        self._unwatch.append(watch(innermost))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *args: Any) -> None:
         self.states.depth -= 1
+        self._unwatch.pop()()
         super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     @property
@@ -127,7 +143,8 @@ class Recording(TorchFunctionMode):
     @property
     def refuses_reads(self) -> bool:
         """Whether reads of statistics are refused: in a training forward, in code of its backward."""
-        return self.states.depth > 0 and self.strict and bool(self._followed)
+        watched = bool(self._followed) or self.is_probe
+        return self.states.depth > 0 and self.strict and watched
 
     def tag_batch(self, t: Tensor, dim: int = 0) -> Tensor:
         """As `TensorStates.tag_batch`; the tape is told the number of examples."""
@@ -211,34 +228,52 @@ class Recording(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        known = info(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if known.passive:
-                return func(*args, **(kwargs or {}))
-            return self._handle_known(known, func, args, kwargs or {})
+            return self.handle(func, args, kwargs or {})
 
     def handle(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Run one torch function and keep track of it."""
         known = info(func)
+        sized = value_sizes.any_made()
         if known.passive:
-            return func(*args, **kwargs)
-        return self._handle_known(known, func, args, kwargs)
+            return (
+                read_size(self, known.name, func, args, kwargs) if sized else func(*args, **kwargs)
+            )
+        given: Mixed | bool = False
+        if sized:
+            args, kwargs, given = plain_sizes(self, known.name, args, kwargs)
+        try:
+            special = SPECIAL.get(known.name)
+            if special is not None:
+                out = special(self, func, known.name, args, kwargs)
+            else:
+                if known.name in ("__getitem__", "__setitem__"):
+                    judge_slices(self, args[1])
+                out = self._dispatch(known, func, args, kwargs, given)
+                if not isinstance(out, Tensor):
+                    judge_results(self, known.name, args, kwargs, out)
+        except Exception as error:
+            note_error(self, error, args, kwargs)
+            raise
+        if sized or known.sizes_by_values:
+            follow_sizes(self, known.name, args, kwargs, out, bool(given))
+        return out
 
-    def _handle_known(
+    def _dispatch(
         self,
         known: Info,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        given: Mixed | bool,
     ) -> Any:
-        """Dispatch on what the function is and on what its operands are."""
+        """Dispatch on what the function is and on what its operands are, numbers included: `given`."""
         name = known.name
-        special = SPECIAL.get(name)
-        if special is not None:
-            return special(self, func, name, args, kwargs)
         tagged, parameters, lost, ordering = self._classify(name, args, kwargs)
+        if isinstance(given, Mixed):
+            lost = given
         if ordering and lost is None:
             if name in KEEP_ORDER and not tagged and not parameters:
                 return reorder(self, func, args, kwargs)
@@ -247,7 +282,7 @@ class Recording(TorchFunctionMode):
         if read_numbers and (tagged or isinstance(lost, Reduced)):
             lost = read_numbers.among(name, args, kwargs, tagged, self.states) or lost
         if lost is not None:
-            return self._after_the_batch(known, func, args, kwargs, tagged, parameters, lost)
+            return after_the_batch(self, known, func, args, kwargs, tagged, parameters, lost)
         if not tagged:
             return self._without_examples(name, func, args, kwargs, parameters)
         if name not in FAMILIES and name not in RULES and is_composite(func):
@@ -363,7 +398,7 @@ class Recording(TorchFunctionMode):
     def _mark_param_only(self, name: str, args: tuple[Any, ...], out: Any) -> None:
         """Mark what was computed from parameters alone."""
         state = param_only_state(name, args, out, self._followed)
-        for o in _leaves(out if name != "__setitem__" else args[0]):
+        for o in leaves(out if name != "__setitem__" else args[0]):
             if o.requires_grad and id(o) not in self._followed:
                 self.mark(o, state)
 
@@ -419,60 +454,6 @@ class Recording(TorchFunctionMode):
             elif state is not None:
                 self.mark(o, state)
 
-    def _after_the_batch(
-        self,
-        known: Info,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        tagged: list[tuple[Tensor, Tag]],
-        parameters: dict[int, Tensor],
-        lost: Mixed | Reduced,
-    ) -> Any:
-        """An op on a value that all examples have gone into: a loss, or a mixture."""
-        name = known.name
-        if isinstance(lost, Mixed) and parameters:
-            raise ExamplesMixError(
-                f"{lost.reason} The result meets {self.describe(next(iter(parameters.values())))} "
-                f"in '{name}', so the gradient of one example depends on the others."
-            )
-        if parameters:
-            raise NotCoveredError(
-                f"{self.module_path()}: a term computed from "
-                f"{self.describe(next(iter(parameters.values())))} alone joins the loss in "
-                f"'{name}'. It has no per-example gradient and would be clipped with the examples' "
-                "or not at all. Use the optimizer's weight_decay for an L2 penalty, which costs no "
-                "privacy; or add the term to each example's loss before reducing."
-            )
-        state: State = lost
-        if isinstance(lost, Mixed) and name in ("add", "sub") and not tagged:
-            lost = plus_constant([(t, self.state(t)) for t in each_tensor(args, kwargs)], lost)
-        if isinstance(lost, Reduced):
-            states = map(self.state, each_tensor(args, kwargs))
-            state = follow_loss(
-                name,
-                args,
-                kwargs,
-                [s for s in states if isinstance(s, Reduced)],
-                meets_examples=bool(tagged),
-                is_loss=lambda t: isinstance(t, Tensor) and isinstance(self.state(t), Reduced),
-                where=self.module_path,
-            )
-        before = [(t, self.state(t)) for t in args[:1] if isinstance(t, Tensor)]
-        out = func(*args, **kwargs)
-        written = name == "__setitem__" or (known.in_place and not isinstance(out, Tensor))
-        for o in each_tensor(args, kwargs) if written else _leaves(out):
-            own = state
-            if not isinstance(state, Mixed) and not o.requires_grad:
-                own = self.statistic(name)
-            was = next((s for t, s in before if t is o), None)
-            if written or known.in_place or kwargs.get("out") is not None:
-                if was != own:
-                    self.mark_written(o, was, own)
-            else:
-                self.mark(o, own)
-        return out
-
     def _decompose(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
@@ -488,9 +469,9 @@ def active_modes() -> list[Any]:
     return list(torch.overrides._get_current_function_mode_stack())
 
 
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _leaves(v)
+def innermost() -> Recording | None:
+    """The recording that is active in this thread."""
+    for mode in reversed(active_modes()):
+        if isinstance(mode, Recording):
+            return mode
+    return None

@@ -34,6 +34,7 @@ class Recorder(AbstractContextManager[Any], Protocol):
         tape: filled when gradients arrive.
         joined: tapes of other models whose outputs entered the same loss.
         escaped: how often values of the batch were read into Python, by op.
+        error: the first that the forward pass met, which the model may have caught.
         strict: whether a model that is trained privately is recorded.
         refuses_reads: whether a read of a statistic of the batch is refused now.
     """
@@ -44,6 +45,7 @@ class Recorder(AbstractContextManager[Any], Protocol):
     tape: Tape
     joined: list[Tape]
     escaped: Counter[str]
+    error: Exception | None
     strict: bool
 
     @property

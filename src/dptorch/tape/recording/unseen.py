@@ -1,0 +1,137 @@
+"""Catch what no torch function mode sees: other threads, TorchScript, DLPack, hooks on saved tensors.
+
+A mode is the thread's own, and TorchScript and DLPack take tensors without asking it. While a model is
+recorded these are replaced by functions that ask first; other threads are not affected.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from dptorch.errors import NotCoveredError
+from dptorch.tape.provenance.calls import each_tensor
+from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.recording.places import user_line
+from dptorch.tape.recording.reads import is_trusted, note_read
+from dptorch.tape.rules.recorder import Recorder
+
+__all__ = ["refuse_saved_tensor_hooks", "watch"]
+
+_Innermost = Callable[[], Recorder | None]
+_depth = 0
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def watch(innermost: _Innermost) -> Callable[[], None]:
+    """Begin to watch; returns what ends it.
+
+    Args:
+        innermost: gives the recording that is active in the thread that calls it.
+    """
+    global _depth
+    if _depth == 0:
+        for owner, name, guard in (
+            (threading.Thread, "start", _thread),
+            (ThreadPoolExecutor, "submit", _thread),
+            (torch.utils.dlpack, "to_dlpack", _memory),
+            (torch, "to_dlpack", _memory),
+            (torch._C.ScriptFunction, "__call__", _script),
+            (torch._C.ScriptMethod, "__call__", _script),
+            (saved_tensors_hooks, "__enter__", _hooks),
+        ):
+            original = getattr(owner, name)
+            _originals.append((owner, name, original))
+            setattr(owner, name, _guarded(original, guard, innermost))
+    _depth += 1
+    return _end
+
+
+def _end() -> None:
+    global _depth
+    _depth -= 1
+    if _depth == 0:
+        while _originals:
+            owner, name, original = _originals.pop()
+            setattr(owner, name, original)
+
+
+def _guarded(original: Any, guard: Any, innermost: _Innermost) -> Any:
+    @wraps(original)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        recording = innermost()
+        if recording is None or not recording.refuses_reads:
+            return original(*args, **kwargs)
+        return guard(recording, original, args, kwargs)
+
+    return asked
+
+
+def _thread(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
+    if not is_trusted():
+        raise NotCoveredError(
+            f"{recording.module_path()}, {user_line()}: a thread is given work in a forward pass, and "
+            "what another thread computes is not followed. Compute it in the thread of the model; if "
+            "it touches no values of the batch, do this inside dptorch.tape.trusted_reads()."
+        )
+    return original(*args, **kwargs)
+
+
+def _memory(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
+    note_read(recording, "to_dlpack", map(recording.state, each_tensor(args, kwargs)))
+    return original(*args, **kwargs)
+
+
+def _script(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
+    """TorchScript: nothing inside is seen, so all examples of its arguments may be in its results."""
+    states = [recording.state(t) for t in each_tensor(args, kwargs)]
+    out = original(*args, **kwargs)
+    if any(isinstance(s, (Tag, Mixed, Reduced)) for s in states):
+        for o in tree_leaves(out):
+            if isinstance(o, torch.Tensor):
+                if recording.state(o) is None and not o.requires_grad:
+                    recording.mark(o, Mixed(f"{recording.module_path()}: {_SCRIPT}"))
+            elif o is not None:
+                note_read(recording, "TorchScript", states)
+    return out
+
+
+_SCRIPT = "the ops inside a TorchScript function cannot be followed."
+
+
+def _hooks(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
+    if (
+        type(args[0]).__module__.partition(".")[0] != "torch"
+        or type(args[0]) is saved_tensors_hooks
+    ):
+        _refuse_hooks(args[0].pack_hook, recording.module_path())
+    return original(*args, **kwargs)
+
+
+def refuse_saved_tensor_hooks(where: str) -> None:
+    """Raise if hooks of the user's own pack what autograd saves.
+
+    Raises:
+        NotCoveredError: they see all examples at once, and no function mode sees them run.
+    """
+    active = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if active is not None:
+        _refuse_hooks(active[0], where)
+
+
+def _refuse_hooks(pack: Any, where: str) -> None:
+    if str(getattr(pack, "__module__", "")).partition(".")[0] == "torch" or is_trusted(()):
+        return
+    raise NotCoveredError(
+        f"{where}, {user_line()}: saved_tensors_hooks change what the backward of all examples "
+        "computes with, and what they do is not followed. Leave them out, or use torch's own "
+        "(save_on_cpu, checkpoint); if they give back what they were given, enter them inside "
+        "dptorch.tape.trusted_reads()."
+    )
