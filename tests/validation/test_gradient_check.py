@@ -3,6 +3,7 @@
 
 import json
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -244,11 +245,20 @@ def test_the_module_that_passed_a_mixture_on_is_named_not_the_one_that_got_it() 
 
 def test_a_read_into_python_is_noted_with_its_module() -> None:
     class Logged(nn.Module):
+        def __init__(self, trusted: bool) -> None:
+            super().__init__()
+            self.trusted = trusted
+
         def forward(self, x: Tensor) -> Tensor:
-            self.last = x[0, 0].item()
+            with dptorch.tape.trusted_reads() if self.trusted else nullcontext():
+                self.last = x[0, 0].item()
             return x
 
-    report = check(mlp(Logged()), batch(), mean_loss)
+    report = check(mlp(Logged(trusted=False)), batch(), mean_loss)
+    kind, where = faults(report)[0]
+    assert kind == "examples mix"
+    assert "module '1' (Logged), test_gradient_check.py" in where
+    report = check(mlp(Logged(trusted=True)), batch(), mean_loss)
     assert report.ok
     assert [(f.kind, f.where) for f in report.findings] == [("escape", "module '1' (Logged)")]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from dptorch.tape.recording.batch_dims import BatchDims, is_ragged, map_batched,
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 from dptorch.validation.backward_mixing import find_backward_mixing
+from dptorch.validation.placing import find_place_dependence
 from dptorch.validation.reruns import is_plain, perturbed, preserving_state, unwrapped
 
 __all__ = [
@@ -27,12 +28,14 @@ __all__ = [
     "first_batch_checks",
     "refuse_backward_mixing",
     "refuse_mixing",
+    "refuse_places",
 ]
 
 MIXES = "changing one example changed its values for another, so no per-example gradient exists."
 WAY_OUT = "Make it treat examples independently; dptorch.prepare(model) converts BatchNorm."
 
 _EXAMPLES = 3
+_LARGE = 1e4  # what the last example is multiplied by, once
 _SAMPLES = 4096  # values of a tensor that are compared; a mixture moves whole rows
 _STRIDE = 1_000_003  # a prime: samples of a large tensor fall on all its channels and positions
 # What rounding may move. Rows of other examples come from the same kernels on the same values, but a
@@ -49,7 +52,7 @@ def refuse_mixing(
 ) -> bool:
     """Raise if changing one example of a batch changes what the model computes for another.
 
-    Four forward passes on at most three examples, without gradients; see `find_mixing`. Where the
+    Five forward passes on at most three examples, without gradients; see `find_mixing`. Where the
     model cannot be run so, warn.
 
     Returns:
@@ -70,11 +73,27 @@ def refuse_mixing(
             f"({type(error).__name__}: {error}). What a recording sees is checked all the same."
         )
         return True
-    if where:
+    if where and not _is_refused(model, args, kwargs, batch_dims):
         raise ExamplesMixError(
             f"{where}: {MIXES} {WAY_OUT} If this finding is wrong, pass self_check=False."
         )
     return where is not None
+
+
+def _is_refused(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: BatchDims
+) -> bool:
+    """Whether the recording of the real forward pass, next, raises it and can name the line."""
+    model = unwrapped(model)
+    plain, _, _ = perturbed(model, args, kwargs, batch_dims, 2)
+    try:
+        with torch.no_grad(), preserving_state(model):
+            _watch(model, *plain, batch_dims, is_probe=True)
+    except PrivacyError:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def refuse_backward_mixing(
@@ -108,12 +127,44 @@ def refuse_backward_mixing(
     return found is not None
 
 
+def refuse_places(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch_dims: BatchDims,
+) -> bool:
+    """Raise if what the model computes for an example depends on its place or the number of examples.
+
+    Four forward passes without gradients, three of them on the whole batch; see
+    `dptorch.validation.placing.find_place_dependence`.
+
+    Returns:
+        False if the batch held too few examples to tell.
+
+    Raises:
+        ExamplesMixError: naming the first module at fault.
+    """
+    if is_ragged(args, kwargs, batch_dims):
+        return True
+    try:
+        found = find_place_dependence(model, args, kwargs, batch_dims)
+    except Exception:
+        return True  # the forward pass, next, raises it or has been warned of
+    if found and not _is_refused(model, args, kwargs, batch_dims):
+        raise ExamplesMixError(
+            f"{found} It then depends on the other examples, and no gradient shows it. Compute each "
+            "example from its own row alone. If this finding is wrong, pass self_check=False."
+        )
+    return found is not None
+
+
 def first_batch_checks(
     model: nn.Module, batch_dims: BatchDims, parameters: Mapping[str, Tensor]
 ) -> list[Callable[[tuple[Any, ...], dict[str, Any]], bool]]:
     """What an engine asks of the arguments of its model's first forward passes, until it is True."""
     return [
         partial(refuse_mixing, model, batch_dims=batch_dims),
+        partial(refuse_places, model, batch_dims=batch_dims),
         partial(refuse_backward_mixing, model, batch_dims=batch_dims, parameters=parameters),
     ]
 
@@ -124,10 +175,10 @@ def find_mixing(
     """The first module that mixes examples, "" if none does, None if the batch is too small to tell.
 
     The model runs on a few examples, and again with the first, and with the last, of them replaced
-    by a copy of its neighbour. Inputs and outputs of every module are compared for the other
-    examples, in the order in which they arise: a moved input is the fault of the module that passed
-    it on, a moved output that of the module itself. A finding counts only if an exact repetition
-    does not show it too.
+    by a copy of its neighbour, and with the last ten thousand times as large. Inputs and outputs of
+    every module are compared for the other examples, in the order in which they arise: a moved input
+    is the fault of the module that passed it on, a moved output that of the module itself. A finding
+    counts only if an exact repetition does not show it too.
 
     Guarantees:
         Random states, buffers, attributes of modules and the model's mode are as before. User hooks
@@ -187,7 +238,7 @@ def _compare_row(
     grad: bool,
     row: int,
 ) -> str | None:
-    """`find_mixing` for a change of one row; None if there is nothing to change it to."""
+    """`find_mixing` for changes of one row; None if there is nothing to change it to."""
     plain, other, changed = perturbed(model, args, kwargs, batch_dims, count, row)
     if not changed:
         return None
@@ -198,6 +249,10 @@ def _compare_row(
 
     before = run(plain)
     place = _first_moved(before, run(other))
+    if place is None and row:  # one of the two is enough for what only a large example sets off
+        _, large, changed = perturbed(model, args, kwargs, batch_dims, count, row, _LARGE)
+        with suppress(Exception):  # a model may refuse it
+            place = _first_moved(before, run(large)) if changed else None
     if place is None:
         return ""
     again, _, _ = perturbed(model, args, kwargs, batch_dims, count, row)
@@ -220,10 +275,16 @@ class _Seen(NamedTuple):
 
 
 def _watch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dims: BatchDims, row: int
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_dims: BatchDims,
+    row: int = 0,
+    *,
+    is_probe: bool = False,
 ) -> list[_Seen]:
-    """Run the model and sample what goes in and out of every module."""
-    recording = Recording(model, {})
+    """Run the model and sample what goes in and out of every module; `is_probe`: refuse its reads."""
+    recording = Recording(model, {}, is_probe=is_probe)
     seen: list[_Seen] = []
     running: list[str] = []
 

@@ -23,8 +23,10 @@ def perturbed(
     batch_dims: BatchDims,
     count: int,
     row: int = 0,
+    factor: float | None = None,
 ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]], bool]:
-    """The first `count` examples; the same with one replaced by its neighbour; do they differ?"""
+    """The first `count` examples; the same with one replaced by its neighbour, or multiplied by
+    `factor` where it holds fractions; do they differ?"""
     changed = False
 
     def keep(t: Tensor, dim: int) -> Tensor:
@@ -36,6 +38,8 @@ def perturbed(
         t = keep(t, dim)
         if count > 1:
             first, second = t.select(dim, row), t.select(dim, 1 if row == 0 else row - 1)
+            if factor is not None:
+                second = first * factor if t.is_floating_point() else first
             changed = changed or not torch.equal(first, second)
             first.copy_(second)
         return t
