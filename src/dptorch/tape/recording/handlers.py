@@ -37,7 +37,7 @@ def handler(names: str) -> Callable[[Special], Special]:
 
 @handler(
     """item tolist numpy __float__ __array__ __bool__ __int__ __index__ __complex__ is_nonzero equal
-    allclose __contains__ _local_scalar_dense __format__ __repr__ __str__ _is_any_true _is_all_true
+    allclose __contains__ _local_scalar_dense __format__ __repr__ __str__
     __dlpack__ untyped_storage storage _typed_storage data_ptr __reduce_ex__ __reduce__ share_memory
     .__cuda_array_interface__ _nnz _dimI _dimV"""
 )
