@@ -14,6 +14,7 @@ from tests.audit.language import fit, make_model, make_texts, make_tokenizer
 from dptorch import blogs
 from dptorch.compat import forgetnet
 from dptorch.errors import ConfigurationError, PrivacyWarning
+from dptorch.integrations.perplexity import perplexity
 from dptorch.training.recipes import mnist_images
 
 pytestmark = pytest.mark.slow
@@ -146,7 +147,7 @@ def test_membership_inference(
         test_dataset=others,
         model=model,
         tokenizer=tokenizer,
-        evaluate_perplexity=lambda *_: 12.25,
+        evaluate_perplexity=perplexity,
     )
     out = capsys.readouterr().out
     first = re.search(r"^ROC AUC: (\d\.\d{4})$", out, re.M)
@@ -158,4 +159,6 @@ def test_membership_inference(
     assert re.search(r"^Precision-Recall AUC: \d\.\d{4}$", out, re.M)
     assert re.search(r"^Best model: \w+", out, re.M)
     assert re.search(r"^Optimal threshold: -?\d+\.\d{4}$", out, re.M)
-    assert "Model Perplexity: 12.25" in out
+    of_others, of_members = (perplexity(model, texts, tokenizer) for texts in (others, members))
+    assert f"Model Perplexity: {of_others:.2f}" in out
+    assert of_others > 2 * of_members

@@ -261,6 +261,13 @@ def test_empty_batches_and_worker_processes(tmp_path):
     assert trainer.engine.sampling_run == {"poisson": 12}
 
 
+def test_a_compiled_model_runs_as_it_is_written(tmp_path):
+    trainer = trainer_of(build("gpt2"), "gpt2", tmp_path, torch_compile=True)
+    trainer.train()
+    assert not trainer.args.torch_compile
+    assert trainer.engine.steps_done == 1
+
+
 def test_half_precision_trains(tmp_path):
     trainer = ran(trainer_of(build("gpt2"), "gpt2", tmp_path, bf16=True))
     assert trainer.engine.steps_done == 1

@@ -5,7 +5,6 @@ Shape legend: N examples, K classes, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -286,8 +285,3 @@ def _statistics(logits_TV: Tensor, target_T: Tensor) -> TokenStatistics:
     )
     arrays = (part.double().cpu().numpy() for part in parts)
     return TokenStatistics(*(np.clip(a, -1e6, 1e6) for a in arrays))
-
-
-def perplexity(loss: float) -> float:
-    """e^loss, without overflow."""
-    return math.exp(min(loss, 700.0))

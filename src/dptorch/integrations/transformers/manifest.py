@@ -62,7 +62,7 @@ KEPT: Final = frozenset({
     "lr_scheduler_kwargs", "warmup_steps", "optim_args", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "label_smoothing_factor", "bf16", "bf16_full_eval", "fp16_full_eval", "tf32",
     "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "gradient_checkpointing_kwargs",
     "use_cache", "torch_empty_cache_steps", "logging_strategy", "logging_steps",
     "logging_first_step", "log_on_each_node", "logging_nan_inf_filter", "log_level",
     "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
@@ -95,6 +95,11 @@ CHANGED: Final = {
         "it would clip the noisy sum once more; the bound on a record's gradient is "
         "PrivacyArguments.max_grad_norm",
     ),
+    "torch_compile": Change(
+        False, "every operation is looked at, so that a compiled model would run as it is written"
+    ),
+    "torch_compile_backend": Change(None, ""),
+    "torch_compile_mode": Change(None, ""),
     "ignore_data_skip": Change(True, ""),  # the sampler knows the step that is due
     "include_num_input_tokens_seen": Change("no", "the number of tokens is not private"),
     "dataloader_drop_last": Change(False, "a drawn batch is never cut"),
