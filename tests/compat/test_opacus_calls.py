@@ -7,14 +7,19 @@ import opacus
 import pytest
 import torch
 from opacus.accountants.utils import get_noise_multiplier as their_noise_multiplier
+from opacus.utils import per_sample_gradients_utils as their_gradients
+from opacus.utils.packed_sequences import compute_seq_lengths as their_lengths
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from dptorch.compat.opacus import PrivacyEngine, layers
+from dptorch.compat.opacus import PrivacyEngine, grad_sample, layers
 from dptorch.compat.opacus.accountants.utils import get_noise_multiplier
-from dptorch.compat.opacus.data_loader import DPDataLoader
+from dptorch.compat.opacus.data_loader import DPDataLoader, switch_generator
+from dptorch.compat.opacus.utils import packed_sequences
+from dptorch.compat.opacus.utils import per_sample_gradients_utils as gradients
 from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyWarning
 from tests.compat.opacus_setup import data_for, mlp, private, train
 
 
@@ -97,3 +102,103 @@ def test_layers_are_those_of_torch(name: str) -> None:
     x = torch.randn(4, 3, 8)
     inputs = (x, x, x) if name == "MultiheadAttention" else (x,)
     torch.testing.assert_close(a(*inputs)[0], b(*inputs)[0])
+
+
+# -- per-example gradients for study -------------------------------------------------------------------
+
+
+def bags() -> tuple[torch.Tensor, torch.Tensor]:
+    """No id twice in a bag: Opacus counts it once."""
+    ids = [torch.randperm(9)[:size] for size in (3, 1, 4, 2)]
+    return torch.cat(ids), torch.tensor([0, 3, 4, 8])
+
+
+LAYERS: dict[str, tuple[Any, Any, bool]] = {  # module, batch, batch_first
+    "linear": (lambda: nn.Linear(5, 3), lambda: torch.randn(4, 2, 5), True),
+    "convolution": (lambda: nn.Conv2d(2, 4, 3, groups=2), lambda: torch.randn(3, 2, 6, 6), True),
+    "norm": (lambda: nn.GroupNorm(2, 4), lambda: torch.randn(3, 4, 5), True),
+    "embedding": (lambda: nn.Embedding(9, 3), lambda: torch.randint(0, 9, (4, 5)), True),
+    "bag": (lambda: nn.EmbeddingBag(9, 3, mode="mean"), bags, True),
+    "time first": (lambda: nn.Linear(5, 3), lambda: torch.randn(2, 4, 5), False),
+}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_layers_are_those_of_opacus(name: str, reduction: str) -> None:
+    torch.manual_seed(0)
+    make, batch, first = LAYERS[name]
+    module, x = make(), batch()
+    mine = gradients.compute_opacus_grad_sample(x, module, first, reduction)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        theirs = their_gradients.compute_opacus_grad_sample(x, module, first, reduction)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)  # Opacus's leaves them on
+    assert mine.keys() == theirs.keys()
+    for parameter, expected in theirs.items():
+        torch.testing.assert_close(mine[parameter], expected)
+    if name != "bag":
+        loop = gradients.compute_microbatch_grad_sample(x, module, first, reduction)
+        assert all(torch.allclose(loop[n], mine[n], atol=1e-6) for n in mine)
+        assert gradients.check_per_sample_gradients_are_correct(x, module, batch_first=first)
+
+
+def test_a_module_that_mixes_examples_has_no_gradients_of_single_examples() -> None:
+    x, module = torch.randn(4, 3, 5), nn.BatchNorm1d(3)
+    with pytest.raises(ExamplesMixError):
+        gradients.compute_opacus_grad_sample(x, module)
+    with pytest.raises(RuntimeError, match="no examples"):
+        gradients.check_per_sample_gradients_are_correct(torch.randn(0, 3), nn.Linear(3, 1))
+
+
+class Outputs(nn.Module):
+    """A recurrent layer without its hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Any) -> Any:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_packed_sequences_are_taken_apart_as_in_opacus(ordered: bool) -> None:
+    torch.manual_seed(0)
+    packed = packed_sequences._gen_packed_data(5, 7, 3, True, ordered)
+    assert isinstance(packed, PackedSequence)
+    lengths = packed_sequences.compute_seq_lengths(packed.batch_sizes)
+    assert lengths == their_lengths(packed.batch_sizes)
+    mine = gradients.unpack_packedsequences(packed)
+    for a, b in zip(mine, their_gradients.unpack_packedsequences(packed), strict=True):
+        assert torch.equal(a, b)
+    assert gradients.check_per_sample_gradients_are_correct(packed, Outputs())
+
+
+def test_a_sampler_for_a_layer_is_not_used_and_says_so() -> None:
+    def sampler(*args: Any) -> None:
+        raise AssertionError
+
+    with pytest.warns(PrivacyWarning, match=r"registered for Linear, Bilinear is not used"):
+        assert grad_sample.register_grad_sampler([nn.Linear, nn.Bilinear])(sampler) is sampler
+    assert gradients.check_per_sample_gradients_are_correct(torch.randn(4, 3), nn.Linear(3, 1))
+
+
+def test_a_loader_of_another_generator_has_its_order() -> None:
+    data = TensorDataset(torch.arange(24.0))
+
+    def order(switch: Any, loader: Any, seed: int) -> list[float]:
+        given = switch(data_loader=loader, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([x for (x,) in given]).tolist()
+
+    def shuffled() -> DataLoader[Any]:
+        return DataLoader(data, batch_size=8, shuffle=True)
+
+    mine = order(switch_generator, shuffled(), 3)
+    assert mine == order(opacus.data_loader.switch_generator, shuffled(), 3)
+    assert mine != order(switch_generator, shuffled(), 4)
+    poisson = DPDataLoader(data, sample_rate=0.25)
+    assert order(switch_generator, poisson, 3) == order(switch_generator, poisson, 3)
+    with pytest.raises(ConfigurationError, match="shuffle=True"):
+        order(switch_generator, DataLoader(data, batch_size=8), 3)

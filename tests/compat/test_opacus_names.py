@@ -38,12 +38,18 @@ from tests.compat.opacus_setup import BATCH, SIZE, data_for, mlp, private, train
 PATHS = {
     "": ("GradSampleModule", "GradSampleModuleFastGradientClipping", "PrivacyEngine"),
     "accountants": ("IAccountant", "PRVAccountant", "create_accountant", "register_accountant"),
+    "accountants.accountant": ("IAccountant",),
+    "accountants.registry": ("create_accountant", "register_accountant"),
     "accountants.utils": ("get_noise_multiplier",),
-    "data_loader": ("DPDataLoader",),
+    "data_loader": ("DPDataLoader", "switch_generator"),
     "distributed": ("DifferentiallyPrivateDistributedDataParallel", "average_gradients"),
     "grad_sample": ("GradSampleModule", "GradSampleModuleNoOp", "register_grad_sampler"),
+    "grad_sample.conv": ("convolution2d_backward_as_a_convolution",),
     "grad_sample.functorch": ("make_functional", "prepare_layer"),
     "grad_sample.grad_sample_module": ("GradSampleModule",),
+    "grad_sample.gsm_exp_weights": ("GradSampleModuleExpandedWeights",),
+    "grad_sample.linear": ("compute_linear_grad_sample",),
+    "grad_sample.utils": ("get_gsm_class", "register_grad_sampler", "wrap_model"),
     "layers": ("DPGRU", "DPLSTM", "DPRNN", "DPMultiheadAttention", "SequenceBias"),
     "layers.dp_multihead_attention": ("DPMultiheadAttention", "SequenceBias"),
     "layers.dp_rnn": ("DPGRU", "DPLSTM", "DPRNN"),
@@ -52,7 +58,16 @@ PATHS = {
     "optimizers.optimizer": ("DPOptimizer",),
     "schedulers": ("ExponentialNoise", "StepGradClip"),
     "utils.batch_memory_manager": ("BatchMemoryManager", "wrap_data_loader"),
+    "utils.fast_gradient_clipping_utils": ("DPLossFastGradientClipping",),
+    "utils.fsdp_utils": ("FSDP2Wrapper",),
     "utils.module_utils": ("clone_module", "trainable_parameters", "requires_grad"),
+    "utils.packed_sequences": ("compute_seq_lengths",),
+    "utils.per_sample_gradients_utils": (
+        "check_per_sample_gradients_are_correct",
+        "compute_opacus_grad_sample",
+        "get_grad_sample_modes",
+    ),
+    "utils.tensor_utils": ("unfold2d",),
     "utils.uniform_sampler": ("UniformWithReplacementSampler",),
     "validators": ("ModuleValidator",),
     "validators.errors": ("IllegalModuleConfigurationError", "UnsupportedModuleError"),
@@ -65,9 +80,8 @@ def ours(path: str) -> ModuleType:
 
 @pytest.mark.parametrize(("path", "names"), PATHS.items(), ids=[p or "opacus" for p in PATHS])
 def test_import_paths_are_those_of_opacus(path: str, names: tuple[str, ...]) -> None:
-    if path != "lightning":  # Opacus's needs a package that is not installed
-        theirs = importlib.import_module(f"opacus{'.' if path else ''}{path}")
-        assert [name for name in names if not hasattr(theirs, name)] == []
+    theirs = importlib.import_module(f"opacus{'.' if path else ''}{path}")
+    assert [name for name in names if not hasattr(theirs, name)] == []
     assert [name for name in names if not hasattr(ours(path), name)] == []
 
 

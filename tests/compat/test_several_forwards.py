@@ -1,7 +1,6 @@
-"""Several forward passes for one example: what is refused, and the recipes of docs/migrating.md."""
+"""Several forward passes for one example: as in Opacus, and by the recipes of docs/migrating.md."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import dptorch
 from dptorch.compat.opacus import PrivacyEngine
 from dptorch.errors import NotCoveredError, PrivacyError
+from tests.source import REPOSITORY
 
-PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
-RECIPE = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "class Stacked" in b)
+PAGE = (REPOSITORY / "docs" / "migrating.md").read_text()
+TOGETHER, PENALTY = (
+    next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.S) if begin in b)
+    for begin in ("criterion(discriminator(real)", "slope = ")
+)
 SIZE, CLIP = 6, 0.1
 
 
@@ -34,30 +37,30 @@ def criterion(scores: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, target)
 
 
-def private(module: nn.Module) -> tuple[Any, ...]:
+def private(module: nn.Module, **changes: Any) -> tuple[Any, ...]:
+    settings = {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "poisson_sampling": False}
     return PrivacyEngine().make_private(
         module=module,
         optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
         data_loader=DataLoader(TensorDataset(inputs()[0]), batch_size=SIZE),
-        noise_multiplier=0.0,
-        max_grad_norm=CLIP,
-        poisson_sampling=False,
+        **settings | changes,
     )
 
 
-def test_the_recipe_for_two_inputs_clips_them_together_as_opacus_does() -> None:
-    model, fake = discriminator(), inputs()[1]
-    names: dict[str, Any] = {"nn": nn, "torch": torch, "criterion": criterion, "fake": fake}
-    made, step = RECIPE.replace(
-        "discriminator = Stacked(discriminator)", "private = Stacked(model)"
-    ).split("scores =", 1)
-    exec(made, names | {"model": model}, names)
-    private_model, optimizer, loader = private(names["private"])
+def names(model: nn.Module, optimizer: Any, real: Tensor) -> dict[str, Any]:
+    """What the recipe uses."""
+    return {
+        "criterion": criterion, "discriminator": model, "optimizer": optimizer, "real": real,
+        "fake": inputs()[1], "ones": torch.ones(SIZE, 1), "zeros": torch.zeros(SIZE, 1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_two_forward_passes_are_clipped_together_as_opacus_does(mode: str) -> None:
+    model = discriminator()
+    private_model, optimizer, *_, loader = private(model, grad_sample_mode=mode)
     for (real,) in loader:
-        names |= {"discriminator": private_model, "real": real, "ones": torch.ones(SIZE, 1)}
-        exec("scores =" + step, names | {"zeros": torch.zeros(SIZE, 1)}, names)
-        names["loss"].backward()
-        optimizer.step()
+        exec(TOGETHER, names(private_model, optimizer, real))
     theirs = GradSampleModule(discriminator())
     for x, target in zip(inputs(), (torch.ones(SIZE, 1), torch.zeros(SIZE, 1)), strict=True):
         (SIZE * criterion(theirs(x), target)).backward()
@@ -71,37 +74,31 @@ def test_the_recipe_for_two_inputs_clips_them_together_as_opacus_does() -> None:
         torch.testing.assert_close(p.grad, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backwards", [1, 2])
-def test_two_forward_passes_are_refused_with_the_recipe(backwards: int) -> None:
+def test_two_backwards_are_refused_with_the_recipe() -> None:
     model, optimizer, loader = private(discriminator())
-    fake, target = inputs()[1], torch.ones(SIZE, 1)
 
     def epoch() -> None:
         for (real,) in loader:
-            losses = [criterion(model(x), target) for x in (real, fake)]
-            for loss in [sum(losses)] if backwards == 1 else losses:
-                loss.backward()
+            for x in (real, inputs()[1]):
+                criterion(model(x), torch.ones(SIZE, 1)).backward()
             optimizer.step()
 
-    with pytest.raises(PrivacyError, match=r"one forward of a wrapping module.*migrating"):
+    with pytest.raises(PrivacyError, match=r"call backward\(\) once.*migrating"):
         epoch()
 
 
 def test_a_gradient_penalty_is_refused_and_its_recipe_exact() -> None:
-    model, (x, u) = discriminator(), inputs()
-    private_model, _, loader = private(model)
+    private_model, _, loader = private(discriminator())
     (real,) = next(iter(loader))
     point = real.clone().requires_grad_()
     scores = private_model(point).sum()
     with pytest.raises(NotCoveredError, match="finite difference"):
         torch.autograd.grad(scores, point, create_graph=True)
-    names: dict[str, Any] = {"nn": nn, "torch": torch}
-    exec(RECIPE.split("discriminator = ")[0], names)
 
     def penalty(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        point, direction = batch
-        scores = model(torch.stack([point, point + 0.1 * direction], 1))
-        return (((scores[:, 1] - scores[:, 0]) / 0.1)[:, 0] - 1).square()
+        found: dict[str, Any] = {"discriminator": model, "x": batch[0], "u": batch[1], "h": 0.1}
+        exec(PENALTY, found)
+        return (found["slope"][:, 0] - 1).square()
 
-    report = dptorch.check(names["Stacked"](discriminator()), (x, u), penalty)
+    report = dptorch.check(discriminator(), inputs(), penalty)
     assert report.ok, str(report)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -37,14 +38,13 @@ _NOT_ATTACHED = (
     "engine.attach(optimizer) before training; passes on public data go inside engine.public()."
 )
 
-_ONE_FORWARD = (
-    "stack their inputs as [B, 2, ...], make one forward of a wrapping module that flattens these two "
-    "dimensions for the model, and call backward() once on the sum of the losses: an example's "
-    "gradients are then clipped together. See docs/migrating.md, 'Several forward passes'."
+_TOGETHER = (
+    "call backward() once, on the sum of their losses, so that an example's gradients are clipped "
+    "together. See docs/migrating.md, 'Several forward passes'."
 )
 _TWICE = (
     "two backwards were made through the model on one batch: each example would count twice. Call "
-    f"optimizer.zero_grad() between them to drop the first. If both count, {_ONE_FORWARD}"
+    f"optimizer.zero_grad() between them to drop the first. If both count, {_TOGETHER}"
 )
 _NO_OWNERS = (
     "unit='user', and a batch did not come from engine.loader: it is not known whose rows these are, "
@@ -184,6 +184,8 @@ class LogicalBatch:
         self._fired: list[_Batch] = []
         self._pending = Accumulated()
         self._kept = Accumulated()
+        self._released: int | None = None  # the loader's step that the last sum was of
+        self._refused: PrivacyError | None = None  # why what came after it cannot be stepped on
 
     @property
     def groups_in_backward(self) -> tuple[tuple[str, ...], ...]:
@@ -211,6 +213,10 @@ class LogicalBatch:
             PrivacyError: if the last logical batch was never stepped.
         """
         if part.index == 0:
+            left = {step for step, _ in self._pending.places}
+            if self._released is not None and left <= {self._released} and not self._fired:
+                # A generator's backward went through the model after the step: nothing is owed to it.
+                self.drop_pending()
             if self._fired or self._pending.sums or self._kept.sums:
                 if not self.attached:
                     raise PrivacyError(_NOT_ATTACHED)
@@ -234,8 +240,12 @@ class LogicalBatch:
         """Clip what the backwards since the last call left on the tapes and add it up."""
         if not self._fired:
             return
-        batch = self._only_batch()
+        batch = self._joined_batch()
         self._fired = []
+        self._weights(batch)
+        if self._refused is not None:
+            batch.tape.close()
+            return
         with full_precision():
             batch.tape.resolve()
             for i in range(len(self.groups)):
@@ -261,22 +271,53 @@ class LogicalBatch:
         self._pending.merge(found)
 
     def _only_batch(self) -> _Batch:
-        """The batch whose gradients have arrived.
+        """The batch whose gradients have arrived, in the middle of a backward.
 
         Raises:
             PrivacyError: if there are several.
         """
-        fired = self._fired
-        if len(fired) > 1:
-            self._fired = []
-            for batch in fired:
-                batch.tape.close()
-            raise PrivacyError(
-                f"{len(fired)} forward passes of the model went into one backward. If they are on "
-                "different examples, call backward() after each. If they are on the same examples, "
-                f"{_ONE_FORWARD}"
+        if len(self._fired) > 1:
+            self._refuse_fired(
+                "group-wise clipping and the second of two passes do their work within the backward, "
+                "one forward pass at a time. Use clipping_style='all-layer', or stack the inputs as "
+                "[B, 2, ...] in one forward of a wrapping module, see docs/migrating.md, 'Several "
+                "forward passes'."
             )
-        return fired[0]
+        return self._fired[0]
+
+    def _joined_batch(self) -> _Batch:
+        """The batch whose gradients have arrived: all its forward passes as one, clipped together.
+
+        Raises:
+            PrivacyError: if the passes may be on different examples.
+        """
+        first, *others = self._fired
+        if others:
+            if first.part is None or any(each.part is not first.part for each in others):
+                self._refuse_fired(
+                    "they may be on different examples, since their rows are not from engine.loader. "
+                    "If they are, call backward() after each. If they are on the same examples, take "
+                    "these from engine.loader(dataset)."
+                )
+            if len(self.groups) > 1 or any(each.norms for each in self._fired):
+                return self._only_batch()
+            for other in others:
+                first.tape.absorb(other.tape)
+                if other.tape.seed != first.tape.seed:
+                    self._refuse_fired("they were made in backwards that were seeded otherwise.")
+                if other.losses != first.losses:
+                    first.losses += other.losses or [None]
+            self._fired = [first]
+        return first
+
+    def _refuse_fired(self, why: str) -> NoReturn:
+        """Drop what has arrived, and say why it cannot be clipped together."""
+        fired, self._fired = self._fired, []
+        for batch in fired:
+            batch.tape.close()
+        raise PrivacyError(
+            f"{len(fired)} forward passes of the model went into one backward, and {why}"
+        )
 
     def _measure(self, batch: _Batch, i: int) -> Tensor:
         """Norms and coefficients of one group; what to weigh its gradients by, [B]."""
@@ -318,7 +359,15 @@ class LogicalBatch:
 
     def _weights(self, batch: _Batch) -> Tensor:
         if batch.weights is None:
-            batch.weights = self._check(batch)
+            try:
+                batch.weights = self._check(batch)
+            except PrivacyError as error:
+                if not self._is_released(batch.part):
+                    raise
+                # A backward on rows that a step was taken on, such as a generator's through its
+                # discriminator, counts only if there is another step.
+                self._refused = error
+                batch.weights = torch.zeros(batch.tape.batch_size)
         return batch.weights
 
     def _check(self, batch: _Batch) -> Tensor:
@@ -373,6 +422,9 @@ class LogicalBatch:
             PrivacyError: if no gradient has arrived.
         """
         self._collect()
+        if self._refused is not None:
+            error, self._refused = self._refused, None
+            raise error
         if self._pending.sums is None:
             raise PrivacyError(
                 f"optimizer.{what}() without a backward: no gradient has arrived since the last "
@@ -397,7 +449,12 @@ class LogicalBatch:
         clipped = kind(self._kept.sums, math.hypot(*norms), scales)
         self.diagnostics = summarise(self._kept.measured)
         self._kept = Accumulated()
+        self._released = None if self.part is None else self.part.logical_step
         return clipped
+
+    def _is_released(self, part: PhysicalBatch | None) -> bool:
+        """Whether the last step was taken on this part's logical batch."""
+        return part is not None and part.logical_step == self._released
 
     def update_norms(self, noisy_counts: Tensor) -> None:
         """Move the clipping norms to where the counts of this step, with their noise, point."""
@@ -409,6 +466,7 @@ class LogicalBatch:
     def drop_pending(self) -> None:
         """Drop what was backpropagated since the last step: ``zero_grad``."""
         self._pending = Accumulated()
+        self._refused = None
         for batch in self._fired:
             batch.tape.close()
         self._fired = []

@@ -19,7 +19,7 @@ from dptorch.errors import ConfigurationError, warn
 from dptorch.sampling import NOT_COVERED, PrivateLoader, dataset_size
 from dptorch.sampling.epochs import ShuffledSampler
 
-__all__ = ["DPDataLoader", "order_of", "private_loader"]
+__all__ = ["DPDataLoader", "order_of", "private_loader", "switch_generator"]
 
 _KEPT = (
     "num_workers",
@@ -207,6 +207,39 @@ class DPDataLoader(DataLoader[Any]):
                 )
             self._open = engine, loader
         return self._open[1]
+
+
+@known_arguments
+def switch_generator(
+    *, data_loader: DataLoader[Any], generator: torch.Generator
+) -> DataLoader[Any]:
+    """Return a loader of the same batches, in the order that `generator` gives: for tests, not private.
+
+    Raises:
+        ConfigurationError: the loader does not draw at random.
+    """
+    batches = data_loader.batch_sampler
+    drawn: Any = (
+        batches if isinstance(batches, UniformWithReplacementSampler) else data_loader.sampler
+    )
+    if not hasattr(drawn, "generator"):
+        raise ConfigurationError(
+            f"the loader draws with {type(drawn).__name__}, which has no generator. Use shuffle=True."
+        )
+    drawn = copy(drawn)
+    drawn.generator = generator
+    if isinstance(data_loader, DPDataLoader):
+        return DPDataLoader.from_data_loader(data_loader, generator=generator)
+    if not isinstance(drawn, UniformWithReplacementSampler):
+        assert isinstance(batches, BatchSampler)
+        drawn = BatchSampler(drawn, batches.batch_size, batches.drop_last)
+    return DataLoader(
+        data_loader.dataset,
+        batch_sampler=drawn,
+        collate_fn=data_loader.collate_fn,
+        generator=generator,
+        **{name: getattr(data_loader, name) for name in _KEPT},
+    )
 
 
 class _UsersOrder:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from dptorch.compat.opacus.stand_ins import stand_in
+from dptorch.compat.opacus.stand_ins import ONE_PROCESS, stand_in
 
 __all__ = ["DifferentiallyPrivateDistributedDataParallel", "average_gradients"]
 
-_INSTEAD = (
-    "The clipped sums of all processes have to be added up before noise is, and that is not built yet. "
-    "Train in one process: give the model itself to PrivacyEngine.make_private, and use "
-    "BatchMemoryManager for large batches."
-)
-
 DifferentiallyPrivateDistributedDataParallel = stand_in(
-    "DifferentiallyPrivateDistributedDataParallel", _INSTEAD
+    "DifferentiallyPrivateDistributedDataParallel", ONE_PROCESS
 )
-average_gradients = stand_in("average_gradients", _INSTEAD)
+average_gradients = stand_in("average_gradients", ONE_PROCESS)

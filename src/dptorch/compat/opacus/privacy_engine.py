@@ -17,12 +17,13 @@ from dptorch.compat.opacus.accountants import create_accountant
 from dptorch.compat.opacus.clipping import clipping_arguments
 from dptorch.compat.opacus.data_loader import DPDataLoader, order_of, private_loader
 from dptorch.compat.opacus.grad_sample import GradSampleModule
+from dptorch.compat.opacus.grad_sample.utils import MODES, get_gsm_class
 from dptorch.compat.opacus.optimizers import as_dp_optimizer
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus.utils.uniform_sampler import draw_seed
 from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.engine import checkpoint
-from dptorch.errors import ConfigurationError, one_of, warn
+from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import dataset_size
 from dptorch.statement import Statement
@@ -248,11 +249,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         wrap_model: bool,
         adaptive: Mapping[str, float | None],
     ) -> tuple[Any, ...]:
-        if grad_sample_mode in _NO_MODES:
-            raise ConfigurationError(
-                f"grad_sample_mode={grad_sample_mode!r}: {_NO_MODES[grad_sample_mode]}. Use 'hooks'."
-            )
-        one_of("grad_sample_mode", grad_sample_mode, _MODES)
+        get_gsm_class(grad_sample_mode)
         model = module._module if isinstance(module, GradSampleModule) else module
         ModuleValidator.validate(model, strict=True)
         loader = private_loader(data_loader, poisson=poisson_sampling)
@@ -281,7 +278,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             model,
             optimizer,
             plan,
-            clipping_mode=_MODES[grad_sample_mode],
+            clipping_mode=MODES[grad_sample_mode],
             batch_dims=0 if batch_first else 1,
             seed=seed,
         )

@@ -6,7 +6,19 @@ from typing import Any
 
 from dptorch.errors import ConfigurationError
 
-__all__ = ["stand_in"]
+__all__ = ["NOT_BY_LAYER", "ONE_PROCESS", "stand_in"]
+
+#: Why there are no functions for the gradients of single layers.
+NOT_BY_LAYER = (
+    "No per-example gradient is computed layer by layer. PrivacyEngine.make_private follows the whole "
+    "model, and dptorch.record(model) gives per-example gradients for analysis."
+)
+#: Why models and optimizers are in one process.
+ONE_PROCESS = (
+    "The clipped sums of all processes have to be added up before noise is, and that is not built yet. "
+    "Train in one process: give the model itself to PrivacyEngine.make_private, and use "
+    "BatchMemoryManager for large batches."
+)
 
 
 def stand_in(name: str, instead: str) -> Any:

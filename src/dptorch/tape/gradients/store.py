@@ -69,6 +69,18 @@ class FormStore:
         self._squared[key] = squared
         self._versions[key] = _versions([form])
 
+    def absorb(self, other: FormStore) -> None:
+        """Take over all that another store keeps: gradients of the same examples.
+
+        Raises:
+            PrivacyError: if memory was written to since `note_contents`.
+        """
+        for key, forms in other._forms.items():
+            other._refuse_changed(key, "a parameter")
+            for form in forms:
+                self.add(key, form)
+        other.clear()
+
     def forget_norm(self, key: int) -> None:
         """Take the norms anew when they are asked for."""
         self._squared.pop(key, None)

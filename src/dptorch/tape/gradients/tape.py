@@ -248,6 +248,29 @@ class Tape:
             self._done.add(key)
             self._store.free(key)
 
+    def absorb(self, other: Tape) -> None:
+        """Take over the gradients of another forward pass of the model on the same examples.
+
+        Each example's gradients then count as the one gradient they add up to, cross terms included.
+        The other tape is closed.
+
+        Raises:
+            PrivacyError: the other has other examples, or one of them did not keep its gradients.
+        """
+        if (self.batch_size, self.rows) != (other.batch_size, other.rows):
+            raise PrivacyError(
+                f"forward passes on {self.batch_size} and on {other.batch_size} rows of a batch, or on "
+                "rows in another order, went into one backward: row i of both must be one example. "
+                "Give every pass all rows of the batch, in its order."
+            )
+        if self.made_two_passes or other.made_two_passes:
+            raise PrivacyError("gradients that are added up in the backward cannot be joined.")
+        self.resolve()
+        other.resolve()
+        self._store.absorb(other._store)
+        self.sites += other.sites
+        other.close()
+
     # -- two passes -------------------------------------------------------------------------------
 
     @property

@@ -49,8 +49,7 @@ def differentiate(
         raise NotCoveredError(
             f"{recording.module_path()}: torch.autograd.grad(create_graph=True) makes the loss "
             "depend on a second derivative, which the tape does not follow. For a gradient penalty "
-            "take a finite difference, (model(x + h * u) - model(x)) / h, in one forward of a wrapping "
-            "module."
+            "take a finite difference, (model(x + h * u) - model(x)) / h."
         )
     if any(not isinstance(s, Tag) for s in own):
         raise NotCoveredError(

@@ -34,6 +34,7 @@ def run_backward(
             precision, which would round that number, and with it every example's gradient.
     """
     loss, *rest = args
+    tapes = list({id(tape): tape for tape in tapes}.values())
     given = dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), rest, strict=False))
     given |= kwargs
     retained = bool(given.get("retain_graph"))
@@ -51,13 +52,20 @@ def run_backward(
             )
         gradient = given.get("gradient")
         given["gradient"] = torch.full_like(loss, seed) if gradient is None else gradient * seed
-    if any(tape.wants_two_passes for tape in tapes):
+    if any(tape.wants_two_passes for tape in tapes) and not _share_parameters(tapes):
         out = _in_two_passes(tapes, func, loss, given)
     else:
         out = func(loss, **given)
     for tape in tapes:
         tape.end_backward(retained=retained)
     return out
+
+
+def _share_parameters(tapes: Sequence[Tape]) -> bool:
+    """Whether two forward passes of one model are among them: their gradients are added up after the
+    backward, so that both have to be kept until then."""
+    found = [key for tape in tapes for key in tape.names]
+    return len(set(found)) < len(found)
 
 
 def _in_two_passes(

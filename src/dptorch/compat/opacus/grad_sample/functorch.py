@@ -9,14 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dptorch.compat.opacus.stand_ins import stand_in
+from dptorch.compat.opacus.stand_ins import NOT_BY_LAYER, stand_in
 
 __all__ = ["ft_compute_per_sample_gradient", "make_functional", "prepare_layer"]
-
-_INSTEAD = (
-    "No per-example gradient is computed layer by layer. PrivacyEngine.make_private follows the whole "
-    "model, and dptorch.record(model) gives per-example gradients for analysis."
-)
 
 
 def make_functional(
@@ -47,5 +42,5 @@ def make_functional(
     return call, values
 
 
-prepare_layer = stand_in("prepare_layer", _INSTEAD)
-ft_compute_per_sample_gradient = stand_in("ft_compute_per_sample_gradient", _INSTEAD)
+prepare_layer = stand_in("prepare_layer", NOT_BY_LAYER)
+ft_compute_per_sample_gradient = stand_in("ft_compute_per_sample_gradient", NOT_BY_LAYER)

@@ -1,7 +1,7 @@
 """Names of ``opacus.optimizers``."""
 
 from dptorch.compat.opacus.optimizers.optimizer import DPOptimizer, as_dp_optimizer
-from dptorch.compat.opacus.stand_ins import stand_in
+from dptorch.compat.opacus.stand_ins import ONE_PROCESS, stand_in
 
 __all__ = [
     "AdaClipDPOptimizer",
@@ -9,6 +9,9 @@ __all__ = [
     "DPOptimizerFastGradientClipping",
     "DPPerLayerOptimizer",
     "DistributedDPOptimizer",
+    "DistributedDPOptimizerFastGradientClipping",
+    "FSDPOptimizerFastGradientClipping",
+    "SimpleDistributedPerLayerOptimizer",
     "as_dp_optimizer",
 ]
 
@@ -16,4 +19,9 @@ __all__ = [
 DPOptimizerFastGradientClipping = DPOptimizer
 DPPerLayerOptimizer = DPOptimizer
 AdaClipDPOptimizer = DPOptimizer
-DistributedDPOptimizer = stand_in("DistributedDPOptimizer", "Train in one process.")
+DistributedDPOptimizer = stand_in("DistributedDPOptimizer", ONE_PROCESS)
+DistributedDPOptimizerFastGradientClipping = stand_in(
+    "DistributedDPOptimizerFastGradientClipping", ONE_PROCESS
+)
+FSDPOptimizerFastGradientClipping = stand_in("FSDPOptimizerFastGradientClipping", ONE_PROCESS)
+SimpleDistributedPerLayerOptimizer = stand_in("SimpleDistributedPerLayerOptimizer", ONE_PROCESS)

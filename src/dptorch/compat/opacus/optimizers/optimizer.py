@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
+from dptorch.compat.opacus.stand_ins import stand_in
 from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["DPOptimizer", "as_dp_optimizer"]
@@ -27,6 +28,11 @@ _NOT_HERE: Final[Mapping[str, str]] = {
     "counted without a hook",
     "signal_skip_step": "use BatchMemoryManager, or optimizer.virtual_step() in the place of step()",
 }
+
+
+_generate_noise = stand_in(
+    "_generate_noise", "Noise is added inside step(), from a key of the run: leave the call out."
+)
 
 
 class DPOptimizer(Optimizer):

@@ -8,10 +8,19 @@ from collections.abc import Iterator
 import torch
 
 from dptorch.compat.arguments import known_arguments
+from dptorch.compat.opacus.stand_ins import ONE_PROCESS, stand_in
 from dptorch.randomness import RootKey
 from dptorch.sampling import PoissonSampler
 
-__all__ = ["UniformWithReplacementSampler", "draw_seed"]
+__all__ = [
+    "DistributedUniformWithReplacementSampler",
+    "UniformWithReplacementSampler",
+    "draw_seed",
+]
+
+DistributedUniformWithReplacementSampler = stand_in(
+    "DistributedUniformWithReplacementSampler", ONE_PROCESS
+)
 
 
 def draw_seed(generator: torch.Generator) -> int:

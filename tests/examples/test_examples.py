@@ -1,0 +1,43 @@
+"""Programs in examples/ run to their end and spend what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import pytest
+import torch
+from tests.source import REPOSITORY
+
+FOLDER = REPOSITORY / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["accelerate_loop", "lightning_loop"])
+def test_loops_of_other_libraries_learn_within_their_budget(name: str) -> None:
+    torch.manual_seed(0)
+    accuracy, epsilon = load(name).train(epochs=3)
+    assert accuracy > 0.4  # chance is 0.1
+    assert 2.9 < epsilon <= 3.0
+
+
+@pytest.mark.slow
+def test_a_gan_with_a_private_discriminator_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    module = load("gan")
+    before = [p.clone() for p in module.train(epochs=1, size=128)[0].parameters()]
+    torch.manual_seed(0)
+    generator, epsilon = module.train(epochs=3, size=128)
+    assert 7.9 < epsilon <= 8.0
+    assert all(not torch.equal(a, b) for a, b in zip(before, generator.parameters(), strict=True))
+    assert "6 steps: poisson" in capsys.readouterr().out
