@@ -1,4 +1,4 @@
-"""What a run costs: (ε, δ) from its history of releases, and back.
+"""Privacy accounting: (ε, δ) from the history of a run's releases, and the reverse.
 
 Example:
     >>> from dptorch import accounting

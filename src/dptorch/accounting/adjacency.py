@@ -1,4 +1,4 @@
-"""Which two data sets must look alike: the neighbouring relation behind every ε."""
+"""Neighbouring relations: which two data sets an (ε, δ) statement compares."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Adjacency(str, Enum):
 
     @property
     def sensitivity_factor(self) -> float:
-        """How far, in units of C, a step's clipped sum can move between neighbours."""
+        """Bound on the distance of a step's clipped sums between neighbours, in units of C."""
         return 2.0 if self is Adjacency.REPLACE_ONE else 1.0
 
     @classmethod

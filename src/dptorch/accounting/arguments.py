@@ -1,4 +1,4 @@
-"""Numbers that a user gave, checked: each function returns its value or says what was expected."""
+"""Check numbers that a user gave. Each function returns its value, or raises with what was expected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def positive_int(name: str, value: object, *, least: int = 1) -> int:
 
 
 def noise_of(value: object) -> float:
-    """A noise multiplier: finite, at least 0; else ConfigurationError."""
+    """Return a noise multiplier that is finite and at least 0; else raise ConfigurationError."""
     sigma = number("noise_multiplier", value)
     if not 0 <= sigma < math.inf:
         raise ConfigurationError(
@@ -48,7 +48,7 @@ def noise_of(value: object) -> float:
 
 
 def rate_of(value: object) -> float:
-    """A sample rate: in (0, 1]; else ConfigurationError."""
+    """Return a sample rate in (0, 1]; else raise ConfigurationError."""
     rate = number("sample_rate", value)
     if not 0 < rate <= 1:
         raise ConfigurationError(
@@ -59,7 +59,7 @@ def rate_of(value: object) -> float:
 
 
 def number(name: str, value: object) -> float:
-    """Any number but NaN, as a float; else ConfigurationError."""
+    """Return any number but NaN, as a float; else raise ConfigurationError."""
     try:
         found = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -70,6 +70,6 @@ def number(name: str, value: object) -> float:
 
 
 def positive(name: str, value: float) -> None:
-    """Return if `value` is a finite number above 0; else raise ConfigurationError."""
+    """Return without an error if `value` is a finite number above 0; else raise ConfigurationError."""
     if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
         raise ConfigurationError(f"{name}={value!r} must be a finite number above 0.")

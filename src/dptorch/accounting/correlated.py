@@ -15,7 +15,7 @@ __all__ = ["strategy_sensitivity"]
 
 
 def strategy_sensitivity(strategy: ArrayLike, *, participations: int, min_separation: int) -> float:
-    """How far C x moves when one record's gradients change, in units of the clipping bound.
+    """The sensitivity of C x to one record's gradients, in units of the clipping bound.
 
     Args:
         strategy: C, [T, T] lower triangular; step t's noise is that of C⁻¹ z.
@@ -37,7 +37,9 @@ def strategy_sensitivity(strategy: ArrayLike, *, participations: int, min_separa
     """
     matrix = np.asarray(strategy, float)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
-        raise ConfigurationError(f"strategy has the shape {matrix.shape}, expected [T, T].")
+        raise ConfigurationError(
+            f"strategy has the shape {matrix.shape}, expected a square matrix [T, T]."
+        )
     if not np.isfinite(matrix).all() or np.triu(matrix, 1).any():
         raise ConfigurationError("strategy must be finite and lower triangular: noise is causal.")
     positive_int("participations", participations)

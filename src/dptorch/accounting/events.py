@@ -1,4 +1,4 @@
-"""What a run released, in the words accountants understand.
+"""Accounting events: what a run released, as accountants read it.
 
 A *history* is a sequence of events; it may mix events freely (schedules of noise, of rate, of
 mechanism), and its order does not change what it costs.
@@ -58,7 +58,7 @@ class Event(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What a person would call the mechanism; used in messages."""
+        """Name of the mechanism in words, for messages."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` restores the event exactly.
@@ -285,7 +285,7 @@ class RandomAllocationGaussian(Event):
 
     @property
     def epochs(self) -> int:
-        """Epochs begun."""
+        """Number of epochs that were begun."""
         return -(-self.steps // self.steps_per_epoch)
 
 
@@ -365,7 +365,7 @@ class EpochwiseGaussian(Event):
 
     @property
     def epochs(self) -> int:
-        """Epochs begun."""
+        """Number of epochs that were begun."""
         return -(-self.steps // self.steps_per_epoch)
 
     def if_poisson(self) -> SampledGaussian:

@@ -30,7 +30,7 @@ _COUNT_SENSITIVITY = 0.5
 
 @dataclass(frozen=True)
 class AdaptiveClipping:
-    """How the clipping norm follows the gradients.
+    """Settings of adaptive clipping: how the norm follows the gradients.
 
     Attributes:
         quantile: fraction of gradients that should not be clipped.
@@ -65,7 +65,7 @@ class AdaptiveClipping:
 
     @classmethod
     def of(cls, value: Any) -> AdaptiveClipping | None:
-        """From what a user writes: True for the defaults, a quantile, a mapping, or the object."""
+        """Read what a user wrote: True for the defaults, a quantile, a mapping, or the object."""
         if value is None or value is False:
             return None
         if value is True:
@@ -81,7 +81,7 @@ class AdaptiveClipping:
     def follow(
         self, norms: Sequence[float], noisy_counts: Tensor, expected_batch_size: float
     ) -> list[float]:
-        """The norms for the next step.
+        """Return the norms for the next step.
 
         Args:
             norms: of each group.

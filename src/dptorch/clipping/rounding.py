@@ -1,4 +1,4 @@
-"""From clipped gradients to integer vectors of the same bound, for discrete noise."""
+"""Round clipped gradients to integer vectors within the same bound, for discrete noise."""
 
 from __future__ import annotations
 

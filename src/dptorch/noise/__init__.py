@@ -1,4 +1,4 @@
-"""Noise for clipped sums: the step after which a gradient may leave."""
+"""Noise mechanisms: they turn a clipped sum into a gradient that may be released."""
 
 from typing import Final
 

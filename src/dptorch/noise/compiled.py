@@ -38,7 +38,7 @@ SOURCES: Final = tuple(
 
 @dataclass(frozen=True)
 class Target:
-    """Where noise goes: numbers in memory, and their place in the sequence of the noise.
+    """Numbers in memory that get noise, and their place in the sequence of the noise.
 
     Args:
         values: float32 [n], contiguous; changed in place.
@@ -52,7 +52,7 @@ class Target:
 
 
 class Compiled:
-    """What the library does; its functions release the interpreter lock.
+    """The functions of the compiled library. They release the interpreter lock.
 
     Attributes:
         has_cipher: whether the processor has AES instructions, without which `add_noise` is not to
@@ -158,7 +158,7 @@ def compiled() -> Compiled | None:
 
 
 def _constants() -> dict[str, str]:
-    """The numbers of the transform, written exactly, and sizes."""
+    """Return the constants of the transform, written exactly, and sizes."""
     named = {
         **{f"SINE_{i}": c for i, c in enumerate(SINE)},
         **{f"LOG_{i}": c for i, c in enumerate(LOG, 1)},

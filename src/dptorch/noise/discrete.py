@@ -67,7 +67,7 @@ class DiscreteNormals:
     def __init__(self, key_of: Callable[[int], bytes], scale: float | Fraction) -> None:
         exact = Fraction(scale)
         if not 0 < exact <= _LARGEST_SCALE:
-            raise ConfigurationError(f"scale={scale!r} must be above 0 and at most 2**44")
+            raise ConfigurationError(f"scale={scale!r} must be above 0 and at most 2**44.")
         self._key_of = key_of
         self._log_t = max(0, round(math.log2(float(exact))))
         self._variance = exact**2
@@ -78,7 +78,7 @@ class DiscreteNormals:
         self._tops = np.array(tops[::-1], np.uint64)  # floor(2**64 exp(-v)), ascending
 
     def block(self, index: int) -> NDArray[np.int64]:
-        """Numbers [index, index + 1) * DISCRETE_BLOCK of the sequence."""
+        """Return the numbers [index, index + 1) * DISCRETE_BLOCK of the sequence."""
         words = _Words(self._key_of(index))
         kept: list[NDArray[np.int64]] = []
         missing = DISCRETE_BLOCK
@@ -148,7 +148,7 @@ class _Words:
         self._at, self._more_at = 0, _EXTENSION
 
     def take(self, count: int) -> NDArray[np.uint64]:
-        """uint64 [4, count]."""
+        """Return the next words, as uint64 [4, count]."""
         raw = np.empty(32 * count, np.uint8)
         self._stream.read(self._at, raw)
         self._at += raw.size
@@ -156,7 +156,7 @@ class _Words:
         return words
 
     def more(self) -> int:
-        """64 bits that nothing else uses."""
+        """Return 64 bits that nothing else uses."""
         raw = np.empty(CIPHER_BLOCK, np.uint8)
         self._extension.read(self._more_at, raw)
         self._more_at += CIPHER_BLOCK
@@ -170,7 +170,7 @@ class _Uniform:
         self._number, self._bits, self._more = word, 64, more
 
     def below_exp(self, x: Fraction) -> bool:
-        """Whether it is below exp(-x), x >= 0, exactly."""
+        """Return whether the number is below exp(-x), x >= 0. The answer is exact."""
         while x > 0:
             digits = 30 + self._bits // 3
             with decimal.localcontext(prec=digits, Emin=-decimal.MAX_EMAX, Emax=decimal.MAX_EMAX):
@@ -216,7 +216,7 @@ class DiscreteGaussianNoise:
         self.scale = Fraction(self.noise_multiplier) * RoundedSum.UNITS
         if self.scale > _LARGEST_SCALE:
             raise ConfigurationError(
-                f"noise_multiplier={noise_multiplier!r} is too large for integer noise; at most 2**20"
+                f"noise_multiplier={noise_multiplier!r} is too large. Integer noise has at most 2**20."
             )
 
     def privatize(
@@ -238,11 +238,11 @@ class DiscreteGaussianNoise:
         if not isinstance(clipped, RoundedSum):
             raise TypeError(
                 f"discrete noise is added to a RoundedSum, not to a {type(clipped).__name__}: round "
-                "each contribution first (dptorch.clipping.rounding)"
+                "each contribution first (dptorch.clipping.rounding)."
             )
         for name, value in clipped.values.items():
             if value.dtype != torch.int64:
-                raise PrivacyError(f"the rounded sum of {name!r} is {value.dtype}, not int64")
+                raise PrivacyError(f"the rounded sum of {name!r} is {value.dtype}, not int64.")
         stddev = {n: self.noise_multiplier * clipped.scale(n) for n in clipped.values}
         if self.noise_multiplier:
             self._add(clipped.values, key, (step, context), offsets)

@@ -1,4 +1,4 @@
-"""A number that tells one sum from another, so that no two sums ever get the same noise."""
+"""Fingerprint of a clipped sum. Noise depends on it, so that two sums do not get the same noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
 
 def fingerprint(values: Mapping[str, Tensor], key: RootKey, step: int) -> int:
-    """64 bits that are equal for equal sums, and for others only by an unlikely accident.
+    """Return 64 bits that are equal for equal sums, and for different sums only by rare accident.
 
     The noise of a step depends on it: repeating a step on the same data repeats its release, while
     going back to a checkpoint and on with other data does not repeat its noise.

@@ -85,12 +85,14 @@ class GaussianNoise:
         if isinstance(noise_multiplier, bool) or not isinstance(
             noise_multiplier, int | float | np.number
         ):
-            raise ConfigurationError(f"noise_multiplier={noise_multiplier!r} must be a number >= 0")
+            raise ConfigurationError(
+                f"noise_multiplier={noise_multiplier!r} must be a number >= 0."
+            )
         value = float(noise_multiplier)
         if not math.isfinite(value) or value < 0.0:
             raise ConfigurationError(
                 f"noise_multiplier={noise_multiplier!r} must be finite and >= 0: the standard "
-                "deviation of the noise in units of the clipping norm, e.g. 1.0"
+                "deviation of the noise in units of the clipping norm, for example 1.0."
             )
         self.noise_multiplier = value
         self.secure_rng = bool(secure_rng)
@@ -139,12 +141,12 @@ class GaussianNoise:
         if not isinstance(clipped, ClippedSum):
             raise TypeError(
                 f"noise is added to a ClippedSum, not to a {type(clipped).__name__}: without a "
-                "bound on one example's contribution no amount of noise is private. Clip first; "
-                "dptorch.clipping and the engine return ClippedSum"
+                "bound on one example's contribution no amount of noise is private. Clip first: "
+                "dptorch.clipping and the engine return a ClippedSum."
             )
         if not isinstance(key, RootKey):
             raise TypeError(
-                f"key must be a RootKey, not {type(key).__name__}; use RootKey.from_os()"
+                f"key must be a RootKey, not {type(key).__name__}. Use RootKey.from_os()."
             )
         check_divisor(divisor)
         stddevs = self._stddevs(clipped)
@@ -161,7 +163,7 @@ class GaussianNoise:
             odd = sorted(set(scales) ^ set(clipped.values))
             raise PrivacyError(
                 f"scales and values of the clipped sum differ in {odd[0]!r}: each parameter needs "
-                "one scale, or its noise would be arbitrary"
+                "one scale, or its noise would be arbitrary."
             )
         for name in scales or ():
             _refuse_no_scale(f"scales[{name!r}]", clipped.scale(name))
@@ -171,7 +173,7 @@ class GaussianNoise:
             if stddev and not low <= stddev <= high:
                 raise PrivacyError(
                     f"the standard deviation {stddev} of the noise of {name!r} is out of float32's "
-                    f"reach; choose max_norm so that it lies in [{low}, {high}]"
+                    f"reach. Choose max_norm so that it lies in [{low}, {high}]."
                 )
         return stddevs
 
@@ -317,9 +319,9 @@ def _add_pieces(pieces: list[Piece], block: Tensor) -> None:
 
 
 def check_divisor(divisor: float) -> None:
-    """Refuse what a sum cannot be divided by."""
+    """Raise unless a sum can be divided by `divisor`."""
     if not math.isfinite(divisor) or divisor <= 0.0:
-        raise ConfigurationError(f"divisor={divisor!r} must be a finite number above 0")
+        raise ConfigurationError(f"divisor={divisor!r} must be a finite number above 0.")
 
 
 def divided(
@@ -340,7 +342,7 @@ def _refuse_no_scale(name: str, value: float) -> None:
     if not math.isfinite(value) or value <= 0.0:
         raise PrivacyError(
             f"{name}={value!r} of the clipped sum must be finite and positive: it is the scale of "
-            "the noise"
+            "the noise."
         )
 
 
@@ -366,14 +368,14 @@ def _starts(values: Mapping[str, Tensor], offsets: Mapping[str, int] | None) -> 
         isinstance(at, int) and not isinstance(at, bool) and at >= 0 for at in starts.values()
     ):
         raise ConfigurationError(
-            f"offsets={starts} must give one place >= 0 for each of {', '.join(values)}"
+            f"offsets={starts} must give one place >= 0 for each of {', '.join(values)}."
         )
     end, before = 0, ""
     for name in sorted((n for n in values if values[n].numel()), key=starts.__getitem__):
         if starts[name] < end:
             raise PrivacyError(
                 f"by their offsets, {name!r} and {before!r} overlap in the whole gradient: they "
-                "would get the same noise, which a difference takes off again"
+                "would get the same noise, and their difference none. Give each a range of its own."
             )
         end, before = starts[name] + values[name].numel(), name
     return starts
@@ -385,19 +387,19 @@ def _check_tensors(values: Mapping[str, Tensor]) -> None:
     for name, tensor in values.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"the clipped sum of {name!r} is a {type(tensor).__name__}, not a tensor"
+                f"the clipped sum of {name!r} is a {type(tensor).__name__}, not a tensor."
             )
         if tensor.dtype not in _NUMPY_DTYPE:
             raise PrivacyError(
                 f"the clipped sum of {name!r} is {tensor.dtype}: its rounding breaks the bound on "
-                "one example and swallows noise. Sum in float32 (or float64) and cast after the "
-                "noise"
+                "one example and swallows noise. Sum in float32 (or float64), and cast after the "
+                "noise is added."
             )
         if tensor.layout != torch.strided:
             raise PrivacyError(
                 f"the clipped sum of {name!r} is {tensor.layout}: where it has no entries it would "
-                "get no noise, which tells what the batch touched. Make it dense first "
-                "(.to_dense())"
+                "get no noise, which tells what the batch touched. Make it dense first: "
+                ".to_dense()."
             )
         if not tensor.numel():
             continue
@@ -407,7 +409,7 @@ def _check_tensors(values: Mapping[str, Tensor]) -> None:
             other = "itself" if overlaps else repr(seen[where])
             raise PrivacyError(
                 f"the clipped sum of {name!r} shares memory with {other}, so it would get noise "
-                "more than once; give each parameter a tensor of its own (a tied parameter appears "
-                "once)"
+                "more than once. Give each parameter a tensor of its own; a tied parameter appears "
+                "once."
             )
         seen[where] = name

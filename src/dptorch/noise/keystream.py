@@ -44,7 +44,7 @@ class Keystream:
 
     def __init__(self, key: bytes) -> None:
         if not isinstance(key, bytes) or len(key) != _KEY_BYTES:
-            raise ConfigurationError(f"a keystream needs a key of {_KEY_BYTES} bytes")
+            raise ConfigurationError(f"a keystream needs a key of {_KEY_BYTES} bytes.")
         self._algorithm = algorithms.AES(key)
         self._zeros = b""
         self._position = -1
@@ -57,7 +57,7 @@ class Keystream:
             out: contiguous one-dimensional uint8 array.
         """
         if offset < 0 or offset % CIPHER_BLOCK:
-            raise ConfigurationError(f"offset={offset} must be a multiple of {CIPHER_BLOCK}, >= 0")
+            raise ConfigurationError(f"offset={offset} must be a multiple of {CIPHER_BLOCK}, >= 0.")
         if offset != self._position:
             # A reader that goes on where it was needs no new cipher. Counter mode counts in big-endian
             # order, and by its number a block can be reached without those before it.

@@ -1,4 +1,4 @@
-"""The noisy gradient: what noise makes of a clipped sum, and all that an optimizer ever sees."""
+"""The noisy gradient: a clipped sum with noise, and the only gradient that an optimizer sees."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class KeystreamNormals:
         self._transform = (transform or to_float32) if dtype == np.float32 else to_float64
 
     def block(self, index: int) -> NDArray[Any]:
-        """Numbers [index, index + 1) * KEYSTREAM_BLOCK of the sequence.
+        """Return the numbers [index, index + 1) * KEYSTREAM_BLOCK of the sequence.
 
         Returns:
             an array that the caller may change and the next call overwrites.
@@ -217,7 +217,7 @@ class DeviceNormals:
         self._normals = torch.empty(DEVICE_BLOCK, device=device, dtype=dtype)
 
     def block(self, index: int) -> Tensor:
-        """Numbers [index, index + 1) * DEVICE_BLOCK of the sequence.
+        """Return the numbers [index, index + 1) * DEVICE_BLOCK of the sequence.
 
         Returns:
             a tensor that the next call overwrites.

@@ -1,4 +1,4 @@
-"""Samplers that deal out the whole data set once an epoch: random allocation, shuffled, sequential."""
+"""Samplers that use every example once an epoch: random allocation, shuffled, sequential."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Indices = NDArray[np.int64]
 
 
 class _Dealer(ABC):
-    """Deals an order of all examples out to the steps of an epoch, each its own stretch.
+    """Cuts an order of all examples into consecutive batches, one for each step of an epoch.
 
     Args:
         sample_size: number of examples N, at most 2**40.
@@ -41,9 +41,9 @@ class _Dealer(ABC):
     def __init__(self, sample_size: int, steps_per_epoch: int, key: RootKey) -> None:
         self._sample_size = check_sample_size(sample_size, below=(1 << 40) + 1)
         if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int | np.integer):
-            raise ConfigurationError(f"steps_per_epoch={steps_per_epoch!r} must be a whole number")
+            raise ConfigurationError(f"steps_per_epoch={steps_per_epoch!r} must be a whole number.")
         if steps_per_epoch < 1:
-            raise ConfigurationError(f"steps_per_epoch={steps_per_epoch!r} must be at least 1")
+            raise ConfigurationError(f"steps_per_epoch={steps_per_epoch!r} must be at least 1.")
         self._steps = int(steps_per_epoch)
         self._key = check_key(key)
         self._epoch = -1
@@ -71,7 +71,7 @@ class _Dealer(ABC):
 
     @abstractmethod
     def _deal(self, epoch: int) -> tuple[Callable[[Indices], Indices] | None, Indices]:
-        """The order of the examples (None: as they are), and where each step's stretch begins."""
+        """The order of the examples (None: as they are), and where each step's batch begins."""
 
     def _permutation(self, epoch: int) -> KeyedPermutation:
         return KeyedPermutation(self._sample_size, self._key.derive("permutation", epoch))
@@ -107,7 +107,7 @@ class RandomAllocationSampler(_Dealer):
 
 
 class ShuffledSampler(_Dealer):
-    """Each epoch in a new random order, in batches of N / S examples, rounded up or down.
+    """Draws each epoch in a new random order, in batches of N / S examples, rounded up or down.
 
     What ``DataLoader(shuffle=True)`` does. Every example enters each epoch once.
 
@@ -143,7 +143,7 @@ class ShuffledSampler(_Dealer):
 
 
 class SequentialSampler(_Dealer):
-    """Each epoch in the order of the data set, in batches of N / S examples, rounded up or down.
+    """Draws each epoch in the order of the data set, in batches of N / S examples, rounded up or down.
 
     Example:
         >>> SequentialSampler(10, 5, RootKey.from_seed(0)).draw(6)

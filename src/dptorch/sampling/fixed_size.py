@@ -18,7 +18,7 @@ __all__ = ["FIXED_SIZE", "FIXED_SIZE_WITH_REPLACEMENT", "FixedSizeSampler"]
 
 
 class FixedSizeSampler:
-    """Each batch is `batch_size` examples, independent of all other batches, in O(batch_size) work.
+    """Draws batches of `batch_size` examples, independent of each other, in O(batch_size) work.
 
     Args:
         sample_size: number of examples N.
@@ -42,11 +42,11 @@ class FixedSizeSampler:
         self._sample_size = check_sample_size(sample_size)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
             raise ConfigurationError(
-                f"batch_size={batch_size!r} must be a whole number of examples"
+                f"batch_size={batch_size!r} must be a whole number of examples."
             )
         if batch_size < 1 or (batch_size > sample_size and not replacement):
             raise ConfigurationError(
-                f"batch_size={batch_size!r} must be in [1, {sample_size}], the number of records"
+                f"batch_size={batch_size!r} must be in [1, {sample_size}], the number of records."
             )
         self._batch_size = int(batch_size)
         self._replacement = bool(replacement)

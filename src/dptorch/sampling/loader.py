@@ -120,8 +120,7 @@ class PrivateLoader:
                 raise ConfigurationError(f"{name}={value!r} contradicts private sampling: {reason}")
         if dataloader_kwargs.get("in_order", True) is not True:
             raise ConfigurationError(
-                "in_order=False would hand out parts of different logical batches mixed; leave it "
-                "out"
+                "in_order=False would mix the parts of different logical batches. Leave it out."
             )
         self.steps_per_epoch = _positive("steps_per_epoch", steps_per_epoch)
         self.total_steps = None if total_steps is None else _positive("total_steps", total_steps)
@@ -134,7 +133,7 @@ class PrivateLoader:
         self.world_size = _positive("world_size", world_size)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
             raise ConfigurationError(
-                f"rank={rank!r} must be a process number in [0, world_size={world_size})"
+                f"rank={rank!r} must be a process number in [0, world_size={world_size})."
             )
         self.rank = rank
         self.dataset = dataset
@@ -143,8 +142,8 @@ class PrivateLoader:
         if not isinstance(sampler, Sampler):
             raise ConfigurationError(
                 f"sampler={type(sampler).__name__} is no private sampling scheme (it has no "
-                "`draw(step)`), so no accountant can cover it; use dptorch.sampling.PoissonSampler, "
-                "or a loader of your own, without amplification"
+                "`draw(step)`), so no accountant covers it. Use dptorch.sampling.PoissonSampler, or a "
+                "loader of your own: its steps are accounted without amplification."
             )
         self._check_dataset()
         self._start_step = start_step
@@ -245,7 +244,9 @@ class PrivateLoader:
         start = self._start_step
         first = start() if callable(start) else start
         if isinstance(first, bool) or not isinstance(first, int | np.integer) or first < 0:
-            raise ConfigurationError(f"start_step={first!r} must be a step number, an integer >= 0")
+            raise ConfigurationError(
+                f"start_step={first!r} must be a step number, an integer >= 0."
+            )
         first = int(first) if callable(start) else int(first) + self._counted
         last = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
         if self.total_steps is not None:
@@ -257,8 +258,8 @@ class PrivateLoader:
         if size != self.sampler.sample_size:
             raise PrivacyError(
                 f"the dataset has {size} examples but the sampler draws from "
-                f"{self.sampler.sample_size}; make the sampler for this dataset, and do not change "
-                "the dataset during a run"
+                f"{self.sampler.sample_size}. Make the sampler for this dataset, and do not change "
+                "the dataset during a run."
             )
 
     def _load(self, steps: range) -> tuple[deque[PhysicalBatch], Iterator[Any]]:
@@ -319,19 +320,19 @@ def dataset_size(dataset: Any) -> int:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
             f"{type(dataset).__name__} cannot be sampled: each example must be reachable by "
-            "its index. Use a map-style dataset (with __len__ and __getitem__), e.g. by "
-            "writing the stream to memory-mapped files first"
+            "its index. Use a map-style dataset (with __len__ and __getitem__), for "
+            "example by writing the stream to memory-mapped files first."
         )
     try:
         size = len(dataset)
     except TypeError:
         raise ConfigurationError(
-            f"{type(dataset).__name__} has no length, which the sampling rate refers to; give "
-            "it a __len__"
+            f"{type(dataset).__name__} has no length, and the sampling rate refers to it. Give "
+            "it a __len__."
         ) from None
     if size == 0:
         raise DataError(
-            f"the dataset ({type(dataset).__name__}) is empty; a run needs at least one example"
+            f"the dataset ({type(dataset).__name__}) is empty. A run needs at least one example."
         )
     return size
 
@@ -357,9 +358,9 @@ class _Iteration:
         if self._closed:
             if self._overtaken:
                 raise PrivacyError(
-                    "this iteration was ended by a newer one over the same loader; one loop at a "
-                    "time can own the logical batch: finish or leave the first loop before "
-                    "starting another"
+                    "this iteration was ended by a newer one over the same loader. One loop at a "
+                    "time can own the logical batch. Finish or leave the first loop before "
+                    "you start another."
                 )
             raise StopIteration
         try:
@@ -409,5 +410,5 @@ class _Iteration:
 
 def _positive(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ConfigurationError(f"{name}={value!r} must be a positive integer")
+        raise ConfigurationError(f"{name}={value!r} must be a positive integer.")
     return int(value)

@@ -1,4 +1,4 @@
-"""What stands for an empty batch: one example of zeros with the structure of a real batch."""
+"""Make the batch that stands for an empty one: an example of zeros, structured as a real batch."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _PADDING: Final = -1  # the index of an example of zeros
 
 @dataclass(frozen=True)
 class PhysicalBatch:
-    """Where a batch that was just handed out belongs. The numbers of examples are NOT PRIVATE.
+    """Position of a physical batch in its logical batch. The numbers of examples are NOT PRIVATE.
 
     Attributes:
         logical_step: step whose logical batch this is a part of.
@@ -77,8 +77,8 @@ class PhysicalPlan:
         drawn = self._sampler.draw(step)
         if self._capacity is not None and len(drawn) > self._capacity:
             raise PrivacyError(
-                f"a batch has more examples than capacity={self._capacity}, which its sampler "
-                "should have kept to"
+                f"a batch has more examples than capacity={self._capacity}. Its sampler should have "
+                "kept to it. Make both from one plan."
             )
         # The rows of the rank with the most, so that all go through the model equally often.
         rows = -(-(self._capacity or len(drawn)) // self._world_size)

@@ -100,12 +100,12 @@ class PoissonSampler:
             rate = float(sample_rate)
         except (TypeError, ValueError):
             raise ConfigurationError(
-                f"sample_rate={sample_rate!r} must be a number in (0, 1]"
+                f"sample_rate={sample_rate!r} must be a number in (0, 1]."
             ) from None
         if isinstance(sample_rate, bool) or not 0.0 < rate <= 1.0:
             raise ConfigurationError(
                 f"sample_rate={sample_rate!r} must be in (0, 1]: the probability that one example "
-                "enters one batch, e.g. expected batch size / number of examples"
+                "enters one batch, for example expected batch size / number of examples."
             )
         self._sample_size = check_sample_size(sample_size)
         self._sample_rate = rate

@@ -1,4 +1,4 @@
-"""What a sampler must offer, whatever the scheme, and what all of them share."""
+"""The `Sampler` protocol, and what all samplers share."""
 
 from __future__ import annotations
 
@@ -74,22 +74,22 @@ def distinct_indices(
 
 
 def check_sample_size(value: object, *, below: int = 1 << 56) -> int:
-    """A number of examples as an int.
+    """Return a number of examples as an int.
 
     Raises:
         ConfigurationError: it is no whole number in [1, below).
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ConfigurationError(f"sample_size={value!r} must be a positive integer")
+        raise ConfigurationError(f"sample_size={value!r} must be a positive integer.")
     if not 0 < value < below:
-        raise ConfigurationError(f"sample_size={value!r} must be in [1, {below})")
+        raise ConfigurationError(f"sample_size={value!r} must be in [1, {below}).")
     return int(value)
 
 
 def check_key(key: object) -> RootKey:
-    """`key`, if it is a RootKey."""
+    """Return `key` if it is a RootKey."""
     if not isinstance(key, RootKey):
         raise ConfigurationError(
-            f"key must be a RootKey, not {type(key).__name__}; use RootKey.from_os()"
+            f"key must be a RootKey, not {type(key).__name__}. Use RootKey.from_os()."
         )
     return key

@@ -1,4 +1,4 @@
-"""What a sampling scheme is to the rest of the library: a sampler, its law in words, and its cost."""
+"""A sampling scheme: its sampler, its law in words, its accounting event."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PUBLIC_SIZE = (Adjacency.ZERO_OUT, Adjacency.REPLACE_ONE)
 
 @dataclass(frozen=True)
 class Terms:
-    """What a plan fixes about its batches. All of it is public.
+    """The numbers that a plan fixes about its batches. All of them are public.
 
     Attributes:
         sample_rate: share of the records that a step draws, in expectation.
@@ -48,7 +48,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way of drawing batches: everything that depends on which, in one object.
+    """One way of drawing batches, with everything that depends on it.
 
     Attributes:
         name: what a plan calls it.
@@ -104,7 +104,7 @@ class Scheme:
             )
 
     def describe(self, terms: Terms, unit: str) -> str:
-        """The law in words."""
+        """Return the law in words, with the numbers of `terms`."""
         return self.law.format(unit=unit, steps_per_epoch=terms.steps_per_epoch, **terms.__dict__)
 
 

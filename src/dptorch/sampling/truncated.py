@@ -43,7 +43,7 @@ class TruncatedPoissonSampler:
     def __init__(self, sample_size: int, sample_rate: float, key: RootKey, capacity: int) -> None:
         poisson = PoissonSampler(sample_size, sample_rate, key)
         if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
-            raise ConfigurationError(f"capacity={capacity!r} must be a whole number of examples")
+            raise ConfigurationError(f"capacity={capacity!r} must be a whole number of examples.")
         if capacity < poisson.expected_batch_size:
             raise ConfigurationError(_too_small(int(capacity), poisson.expected_batch_size))
         self._sample_size, self._sample_rate = poisson.sample_size, poisson.sample_rate

@@ -1,4 +1,4 @@
-"""Sampling by user: a drawn user brings some of their examples, never more than a bound."""
+"""Sampling by user: a batch takes at most a fixed number of examples of each drawn user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMED: Final = 3  # how many places an error names
 
 
 class Users:
-    """Whose each example is.
+    """The user of each example.
 
     Two ids are one user if they have the same type and the same value: spaces, case and forms of
     Unicode count. An id is an integer, a string, bytes, a `uuid.UUID` or a finite float, and all
@@ -72,7 +72,7 @@ class Users:
         if users.examples_in_all != len(dataset):
             raise DataError(
                 f"user_ids has {users.examples_in_all} ids for {len(dataset)} examples; expected one "
-                "for each, in the order of the dataset"
+                "for each, in the order of the dataset."
             )
         return users
 
@@ -121,7 +121,8 @@ class UserSampler:
     ) -> None:
         if sampler.sample_size != len(users):
             raise ConfigurationError(
-                f"the sampler draws from {sampler.sample_size} users, but there are {len(users)}"
+                f"the sampler draws from {sampler.sample_size} users, but there are {len(users)}. "
+                "Make it for the number of users."
             )
         self._sampler, self._users = sampler, users
         self._most = max_examples_per_user
@@ -164,7 +165,7 @@ def _owners(user_ids: Any) -> NDArray[np.int64]:
     ids: Any = _one_dimensional(user_ids) if plain else np.asarray(user_ids)
     if ids.ndim != 1 or len(ids) == 0:
         raise DataError(
-            f"user_ids has the shape {ids.shape}; expected one id for each example, at least one"
+            f"user_ids has the shape {ids.shape}; expected one id for each example, at least one."
         )
     if ids.dtype.kind == "f":
         _refuse_missing(np.flatnonzero(np.isnan(ids)).tolist())

@@ -12,7 +12,7 @@ __all__ = ["ExactAccountant"]
 
 @dataclass(frozen=True)
 class ExactAccountant(PairAccountant):
-    """ε and δ, nearly everywhere to nine digits in milliseconds: for planning and calibration.
+    """ε and δ to nine digits nearly everywhere, in milliseconds. For planning and calibration.
 
     One step and sample_rate = 1 have closed forms (`dominating`); nearly everything else, mixtures
     included, is a contour integral (`contour`; `composition` chooses). Each direction of add/remove

@@ -1,4 +1,4 @@
-"""The central-limit accountant: a formula, not a guarantee."""
+"""The central-limit accountant: an approximation by a formula, which guarantees nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every accountant answers, and what all of them share: checks, reduction, overflow."""
+"""The `Accountant` protocol, and the base class that checks, reduces a history and adds overflow."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ class PairAccountant(ABC):
 
     @abstractmethod
     def _epsilon(self, compositions: Compositions, delta: float) -> float:
-        """ε, the largest over `compositions`; each is sorted and not empty."""
+        """Return the largest ε over `compositions`, each of which is sorted and not empty."""
 
     @abstractmethod
     def _delta(self, compositions: Compositions, epsilon: float) -> float:
-        """δ, likewise."""
+        """Return the largest δ over `compositions`, each of which is sorted and not empty."""
 
     def covers(self, event: Event) -> bool:
         """Whether `event` reduces to a pair that this accountant composes."""
@@ -95,7 +95,7 @@ class PairAccountant(ABC):
         *,
         adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
     ) -> float:
-        """ε of `history` at `delta`; see `Accountant.epsilon`."""
+        """Return the ε of `history` at `delta`; see `Accountant.epsilon`."""
         delta = check_delta(delta)
         run = self._reduce(history, adjacency)
         if run.noiseless:
@@ -111,7 +111,7 @@ class PairAccountant(ABC):
         *,
         adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
     ) -> float:
-        """δ of `history` at `epsilon`; see `Accountant.delta`."""
+        """Return the δ of `history` at `epsilon`; see `Accountant.delta`."""
         epsilon = check_epsilon(epsilon)
         run = self._reduce(history, adjacency)
         if run.noiseless:
@@ -154,7 +154,7 @@ def _overflow_delta(run: ReducedHistory, epsilon: float) -> float:
 
 
 def _with_overflow(cost: Callable[[float], float], delta: float, run: ReducedHistory) -> float:
-    """The ε with δ(ε) + (1 + e^ε) · overflow <= delta: the fixed point of `cost`, from above."""
+    """Return the ε with δ(ε) + (1 + e^ε) · overflow <= delta, by fixed-point iteration of `cost`."""
     if run.overflow == 0:
         return cost(delta)
     epsilon = 0.0

@@ -79,7 +79,7 @@ def _composed(pairs: tuple[Pair, ...], eps_error: float, delta_error: float) -> 
         ) from problem
 
     class Loss(PrivacyRandomVariable):  # type: ignore[misc]
-        """The loss of one step; `cdf` and `rdp` are what the package asks for."""
+        """The privacy loss of one step, with the methods that the package calls: `cdf` and `rdp`."""
 
         def __init__(self, pair: SampledPair) -> None:
             self.pair = replace(pair, steps=1)

@@ -1,4 +1,4 @@
-"""The Rényi accountant: loose, simple, and known to everybody."""
+"""The Rényi accountant: looser than the others, simple, and what most libraries state."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def compose(parts: Sequence[Discretised], interval: float, tilt: float) -> LossT
         # Hardly anything stands still, and a^steps may be too small for a float.
         wrapped = fft.irfft(np.exp(exponent + log_still), size)
     if not np.isfinite(wrapped).all():
-        raise PrivacyError("composing the privacy loss overflowed; nothing is stated.")
+        raise PrivacyError("composing the privacy loss overflowed. Nothing is stated.")
     # Rounding leaves masses below 0. As 0 they only grow.
     composed = np.maximum(np.roll(wrapped, (shift - low) % size), 0.0)
 

@@ -1,4 +1,4 @@
-"""What the Poisson-sampled discrete Gaussian costs: Rényi divergences, with their proof.
+"""Rényi divergences of the Poisson-sampled discrete Gaussian, with their proof.
 
 The mechanism. Every record contributes an integer vector of norm at most D; a step draws each record
 with probability q, adds up what was drawn, and adds independent draws of the discrete Gaussian
@@ -60,10 +60,10 @@ class DiscretePair:
 
     @property
     def mu(self) -> float | None:
-        """Not a Gaussian."""
+        """None: the pair is no Gaussian."""
         return None
 
     @property
     def largest_loss(self) -> float:
-        """Not known to be finite."""
+        """Infinity: the loss is not known to be finite."""
         return math.inf

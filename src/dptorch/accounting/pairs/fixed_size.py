@@ -64,7 +64,7 @@ class _GluedPair(ABC):
 
     @property
     def largest_loss(self) -> float:
-        """Infinite: the record drawn may be seen."""
+        """Infinity, as the output can show that the record was drawn."""
         return math.inf
 
     def one_step_delta(self, epsilon: float) -> float:
@@ -168,7 +168,7 @@ class FixedSizePair(_GluedPair):
 
     @property
     def mu(self) -> float | None:
-        """2/σ where every record is in every batch."""
+        """2/σ where every record is in every batch, else None: the pair is no Gaussian."""
         return 2 / self.noise_multiplier if self.rate == 1 else None
 
     def _copies(self) -> list[tuple[int, float]]:
@@ -200,7 +200,7 @@ class WithReplacementPair(_GluedPair):
 
     @property
     def mu(self) -> float | None:
-        """No Gaussian, unless one record is drawn again and again."""
+        """None: the pair is no Gaussian, unless there is one record, which every draw takes."""
         return 2 * self.batch_size / self.noise_multiplier if self.sample_size == 1 else None
 
     def _copies(self) -> list[tuple[int, float]]:

@@ -46,7 +46,7 @@ _EXCESS_TAIL = 18.0  # a negligible tail is e^-28 of δ; e^-10 will do, for a gr
 
 @dataclass(frozen=True)
 class AllocationPair:
-    """The pair of this page.
+    """The dominating pair of random allocation, as the module describes it.
 
     Attributes:
         direction: "remove" or "add".
@@ -62,12 +62,12 @@ class AllocationPair:
 
     @property
     def mu(self) -> float | None:
-        """1/σ where there is one choice."""
+        """1/σ where there is one step to choose, else None: the pair is no Gaussian."""
         return 1 / self.noise_multiplier if self.choices == 1 else None
 
     @property
     def largest_loss(self) -> float:
-        """Not known to be finite."""
+        """Infinity: the loss is not known to be finite."""
         return math.inf
 
     def one_step_delta(self, epsilon: float) -> float:
@@ -83,7 +83,7 @@ class AllocationPair:
         return float(kept[0]), float(kept[-1])
 
     def nodes(self, t: float, height: float, tail: float | None) -> tuple[Array, Array]:
-        """The points of a fine loss grid: good enough to find a tilt by, no more."""
+        """Return the points of a fine loss grid. It is accurate enough to find a tilt."""
         masses, losses, _ = _look_ahead(self, _USUAL_TAIL if tail is None else tail)
         with np.errstate(divide="ignore"):
             log_masses = np.log(masses)

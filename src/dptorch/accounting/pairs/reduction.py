@@ -1,4 +1,4 @@
-"""From what ran to what is composed: the dominating pairs of each event.
+"""Reduce a history of events to the dominating pairs that accountants compose.
 
 One case per event class; a history's cost is the largest over its directions, each composed alone.
 

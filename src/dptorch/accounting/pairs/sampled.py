@@ -1,4 +1,4 @@
-"""The worst-case pairs of output distributions that stand for a step, and their closed forms.
+"""Dominating pairs of a step: the worst pair of output distributions, with closed forms.
 
 Every accountant here works on pairs (P, Q) of one-dimensional distributions whose hockey-stick
 divergences H_α(P, Q) = ∫ (P - αQ)_+ bound those of the real outputs on any two neighbours, for
@@ -78,7 +78,7 @@ class Pair(Hashable, Protocol):
         """H_{e^ε}(P, Q) of one pair, for ε >= 0; in closed form where there is one."""
 
     def loss_ends(self, tail: float) -> tuple[float, float]:
-        """Where one pair's loss lies, but for e^`tail` of its mass at either end."""
+        """Return the range of one pair's loss, without e^`tail` of its mass at either end."""
 
     def nodes(self, t: float, height: float, tail: float | None) -> tuple[Array, Array]:
         """A quadrature for E_P[e^{(t+iy)L}], |y| <= `height`: [n] log masses and [n] losses.
@@ -119,7 +119,7 @@ class SampledPair:
 
     @property
     def mu(self) -> float | None:
-        """Sensitivity over noise where nothing is sampled."""
+        """Sensitivity over noise where nothing is sampled, else None: the pair is no Gaussian."""
         return self._distance / self.noise_multiplier if self.sample_rate == 1 else None
 
     @property
@@ -128,7 +128,7 @@ class SampledPair:
 
     @property
     def largest_loss(self) -> float:
-        """Finite only where someone may be added."""
+        """Largest privacy loss. It is finite only in the direction `add`."""
         if self.direction != "add" or self.sample_rate == 1:
             return math.inf
         return -math.log1p(-self.sample_rate)

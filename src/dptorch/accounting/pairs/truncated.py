@@ -29,7 +29,7 @@ __all__ = ["TruncatedPair"]
 
 @dataclass(frozen=True)
 class TruncatedPair:
-    """The pair of this page.
+    """The dominating pair of truncated Poisson sampling, as the module describes it.
 
     Attributes:
         direction, noise_multiplier, sample_rate, steps: as of `SampledPair`.
@@ -44,7 +44,7 @@ class TruncatedPair:
 
     @property
     def mu(self) -> float | None:
-        """No Gaussian."""
+        """None: the pair is no Gaussian."""
         return None
 
     @cached_property

@@ -1,1 +1,1 @@
-"""The other way round: noise, steps and rate for a target ε; budgets; the price of tuning."""
+"""Planning: noise, steps and sampling rate for a target ε; budgets; what tuning costs."""

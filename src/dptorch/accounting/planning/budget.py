@@ -1,4 +1,4 @@
-"""How to spend a budget: which batch size, how many steps, how much noise.
+"""Plan a budget: batch size, number of steps and noise.
 
 At a fixed budget larger batches need more noise per step, but less than in proportion; so they carry
 more signal, until the compute runs out. `plan_budget` tabulates the trade.

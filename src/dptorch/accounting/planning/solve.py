@@ -1,4 +1,4 @@
-"""One question, five unknowns: ε, δ, noise multiplier, steps, sampling rate of a DP-SGD run.
+"""Solve for ε, δ, noise multiplier, steps or sampling rate of a DP-SGD run, given the others.
 
 Each function solves for the quantity it is named after, given the other four. What it returns is on
 the safe side by the accountant asked: ε at the returned noise, steps or rate is at most the target.
@@ -204,7 +204,7 @@ def steps(
 
 @dataclass(frozen=True)
 class _Question:
-    """Does a run stay within the target? Asked of δ at the target ε, which is strictly monotone."""
+    """Whether a run stays within a target. Compares δ at the target ε, which is strictly monotone."""
 
     target: float
     delta: float
@@ -228,7 +228,7 @@ class _Question:
         value = asked.delta([run], self.target, adjacency=self.adjacency)
         if math.isnan(value):
             raise PrivacyError(
-                f"accountant {asked.name!r} returned NaN for {run}; nothing is stated."
+                f"accountant {asked.name!r} returned NaN for {run}. Nothing is stated."
             )
         return math.log(max(value, 1e-300)) - math.log(self.delta)
 
@@ -293,7 +293,7 @@ class _Question:
             found, step = found + step, 2 * step
         raise ConfigurationError(
             f"target_epsilon={self.target} is too close to what accountant "
-            f"{self.accountant.name!r} can resolve; take a slightly larger one."
+            f"{self.accountant.name!r} can resolve. Take a slightly larger one."
         )
 
     def most_steps(self, run: Callable[[float], SampledGaussian]) -> int:

@@ -1,4 +1,4 @@
-"""What an attacker who guesses membership can reach: trade-off curves and their Gaussian summary."""
+"""Trade-off curves: error rates that an attacker who guesses membership can reach, and a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it costs to run several times and keep the best: hyper-parameter tuning by a private score.
+"""The privacy cost of hyper-parameter tuning: several runs, of which the best is published.
 
 Choosing the run to publish by a score on private data releases more than the published run did. If
 the number of runs is itself random and secret, the best of many costs little more than one.
@@ -91,7 +91,7 @@ def tuned_epsilon(
     *,
     adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
 ) -> float:
-    """ε of publishing the best of K runs of `history`, K drawn by `law`.
+    """Return the ε of publishing the best of K runs of `history`, where `law` draws K.
 
     The runs may differ in hyper-parameters if `history` is the costliest of them; the score may be
     any function of a run's output and the private data as long as that, too, is within `history`.
