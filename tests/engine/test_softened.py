@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dptorch.errors import ConfigurationError, PrivacyError
+from dptorch.tape.recording import batches
 from tests.engine.setup import SIZE, Loss, make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -219,3 +222,70 @@ def test_a_virtual_step_does_not_forget_which_rows_it_counted() -> None:
     optimizer.virtual_step()  # type: ignore[attr-defined]
     with pytest.raises(PrivacyError, match="count twice"):
         backwards(engine, optimizer, (x, y))
+
+
+def by_numpy(t: Tensor) -> Tensor:
+    return torch.from_numpy(2 * t.numpy() - 1) / 2
+
+
+def by_a_list(t: Tensor) -> Tensor:
+    return torch.tensor(t.tolist())
+
+
+def by_pickling(t: Tensor) -> Tensor:
+    found: Tensor = pickle.loads(pickle.dumps(t))
+    return found
+
+
+def came_back(how: Callable[[Tensor], Tensor], column: bool) -> Loss:
+    """The target has left and come back, as a column for a column of outputs or not."""
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        target = how(y.float())
+        return F.mse_loss(m(x)[:, :1], target[:, None] if column else target)
+
+    return loss
+
+
+def weights_that_came_back(how: Callable[[Tensor], Tensor], mixed: bool) -> Loss:
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(m(x), y, reduction="none")
+        weights = each.detach() / (each.detach().max() if mixed else 2.0)
+        return (each * how(weights)).mean()
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("how", [by_numpy, by_a_list, by_pickling, copy.deepcopy])
+@pytest.mark.parametrize("own", [False, True])
+def test_rows_that_left_and_came_back_are_rows(
+    how: Any, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A batch of an earlier refusal, which new rows of that size would join.
+    monkeypatch.setattr(batches, "_latest", None)
+    assert steps_with(came_back(how, column=True), make_model(), own=own) == 2
+    assert steps_with(weights_that_came_back(how, mixed=False), make_model(), own=own) == 2
+    with pytest.raises(PrivacyError):
+        steps_with(came_back(how, column=False), make_model(), own=own)
+    with pytest.raises(PrivacyError):
+        steps_with(weights_that_came_back(how, mixed=True), make_model(), own=own)
+
+
+def test_a_constant_with_as_many_rows_as_a_later_batch_stays_one() -> None:
+    levels: Tensor
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert y.numpy().size == len(y)
+        miss = y.float()[:, None] - m(x)[:, :1]
+        return torch.maximum(levels * miss, (levels - 1) * miss).mean()
+
+    for count in range(2, 5):  # the last part has as many rows as one of them
+        levels = torch.linspace(0.1, 0.9, count)
+        model = make_model()
+        engine = make_engine(model, sample_rate=0.5, steps=1)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        for x, y in engine.loader(make_data(), max_physical_batch_size=4):
+            loss(model, x, y).backward()
+            optimizer.step()
+        assert engine.steps_done == 1

@@ -52,8 +52,11 @@ def read(
     states = [recording.state(t) for t in each_tensor(args, kwargs)]
     note_read(recording, name, states)
     out = func(*args, **kwargs)
-    if isinstance(out, float) and (batch := batch_of(args[0])) is not None:
+    batch = batch_of(args[0]) if args and isinstance(args[0], Tensor) else None
+    if batch is not None and isinstance(out, float):
         read_numbers.note(out, states[0], batch)
+    elif batch is not None and name in ("numpy", "tolist", "__array__"):
+        batch.note_leaving(args[0], states[0])
     return out
 
 

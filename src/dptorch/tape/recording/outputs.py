@@ -65,10 +65,10 @@ class RecordedTensor(torch.Tensor):
             return out
 
     def __reduce_ex__(self, proto: Any) -> Any:
-        return _plain(self).__reduce_ex__(proto)
+        return _leaving(self).__reduce_ex__(proto)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(_plain(self), memo)
+        return copy.deepcopy(_leaving(self), memo)
 
     def __repr__(self, **kwargs: Any) -> Any:  # type: ignore[override]
         return repr(_plain(self))
@@ -81,6 +81,13 @@ def _plain(t: Tensor) -> Tensor:
     """The same values without what is known of them."""
     with torch._C.DisableTorchFunction():
         return t.view_as(t) if t.requires_grad else t.detach()
+
+
+def _leaving(t: Tensor) -> Tensor:
+    """The same values without what is known of them, which may come back."""
+    recording: Recording = getattr(t, _RECORDING)
+    recording.states.batch.note_leaving(t, recording.state(t))
+    return _plain(t)
 
 
 def _adopt(t: Tensor, recording: Recording) -> None:

@@ -2,10 +2,11 @@
 
 ``loss.item()`` is a number of Python, which nothing follows. Logging it is nobody's concern; but a
 number that was read from several examples, or from another batch, must not enter what is computed
-for one example. So what was read is remembered by its value, and an operand of an op on the batch
-that equals it, or a simple function of it, is known for what it is: read values have random digits,
-which a public constant does not share by chance. A number that went through other arithmetic (a
-moving average, an average over a list), and a decision that was made by one, are not recognised.
+for one example. So what was read is remembered by its value. An operand of an op on the batch that
+equals it, or a simple function of it, or a round number times or over it, is known for what it is:
+values that were read have random digits, which a public constant does not share by chance. A number
+that went through other arithmetic (a moving average, an average over a list), and a decision that was
+made by one, are not recognised.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from dptorch.tape.recording.tensor_states import TensorStates
 __all__ = ["ReadNumbers", "read_numbers"]
 
 _REMEMBERED = 64  # values
-_COMBINED = 8  # of them, the latest, are looked for as pairs too
+_COMBINED = 4  # of them, the latest, are looked for as pairs too
+_MOST = 4096  # functions of values that are kept
 _BITS = 40  # of the mantissa that must agree
 _RANDOM_BITS = 14  # a value with fewer is not told from a constant
 
@@ -44,10 +46,12 @@ _FUNCTIONS: tuple[Callable[[float], float], ...] = (
 )
 _PAIRS: tuple[Callable[[float, float], float], ...] = (
     lambda v, w: v / w,
+    lambda v, w: w / v,
     lambda v, w: v * w,
     lambda v, w: v + w,
     lambda v, w: v - w,
 )
+_ROUND_DIGITS = 3
 
 
 class _Read(NamedTuple):
@@ -63,7 +67,9 @@ class ReadNumbers:
 
     def __init__(self) -> None:
         self._reads: deque[_Read] = deque(maxlen=_REMEMBERED)
-        self._known: dict[int, _Read] | None = None
+        self._fresh: deque[_Read] = deque(maxlen=_REMEMBERED)  # not yet in `_known`
+        self._known: dict[int, _Read] = {}
+        self._looked_up: dict[float, _Read | None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._reads)
@@ -74,8 +80,9 @@ class ReadNumbers:
             return
         if _has_random_digits(value):
             whose = state.step if isinstance(state, Tag) and state.dim is None else None
-            self._reads.append(_Read(value, weakref.ref(batch), whose))
-            self._known = None
+            read = _Read(value, weakref.ref(batch), whose)
+            self._reads.append(read)
+            self._fresh.append(read)
 
     def among(
         self,
@@ -89,7 +96,7 @@ class ReadNumbers:
         of its operands `tagged`, or from another batch; None if there is none such."""
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, float) and _has_random_digits(value):
-                read = self._all().get(_key(value))
+                read = self._look_up(value)
                 if read is not None and not _is_own(read, [t for _, t in tagged], states.batch):
                     return Mixed(
                         f"{states.module_path()}: the number {value:.6g} in '{name}' was read from "
@@ -97,19 +104,35 @@ class ReadNumbers:
                     )
         return None
 
-    def _all(self) -> dict[int, _Read]:
-        if self._known is None:
-            self._known = {}
-            latest = list(self._reads)[-_COMBINED:]
-            for read in latest:
-                for other in latest:
-                    if other is not read:
-                        for combine in _PAIRS:
-                            self._add(combine, read._replace(owner=None), read.value, other.value)
-            for read in self._reads:  # of equal values the last, an example is in many steps
-                for function in _FUNCTIONS:
-                    self._add(function, read, read.value)
-        return self._known
+    def _look_up(self, value: float) -> _Read | None:
+        """What was read, if `value` is that, a function of it, or a round number times or over it."""
+        if self._fresh:
+            self._derive()
+            self._looked_up.clear()
+        if value not in self._looked_up:
+            found = self._known.get(_key(value))
+            if found is None:
+                for read in self._reads:
+                    if _is_round(value / read.value) or _is_round(value * read.value):
+                        found = read
+            self._looked_up[value] = found
+        return self._looked_up[value]
+
+    def _derive(self) -> None:
+        """Work out the functions of what was read since the last call."""
+        latest = list(self._reads)[-_COMBINED:]
+        fresh, self._fresh = list(self._fresh), deque(maxlen=_REMEMBERED)
+        if len(self._known) > _MOST:
+            self._known.clear()
+            fresh = list(self._reads)
+        for read in fresh:
+            for other in latest:
+                if other is not read:
+                    for combine in _PAIRS:
+                        self._add(combine, read._replace(owner=None), read.value, other.value)
+        for read in fresh:  # of equal values the last: an example is in many steps
+            for function in _FUNCTIONS:
+                self._add(function, read, read.value)
 
     def _add(self, function: Callable[..., float], read: _Read, *values: float) -> None:
         try:
@@ -117,7 +140,6 @@ class ReadNumbers:
         except (ArithmeticError, ValueError):
             return
         if _has_random_digits(value):
-            assert self._known is not None
             self._known[_key(value)] = read
 
 
@@ -130,6 +152,14 @@ def _has_random_digits(value: float) -> bool:
         return False
     shifted = math.frexp(value)[0] * 2.0**_RANDOM_BITS
     return shifted != int(shifted)
+
+
+def _is_round(value: float) -> bool:
+    """Whether a person writes a value with at most three decimal digits and an exponent."""
+    if not math.isfinite(value) or not value:
+        return False
+    scaled = abs(value) * 10.0 ** (_ROUND_DIGITS - 1 - math.floor(math.log10(abs(value))))
+    return abs(scaled - round(scaled)) < 1e-10 * scaled
 
 
 def _key(value: float) -> int:

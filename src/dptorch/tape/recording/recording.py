@@ -346,7 +346,8 @@ class Recording(TorchFunctionMode):
                 "out=; assign the result instead."
             )
         if tagged and len(tensors) > len(tagged) and not self.states.depth:
-            tagged += rows_of_unknown(self.states, name, tensors, tagged)
+            rows, mixed = rows_of_unknown(self.states, name, tensors, tagged)
+            tagged, lost = tagged + rows, lost or mixed
         return tagged, parameters, lost, ordering
 
     def _without_examples(

@@ -1,10 +1,11 @@
 """Take a tensor of unknown origin for rows of the batch where it meets the batch in a loss.
 
-With a loader of the user's own nobody says which tensors hold rows of the batch. One that has as
-many rows as the batch and is paired with them, row by row, is taken for the batch's own, and so is
-one whose rows would all be paired with every example, and so are the targets of rows that were
-selected. What looks like a constant stays one: a parameter or buffer, a tensor seen with an earlier
-batch, one that fits along another dimension.
+With the engine's loader a tensor may have come back from where nothing is followed (NumPy, lists,
+copies); it is known by its values. With one of the user's own nobody says which tensors hold rows of
+the batch. One that has as many rows and is paired with them, row by row, is taken for the batch's
+own, and so is one whose rows would all be paired with every example, and so are the targets of rows
+that were selected. What looks like a constant stays one: a parameter or buffer, a tensor seen with an
+earlier batch, one that fits along another dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from dptorch.tape.propagation import FAMILIES
 from dptorch.tape.propagation.elementwise import elementwise
 from dptorch.tape.provenance.calls import words
-from dptorch.tape.provenance.tags import Tag
+from dptorch.tape.provenance.tags import Mixed, Tag
 from dptorch.tape.recording.tensor_states import GUESSED, TensorStates, batch_of
 
 __all__ = ["rows_of_unknown"]
@@ -32,24 +33,32 @@ _ROW_LOSSES = words("""cross_entropy nll_loss multi_margin_loss""")
 
 def rows_of_unknown(
     states: TensorStates, name: str, tensors: Sequence[Tensor], tagged: Sequence[tuple[Tensor, Tag]]
-) -> list[tuple[Tensor, Tag]]:
-    """Return the operands that are taken for rows of the batch, with their tags, and mark them."""
+) -> tuple[list[tuple[Tensor, Tag]], Mixed | None]:
+    """Return the operands that are taken for rows of the batch, with their tags, and mark them.
+
+    One of them may be a mixed tensor that has come back; then return what it is.
+    """
     batch = states.batch
-    if batch.handed_out or batch.size < 2:
-        return []
+    if batch.size < 2 or (batch.handed_out and not batch.left):
+        return [], None
     first, tag = tagged[0]
     if tag.dim is None:
-        return []
+        return [], None
     found = []
     for t in tensors:
         if states.state(t) is not None or batch_of(t) is not None or _is_constant(states, t):
             continue
         mine = _tag(name, t, first, tag, batch.size)
-        if mine is not None:
+        if mine is None:
+            continue
+        before = batch.came_back(t.T if mine == Tag(1) else t) if batch.left else None
+        if isinstance(before, Mixed):
+            return [], before
+        if before is not None or not batch.handed_out:
             setattr(t, GUESSED, "loss")
             states.mark(t, mine)
             found.append((t, mine))
-    return found
+    return found, None
 
 
 def _tag(name: str, t: Tensor, first: Tensor, tag: Tag, size: int) -> Tag | None:
