@@ -24,7 +24,7 @@ demo: $(VENV)/.demo  ## train the default recipe with differential privacy; see 
 quick: $(VENV)/.test  ## ruff and the quick tests, two minutes on 2 cores; types are in make lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) -m "not (slow or postgres or browser or zoo)"
+	$(PYTEST) --dist loadfile --hypothesis-profile quick -m "not (slow or postgres or browser or zoo)"
 
 test: lint  ## lint, types and all tests: a quarter of an hour on 2 cores
 	$(PYTEST)

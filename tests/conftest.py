@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 
 # No example fails because the machine is busy.
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", parent=settings.get_profile("no clock"), max_examples=8)
 settings.load_profile("no clock")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def graph_of(source: Path) -> dict[str, set[str]]:
     }
 
 
+@cache
 def room_of(module: str) -> str:
     """The longest room that `module` is in."""
     inside = module.removeprefix("dptorch").removeprefix(".")

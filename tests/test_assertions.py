@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from tests.source import called, functions, trees
+from tests.source import called, functions, nodes, trees
 
 ASSERTING = {"raises", "warns", "fail", "deprecated_call"}  # of pytest
 
@@ -16,7 +16,7 @@ Helper = tuple[str, str]  # file, function
 def origins(name: str, tree: ast.Module) -> dict[str, Helper]:
     """Where the functions that a file may call come from: itself, or another file of the tests."""
     found = {function.name: (name, function.name) for function in functions(tree)}
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
             file = node.module.removeprefix("tests.").replace(".", "/") + ".py"
             found |= {(alias.asname or alias.name): (file, alias.name) for alias in node.names}
@@ -30,13 +30,13 @@ def silent(trees: Trees) -> list[str]:
     for name, tree in trees.items():
         known = origins(name, tree)
         for function in functions(tree):
-            nodes = list(ast.walk(function))
-            names = set(map(called, nodes))
+            inside = nodes(function)
+            names = set(map(called, inside))
             calls[name, function.name] = {known[n] for n in names if n in known}
             if (
                 names & ASSERTING
                 or any(n.startswith("assert_") for n in names)
-                or any(isinstance(node, ast.Assert) for node in nodes)
+                or any(isinstance(node, ast.Assert) for node in inside)
             ):
                 asserting.add((name, function.name))
     while found := {f for f, others in calls.items() if others & asserting} - asserting:

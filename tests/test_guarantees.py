@@ -3,18 +3,22 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-TESTS = {
-    node.name
-    for path in (ROOT / "tests").rglob("test_*.py")
-    for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-}
+from tests.source import REPOSITORY as ROOT
+from tests.source import functions, trees
+
 _SECTION = re.compile(r"^( *)Guarantees:\n((?:\1 +\S.*\n|\n)*)", re.MULTILINE)
+
+
+@cache
+def all_tests() -> set[str]:
+    """The names of all tests."""
+    named = (f.name for tree in trees().values() for f in functions(tree))
+    return {name for name in named if name.startswith("test_")}
 
 
 def sections(source: str) -> Iterator[tuple[str, str]]:
@@ -32,7 +36,7 @@ def faults(source: str) -> list[str]:
         named = re.findall(r"`(test_\w+)`", text)
         if not named:
             found.append(f"{name}: names no test")
-        found += [f"{name}: there is no {test}" for test in named if test not in TESTS]
+        found += [f"{name}: there is no {test}" for test in named if test not in all_tests()]
     return found
 
 

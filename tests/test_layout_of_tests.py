@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from tests.source import REPOSITORY, TESTS, trees
+from tests.source import REPOSITORY, TESTS, nodes, trees
 
 SOURCE = REPOSITORY / "src" / "dptorch"
 
@@ -106,7 +106,7 @@ def test_a_module_without_tests_is_seen(tmp_path: Path) -> None:
 def imported_tests(tree: ast.Module) -> list[str]:
     """Test modules that a file imports, lazily too."""
     names: list[str] = []
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             names += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):

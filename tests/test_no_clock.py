@@ -13,7 +13,7 @@ import textwrap
 import hypothesis
 import pytest
 
-from tests.source import called, functions, trees
+from tests.source import called, functions, nodes, trees
 
 CLOCKS = {"perf_counter", "process_time", "thread_time", "monotonic", "time", "clock_gettime"}
 CLOCKS |= {f"{clock}_ns" for clock in CLOCKS} | {"now", "utcnow", "getrusage", "times"}
@@ -29,9 +29,10 @@ SLEEPERS = {
 
 def reads_clock(node: ast.AST, tainted: set[str]) -> bool:
     return any(
-        (isinstance(n, ast.Call) and called(n) in CLOCKS and _of_a_clock(n))
-        or (isinstance(n, ast.Name) and n.id in tainted)
-        for n in ast.walk(node)
+        (n.id in tainted)
+        if isinstance(n, ast.Name)
+        else isinstance(n, ast.Call) and called(n) in CLOCKS and _of_a_clock(n)
+        for n in nodes(node)
     )
 
 
@@ -50,18 +51,18 @@ def judged(function: ast.AST) -> list[int]:
     tainted: set[str] = set()
     while True:
         found = set(tainted)
-        for node in ast.walk(function):
+        for node in nodes(function):
             if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.NamedExpr)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 if node.value is not None and reads_clock(node.value, tainted):
                     for target in targets:
-                        found |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+                        found |= {n.id for n in nodes(target) if isinstance(n, ast.Name)}
         if found == tainted:
             break
         tainted = found
     return [
         node.lineno
-        for node in ast.walk(function)
+        for node in nodes(function)
         for judge in [node.test if isinstance(node, (ast.Assert, ast.If, ast.While)) else node]
         if (judge is not node or called(node).startswith("assert_")) and reads_clock(judge, tainted)
     ]
@@ -71,7 +72,7 @@ def waits(tree: ast.AST) -> list[int]:
     """Lines of calls that fail after some time, and of examples that have a deadline."""
     return [
         node.lineno
-        for node in ast.walk(tree)
+        for node in nodes(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
         if keyword.arg in ("timeout", "deadline")
@@ -80,14 +81,14 @@ def waits(tree: ast.AST) -> list[int]:
 
 
 def sleeps(tree: ast.AST) -> list[int]:
-    return [node.lineno for node in ast.walk(tree) if called(node) == "sleep"]
+    return [node.lineno for node in nodes(tree) if called(node) == "sleep"]
 
 
 def clocks_in_text(tree: ast.AST) -> list[int]:
     """Lines of strings that are code for another process and read a clock."""
     return [
         node.lineno
-        for node in ast.walk(tree)
+        for node in nodes(tree)
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and IN_TEXT.search(node.value)

@@ -115,6 +115,7 @@ def test_bounds_are_told_apart_from_estimates():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["pld", "exact", "rdp"])
 def test_a_target_of_zero_is_answered_at_once(accountant):
     run = {"sample_rate": 0.01, "steps": 1000}

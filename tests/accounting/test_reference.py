@@ -81,6 +81,7 @@ def test_delta_is_the_inverse_of_epsilon(row, name):
     assert accountant.delta(history(row), epsilon) == pytest.approx(delta, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_table_catches_one_percent_less_noise():
     """Negative control: the tolerance above is not so wide that a wrong σ would pass."""
     for row in ROWS:

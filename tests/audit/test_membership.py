@@ -207,6 +207,7 @@ def test_images_and_rows() -> None:
         ImageMIA().attack(list(x), list(x), model)
 
 
+@pytest.mark.slow
 def test_new_tokens_tell_a_model_that_learned_them_by_heart() -> None:
     model, tokenizer = make_model(), make_tokenizer()
     canaries = new_token_canaries(model, tokenizer, 200, length=6, seed=1)

@@ -183,6 +183,7 @@ def test_rmia_by_hand() -> None:
         rmia(x, x_ref, np.array([]), np.zeros((1, 0)))
 
 
+@pytest.mark.slow
 def test_quantile_regression_holds_its_false_positive_rate_at_every_kind_of_example() -> None:
     rng = np.random.default_rng(0)
     hard = rng.integers(0, 2, 4000).astype(float)
@@ -249,6 +250,7 @@ def test_min_k_by_hand() -> None:
         min_k([s], 0.0)
 
 
+@pytest.mark.slow
 def test_scores_of_texts(texts: Any) -> None:
     words, ids, known, fresh = texts
     said = {m: token_statistics(m, ids) for m in (known, fresh)}

@@ -108,6 +108,7 @@ def test_a_step_of_blogs_refutes_what_is_claimed_of_the_whole_run(index, score):
     assert result.epsilon_lower > 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["2024", "0.1.21"])
 def test_one_run_of_blogs_refutes_its_index(index):
     world = _shuffle_world(index)

@@ -112,6 +112,7 @@ def test_a_sum_loss_is_as_in_opacus() -> None:
     torch.testing.assert_close(step(module, optimizer, loader), step(*made), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
 def test_epsilon_is_near_that_of_opacus(sigma: float) -> None:
     a, b = PRVAccountant(), opacus.accountants.PRVAccountant()

@@ -14,7 +14,7 @@ from tests.engine.legitimate.monitoring import MONITORED
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 PROGRAMS: dict[str, Program] = {**LOSSES, **LOOPS, **MONITORED, **BATCHES, **MODELS, **SLOW}
 CASES = [
-    pytest.param(name, own, marks=[pytest.mark.slow] if name in SLOW else [])
+    pytest.param(name, own, marks=[pytest.mark.slow] if own or name in SLOW else [])
     for name, program in PROGRAMS.items()
     for own in ([False, True] if program.loaders == "both" else [False])
 ]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
+import torch
 
 __all__ = ["kill", "shared", "spawn", "until", "wait"]
 
@@ -38,6 +39,7 @@ def spawn(work: Callable[[], None]) -> int:
         return pid
     code = 1
     try:
+        torch.set_num_threads(1)  # OpenMP would wait for threads that a fork leaves behind
         work()
         code = 0
     except BaseException:

@@ -53,11 +53,13 @@ def delta_of_an_adversary(
     return float(np.maximum(0, -np.expm1(cap - loss)).mean())
 
 
+@pytest.mark.slow
 def test_an_adaptive_adversary_stays_below_the_cap() -> None:
     """With 5 standard errors of slack; a false alarm is as likely as 3e-7."""
     assert 0 < delta_of_an_adversary(3.0, adaptive_epsilon) < DELTA + 5 * STANDARD_ERROR
 
 
+@pytest.mark.slow
 def test_a_filter_without_the_surcharge_is_caught() -> None:
     """Negative control: one that compares expected losses with the cap."""
 

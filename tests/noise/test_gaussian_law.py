@@ -161,6 +161,7 @@ def repeated_windows(mechanism: Mechanism, steps: int = 3, size: int = 500_000) 
     return len(mixed) - len(np.unique(mixed))
 
 
+@pytest.mark.slow
 def test_no_block_of_the_keystream_occurs_twice() -> None:
     """The fast version of ``python -m tests.noise.repeated_blocks 1e9``. False alarm: one in 3 * 10**6
     runs, by accidental agreement of 8 bytes."""
@@ -186,10 +187,12 @@ def test_noise_of_ranks_is_independent() -> None:
     assert _uncorrelated(found[0], found[0]) < FALSE_ALARM, "ranks with one offset must be caught"
 
 
+@pytest.mark.slow
 def test_no_noise_is_used_twice() -> None:
     assert repeated_windows(dptorch_noise) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", [reused_step, key_reused_for_each_parameter])
 def test_noise_used_twice_is_found(twin: Mechanism) -> None:
     assert repeated_windows(twin) > 100_000

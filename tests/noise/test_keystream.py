@@ -37,6 +37,7 @@ def test_keys_give_different_bytes() -> None:
     assert (read(Keystream(bytes(32)), 0, 64) != read(Keystream(bytes(31) + b"\1"), 0, 64)).any()
 
 
+@pytest.mark.slow
 def test_no_block_repeats() -> None:
     blocks = read(Keystream(bytes(32)), 0, 16 * 2**18).view(np.uint64).reshape(-1, 2)
     assert len(np.unique(blocks, axis=0)) == len(blocks)

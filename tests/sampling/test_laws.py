@@ -86,6 +86,7 @@ def test_replacement_draws_every_word_alike() -> None:
     assert p_value(law, drawn) > FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_truncation_keeps_a_uniform_subset() -> None:
     rate, capacity = 0.4, 2
     law = dict.fromkeys([s for s in subsets(5) if len(s) <= capacity], 0.0)
@@ -143,6 +144,7 @@ def test_shuffled_passed_off_as_random_allocation_is_caught() -> None:
     assert p_value(allocation_law(4, 2), drawn) < FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_random_allocation_passed_off_as_poisson_is_caught() -> None:
     law = {s: 0.5 ** len(s) * 0.5 ** (4 - len(s)) for s in subsets(4)}
     pairs = {(a, b): p * q for a, p in law.items() for b, q in law.items()}
@@ -153,6 +155,7 @@ def test_random_allocation_passed_off_as_poisson_is_caught() -> None:
     assert p_value(pairs, allocated) < FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_fixed_size_passed_off_as_poisson_is_caught() -> None:
     law = {s: 0.4 ** len(s) * 0.6 ** (5 - len(s)) for s in subsets(5)}
     assert p_value(law, batches(FixedSizeSampler(5, 2, KEY).draw, 4000)) < FALSE_ALARM
@@ -239,6 +242,7 @@ def same_every_other_epoch(step: int) -> np.ndarray:
     return ALLOCATION.draw(epoch // 2 * STEPS_PER_EPOCH + at)
 
 
+@pytest.mark.slow
 def test_random_allocation_has_its_law() -> None:
     assert rejected(allocated) == set()
 

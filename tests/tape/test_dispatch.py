@@ -59,6 +59,7 @@ def test_views_are_told_apart_by_shape_tag_and_batch_size() -> None:
     assert found > 1000
 
 
+@pytest.mark.slow
 def test_a_memory_of_views_without_the_tag_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     remembered: dict[object, Tag] = {}
     right = provenance._regular_after_view

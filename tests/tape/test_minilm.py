@@ -77,6 +77,7 @@ def weighted(gradients: dict[str, Tensor], coefficients: Tensor) -> Tensor:
     return torch.cat([torch.tensordot(coefficients, g, 1).flatten() for g in gradients.values()])
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_pretrained_ones(folder: Path) -> None:
     from safetensors.torch import load_file
 

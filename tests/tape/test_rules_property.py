@@ -13,7 +13,9 @@ from tests.tape.zoo.base import Lambda
 from torch import Tensor, nn
 
 some = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=min(25, settings.default.max_examples),  # fewer under `make quick`
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 small = st.integers(1, 4)
 batches = st.integers(1, 4)

@@ -82,6 +82,7 @@ def test_what_comes_from_private_data_says_so(finished: RunFolder) -> None:
     assert not [key for key in result if key.startswith(NOT_PRIVATE)]
 
 
+@pytest.mark.slow
 def test_diagnostics_can_be_left_out(job: Job, tmp_path: Path) -> None:
     folder = run_folder.create(tmp_path / "runs", "quiet")
     train(prepare(replace(job, diagnostics=False)), folder)

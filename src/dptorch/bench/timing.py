@@ -73,6 +73,7 @@ def interleave(
     usual = min(clock(reference)[0] for _ in range(2))
     every = {n: _stride(min(clock(s)[0] for _ in range(2)) / usual) for n, s in steps.items()}
     samples: dict[str, list[tuple[float, float, float]]] = {n: [] for n in steps}
+    frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()  # what is there stays: collecting between rounds then takes no time
     try:
@@ -93,7 +94,8 @@ def interleave(
                     samples[n].append((w, w / wall, c / cpu if cpu else float("nan")))
             done += 1
     finally:
-        gc.unfreeze()
+        if not frozen:  # else the caller's objects would thaw too
+            gc.unfreeze()
     return {name: _summary(found) for name, found in samples.items()}
 
 

@@ -13,6 +13,7 @@ from dptorch.errors import ConfigurationError
 RUN = [SampledGaussian(1.0, 0.01, 200)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjacency", ["add-remove", "replace-one"])
 def test_the_interval_holds_exact(adjacency):
     pytest.importorskip("prv_accountant")

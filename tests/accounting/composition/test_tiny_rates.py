@@ -107,6 +107,7 @@ def test_rounding_losses_down_is_no_bound(monkeypatch):
     assert two_step_delta(found, 0.3, 1e-7) > 1e-8
 
 
+@pytest.mark.slow
 def test_the_contour_says_where_it_does_not_settle():
     with pytest.raises(contour.Unsettled, match="does not settle"):
         contour.contour_epsilon([SampledPair("remove", 0.3, 1e-9, 1000)], 1e-8)

@@ -136,6 +136,7 @@ def test_more_choices_hide_more_and_parts_of_epochs_count_whole():
     assert one == pytest.approx(PLD.epsilon([SampledGaussian(2.0, 1.0, 4)], 1e-4), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_several_selections():
     """2 of 4 steps, all outputs in the open: simulation stays below the block bound."""
     rng = np.random.default_rng(3)
@@ -164,6 +165,7 @@ def test_what_is_not_covered_says_so():
         PLD.epsilon([event], 1e-5, adjacency="replace-one")
 
 
+@pytest.mark.slow
 def test_it_composes_with_poisson_sampling():
     history = [RandomAllocationGaussian(1.0, 10, 10), SampledGaussian(1.0, 0.05, 50)]
     parts = [PLD.epsilon([event], 1e-5) for event in history]

@@ -56,6 +56,7 @@ def test_the_pair_of_uncut_sampling_is_too_small():
     assert largest_excess(lambda d, cut: SampledPair(d, NOISE, RATE, 1)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjacency", ["add-remove", "zero-out", "replace-one"])
 def test_it_composes_where_the_overflow_is_above_delta(adjacency):
     event = TruncatedPoissonGaussian(1.0, 0.01, 100, sample_size=1000, capacity=20)

@@ -35,6 +35,7 @@ def test_every_choice_spends_the_whole_budget(limit, steps):
         assert c.epochs == pytest.approx(c.steps * c.batch_size / 10_000)
 
 
+@pytest.mark.slow
 def test_larger_batches_carry_more_signal():
     choices = plan_budget(**BUDGET, epochs=30, batch_sizes=SIZES)
     assert [c.batch_size for c in choices] == [1024, 256, 64]
@@ -51,6 +52,7 @@ def test_memory_and_hours_need_measurements():
     assert full.hours == pytest.approx(30_000 / 50 / 3600)
 
 
+@pytest.mark.slow
 def test_tuning_is_inside_the_budget():
     law = RunLaw("geometric", 10)
     (plain,) = plan_budget(**BUDGET, epochs=10, batch_sizes=[256])

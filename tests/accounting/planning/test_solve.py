@@ -83,6 +83,7 @@ def test_far_targets(target):
     assert 0.999 * target < spent <= target
 
 
+@pytest.mark.slow
 def test_a_target_of_zero_is_reached_through_delta():
     sigma = accounting.noise_multiplier(
         target_epsilon=0.0, delta=1e-3, sample_rate=0.01, steps=10, accountant="exact"
@@ -105,6 +106,7 @@ def test_generous_targets_take_every_record():
     assert rate == 1.0
 
 
+@pytest.mark.slow
 def test_unreachable_noise_names_the_smallest_epsilon():
     """RDP stops at order 1024, so at δ = 1e-9 no noise brings its ε to 0.001."""
     with pytest.raises(ConfigurationError, match=r"unreachable.*no epsilon below 0\.0\d+"):

@@ -39,6 +39,7 @@ def test_half_the_noise_would_be_caught():
     assert np.any(ndtr(x - 1) < claimed - 0.05)
 
 
+@pytest.mark.slow
 def test_summary():
     fit = gaussian_fit([SampledGaussian(1.0, 0.01, 1000)])
     assert 0.41 < fit.mu < 0.6

@@ -94,6 +94,7 @@ def test_dp_accounting_differs_by_its_delta_alone(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logarithmic", "geometric", "poisson"])
 def test_run_laws_have_their_mean(name):
     """100,000 draws: the mean within 5 standard errors (false alarm 6e-7)."""

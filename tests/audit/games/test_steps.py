@@ -43,6 +43,7 @@ def test_a_shuffle_is_told_apart_without_error(score: str) -> None:
     assert result.epsilon_lower == pytest.approx(5.5999, abs=1e-3)  # all of 1000 + 1000 right
 
 
+@pytest.mark.slow
 def test_gaussian_noise_is_measured_at_what_it_gives() -> None:
     gap = math.sqrt(
         sum(float((a - b).square().sum()) for a, b in zip(INSIDE, OUTSIDE, strict=True))

@@ -155,6 +155,7 @@ def test_a_batch_larger_than_the_data(tmp_path):
         make(tmp_path, args=arguments(tmp_path, per_device_train_batch_size=64))
 
 
+@pytest.mark.slow
 def test_a_plain_data_set_of_torch_will_do(tmp_path):
     rows = [
         {"input_ids": torch.tensor(t), "labels": torch.tensor(t), "note": i}

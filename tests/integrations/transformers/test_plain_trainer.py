@@ -48,6 +48,7 @@ def plain(folder, *, count_tokens, reduction="mean", **settings):
     return trainer, engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count_tokens", "settings"),
     [(True, {}), (True, {"reduction": "sum"}), (False, {"gradient_accumulation_steps": 2})],

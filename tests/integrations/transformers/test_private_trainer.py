@@ -150,6 +150,7 @@ def test_private_files_go_with_their_checkpoints(tmp_path):
     assert len(kept) == 2
 
 
+@pytest.mark.slow
 def test_epsilon_is_in_every_entry_and_the_statement_states_what_was_planned(tmp_path):
     trainer = trainer_of(
         build("bert"),
@@ -190,6 +191,7 @@ def test_it_stops_at_the_budget(tmp_path):
     assert trainer.engine.steps_done == 2
 
 
+@pytest.mark.slow
 def test_evaluation_within_a_run_spends_nothing(tmp_path):
     trainer = trainer_of(
         build("gpt2"),
@@ -207,6 +209,7 @@ def test_evaluation_within_a_run_spends_nothing(tmp_path):
     assert not names & {"loss", "eval_loss", "grad_norm", "train_loss"}
 
 
+@pytest.mark.slow
 def test_the_unit_is_the_user_where_a_column_says_whose_rows_are(tmp_path):
     dataset = data("bert").add_column("uid", [f"user {i // 2}" for i in range(setup.ROWS)])
     trainer = trainer_of(
@@ -229,6 +232,7 @@ def test_the_unit_is_the_user_where_a_column_says_whose_rows_are(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_rate_is_not_computed_from_a_number_that_is_protected(tmp_path):
     settings = {"adjacency": "add-remove", "noise_multiplier": 1.0}
     with pytest.raises(ConfigurationError, match="an estimate will do"):
@@ -268,6 +272,7 @@ def test_a_compiled_model_runs_as_it_is_written(tmp_path):
     assert trainer.engine.steps_done == 1
 
 
+@pytest.mark.slow
 def test_half_precision_trains(tmp_path):
     trainer = ran(trainer_of(build("gpt2"), "gpt2", tmp_path, bf16=True))
     assert trainer.engine.steps_done == 1

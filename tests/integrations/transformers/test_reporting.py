@@ -93,6 +93,7 @@ def test_nothing_that_is_uploaded_holds_the_key_or_a_loss(tmp_path, hub):
     assert all("epsilon" in entry for entry in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_the_card_carries_the_statement_once(tmp_path, hub):
     trainer = run(tmp_path, push_to_hub=True)
     trainer.create_model_card()
@@ -104,6 +105,7 @@ def test_the_card_carries_the_statement_once(tmp_path, hub):
     assert "Training Loss" not in card
 
 
+@pytest.mark.slow
 def test_uploading_exact_losses_is_refused(tmp_path, hub):
     """A run that was not to be pushed keeps its losses, and is not pushed with them."""
     trainer = run(tmp_path)

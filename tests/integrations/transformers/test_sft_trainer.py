@@ -162,6 +162,7 @@ def test_what_joins_records_or_hides_parameters_is_refused(setting, value, tmp_p
         sft(build("gpt2"), tmp_path, **{setting: value})
 
 
+@pytest.mark.slow
 def test_training_arguments_will_do(tmp_path):
     trainer = DPSFTTrainer(
         build("gpt2"),

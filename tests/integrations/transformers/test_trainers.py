@@ -73,6 +73,7 @@ def test_the_sequence_to_sequence_trainer_is_exact_and_generates(tmp_path):
     assert trainer.predict(data("t5")).predictions.shape[0] == setup.ROWS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.1, 0.5])
 def test_label_smoothing_is_exact(epsilon, tmp_path):
     def loss(model, batch):
@@ -89,6 +90,7 @@ def test_label_smoothing_is_exact(epsilon, tmp_path):
     assert largest_error(one_step_of_sgd(trainer), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_with_class_weights_is_exact(tmp_path):
     weights = torch.tensor([0.2, 1.0, 3.0])
 
@@ -107,6 +109,7 @@ def test_a_loss_of_ones_own_with_class_weights_is_exact(tmp_path):
     assert largest_error(one_step_of_sgd(trainer), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_row_without_a_label_that_counts_adds_nothing(tmp_path):
     dataset = data("gpt2")
     masked = [row if i else [-100] * len(row) for i, row in enumerate(dataset["labels"])]
@@ -121,6 +124,7 @@ def test_a_row_without_a_label_that_counts_adds_nothing(tmp_path):
 # -- broken twins ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_count_of_all_examples_tokens_is_caught(tmp_path, monkeypatch):
     """The twin passes `num_items_in_batch` on, as the Trainer does."""
 
@@ -133,6 +137,7 @@ def test_a_count_of_all_examples_tokens_is_caught(tmp_path, monkeypatch):
         one_step_of_sgd(trainer_of(build("gpt2"), "gpt2", tmp_path))
 
 
+@pytest.mark.slow
 def test_a_number_of_tokens_is_caught(tmp_path, monkeypatch):
     """The same twin, with the count as a number of Python: the step is another."""
 
