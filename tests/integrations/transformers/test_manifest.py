@@ -55,7 +55,7 @@ def test_a_new_field_is_seen_and_refused_where_it_is_set(tmp_path):
 #: For every refused field a value that is refused.
 WRONG = {
     "fp16": True, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
-    "neftune_noise_alpha": 5.0, "auto_find_batch_size": True, "optim": "lomo",
+    "neftune_noise_alpha": 5.0, "optim": "lomo",
     "optim_target_modules": "all-linear", "load_best_model_at_end": True, "save_strategy": "best",
     "lr_scheduler_type": "reduce_lr_on_plateau", "hub_strategy": "all_checkpoints",
     "parallelism_config": object(), "fsdp": True, "deepspeed": {"zero_optimization": {"stage": 2}},

@@ -14,8 +14,9 @@ pytest.importorskip("datasets")
 
 from transformers import Trainer, TrainerCallback
 
-from dptorch.errors import BudgetExhausted, ConfigurationError
+from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 from dptorch.integrations.transformers.private_trainer import PRIVATE_FOLDER
+from dptorch.ledger import open_ledger
 from tests.integrations.transformers import setup
 from tests.integrations.transformers.setup import arguments, build, collator, data, trainer_of
 
@@ -270,6 +271,74 @@ def test_a_compiled_model_runs_as_it_is_written(tmp_path):
     trainer.train()
     assert not trainer.args.torch_compile
     assert trainer.engine.steps_done == 1
+
+
+class Memory(torch.autograd.Function):
+    """Fits `rows` rows, in the forward pass or in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, rows, where):
+        ctx.rows, ctx.where = rows, where
+        if where == "forward" and len(x) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.where == "backward" and len(grad) > ctx.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return grad.clone(), None, None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_does_not_fit_goes_through_in_smaller_parts(where, tmp_path, float64):
+    """Memory for three rows: parts of ten, five and two; the run is that of parts of two."""
+    settings = {"noise_multiplier": 0.5}
+    arguments = {"num_train_epochs": 3, "learning_rate": 1e-2, "auto_find_batch_size": True}
+
+    def run(rows, parts, memory):
+        model = build("gpt2")
+        inner = model.transformer.forward
+
+        def forward(*args, **kwargs):
+            out = inner(*args, **kwargs)
+            out.last_hidden_state = Memory.apply(out.last_hidden_state, memory, where)
+            return out
+
+        model.transformer.forward = forward
+        trainer = trainer_of(
+            model, "gpt2", tmp_path, privacy=settings, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=parts, **arguments,
+        )  # fmt: skip
+        return ran(trainer)
+
+    expected = run(2, 5, 100)
+    with pytest.warns(PrivacyWarning, match="out of memory with 5 examples in the model"):
+        found = run(10, 1, 3)
+    assert found.engine.steps_done == found.state.global_step == 3
+    assert found.get_privacy_spent() == expected.get_privacy_spent()
+    assert found._batches.rows == 2
+    torch.testing.assert_close(parameters_of(found), parameters_of(expected), rtol=0, atol=1e-9)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(1, 10, 0)
+
+
+def test_steps_are_written_down_in_a_ledger(tmp_path):
+    ledger = open_ledger(tmp_path / "ledger.db").dataset("reviews")
+    trainer = ran(
+        trainer_of(
+            build("bert"),
+            "bert",
+            tmp_path,
+            privacy={"noise_multiplier": 1.0},
+            given={"ledger": ledger},
+            num_train_epochs=2,
+        )
+    )
+    assert trainer.engine.steps_done == 2
+    assert trainer.engine.ledger_run["dataset"] == "reviews"
+    assert "run" in trainer.privacy_statement().ledger
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dptorch.sampling import PhysicalBatch, PrivateLoader
@@ -18,13 +18,21 @@ class LogicalBatches:
     by it.
 
     Args:
-        loader: from `PrivacyEngine.loader`.
+        make_loader: from a number of rows to the loader of `PrivacyEngine.loader` with that
+            max_physical_batch_size.
+        rows: most examples of a part.
     """
 
-    def __init__(self, loader: PrivateLoader) -> None:
+    def __init__(self, make_loader: Callable[[int], PrivateLoader], rows: int) -> None:
+        self._make_loader = make_loader
+        self.rows = rows
+        self._iteration: Any = None
+        self._take(make_loader(rows))
+
+    def _take(self, loader: PrivateLoader) -> None:
         self._loader = loader
-        self.dataset = loader.dataset
         self._part: PhysicalBatch | None = None
+        self.dataset = loader.dataset
         loader.on_batch(self._note)
 
     def _note(self, part: PhysicalBatch) -> None:
@@ -34,14 +42,28 @@ class LogicalBatches:
         return self._loader.steps_per_epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batches = iter(self._loader)
-        for _ in range(self._loader.steps_left):
-            yield {"parts": self._parts(batches)}
+        steps = self._loader.steps_left
+        self._iteration = iter(self._loader)
+        for _ in range(steps):
+            yield {"parts": self.parts()}
 
-    def _parts(self, batches: Iterator[Any]) -> Iterator[tuple[Any, PhysicalBatch]]:
-        for inputs in batches:
+    def parts(self) -> Iterator[tuple[Any, PhysicalBatch]]:
+        """The parts of the logical batch that is due."""
+        while True:
+            try:
+                inputs = next(self._iteration)
+            except StopIteration:
+                return
             part = self._part
             assert part is not None
             yield inputs, part
             if part.is_last:
                 return
+
+    def halve(self) -> None:
+        """Hand out parts of half as many rows, beginning with the step that is due, drawn again: a
+        draw is a function of the key and the step, so that it is the same."""
+        self._iteration.close()  # or its end would drop what the next one has begun
+        self.rows = max(1, self.rows // 2)
+        self._take(self._make_loader(self.rows))
+        self._iteration = iter(self._loader)

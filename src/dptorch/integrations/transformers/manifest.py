@@ -95,6 +95,8 @@ CHANGED: Final = {
         "it would clip the noisy sum once more; the bound on a record's gradient is "
         "PrivacyArguments.max_grad_norm",
     ),
+    # It would train again after steps were released. `PrivateTrainer.training_step` halves parts.
+    "auto_find_batch_size": Change(False, ""),
     "torch_compile": Change(
         False, "every operation is looked at, so that a compiled model would run as it is written"
     ),
@@ -140,11 +142,6 @@ REFUSED: Final = {
         _OFF,
         "scales its noise by the padded length of the batch, so by the longest of the other records. "
         "Leave it out.",
-    ),
-    "auto_find_batch_size": Refusal(
-        _OFF,
-        "starts training again after steps were released. Halve per_device_train_batch_size and "
-        "double gradient_accumulation_steps instead: batch, noise and epsilon stay the same.",
     ),
     "optim": Refusal(
         lambda name: not any(part in name for part in ("lomo", "galore", "apollo")), _NO_STEP

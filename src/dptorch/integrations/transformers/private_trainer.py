@@ -9,10 +9,12 @@ replaced here, method by method. Read from transformers 5.23.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -20,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dptorch.accounting import Adjacency
 from dptorch.engine import checkpoint
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import BudgetExhausted, ConfigurationError
+from dptorch.errors import BudgetExhausted, ConfigurationError, warn
 from dptorch.integrations.transformers.chunked_loss import ChunkedLoss
 from dptorch.integrations.transformers.data_checks import check_data
 from dptorch.integrations.transformers.label_smoothing import SmoothLabels
@@ -77,6 +79,7 @@ class PrivateTrainer(Trainer):
     engine: PrivacyEngine | None = None
     _user_ids: list[Any] | None = None
     _chunked: ChunkedLoss | None = None
+    _batches: LogicalBatches
     arguments_class: type[TrainingArguments] = TrainingArguments
     always_causal = False
 
@@ -226,21 +229,24 @@ class PrivateTrainer(Trainer):
             return super().get_train_dataloader()
         dataset, collate = self._columns_of_the_model()
         workers = self.args.dataloader_num_workers
-        of_workers = {
+        of_workers: dict[str, Any] = {
             "prefetch_factor": self.args.dataloader_prefetch_factor,
             "persistent_workers": self.args.dataloader_persistent_workers,
             "multiprocessing_context": self.args.dataloader_multiprocessing_context,
         }
-        loader = self.engine.loader(
+        make_loader = partial(
+            self.engine.loader,
             dataset,
             user_ids=self._user_ids,
-            max_physical_batch_size=self.args.train_batch_size,
             collate_fn=collate,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             **(of_workers if workers else {}),
         )
-        return LogicalBatches(loader)
+        self._batches = LogicalBatches(
+            lambda rows: make_loader(max_physical_batch_size=rows), self.args.train_batch_size
+        )
+        return self._batches
 
     def _columns_of_the_model(self) -> tuple[Any, Any]:
         """The data set and the collator, both without columns that the model does not take."""
@@ -265,17 +271,40 @@ class PrivateTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of all parts of a logical batch; returns the mean loss."""
+        """Forward and backward of all parts of a logical batch; returns the mean loss. Where memory
+        does not suffice, the same batch goes through in smaller parts, and so do those to come."""
         base: Any = super()
         if self.engine is None:
             return base.training_step(model, inputs, num_items_in_batch)
+        parts = inputs["parts"]
+        while True:
+            try:
+                return self._run_parts(base.training_step, model, parts)
+            except RuntimeError as error:
+                if self._batches.rows == 1 or not should_reduce_batch_size(error):
+                    raise
+            # Not in the handler: its traceback holds the tensors of the part that failed.
+            parts = self._in_smaller_parts()
+
+    def _run_parts(self, one_step: Any, model: nn.Module, parts: Any) -> Tensor:
         total, rows = torch.zeros((), device=self.args.device), 0
-        for part_inputs, part in inputs["parts"]:
-            loss = base.training_step(model, part_inputs)
+        for inputs, part in parts:
+            loss = one_step(model, inputs)
             total, rows = total + loss * part.examples, rows + part.examples
             if not part.is_last:
                 _unwrapped(self.optimizer).virtual_step()
         return total / max(rows, 1)
+
+    def _in_smaller_parts(self) -> Any:
+        self._engine.drop_batch()
+        before = self._batches.rows
+        self._batches.halve()
+        clear_device_cache()
+        warn(
+            f"out of memory with {before} examples in the model: from here on {self._batches.rows}. "
+            "Logical batches, noise and epsilon stay as planned."
+        )
+        return self._batches.parts()
 
     def compute_loss(
         self,
