@@ -24,8 +24,8 @@ from dptorch.accounting.pairs.sampled import (
 
 __all__ = ["PLDAccountant"]
 
-_LARGEST_WINDOW = 2**22
-_FEWEST_POINTS = 2**9
+_LARGEST_WINDOW = 2**22  # points of a composed loss: 64 MB a transform
+_FEWEST_POINTS = 2**9  # of one step's loss, below which its shape is lost
 _ROUNDING = 1e-11  # a margin over the closed form's own rounding
 
 
@@ -92,7 +92,7 @@ class PLDAccountant(PairAccountant):
             try:
                 near = composed_delta(pairs, epsilon, floor=delta)
             except contour.Unsettled:
-                near = 1e-20
+                near = 1e-20  # a guess; it decides how tight the bound is, not whether it is one
             near = max(near, 1e-300)
             tail = contour.negligible_tail(pairs, math.log(near))
             bound = contour.saddle(pairs, epsilon, tail)[1]
@@ -124,6 +124,7 @@ class PLDAccountant(PairAccountant):
         worst = np.zeros(len(epsilons))
         for pairs in run.compositions:
             best = np.ones(len(epsilons))
+            # A composition is tight around its own ε. The least of upper bounds is one.
             for delta in (1e-1, 1e-4, 1e-9):
                 near = composed_epsilon(pairs, delta)
                 loss = self._loss(pairs, near, delta)
@@ -153,10 +154,12 @@ class PLDAccountant(PairAccountant):
         widest = max(min(high, reach) - max(low, -reach) for low, high in ends)
         interval = math.sqrt(tolerance / (1.6 * max(steps, 100)))
         interval = min(max(interval, widest / _LARGEST_WINDOW), widest / _FEWEST_POINTS)
+        # The composed window spans 12 tilted deviations on each side (`tilted`), and some more.
         interval = max(interval, 30.0 * self._spread(pairs, tilt, tail) / _LARGEST_WINDOW)
         while True:
             loss = _composed(pairs, interval, tilt, tail, reach)
             excess = math.log(max(loss.delta(epsilon), 1e-300) / delta)
+            # The excess falls with interval²: half of it takes the excess down to a quarter.
             finer = 0.5 if excess < 2 * wanted else 0.2
             if excess <= wanted or loss.losses.size / finer > _LARGEST_WINDOW:
                 return loss

@@ -88,6 +88,7 @@ class RDPAccountant(PairAccountant):
 
 def renyi_divergences(compositions: Compositions) -> Array:
     """Rényi divergences, the largest over the directions, at every one of `renyi_orders`."""
+    # The larger of the two at each order bounds both directions, whatever order the conversion takes.
     totals = [np.zeros_like(renyi_orders())]
     for pairs in compositions:
         total = np.zeros_like(renyi_orders())
@@ -121,5 +122,6 @@ def _one_step(pair: Pair) -> Array:
         if isinstance(pair, SampledPair) and pair.direction == "add":
             # The divergence of `remove` is the larger (Mironov, Talwar, Zhang 2019, Theorem 5).
             pair = replace(pair, direction="remove")
+        # D_α = log E_P[e^{(α-1) L}] / (α - 1), L = log P/Q: the pair's own, not a bound on it.
         found = np.array([log_mgf([pair], a - 1) / (a - 1) for a in orders])
     return np.maximum(found, 0.0) + _ROUNDING

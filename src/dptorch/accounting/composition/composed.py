@@ -81,7 +81,7 @@ def composed_epsilon(pairs: Sequence[Pair], delta: float, floor: float = 0.0) ->
 def _extrapolated_delta(pairs: Sequence[Pair], epsilon: float) -> float:
     if epsilon >= sum(pair.steps * pair.largest_loss for pair in pairs):
         return 0.0
-    tail = contour.negligible_tail(pairs, -80.0)
+    tail = contour.negligible_tail(pairs, -80.0)  # δ is not known yet: for one of e^-80
     tilt, _ = contour.saddle(pairs, epsilon, tail)
     for points, enough in _GRIDS:
         losses = list(_composed(pairs, epsilon, tilt, tail, points))
@@ -114,6 +114,7 @@ def _extrapolated_epsilon(pairs: Sequence[Pair], delta: float) -> float:
 
 def _disagreement(losses: Sequence[tilted.LossTail], epsilon: float) -> float:
     """What two reaches, or two grids after extrapolation, may differ by in log δ."""
+    # Extrapolation is taken to leave a tenth of what the last halving changed.
     far, coarse, middle, fine = (max(loss.delta(epsilon), 1e-300) for loss in losses)
     return max(abs(math.log(far / coarse)), abs(math.log(middle / fine)) / 10)
 
@@ -124,6 +125,7 @@ def _limit(coarse: float, middle: float, fine: float) -> float:
     The order is measured (Aitken): the error falls with interval² where the grid resolves one
     step's loss, and with less where most of it lies between two points.
     """
+    # Ratios from 0.75 on say that no order shows yet, and would magnify rounding.
     first, second = coarse - middle, middle - fine
     ratio = second / first if first > 0 else 0.0
     return fine - second * ratio / (1 - ratio) if 0 < ratio < 0.75 else fine

@@ -68,6 +68,7 @@ class _Line:
 
         y = self.y[::stride]
         height = cut * self.y[-1]
+        # From 1 to 0 around half of the height; at its end erfc(6) / 2 = 1e-17.
         weight = 0.5 * erfc(12.0 * (y / height - 0.5)) * (y[1] - y[0]) / math.pi
         # Both halves of the line are conjugate: twice the real part of one, but for their common point.
         weight[0] *= 0.5
@@ -113,7 +114,7 @@ def contour_delta(pairs: Sequence[Pair], epsilon: float, floor: float = 0.0) -> 
     if epsilon / 2 + log_mgf(pairs, -0.5, negligible_tail(pairs, -37.0)) < -28.0:
         return 1.0
     log_floor = math.log(floor) if floor > 0 else -math.inf
-    smallest = max(-37.0, log_floor)
+    smallest = max(-37.0, log_floor)  # e^-37 = 1e-16: few are asked for a smaller δ
     while True:
         tail = negligible_tail(pairs, smallest)
         t, bound = saddle(pairs, epsilon, tail)
@@ -136,6 +137,7 @@ def negligible_tail(pairs: Sequence[Pair], log_delta: float) -> float:
         >>> negligible_tail([SampledPair("remove", 1.0, 0.01, 1000)], math.log(1e-5))
         -47
     """
+    # All steps together then lose e^-28 = 7e-13 of δ. Whole numbers, so that near δs share caches.
     return math.floor(log_delta - math.log(sum(pair.steps for pair in pairs)) - 28)
 
 
@@ -267,6 +269,7 @@ def _converged_line(
     depth = max(0.0, -(k_mid - t * epsilon - math.log(t) - math.log1p(t)))
     # The rule with step s sees copies of δ at distance 2π/s; they must be negligible at both sides.
     distance = 2.0 * max((depth + 30.0) / t, 9.0 * spread)
+    # 9 deviations of the integrand, and twice that, as the cut-off takes half of the height.
     height = 18.0 * max(1.0 / spread, 0.05 * t)
     while True:
         count = 2 * math.ceil(height * distance / (4 * math.pi)) + 1
@@ -345,7 +348,7 @@ def _pair_log_mgf(
         raise Unsettled(f"the contour integral does not settle for {pair}")
     exponents = log_masses + t * losses
     largest = float(exponents.max())
-    if largest > 40.0:
+    if largest > 40.0:  # E[e^{zL}] is so large that the 1 in it is below a rounding
         sums = _powers(np.exp(exponents - largest), losses, step, count)
         return pair.steps * (np.log(sums) + largest), 1e-15 * pair.steps
     # E[e^{zL}] - 1 = E[e^{zL} - 1]: by its series where |zL| is small (at low rates nearly
@@ -367,7 +370,7 @@ def _pair_log_mgf(
 def _exponential_series(masses: Array, losses: Array, z: Array) -> Array:
     """Σ_k masses_k (e^{z losses_k} - 1) for |z losses_k| < 0.5, by moments; [n] complex."""
     total = np.zeros_like(z)
-    for order in range(14, 0, -1):
+    for order in range(14, 0, -1):  # 0.5^15 / 15! = 2e-17
         moment = float(masses @ losses**order) / math.factorial(order)
         total = (total + moment) * z
     return total

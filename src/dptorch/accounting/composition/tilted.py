@@ -120,6 +120,7 @@ def compose(parts: Sequence[Discretised], interval: float, tilt: float) -> LossT
         index = np.arange(part.masses.size)
         with np.errstate(divide="ignore"):
             logs_k = np.log(part.masses) + tilt * interval * index
+        # By the largest first, as e^{tilt · loss} alone may overflow.
         peak = float(logs_k.max())
         scaled = np.exp(logs_k - peak)
         total = float(scaled.sum())
@@ -194,6 +195,7 @@ def _tail_bounds(
     parts: Sequence[Discretised], tilted: Sequence[Array]
 ) -> tuple[Callable[[int], float], Callable[[int], float]]:
     """Moments bounds on the tilted probability of an index >= end, and of one < start."""
+    # Orders are relative to the longest part, over which e^{order · index} then stays below e^50.
     sizes = np.geomspace(1e-2, 50.0, 30) / max(masses.size for masses in tilted)
     logs = {1: np.zeros_like(sizes), -1: np.zeros_like(sizes)}
     for part, masses in zip(parts, tilted, strict=True):

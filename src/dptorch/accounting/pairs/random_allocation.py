@@ -39,7 +39,8 @@ _FEWEST, _MOST = 2**14, 2**21  # points of the grid of one Y
 _LONGEST_SUM = 2**24  # points of the grid of their sum
 _SPACING = 0.02  # of Y's standard deviation: the split then adds 1e-4 to its variance
 _FINE = 2.0**-12  # loss interval of the uncertified look-ahead
-_ORDERS = np.geomspace(0.1, 60.0, 12)  # of the Chernoff bound, over the largest Y
+# Orders of the Chernoff bound, over the largest Y; e^60 is far from overflow.
+_ORDERS = np.geomspace(0.1, 60.0, 12)
 _USUAL_TAIL = -50.0
 _EXCESS_TAIL = 18.0  # a negligible tail is e^-28 of δ; e^-10 will do, for a grid half as long
 
@@ -145,14 +146,16 @@ def _sum_of_lognormals(
     from scipy.special import ndtr
 
     # Beyond `highest`, which P or Q reaches with probability e^tail / t, a Y is lost.
+    # P(Z > r) <= e^(-r²/2) gives r. Under P the record's step has Z + 1/σ, hence the plus.
     reach = math.sqrt(-2 * (tail - math.log(choices)))
     highest = math.exp(0.5 / sigma**2 + reach / sigma)
-    lost = 2 * choices * float(ndtr(-reach))
+    lost = 2 * choices * float(ndtr(-reach))  # of t steps, under P or Q
     deviation = math.sqrt(math.expm1(min(1 / sigma**2, 100.0)))
     count = min(max(math.ceil(highest / (_SPACING * deviation)), _FEWEST), _MOST)
     spacing = highest / count
     plain, biased = _split_lognormal(sigma, spacing, count)
-    # So is a sum beyond `end` (Chernoff), of which a biased one is the larger.
+    # So is a sum beyond `end`, of which a biased one is the larger: by Chernoff, P(S > end) <=
+    # E[e^{order S}] e^{-order end}, which is e^tail at the end taken.
     points = spacing * np.arange(count + 1)
     ends = [choices * highest]
     for order in _ORDERS / highest:

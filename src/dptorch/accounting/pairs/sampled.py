@@ -259,6 +259,7 @@ class SampledPair:
     def _ends(self, t: float, tail: float | None) -> tuple[float, float]:
         sigma = self.noise_multiplier
         if tail is not None:
+            # e^tail lies beyond sqrt(-2 tail) deviations, and the taper takes 5 more.
             side = sigma * max(9.5, math.sqrt(-2 * tail) + 5.0)
             return -side, side if self.direction == "add" else 1.0 + side
         # How far dividing by (1-q) + q e^{..} pulls the mass: at most t, and only while q e^{..}
@@ -267,7 +268,7 @@ class SampledPair:
         pull = min(t, sigma**2 * (1 + math.log1p(t * odds / sigma**2)))
         left = -pull if self.direction == "add" else 0.0
         right = {"remove": t + 1.0, "add": 0.0, "replace": t + 1.0 + pull}[self.direction]
-        return left - 9.5 * sigma, right + 9.5 * sigma
+        return left - 9.5 * sigma, right + 9.5 * sigma  # a normal's mass beyond is 1e-21
 
     def _taper(self, x: Array, left: float, right: float) -> Array:
         """log of a smooth step from 1 to 0 over the last 5σ before the end where the loss is large.
