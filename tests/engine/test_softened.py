@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -289,3 +290,105 @@ def test_a_constant_with_as_many_rows_as_a_later_batch_stays_one() -> None:
             loss(model, x, y).backward()
             optimizer.step()
         assert engine.steps_done == 1
+
+
+class Looking(nn.Module):
+    """Does something with its activations beside what it returns."""
+
+    def __init__(self, look: Callable[[Any, Tensor], Any], scale: float = 1.0) -> None:
+        super().__init__()
+        self.layer, self.look, self.scale = nn.Linear(5, 3), look, scale
+        self.total: Any = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x * self.scale)
+        changed = self.look(self, h)
+        return h if changed is None else changed
+
+
+def plain(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y)
+
+
+def _assert_finite(m: Any, h: Tensor) -> None:
+    assert torch.isfinite(h).all()
+    assert not torch.isnan(h).any()
+    assert not (~h.isfinite()).any().item()
+
+
+def _branch_on_infinite(m: Any, h: Tensor) -> Tensor:
+    return h if torch.isfinite(h * 1e38 * 1e38).all() else 1e-3 * h
+
+
+def _branch_on_nan(m: Any, h: Tensor) -> Tensor:
+    return 1e-3 * h if (h * math.inf * 0).isnan().any() else h
+
+
+def _branch_on_size(m: Any, h: Tensor) -> Tensor:
+    return h if (h.abs() < 1e3).all() else 1e-3 * h
+
+
+def _scale_by_check(m: Any, h: Tensor) -> Tensor:
+    return h * torch.isfinite(h).all()
+
+
+def _branch_on_all_infinite(m: Any, h: Tensor) -> Tensor:
+    return h if torch.isfinite(h).any() else 1e-3 * h
+
+
+def _add_up(m: Any, h: Tensor) -> None:
+    m.total = m.total + h.detach().mean()
+
+
+def _add_up_and_use(m: Any, h: Tensor) -> Tensor:
+    m.total = m.total + h.detach().mean()
+    return h * m.total
+
+
+def _keep_for_the_next(m: Any, h: Tensor) -> Tensor:
+    before, m.total = m.total, h.detach().mean()
+    return h + before
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("look", [_assert_finite, _add_up])
+def test_asserts_and_logs_in_the_forward_run(look: Any, own: bool) -> None:
+    assert steps_with(plain, Looking(look), own=own, self_check=False) == 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    "look",
+    [
+        _branch_on_infinite,
+        _branch_on_nan,
+        _branch_on_size,
+        _scale_by_check,
+        _branch_on_all_infinite,
+        _add_up_and_use,
+        _keep_for_the_next,
+    ],
+)
+def test_what_is_asserted_or_logged_may_not_change_what_is_computed(look: Any, own: bool) -> None:
+    with pytest.raises(PrivacyError):
+        steps_with(plain, Looking(look), own=own, self_check=False)
+
+
+def _attack(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of the loss in the inputs, which are a leaf of the loop's own."""
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(m(x), y), x)
+    return F.cross_entropy(m(x.detach() + 0.1 * g.sign()), y)
+
+
+def _attack_with_a_shared_step(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(m(x), y), x)
+    return F.cross_entropy(m(x.detach() + 0.1 * g / g.norm()), y)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_inputs_may_be_moved_along_their_own_gradient(own: bool) -> None:
+    assert steps_with(_attack, make_model(), own=own) == 2
+    with pytest.raises(PrivacyError):
+        steps_with(_attack_with_a_shared_step, make_model(), own=own)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dptorch.errors import NotCoveredError
 from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, Order, ParamOnly, Reduced, Tag
+from dptorch.tape.recording.finite_checks import is_usual
 from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.reads import note_read
 from dptorch.tape.recording.tensor_states import batch_of
@@ -50,7 +51,8 @@ def read(
         ExamplesMixError: inside a forward pass or a hook; see `dptorch.tape.recording.reads`.
     """
     states = [recording.state(t) for t in each_tensor(args, kwargs)]
-    note_read(recording, name, states)
+    if not (args and is_usual(name, args[0])):
+        note_read(recording, name, states)
     out = func(*args, **kwargs)
     batch = batch_of(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is not None and isinstance(out, float):

@@ -214,6 +214,9 @@ def _tagger(recording: Recording) -> Callable[[Tensor, int], Tensor]:
                 used = t.view_as(t)  # the model gets a plain tensor
             recording.mark(used, recording.state(t))
             follow(t, recording)
+        elif t.is_leaf and t.requires_grad and type(t) is Tensor:
+            recording.mark(t, recording.state(used))  # its gradient may be asked for
+            follow(t, recording)
         return used
 
     return tag

@@ -46,6 +46,7 @@ from dptorch.tape.recording.assignment import assign, assign_parameter
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.composites import is_composite, without_checks
 from dptorch.tape.recording.escapes import judge_results, judge_slices, note_error
+from dptorch.tape.recording.finite_checks import note_check
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.parameter_graph import parameters_behind
 from dptorch.tape.recording.read_numbers import read_numbers
@@ -428,6 +429,7 @@ class Recording(TorchFunctionMode):
             ) from None
 
     def _propagate(self, call: Call, out: Any) -> None:
+        note_check(call, out)
         outputs: Sequence[Any] = (out,)
         if not isinstance(out, Tensor):
             if isinstance(out, (tuple, list)):

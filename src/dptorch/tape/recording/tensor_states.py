@@ -63,12 +63,7 @@ class TensorStates:
         self._owned: dict[int, str] | None = None
 
     def state(self, t: Tensor) -> State | None:
-        """Return what is known of a tensor, or None for a constant.
-
-        Raises:
-            NotCoveredError: inside the model, for a tensor that carries the examples of another
-                batch.
-        """
+        """Return what is known of a tensor, or None for a constant."""
         entry = getattr(t, _STATE, None)
         if entry is None:
             state, clock = None, 0
@@ -107,13 +102,10 @@ class TensorStates:
             if mine is not None:
                 return mine if self.batch.size > 1 else Tag(None, 0)
         same_step = not other.spent and not self.batch.spent and other.size == self.batch.size
-        if self.depth == 0:
-            if same_step and not (other.handed_out and self.batch.handed_out):
-                return state  # two models, each on inputs of its own, in one loss
-            return Mixed(f"{user_line()}: a tensor of shape {tuple(t.shape)} {_FOREIGN}")
-        raise NotCoveredError(
-            f"{self.module_path()}: a tensor of shape {tuple(t.shape)} {_FOREIGN}"
-        )
+        if self.depth == 0 and same_step and not (other.handed_out and self.batch.handed_out):
+            return state  # two models, each on inputs of its own, in one loss
+        # It may be logged, and added up for a log, but not reach a gradient.
+        return Mixed(f"{self.module_path()}: a tensor of shape {tuple(t.shape)} {_FOREIGN}")
 
     def mark(self, t: Any, state: State | None) -> None:
         """Say what a tensor is. A mixed tensor raises if a gradient ever passes it."""
