@@ -52,11 +52,11 @@ ASSUMED = (
     "public (public_number)",
     "no number that is read from a batch decides what is computed for another {unit}: in the loop (a "
     "loss, a norm, a text of them), or in the model by code that is trusted (transformers, timm, "
-    "torchvision, peft, einops, what runs in dptorch.tape.trusted_reads)",
+    "torchvision, peft, what runs in dptorch.tape.trusted_reads)",
     "no value of the batch leaves the model, or comes back, by what torch functions do not show: code "
     "that turns them off, threads that run already, extensions in other languages",
     "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows "
-    "(the first batch is tested for both)",
+    "(the first batch is tested for both), nor on the longest of the other sequences",
 )
 #: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"

@@ -164,15 +164,19 @@ def _in_a_thread(h: Tensor) -> bool:
 
 
 pool = ThreadPoolExecutor(1)
+OF_TORCH = (RuntimeError, IndexError)
 
 
-def fails(function: Callable[[Tensor], Any]) -> Callable[[Tensor], bool]:
+def fails(
+    function: Callable[[Tensor], Any],
+    error: type[Exception] | tuple[type[Exception], ...] = OF_TORCH,
+) -> Callable[[Tensor], bool]:
     """Whether a function of a tensor fails."""
 
     def test(h: Tensor) -> bool:
         try:
             function(h)
-        except (RuntimeError, IndexError):
+        except error:
             return True
         return False
 
@@ -190,6 +194,42 @@ READS |= {
     "an index that fails": fails(lambda h: torch.zeros(4)[count(h) * 7]),
     "an asynchronous assertion": fails(lambda h: torch._assert_async(~huge(h).any())),
     "a view that fails": fails(lambda h: h[huge(h)].view(0)),
+}
+
+
+class Own(Tensor):
+    """A tensor of a class of one's own."""
+
+
+def _each(h: Tensor) -> bool:
+    seen: list[float] = []
+    h.detach().clone().apply_(lambda v: seen.append(v) or v)  # type: ignore[func-returns-value]
+    return max(map(abs, seen)) > 1e3
+
+
+READS |= {
+    "another class": lambda h: h.detach().as_subclass(Own).abs().max() > 1e3,
+    "a function of each element": _each,
+    "a distribution that refuses": fails(
+        lambda h: torch.distributions.Normal(0.0, 1e3 - h.detach().abs().max()), ValueError
+    ),
+    "a norm that refuses": fails(
+        lambda h: nn.utils.get_total_norm(
+            [torch.where(huge(h), torch.inf, h)], error_if_nonfinite=True
+        )
+    ),
+    "another tensor's size": lambda h: not torch.ones(0).is_same_size(h[huge(h)]),
+    "a size that both broadcast to": lambda h: (
+        torch.broadcast_shapes(h[huge(h)].shape, (1,))[0] > 0
+    ),
+    "the hash of a size": lambda h: hash(h[huge(h)].shape[0]) > 0,
+    "a tensor resized": lambda h: torch.empty(0).resize_(h[huge(h)].shape[0]).numel() > 0,
+    "packed sequences": lambda h: (
+        nn.utils.rnn.pack_padded_sequence(
+            torch.ones(len(h), 2, 1), huge(h).any(1).long() + 1, True, False
+        ).data.shape[0]
+        > len(h)
+    ),
 }
 
 
@@ -309,6 +349,16 @@ def test_hooks_on_a_loss_may_look_and_not_change(hook: Callable[[Tensor], Any]) 
     with pytest.raises(PrivacyError, match="hook on a loss"):
         backward(hook)
     assert len(backward(lambda g: None)) == 1
+
+
+def test_nested_tensors_are_refused() -> None:
+    def program(model: nn.Module, h: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor([row[row.abs() > 1e3] for row in h.detach()])
+        return -h * 1e-3 if nested.numel() else h
+
+    with pytest.raises(PrivacyError, match="nested tensor"):
+        sensitivity(program)
+    assert sensitivity(program, trusted=True) > 5
 
 
 def test_a_swallowed_refusal_is_raised_at_the_end() -> None:

@@ -147,7 +147,7 @@ DYNAMIC = words(
     repeat_interleave one_hot __getitem__ index _unsafe_index where to_sparse to_sparse_coo
     to_sparse_csr to_sparse_csc to_sparse_bsr to_sparse_bsc indices values _indices _values
     crow_indices col_indices coalesce _pack_padded_sequence pack_padded_sequence
-    pad_packed_sequence combinations histogram_bin_edges"""
+    combinations resize resize_as"""
 )
 # Functions that make no tensor of the batch, or none that matters.
 _PASSIVE = words(

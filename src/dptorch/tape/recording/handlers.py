@@ -40,7 +40,7 @@ def handler(names: str) -> Callable[[Special], Special]:
     """item tolist numpy __float__ __array__ __bool__ __int__ __index__ __complex__ is_nonzero equal
     allclose __contains__ _local_scalar_dense __format__ __repr__ __str__
     __dlpack__ untyped_storage storage _typed_storage data_ptr __reduce_ex__ __reduce__ share_memory
-    .__cuda_array_interface__ _nnz _dimI _dimV"""
+    .__cuda_array_interface__ _nnz _dimI _dimV apply map map2"""
 )
 def read(
     recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs

@@ -27,15 +27,16 @@ __all__ = ["TRUSTED", "is_trusted", "note_read", "trusted_reads"]
 #: Packages whose models read values of a batch only to choose between equal computations: torch's
 #: layers and its validation of arguments, masks and experts of transformers.
 TRUSTED = (
-    "torch.nn",
+    "torch.nn.modules",
+    "torch.nn.functional",
+    "torch.nn.parallel",
+    "torch.nn.utils.rnn",
     "torch.distributions",
-    "torch.functional",
     "torch.utils.checkpoint",
     "transformers",
     "timm",
     "torchvision",
     "peft",
-    "einops",
 )
 
 _trusted = 0

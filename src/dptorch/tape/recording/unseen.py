@@ -13,12 +13,15 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.nested
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
 from dptorch.errors import NotCoveredError
 from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.recording.escapes import note_error
 from dptorch.tape.recording.places import user_line
 from dptorch.tape.recording.reads import is_trusted, note_read
 from dptorch.tape.rules.recorder import Recorder
@@ -46,10 +49,17 @@ def watch(innermost: _Innermost) -> Callable[[], None]:
             (torch._C.ScriptFunction, "__call__", _script),
             (torch._C.ScriptMethod, "__call__", _script),
             (saved_tensors_hooks, "__enter__", _hooks),
+            (torch.Tensor, "as_subclass", _same_values),
+            (torch.Tensor, "_make_subclass", _same_values),
+            (torch.nested, "nested_tensor", _nested),
+            (torch.nested, "as_nested_tensor", _nested),
+            (Distribution, "__init__", _validation),
+            (Distribution, "_validate_sample", _validation),
         ):
             original = getattr(owner, name)
-            _originals.append((owner, name, original))
-            setattr(owner, name, _guarded(original, guard, innermost))
+            _originals.append((owner, name, vars(owner).get(name)))
+            guarded = _guarded(original, guard, innermost)
+            setattr(owner, name, staticmethod(guarded) if name == "_make_subclass" else guarded)
     _depth += 1
     return _end
 
@@ -60,7 +70,10 @@ def _end() -> None:
     if _depth == 0:
         while _originals:
             owner, name, original = _originals.pop()
-            setattr(owner, name, original)
+            if original is None:  # inherited
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
 
 def _guarded(original: Any, guard: Any, innermost: _Innermost) -> Any:
@@ -101,6 +114,34 @@ def _script(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
             elif o is not None:
                 note_read(recording, "TorchScript", states)
     return out
+
+
+def _same_values(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
+    """A tensor of another class that shares the values of one."""
+    out = original(*args, **kwargs)
+    source = next((a for a in args if isinstance(a, torch.Tensor)), None)
+    if source is not None:
+        recording.mark(out, recording.state(source))
+    return out
+
+
+def _nested(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
+    if any(recording.state(t) is not None for t in each_tensor(args, kwargs)) and not is_trusted():
+        raise NotCoveredError(
+            f"{recording.module_path()}, {user_line()}: a nested tensor is made of rows of the batch, "
+            "which are not followed there. Use a padded tensor and a mask."
+        )
+    return original(*args, **kwargs)
+
+
+def _validation(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
+    """A distribution that looks at its values and may refuse them, which the model may catch."""
+    try:
+        return original(*args, **kwargs)
+    except ValueError as error:
+        values = [*args[1:], *kwargs.values(), *vars(args[0]).values()]
+        note_error(recording, error, tuple(values), {})
+        raise
 
 
 _SCRIPT = "the ops inside a TorchScript function cannot be followed."

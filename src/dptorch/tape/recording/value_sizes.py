@@ -9,14 +9,14 @@ may not be compared, divided, printed or used as a value. Where a size leaves as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from dptorch.tape.provenance.calls import DYNAMIC, each_tensor, words
-from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
-from dptorch.tape.recording.reads import is_trusted, note_read
+from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
+from dptorch.tape.recording.reads import TRUSTED, is_trusted, note_read
 from dptorch.tape.recording.tensor_states import owners_of
 from dptorch.tape.rules.recorder import Recorder
 
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _DIMS = "_dptorch_value_sizes"
+_TRUSTED = (*TRUSTED, "einops")  # which asks for no more than sizes
 _MIXED = Mixed("a size that depends on values")
 _made = False
 
@@ -70,6 +71,17 @@ def mark_sized(t: Tensor, dims: frozenset[int]) -> None:
     setattr(t, _DIMS, dims)
 
 
+class _Node:
+    """What code of torch that takes a `ValueSize` unseen asks for its number: a read."""
+
+    def __init__(self, recording: Recorder) -> None:
+        self._recording = recording
+
+    def __getattr__(self, name: str) -> NoReturn:
+        note_read(self._recording, "a size that depends on values", (_MIXED,))
+        raise AttributeError(name)
+
+
 class ValueSize(torch.SymInt):
     """A size that depends on values of examples.
 
@@ -85,9 +97,10 @@ class ValueSize(torch.SymInt):
     def __init__(self, number: int, recording: Recorder) -> None:
         self.number = number
         self.recording = recording
-        self.node = None
+        self.node = _Node(recording)
 
     def __hash__(self) -> int:
+        note_read(self.recording, "a size that depends on values", (_MIXED,))
         return hash(self.number)
 
     def __reduce__(self) -> Any:
@@ -190,13 +203,14 @@ def read_size(
     args = tuple(_plain(a, found) for a in args)
     kwargs = {k: _plain(v, found) for k, v in kwargs.items()}
     out = func(*args, **kwargs)
-    t = next((a for a in args if isinstance(a, Tensor)), None)
-    dims: frozenset[int] = getattr(t, _DIMS, frozenset())
-    if not dims or not recording.refuses_reads:
+    tensors = each_tensor(args, kwargs)
+    t = next((t for t in tensors if is_sized(t)), None)
+    if not recording.refuses_reads or (t is None and not found) or is_trusted(_TRUSTED):
         return out
-    if is_trusted():
-        recording.escaped["size"] += 1
-        return out
+    if t is None:  # broadcast_shapes
+        everything = isinstance(out, torch.Size)
+        return _Shape(ValueSize(n, recording) for n in out) if everything else out
+    dims: frozenset[int] = getattr(t, _DIMS)
     if isinstance(out, torch.Size):
         return _Shape(ValueSize(n, recording) if d in dims else n for d, n in enumerate(out))
     if name in ("size", "sym_size"):
@@ -236,7 +250,7 @@ def follow_sizes(
     fixed = [] if made else [t.shape for t in operands if not hasattr(t, _DIMS)]
     sizes = {t.shape[d] for t in known for d in getattr(t, _DIMS) if d < t.dim()}
     for o in each_tensor((out,), {}):
-        if any(o is t for t in operands) or o.shape in fixed:
+        if name not in _RESIZING and (any(o is t for t in operands) or o.shape in fixed):
             continue
         state = recording.state(o)
         if not o.dim():
@@ -260,6 +274,7 @@ def follow_sizes(
 
 
 _PARTING = words("unbind split chunk tensor_split __iter__ hsplit vsplit dsplit split_with_sizes")
+_RESIZING = words("resize resize_as")
 _PICKING = words("__getitem__ index narrow select index_select take roll flip slice gather")
 
 
@@ -287,7 +302,7 @@ def _depends(
 ) -> bool:
     """Whether the size of what an op makes depends on values of examples."""
     deciding = _deciding(name, args, kwargs)
-    return any(isinstance(recording.state(t), (Tag, Mixed, Reduced)) for t in deciding)
+    return any(isinstance(recording.state(t), (Tag, Mixed, Reduced, Order)) for t in deciding)
 
 
 def _deciding(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
