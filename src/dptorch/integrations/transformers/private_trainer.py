@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -40,6 +41,12 @@ from dptorch.sampling import Terms, Users, get_scheme
 from dptorch.statement import Statement
 
 __all__ = ["PRIVATE_FOLDER", "PrivateTrainer"]
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"transformers {transformers.__version__}: what a private trainer replaces was read in version "
+        "5. Upgrade with pip install 'transformers>=5'."
+    )
 
 #: Beside the checkpoints: one file for each, which holds the key of the noise. A Trainer's uploads
 #: leave out what begins with an underscore.
