@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dptorch.tape.provenance.tags import Tag, owners
+from dptorch.tape.provenance.tags import Reduced, Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
 from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
@@ -42,7 +42,8 @@ def find_backward_mixing(
 
     The model runs on a few examples. Random gradients go back from its outputs, then the same with
     those of the first example a hundred times as large, then without the last example. The norms of
-    the other examples' gradients are compared, parameter by parameter.
+    the other examples' gradients are compared, parameter by parameter. Where the model returns
+    nothing but losses over all examples, the first example itself is another in the second run.
 
     Guarantees:
         As `dptorch.validation.mixing.find_mixing`; no parameter's ``.grad`` is written.
@@ -58,21 +59,24 @@ def find_backward_mixing(
         return None
     half = any(p.dtype not in _RELATIVE for p in parameters.values())
 
-    def run(count: int, louder: float) -> tuple[dict[str, Tensor], bool] | None:
+    def run(count: int, louder: float) -> tuple[_Norms, bool] | None:
         inputs, _, _ = perturbed(model, args, kwargs, batch_dims, count)
+        if louder != 1 and quiet is not None and quiet[0].reduced:
+            inputs = _with_a_loud_example(model, args, kwargs, batch_dims, count)
         with preserving_state(model), torch.enable_grad():
             before = torch.get_rng_state()
             found = _norms(model, *inputs, batch_dims, parameters, louder)
             drew = not torch.equal(before, torch.get_rng_state())
         return None if found is None else (found, drew)
 
-    def moved(before: dict[str, Tensor], after: dict[str, Tensor], rows: slice) -> bool:
+    def moved(before: _Norms, after: _Norms, rows: slice) -> bool:
         return any(
-            _moved(norms[rows], after[name][rows], half)
-            for name, norms in before.items()
-            if name in after
+            _moved(norms[rows], after.of[name][rows], half)
+            for name, norms in before.of.items()
+            if name in after.of
         )
 
+    quiet: tuple[_Norms, bool] | None = None
     quiet = run(count, 1.0)
     if quiet is None:
         return False
@@ -89,6 +93,28 @@ def find_backward_mixing(
     return fewer is not None and moved(quiet[0], fewer[0], slice(0, count - 1))
 
 
+class _Norms(NamedTuple):
+    """Norms of each example's gradient, {name: [B]}, and whether losses over all examples went back."""
+
+    of: dict[str, Tensor]
+    reduced: bool
+
+
+def _with_a_loud_example(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch_dims: BatchDims,
+    count: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first examples, the very first of them a hundred times as large, or like its neighbour."""
+    for factor in (_LOUDER, None):
+        _, other, changed = perturbed(model, args, kwargs, batch_dims, count, factor=factor)
+        if changed:
+            break
+    return other
+
+
 def _norms(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -96,8 +122,8 @@ def _norms(
     batch_dims: BatchDims,
     parameters: Mapping[str, Tensor],
     louder: float,
-) -> dict[str, Tensor] | None:
-    """Norms of each example's gradient, {name: [B]}; None where no output has its examples apart."""
+) -> _Norms | None:
+    """None where no output has its examples apart, or is a loss over them."""
     recording = Recording(model, parameters)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the real forward pass gives them again
@@ -105,10 +131,15 @@ def _norms(
         with uncompiled(), patched(), recording:
             output = model(*args, **kwargs)
         outputs, grads = [], []
+        losses, seeds = [], []
         for t in tree_leaves(output):
             if not isinstance(t, Tensor) or not t.requires_grad or not t.is_floating_point():
                 continue
             state = recording.state(t)
+            if isinstance(state, Reduced) and t.numel() == 1:
+                size = recording.batch_size if state.kind == "mean" else 1
+                losses.append(t)
+                seeds.append(torch.full_like(t, size))
             if not isinstance(state, Tag) or state.dim is None:
                 continue
             owner = owners(state, t.shape[state.dim], recording.batch_size).tolist()
@@ -117,13 +148,16 @@ def _norms(
             ]
             outputs.append(t)
             grads.append(torch.stack(rows, state.dim).to(t))
+        reduced = not outputs
+        if reduced:
+            outputs, grads = losses, seeds
         if not outputs:
             return None
         torch.autograd.grad(outputs, [recording.handle_of_taps], grads, allow_unused=True)
     tape = recording.tape
     found = {n: s.sqrt() for n, s in tape.squared_norms().items()} if tape.fired else None
     tape.close()
-    return found
+    return None if found is None else _Norms(found, reduced)
 
 
 def _row(t: Tensor, dim: int, i: int) -> Tensor:
