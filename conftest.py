@@ -13,6 +13,10 @@ gc.disable()
 # Two test processes on two cores; and tests fork, which OpenMP does not survive with several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What commands print is compared without colours, whatever terminal or service the tests run in.
+for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
+    os.environ.pop(name, None)
+
 # Helpers assert too: a failure there shows its values, as one in a test does.
 TESTS = Path(__file__).parent / "tests"
 pytest.register_assert_rewrite(*(f"tests.{room.stem}" for room in TESTS.iterdir()))
