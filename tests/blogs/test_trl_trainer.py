@@ -288,18 +288,29 @@ def test_noise_on_adapters_alone(folder, tmp_path):
     assert all("lora" in name for name in moved)
 
 
+class Kill(TrainerCallback):
+    """Ends a run before its ninth step, as Ctrl-C does."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 def test_a_resumed_private_run_goes_on_with_its_steps(folder, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 6}
-    whole = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
+    whole = _trainer(folder, tmp_path / "whole", arguments=arguments, **GAUSSIAN)
     whole.train()
+    killed = _trainer(folder, tmp_path, arguments=arguments, callbacks=[Kill()], **GAUSSIAN)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
     resumed = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert resumed._blogs.steps_done == 10
     assert float(resumed.get_privacy_spent()) == float(whole.get_privacy_spent())
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    (tmp_path / PRIVATE_FOLDER / "checkpoint-6.pt").unlink()
+    assert not (tmp_path / PRIVATE_FOLDER).exists()  # the run is complete
     other = _trainer(folder, tmp_path, arguments=arguments, **GAUSSIAN)
     with pytest.raises(ConfigurationError, match="not known what the checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))

@@ -40,7 +40,8 @@ class BloGSSFTTrainer(PrivateTrainer, SFTTrainer):
     ``per_device_train_batch_size * gradient_accumulation_steps`` records in the mean, at most
     ``per_device_train_batch_size`` at a time. Entries have ``epsilon`` and ``delta``.
 
-    Loss and metrics in the log are exact functions of private data under either.
+    Loss and metrics in the log are exact functions of private data under either; under "gaussian" their
+    names begin with ``not_private_``.
 
     Args:
         model: a causal language model or its path; frozen parameters and PEFT adapters work.

@@ -129,8 +129,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_without_its_private_file_is_refused(tmp_path):
-    settings = {"per_device_train_batch_size": 5, "save_strategy": "steps", "save_steps": 1}
-    trainer = ran(trainer_of(build("gpt2"), "gpt2", tmp_path, **settings))
+    settings = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    killed = trainer_of(build("gpt2"), "gpt2", tmp_path, given={"callbacks": [Kill(2)]}, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
     private = tmp_path / PRIVATE_FOLDER
     assert sorted(f.name for f in private.iterdir()) == ["checkpoint-1.pt", "checkpoint-2.pt"]
     assert {f.stat().st_mode & 0o777 for f in private.iterdir()} == {0o600}
@@ -139,16 +141,38 @@ def test_a_checkpoint_without_its_private_file_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="not known what the checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert other.engine.steps_done == 0
-    assert trainer.engine.exhausted
 
 
 @pytest.mark.slow
 def test_private_files_go_with_their_checkpoints(tmp_path):
     settings = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
-    ran(trainer_of(build("gpt2"), "gpt2", tmp_path, save_total_limit=2, **settings))
+    settings |= {"save_total_limit": 2}
+    killed = trainer_of(build("gpt2"), "gpt2", tmp_path, given={"callbacks": [Kill(4)]}, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
     kept = sorted(f.stem for f in (tmp_path / PRIVATE_FOLDER).iterdir())
     assert kept == sorted(f.name for f in tmp_path.glob("checkpoint-*"))
     assert len(kept) == 2
+
+
+@pytest.mark.slow
+def test_no_file_has_the_key_once_a_run_is_complete(tmp_path):
+    """That of another run in the same folder stays: it can be gone on with."""
+    settings = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
+    seeds = ({"seed": 1}, {"seed": 2})
+    killed, complete = (
+        trainer_of(build("gpt2"), "gpt2", tmp_path, privacy=privacy, given=given, **settings)
+        for privacy, given in zip(seeds, ({"callbacks": [Kill(3)]}, {}), strict=True)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    kept = tmp_path / PRIVATE_FOLDER / "checkpoint-2.pt"
+    (tmp_path / "checkpoint-9").mkdir()
+    kept.rename(kept.with_name("checkpoint-9.pt"))
+    complete.train()
+    assert complete.engine.exhausted
+    assert (tmp_path / "checkpoint-4").exists()
+    assert [f.name for f in kept.parent.iterdir()] == ["checkpoint-9.pt"]
 
 
 @pytest.mark.slow

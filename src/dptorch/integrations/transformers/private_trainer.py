@@ -76,7 +76,8 @@ class PrivateTrainer(Trainer):
         example is the mean over its own tokens.
         Held by `test_a_step_is_the_clipped_sum_over_single_examples`.
         No file that the Trainer uploads holds the key or an exact loss
-        (`test_nothing_that_is_uploaded_holds_the_key_or_a_loss`).
+        (`test_nothing_that_is_uploaded_holds_the_key_or_a_loss`), and none has the key once the run is
+        complete (`test_no_file_has_the_key_once_a_run_is_complete`).
 
     Raises:
         ConfigurationError: for arguments, data or a model that no private run can honour; before
@@ -407,7 +408,8 @@ class PrivateTrainer(Trainer):
                     old.unlink()
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer. A resumed run goes on with the steps and the key of the checkpoint.
+        """As the Trainer. A resumed run goes on with the steps and the key of the checkpoint; once all
+        steps are done, no file has the key any more.
 
         Raises:
             BudgetExhausted: all steps of the plan are done.
@@ -422,7 +424,18 @@ class PrivateTrainer(Trainer):
                     f"{self.get_privacy_spent().epsilon:.4g}. Make a new trainer for another run; its "
                     "epsilon adds to this one's."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.engine is not None and self.engine.exhausted:
+            self._forget_key(Path(str(self.args.output_dir)) / PRIVATE_FOLDER)
+        return result
+
+    def _forget_key(self, folder: Path) -> None:
+        key = self._engine.state_dict()["key"]
+        for file in folder.glob("checkpoint-*.pt"):
+            if checkpoint.read(file)["engine"]["key"] == key:
+                file.unlink()
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
     def _load_engine(self, given: Any) -> None:
         folder = get_last_checkpoint(str(self.args.output_dir)) if given is True else given
@@ -433,7 +446,8 @@ class PrivateTrainer(Trainer):
             raise ConfigurationError(
                 f"{file} is missing, so it is not known what the checkpoint's steps have spent. Resume "
                 "from a checkpoint of a private trainer, with the folder "
-                f"{PRIVATE_FOLDER} beside it."
+                f"{PRIVATE_FOLDER} beside it. (A run whose steps are all done has none: its key is "
+                "deleted.)"
             )
         self._engine.load_state_dict(checkpoint.read(file)["engine"])
 
