@@ -105,7 +105,10 @@ class TensorStates:
         if self.depth == 0 and same_step and not (other.handed_out and self.batch.handed_out):
             return state  # two models, each on inputs of its own, in one loss
         # It may be logged, and added up for a log, but not reach a gradient.
-        return Mixed(f"{self.module_path()}: a tensor of shape {tuple(t.shape)} {_FOREIGN}")
+        return Mixed(
+            f"{self.module_path()}: a tensor of shape {tuple(t.shape)} {_FOREIGN}"
+            + way_out_of_a_trainer()
+        )
 
     def mark(self, t: Any, state: State | None) -> None:
         """Say what a tensor is. A mixed tensor raises if a gradient ever passes it."""
