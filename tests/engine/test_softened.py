@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -392,3 +393,71 @@ def test_inputs_may_be_moved_along_their_own_gradient(own: bool) -> None:
     assert steps_with(_attack, make_model(), own=own) == 2
     with pytest.raises(PrivacyError):
         steps_with(_attack_with_a_shared_step, make_model(), own=own)
+
+
+class Tagger(nn.Module):
+    """Scores of three classes at each position, or of the mean of all positions."""
+
+    def __init__(self, pool: bool = False) -> None:
+        super().__init__()
+        self.layer, self.pool = nn.Linear(1, 3), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = torch.tanh(self.layer(x[..., None]))
+        return h.mean(1) if self.pool else h
+
+
+def pads(rows: list[Any], longest: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of different lengths with their mask: padded to the longest of the batch, or to 5."""
+    lengths = [1 + int(y) for _, y in rows]
+    size = longest or max(lengths)
+    x = torch.stack(
+        [F.pad(x[:n], (0, 5 - n))[:size] for (x, _), n in zip(rows, lengths, strict=True)]
+    )
+    mask = torch.arange(size) < torch.tensor(lengths)[:, None]
+    return x, torch.stack([y for _, y in rows]), mask
+
+
+def _each(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x).transpose(1, 2), y[:, None].expand_as(x), reduction="none")
+
+
+PADDED: dict[str, tuple[Any, bool]] = {
+    "all positions": (lambda m, x, y, k: _each(m, x, y).mean(), True),
+    "positions, then examples": (lambda m, x, y, k: _each(m, x, y).mean(1).mean(), True),
+    "cross_entropy": (
+        lambda m, x, y, k: F.cross_entropy(m(x).flatten(0, 1), y.repeat_interleave(x.shape[1])),
+        True,
+    ),
+    "mse_loss": (lambda m, x, y, k: F.mse_loss(m(x), torch.zeros_like(m(x))), True),
+    "own positions": (lambda m, x, y, k: ((_each(m, x, y) * k).sum(1) / k.sum(1)).mean(), False),
+    "sum": (lambda m, x, y, k: (_each(m, x, y) * k).sum(1).mean(), False),
+    "ignored": (
+        lambda m, x, y, k: F.cross_entropy(
+            m(x).transpose(1, 2), torch.where(k, y[:, None], torch.tensor(-100))
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("default::dptorch.errors.PrivacyWarning")
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("longest", [None, 5])
+def test_means_over_padded_positions_are_warned_of(name: str, longest: int | None) -> None:
+    loss, warned = PADDED[name]
+    model = Tagger()
+    x, y = make_data().tensors
+    # Two lengths in each batch, the longest of the first being shorter than those of the others.
+    y = torch.tensor([0, 1] * 4 + [0, 2] * 4 + [1, 2] * 4)
+    engine = make_engine(model, steps=3, sample_size=SIZE)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    rows = list(zip(x, y, strict=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(0, SIZE, 8):
+            padded, labels, mask = pads(rows[i : i + 8], longest)
+            loss(model, padded, labels, mask).backward()
+            optimizer.step()
+    found = [w for w in caught if "a mean was taken over" in str(w.message)]
+    assert len(found) == (warned and longest is None)

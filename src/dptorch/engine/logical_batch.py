@@ -28,6 +28,7 @@ from dptorch.tape import Tape
 from dptorch.tape.gradients.explain import Explanation
 from dptorch.tape.gradients.tape import TapeListener
 from dptorch.tape.provenance.tags import Reduced
+from dptorch.tape.recording.position_means import Mean, changed_mean
 from dptorch.tape.recording.taps import full_precision
 
 __all__ = ["LogicalBatch"]
@@ -41,6 +42,12 @@ _NOT_ATTACHED = (
 _TOGETHER = (
     "call backward() once, on the sum of their losses, so that an example's gradients are clipped "
     "together. See docs/migrating.md, 'Several forward passes'."
+)
+_PADDED = (
+    "a mean was taken over {1} values of each example, and over {0} in an earlier batch. If examples "
+    "are padded to the longest of their batch, that length, which depends on other examples, scales "
+    "every gradient. Pad to a constant length, or divide the sum of each example's own positions by "
+    "their number: (losses * mask).sum(1) / mask.sum(1)."
 )
 _TWICE = (
     "two backwards were made through the model on one batch: each example would count twice. Call "
@@ -181,6 +188,8 @@ class LogicalBatch:
         self.diagnostics: StepDiagnostics | None = None
         self.loss_factors: tuple[float, ...] | None = None
         self.explanation: Explanation | None = None
+        self._means: Sequence[Mean] = ()
+        self._warned_means = False
         self._fired: list[_Batch] = []
         self._pending = Accumulated()
         self._kept = Accumulated()
@@ -254,6 +263,7 @@ class LogicalBatch:
         self.explanation = Explanation(
             tape.config.mode, tape.made_two_passes, tuple(tape.sites), tape.config.device_cost
         )
+        self._look_at_means(tape)
         tape.close()
         present = self._weights(batch) > 0
         norms, factors = (
@@ -269,6 +279,15 @@ class LogicalBatch:
         elif tape.rows is not None:
             found.rows = {tape.rows[0]: set(tape.rows[1])}
         self._pending.merge(found)
+
+    def _look_at_means(self, tape: Tape) -> None:
+        """Warn of a mean over positions, whose number may be that of the batch's longest example."""
+        if self._means and not self._warned_means:
+            changed = changed_mean(self._means, tape.means)
+            if changed is not None:
+                self._warned_means = True
+                warn(_PADDED.format(*changed))
+        self._means = self._means or tape.means
 
     def _only_batch(self) -> _Batch:
         """The batch whose gradients have arrived, in the middle of a backward.

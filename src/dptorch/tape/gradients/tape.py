@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class Tape:
         batch_size: number of examples B; 0 until a batch was seen.
         rows: whose rows the examples are: an object that stands for the batch that they were taken
             from, and the number of each example in it.
+        means: the means over values of an example, `dptorch.tape.recording.position_means.Mean`.
         seen_before: whether the batch is known to have gone through the model before.
         fired: whether any gradient has arrived.
         loss: how the loss of the last backward was reduced over the examples and what its terms were
@@ -130,6 +131,7 @@ class Tape:
         self.batch_size = 0
         self.rows: tuple[object, tuple[int, ...]] | None = None
         self.seen_before = False
+        self.means: list[Any] = []
         self.fired = False
         self.loss: Reduced | None = None
         self.seed = 1.0

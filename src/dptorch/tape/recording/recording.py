@@ -49,6 +49,7 @@ from dptorch.tape.recording.escapes import judge_results, judge_slices, note_err
 from dptorch.tape.recording.finite_checks import note_check
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.parameter_graph import parameters_behind
+from dptorch.tape.recording.position_means import note_mean
 from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.taps import lift, reduce_to, tap
 from dptorch.tape.recording.tensor_states import TensorStates
@@ -306,9 +307,11 @@ class Recording(TorchFunctionMode):
         if name in LOSSES and torch.is_grad_enabled():
             out = LOSSES[name](call, self)
             if out is not NotImplemented:
+                note_mean(call, out, self)
                 return out
         out = func(*args, **kwargs)
         self._propagate(call, out)
+        note_mean(call, out, self)
         return mean_in_float32(call, self, out)
 
     def _classify(
