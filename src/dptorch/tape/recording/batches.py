@@ -62,7 +62,8 @@ class Batch:
     def note_leaving(self, t: Tensor, state: object) -> None:
         """Note that values of `t`, of this state, go where nothing is followed."""
         if t.dim() and t.shape[0] == self.size and isinstance(state, (Tag, Mixed)):
-            self.left.append((t.detach(), state))
+            with torch._C.DisableTorchFunction():  # a plain tensor, which keeps no recording alive
+                self.left.append((t.detach(), state))
 
     def came_back(self, t: Tensor) -> Tag | Mixed | None:
         """What `t` was when it left: of the tensors that did, one that it is equal to, or a line of."""
