@@ -418,3 +418,22 @@ LEGITIMATE: dict[str, Program] = {
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_legitimate_programs_run(name: str, one_by_one: bool) -> None:
     assert sensitivity(LEGITIMATE[name], one_by_one=one_by_one) < 1.01
+
+
+def test_what_is_asked_beside_the_mode_is_put_back() -> None:
+    def parts() -> list[object]:
+        return [
+            threading.Thread.start,
+            ThreadPoolExecutor.submit,
+            torch.utils.dlpack.to_dlpack,
+            torch.distributions.Distribution.__init__,
+            torch.autograd.graph.saved_tensors_hooks.__enter__,
+            vars(Tensor).get("as_subclass"),
+            torch._C.ScriptFunction.__call__,
+        ]
+
+    before = parts()
+    during: list[list[object]] = []
+    sensitivity(lambda m, h: (during.append(parts()), h)[1])  # type: ignore[func-returns-value]
+    assert parts() == before
+    assert all(a is not b for a, b in zip(during[0], before, strict=True))

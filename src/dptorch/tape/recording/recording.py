@@ -36,11 +36,7 @@ from dptorch.tape.provenance.tags import (
     complete,
     param_only_state,
 )
-from dptorch.tape.recording import (  # backward and its code fill SPECIAL
-    backward,  # noqa: F401
-    backward_code,  # noqa: F401
-    value_sizes,
-)
+from dptorch.tape.recording import backward, backward_code  # noqa: F401 (fill SPECIAL)
 from dptorch.tape.recording.after_batch import after_the_batch, leaves
 from dptorch.tape.recording.assignment import assign, assign_parameter
 from dptorch.tape.recording.batches import Batch
@@ -55,7 +51,7 @@ from dptorch.tape.recording.taps import lift, reduce_to, tap
 from dptorch.tape.recording.tensor_states import TensorStates
 from dptorch.tape.recording.unknown_rows import rows_of_unknown
 from dptorch.tape.recording.unseen import watch
-from dptorch.tape.recording.value_sizes import follow_sizes, plain_sizes, read_size
+from dptorch.tape.recording.value_sizes import SIZES_MADE, follow_sizes, plain_sizes, read_size
 from dptorch.tape.rules import LOSSES, RULES, generic, mean_in_float32
 from dptorch.tape.rules.recorder import Gradients
 
@@ -238,13 +234,12 @@ class Recording(TorchFunctionMode):
     ) -> Any:
         """Run one torch function and keep track of it."""
         known = info(func)
-        sized = value_sizes.any_made()
         if known.passive:
-            return (
-                read_size(self, known.name, func, args, kwargs) if sized else func(*args, **kwargs)
-            )
+            if SIZES_MADE:
+                return read_size(self, known.name, func, args, kwargs)
+            return func(*args, **kwargs)
         given: Mixed | bool = False
-        if sized:
+        if SIZES_MADE:
             args, kwargs, given = plain_sizes(self, known.name, args, kwargs)
         try:
             special = SPECIAL.get(known.name)
@@ -259,7 +254,7 @@ class Recording(TorchFunctionMode):
         except Exception as error:
             note_error(self, error, args, kwargs)
             raise
-        if sized or known.sizes_by_values:
+        if SIZES_MADE or known.sizes_by_values:
             follow_sizes(self, known.name, args, kwargs, out, bool(given))
         return out
 

@@ -7,7 +7,7 @@ recorded these are replaced by functions that ask first; other threads are not a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any
@@ -30,7 +30,8 @@ __all__ = ["refuse_saved_tensor_hooks", "watch"]
 
 _Innermost = Callable[[], Recorder | None]
 _depth = 0
-_originals: list[tuple[Any, str, Any]] = []
+# What is replaced: the owner, its attribute, its own value of it (None if inherited), and the guard.
+_replaced: list[tuple[Any, str, Any, Any]] = []
 
 
 def watch(innermost: _Innermost) -> Callable[[], None]:
@@ -41,25 +42,11 @@ def watch(innermost: _Innermost) -> Callable[[], None]:
     """
     global _depth
     if _depth == 0:
-        for owner, name, guard in (
-            (threading.Thread, "start", _thread),
-            (ThreadPoolExecutor, "submit", _thread),
-            (torch.utils.dlpack, "to_dlpack", _memory),
-            (torch, "to_dlpack", _memory),
-            (torch._C.ScriptFunction, "__call__", _script),
-            (torch._C.ScriptMethod, "__call__", _script),
-            (saved_tensors_hooks, "__enter__", _hooks),
-            (torch.Tensor, "as_subclass", _same_values),
-            (torch.Tensor, "_make_subclass", _same_values),
-            (torch.nested, "nested_tensor", _nested),
-            (torch.nested, "as_nested_tensor", _nested),
-            (Distribution, "__init__", _validation),
-            (Distribution, "_validate_sample", _validation),
-        ):
-            original = getattr(owner, name)
-            _originals.append((owner, name, vars(owner).get(name)))
-            guarded = _guarded(original, guard, innermost)
-            setattr(owner, name, staticmethod(guarded) if name == "_make_subclass" else guarded)
+        # Made once, and anew where somebody else has replaced one of them since.
+        if any(vars(o).get(n) is not own for o, n, own, _ in _replaced) or not _replaced:
+            _replaced[:] = _replacements(innermost)
+        for owner, name, _, guarded in _replaced:
+            setattr(owner, name, guarded)
     _depth += 1
     return _end
 
@@ -68,12 +55,32 @@ def _end() -> None:
     global _depth
     _depth -= 1
     if _depth == 0:
-        while _originals:
-            owner, name, original = _originals.pop()
-            if original is None:  # inherited
+        for owner, name, original, _ in _replaced:
+            if original is None:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
+
+
+def _replacements(innermost: _Innermost) -> Iterator[tuple[Any, str, Any, Any]]:
+    for owner, name, guard in (
+        (threading.Thread, "start", _thread),
+        (ThreadPoolExecutor, "submit", _thread),
+        (torch.utils.dlpack, "to_dlpack", _memory),
+        (torch, "to_dlpack", _memory),
+        (torch._C.ScriptFunction, "__call__", _script),
+        (torch._C.ScriptMethod, "__call__", _script),
+        (saved_tensors_hooks, "__enter__", _hooks),
+        (torch.Tensor, "as_subclass", _same_values),
+        (torch.Tensor, "_make_subclass", _same_values),
+        (torch.nested, "nested_tensor", _nested),
+        (torch.nested, "as_nested_tensor", _nested),
+        (Distribution, "__init__", _validation),
+        (Distribution, "_validate_sample", _validation),
+    ):
+        guarded = _guarded(getattr(owner, name), guard, innermost)
+        static = name == "_make_subclass"
+        yield owner, name, vars(owner).get(name), staticmethod(guarded) if static else guarded
 
 
 def _guarded(original: Any, guard: Any, innermost: _Innermost) -> Any:

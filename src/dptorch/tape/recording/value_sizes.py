@@ -21,8 +21,8 @@ from dptorch.tape.recording.tensor_states import owners_of
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = [
+    "SIZES_MADE",
     "ValueSize",
-    "any_made",
     "follow_sizes",
     "is_sized",
     "mark_sized",
@@ -33,7 +33,8 @@ __all__ = [
 _DIMS = "_dptorch_value_sizes"
 _TRUSTED = (*TRUSTED, "einops")  # which asks for no more than sizes
 _MIXED = Mixed("a size that depends on values")
-_made = False
+#: Not empty once any size that depends on values was met in this process.
+SIZES_MADE: list[bool] = []
 
 # These take sizes, and numbers of sizes, as what they are.
 _SHAPING = words(
@@ -54,11 +55,6 @@ _KEEPING = words(
 )
 
 
-def any_made() -> bool:
-    """Whether any size that depends on values was met in this process."""
-    return _made
-
-
 def is_sized(t: Tensor) -> bool:
     """Whether a size of `t` depends on values of examples."""
     return hasattr(t, _DIMS)
@@ -66,8 +62,8 @@ def is_sized(t: Tensor) -> bool:
 
 def mark_sized(t: Tensor, dims: frozenset[int]) -> None:
     """Say that the sizes of `t` along `dims` depend on values of examples."""
-    global _made
-    _made = True
+    if not SIZES_MADE:
+        SIZES_MADE.append(True)
     setattr(t, _DIMS, dims)
 
 
