@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint format zoo bench clean
+.PHONY: help demo quick test lint format zoo bench peers clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
@@ -43,6 +43,9 @@ zoo: $(VENV)/.test  ## every image model of the zoo against a loop; writes docs/
 
 bench: $(VENV)/.test  ## time and memory of a private step, ours and others'; writes docs/cost.md
 	$(BIN)/dptorch bench --docs
+
+peers: $(VENV)/.test  ## other libraries' tests and examples on the adapters; writes docs/compatibility.md
+	$(BIN)/python -m tests.peers opacus=$(OPACUS) fastdp=$(FASTDP) private-transformers=$(PRIVATE_TRANSFORMERS) private-vision=$(PRIVATE_VISION)
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,85 @@
+"""``python -m tests.peers opacus=PATH ...``: run the peers that are given, and write the page.
+
+What was found is kept in a JSON file, so that peers can be run one at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.peers.data_files import write_all
+from tests.peers.fastdp import FASTDP
+from tests.peers.opacus import OPACUS
+from tests.peers.page import render
+from tests.peers.peer import Peer, run_peer
+from tests.peers.private_transformers import PRIVATE_TRANSFORMERS
+from tests.peers.private_vision import PRIVATE_VISION
+from tests.peers.reasons import judge
+from tests.peers.recorder import CASES
+from tests.source import REPOSITORY
+
+PEERS: dict[str, Peer] = {
+    "opacus": OPACUS,
+    "fastdp": FASTDP,
+    "private-transformers": PRIVATE_TRANSFORMERS,
+    "private-vision": PRIVATE_VISION,
+}
+PAGE = REPOSITORY / "docs" / "compatibility.md"
+KEPT = REPOSITORY / "build" / "peers.json"
+COMMAND = "make peers OPACUS=PATH FASTDP=PATH PRIVATE_TRANSFORMERS=PATH PRIVATE_VISION=PATH"
+
+
+def version_of(checkout: Path) -> str:
+    """Its commit, or what it is installed as."""
+    done = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "a checkout without history"
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is given; returns the number of outcomes that nothing explains."""
+    kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for argument in arguments:
+        name, _, path = argument.partition("=")
+        if name not in PEERS:
+            raise SystemExit(f"{name!r} is not known; expected NAME=PATH with one of {list(PEERS)}")
+        if not path:
+            continue
+        peer, checkout = PEERS[name], Path(path).resolve()
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            data = work / "data"
+            data.mkdir()
+            tests, examples = run_peer(peer, checkout, work, write_all(data))
+        kept[name] = {"tests": tests, "examples": examples, "version": version_of(checkout)}
+    if "opacus" not in kept and importlib.util.find_spec("opacus"):
+        print("opacus: give OPACUS=PATH; the installed package has its tests and no examples")
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(json.dumps(kept, indent=1))
+    found = {}
+    for name, peer in PEERS.items():
+        if name in kept:
+            parts = (kept[name]["tests"], kept[name]["examples"])
+            found[peer.name] = tuple(judge(part, peer.reasons) for part in parts)
+    versions = {peer.name: kept[name]["version"] for name, peer in PEERS.items() if name in kept}
+    PAGE.write_text(render(found, versions, COMMAND, CASES))  # type: ignore[arg-type]
+    left = [
+        f"{peer}: {test}: {verdict.why}"
+        for peer, parts in found.items() for verdicts in parts for test, verdict in verdicts.items()
+        if verdict.kind == "unexplained"
+    ]  # fmt: skip
+    print("\n".join(left), file=sys.stderr)
+    print(f"{len(left)} unexplained; {PAGE.name} is written", file=sys.stderr)
+    return len(left)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 1))

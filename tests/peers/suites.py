@@ -1,0 +1,54 @@
+"""Run the test files of a peer, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.peers.recorder import FILE
+from tests.source import REPOSITORY
+
+__all__ = ["Outcome", "run_files"]
+
+Outcome = tuple[str, str]  # "passed", "failed" or "skipped", and the error
+
+
+def environment(*paths: Path) -> dict[str, str]:
+    """This process's, with dptorch's source and `paths` importable."""
+    found = [str(p) for p in (*paths, REPOSITORY / "src", REPOSITORY)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(found), "OMP_NUM_THREADS": "1"}
+
+
+def run_files(folder: Path, files: Iterable[str], *paths: Path) -> dict[str, Outcome]:
+    """Outcomes by test, ``file::Class::test``, of test files below `folder`.
+
+    A file whose process was ended from outside counts as one failed test, beside those that it ran.
+
+    Args:
+        folder: where pytest runs.
+        files: test files in it.
+        paths: further folders to import from.
+    """
+    found: dict[str, Outcome] = {}
+    for file in files:
+        with tempfile.NamedTemporaryFile(suffix=".json") as out:
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.peers.recorder"]
+            command += ["-p", "no:cacheprovider", "--rootdir", str(folder), "-c", os.devnull, file]
+            done = subprocess.run(
+                command, cwd=folder, env=environment(*paths) | {FILE: out.name},
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            outcomes = json.loads(Path(out.name).read_text() or "{}")
+            if done.returncode < 0:
+                outcomes[file] = ("failed", "not run to its end")
+            elif not outcomes:
+                outcomes = {file: ("failed", (done.stdout + done.stderr)[-500:])}
+        counts = [o for o, _ in outcomes.values()]
+        print(f"{file}: {counts.count('passed')} of {len(counts)} passed", file=sys.stderr)
+        found |= {test: (outcome, message) for test, (outcome, message) in outcomes.items()}
+    return found

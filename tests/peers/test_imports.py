@@ -1,0 +1,84 @@
+"""Import lines are changed, and nothing else; a failure without a reason stays unexplained."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.peers.imports import with_other_imports
+from tests.peers.reasons import NOT_APPLICABLE, REFUSED, Reason, judge
+from tests.source import REPOSITORY
+
+PACKAGES = {"opacus": "dptorch.compat.opacus"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("from opacus import PrivacyEngine", "from dptorch.compat.opacus import PrivacyEngine"),
+        (
+            "from opacus.a.b import (\n    c,\n)",
+            "from dptorch.compat.opacus.a.b import (\n    c,\n)",
+        ),
+        ("import opacus", "import dptorch.compat.opacus as opacus"),
+        ("import torch, opacus", "import torch, dptorch.compat.opacus as opacus"),
+        ("import opacus.layers as l", "import dptorch.compat.opacus.layers as l"),
+        ("def f():\n    from opacus import g", "def f():\n    from dptorch.compat.opacus import g"),
+        ("from opacus_tools import a", "from opacus_tools import a"),
+        ("from .opacus import a", "from .opacus import a"),
+        ('x = "from opacus import y"', 'x = "from opacus import y"'),
+        ("opacus.PrivacyEngine()  # import opacus", "opacus.PrivacyEngine()  # import opacus"),
+    ],
+)
+def test_import_lines_alone_are_changed(before: str, after: str) -> None:
+    assert with_other_imports(before, PACKAGES) == after
+
+
+def test_a_failure_needs_a_reason_that_fits_its_error() -> None:
+    reasons = [
+        Reason(REFUSED, "test_a", "is refused", "Why."),
+        Reason(NOT_APPLICABLE, "b", "", "No."),
+    ]
+    found = judge(
+        {
+            "f::test_a": ("failed", "ValueError: it\nis refused"),
+            "f::test_a2": ("failed", "another error"),
+            "f::test_b": ("failed", "any"),
+            "f::test_c": ("passed", ""),
+            "f::test_d": ("skipped", "Skipped: no GPU"),
+        },
+        reasons,
+    )
+    kinds = [verdict.kind for verdict in found.values()]
+    assert kinds == [REFUSED, "unexplained", NOT_APPLICABLE, "passed", NOT_APPLICABLE]
+    assert found["f::test_d"].why == "Skipped by its own suite: no GPU."
+
+
+def unexplained(page: str) -> list[str]:
+    """What the page could not explain, but for test files that were not run to their end."""
+    rows = re.findall(r"^- (.*)$|^\| `.*` \| unexplained: (.*) \|$", page, re.MULTILINE)
+    of_tests = page.split("### Tests unexplained\n")[1:]
+    listed = [line for part in of_tests for line in part.split("\n## ")[0].splitlines() if line]
+    found = [line.removeprefix("- ") for line in listed] + [
+        example for _, example in rows if example
+    ]
+    return [each for each in found if not each.startswith("not run to its end ")]
+
+
+def test_nothing_on_the_page_is_unexplained() -> None:
+    """docs/compatibility.md as it was written last; `make peers` writes it anew."""
+    page = (REPOSITORY / "docs" / "compatibility.md").read_text()
+    assert page.count("\n| `") > 40
+    assert unexplained(page) == []
+
+
+def test_what_is_unexplained_is_seen() -> None:
+    """The broken twins: a test, and an example."""
+    tests = "### Tests unexplained\n\n- KeyError: x (`test_a`)\n- not run to its end (`b.py`)\n"
+    example = "| example | outcome |\n|---|---|\n| `a.py` | unexplained: KeyError |\n"
+    assert unexplained(tests) == ["KeyError: x (`test_a`)"]
+    assert unexplained(tests + "\n## Another\n\n" + example) == [
+        "KeyError: x (`test_a`)",
+        "KeyError",
+    ]
