@@ -68,7 +68,7 @@ def test_fastdp() -> None:
 
 
 def test_fastdp_accumulates() -> None:
-    batch, labels = images(32)
+    batches, labels = images(9 * 32)
     model = network()
     before = state(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -81,8 +81,8 @@ def test_fastdp_accumulates() -> None:
         model=model,
         optimizer=optimizer,
         privacy_engine=engine,
-        dataloader=[batch] * 9,
-        labels=labels,
+        dataloader=batches.split(32),
+        labels=labels[:32],
         gradient_accumulation_steps=4,
         F=F,
     )
@@ -139,7 +139,7 @@ def test_private_vision() -> None:
 
 
 def test_private_vision_accumulates() -> None:
-    batch, labels = images(8)
+    batches, labels = images(7 * 8)
     model = network()
     before = state(model)
     optimizer = torch.optim.Adam(model.parameters())
@@ -152,8 +152,8 @@ def test_private_vision_accumulates() -> None:
         model=model,
         optimizer=optimizer,
         privacy_engine=engine,
-        dataloader=[batch] * 7,
-        labels=labels,
+        dataloader=batches.split(8),
+        labels=labels[:8],
         gradient_accumulation_steps=3,
         F=F,
     )
