@@ -239,7 +239,7 @@ def follow_sizes(
     operands = [] if name.startswith("new_") else each_tensor(args, kwargs)
     made = _depends(recording, name, args, kwargs)
     known = [t for t in operands if hasattr(t, _DIMS)]
-    if not made and not known and not given:
+    if name in _UNPACKING or (not made and not known and not given):
         return
     if name in _PARTING and any(_parted(name, t, args, kwargs) for t in known):
         note_read(recording, name, (_MIXED,))
@@ -271,6 +271,8 @@ def follow_sizes(
 
 _PARTING = words("unbind split chunk tensor_split __iter__ hsplit vsplit dsplit split_with_sizes")
 _RESIZING = words("resize resize_as")
+# Their results have one row an example again, and the length that a caller chose or the longest has.
+_UNPACKING = words("_pad_packed_sequence")
 _PICKING = words("__getitem__ index narrow select index_select take roll flip slice gather")
 
 
