@@ -18,6 +18,7 @@ from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
 from dptorch.tape.recording.escapes import refuse_swallowed
+from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
 from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.places import way_out_of_a_trainer
@@ -116,6 +117,8 @@ class ModelHooks:
         batch = self._batch_of(leaves)
         if training:
             refuse_saved_tensor_hooks("around the model")
+            for t, _ in leaves:
+                refuse_trained_in_front(t)
             config, listener = self._on_forward()
             recording = Recording(
                 self.model,

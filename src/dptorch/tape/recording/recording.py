@@ -44,6 +44,7 @@ from dptorch.tape.recording.composites import is_composite, without_checks
 from dptorch.tape.recording.escapes import judge_results, judge_slices, note_error
 from dptorch.tape.recording.finite_checks import note_check
 from dptorch.tape.recording.handlers import SPECIAL, reorder
+from dptorch.tape.recording.in_front import refuse_leaf
 from dptorch.tape.recording.parameter_graph import parameters_behind
 from dptorch.tape.recording.position_means import note_mean
 from dptorch.tape.recording.read_numbers import read_numbers
@@ -317,6 +318,7 @@ class Recording(TorchFunctionMode):
         parameters: dict[int, Tensor] = {}
         lost: Mixed | Reduced | None = None
         ordering = False
+        leaf: Tensor | None = None
         grad_enabled = torch.is_grad_enabled()
         tensors = each_tensor(args, kwargs)
         if name in _LIKE_OTHER:
@@ -329,8 +331,11 @@ class Recording(TorchFunctionMode):
             if type(state) is Tag:
                 tagged.append((t, state))
             elif state is None:
-                if grad_enabled and t.requires_grad and self._is_parameter(t, name):
-                    parameters[id(t)] = t
+                if grad_enabled and t.requires_grad:
+                    if self._is_parameter(t, name):
+                        parameters[id(t)] = t
+                    elif self.strict:
+                        leaf = t
             elif isinstance(state, ParamOnly):
                 if grad_enabled and t.requires_grad:
                     parameters[id(t)] = t
@@ -338,6 +343,8 @@ class Recording(TorchFunctionMode):
                 ordering = True
             elif lost is None or isinstance(state, Mixed):
                 lost = state  # type: ignore[assignment]
+        if leaf is not None and (tagged or lost is not None):
+            refuse_leaf(self.states, name, leaf)
         if out_argument is not None and parameters:
             raise NotCoveredError(
                 f"{self.module_path()}: '{name}' writes into out= and takes "
@@ -381,7 +388,7 @@ class Recording(TorchFunctionMode):
                 "and the engine after it."
             )
         if t.is_leaf:
-            return False  # an input whose gradient somebody wants, or a constant
+            return False  # of an op without examples; else see `refuse_leaf`
         behind = parameters_behind(t, self._followed)
         if behind is not None:
             self.tape.note_derived(behind)
