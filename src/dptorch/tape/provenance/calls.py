@@ -153,14 +153,14 @@ DYNAMIC = words(
 _PASSIVE = words(
     """size dim ndimension numel nelement stride is_floating_point is_complex element_size
     is_contiguous storage_offset is_same_size get_device
-    retain_grad register_post_accumulate_grad_hook requires_grad is_tensor result_type
+    register_post_accumulate_grad_hook requires_grad is_tensor result_type
     can_cast is_storage is_inference is_grad_enabled is_signed has_names is_conj is_neg
     is_pinned is_shared promote_types broadcast_shapes is_set_to autograd_backward __len__ __hash__
     __array_wrap__ __dir__ __setstate__ __delete__ __dlpack_device__ is_coalesced sparse_dim dense_dim
     _is_view is_distributed sym_size sym_numel sym_stride sym_storage_offset"""
 )
-# Properties that hand out memory or code that changes gradients.
-_ACTIVE_PROPERTIES = frozenset({".__cuda_array_interface__", ".grad_fn"})
+# Properties that hand out memory, gradients or code that changes them.
+_ACTIVE_PROPERTIES = frozenset({".__cuda_array_interface__", ".grad", ".grad_fn"})
 _TENSOR_PROPERTIES = frozenset({".T", ".mT", ".H", ".mH", ".data", ".real", ".imag"})
 _INFO: dict[Any, Info] = {}
 

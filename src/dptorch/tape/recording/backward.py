@@ -1,4 +1,4 @@
-"""Handlers for ``loss.backward()`` and ``torch.autograd.grad``."""
+"""Handlers for ``loss.backward()``, ``x.grad`` and ``torch.autograd.grad``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dptorch.tape.recording.handlers import handler
 from dptorch.tape.recording.loss_factors import factors_of
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["backward", "differentiate"]
+__all__ = ["backward", "differentiate", "gradient", "retain"]
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -64,6 +64,27 @@ def differentiate(
         if g is not None:
             recording.mark(g, state)
     return found
+
+
+@handler(".grad")
+def gradient(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """``x.grad``: row i of it is of row i of `x`, where the loss had the examples apart."""
+    found, state = func(*args, **kwargs), recording.state(args[0])
+    if found is not None and isinstance(state, (Tag, Mixed)) and recording.state(found) is None:
+        recording.mark(found, state)
+    return found
+
+
+@handler("retain_grad")
+def retain(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """Note an activation whose gradient is wanted, so that it is followed out of the model."""
+    func(*args, **kwargs)
+    if type(args[0]) is Tensor:  # and is not followed already
+        recording.retained.append(args[0])
 
 
 @handler("backward")

@@ -113,7 +113,9 @@ def _adopt(t: Tensor, recording: Recording) -> None:
 
 
 def outputs_of(value: Any, recording: Recording) -> Any:
-    """`promote` what a model returned."""
+    """`promote` what a model returned, and what its forward has kept the gradients of."""
+    promote(recording.retained, recording)
+    recording.retained = []
     if recording.batch_size == 1:
         for t in tree_leaves(value):
             if isinstance(t, Tensor) and t.requires_grad and t.numel() == 1:

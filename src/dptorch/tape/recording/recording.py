@@ -84,6 +84,7 @@ class Recording(TorchFunctionMode):
         escaped: how often values of the batch were read into Python, by op.
         handle_of_taps: differentiating an output with respect to it reaches every tap.
         joined: tapes of other models whose outputs entered the same loss.
+        retained: activations that keep their gradient, until the model returns.
         error: the first that the forward pass met.
     """
 
@@ -118,6 +119,7 @@ class Recording(TorchFunctionMode):
         self.sites = 0
         self.escaped: Counter[str] = Counter()
         self.joined: list[Tape] = []
+        self.retained: list[Tensor] = []
         self.error: Exception | None = None
         self._unwatch: list[Callable[[], None]] = []
         self._followed = self.tape.names

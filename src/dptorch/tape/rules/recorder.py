@@ -34,6 +34,7 @@ class Recorder(AbstractContextManager[Any], Protocol):
         tape: filled when gradients arrive.
         joined: tapes of other models whose outputs entered the same loss.
         escaped: how often values of the batch were read into Python, by op.
+        retained: activations that keep their gradient, until the model returns.
         error: the first that the forward pass met, which the model may have caught.
         strict: whether a model that is trained privately is recorded.
         refuses_reads: whether a read of a statistic of the batch is refused now.
@@ -45,6 +46,7 @@ class Recorder(AbstractContextManager[Any], Protocol):
     tape: Tape
     joined: list[Tape]
     escaped: Counter[str]
+    retained: list[Tensor]
     error: Exception | None
     strict: bool
 
