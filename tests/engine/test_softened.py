@@ -274,6 +274,59 @@ def test_rows_that_left_and_came_back_are_rows(
         steps_with(weights_that_came_back(how, mixed=True), make_model(), own=own)
 
 
+def scaled_by_numpy(scale: Callable[[Any], Any], of_input: bool) -> Loss:
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if of_input:
+            return F.cross_entropy(m(torch.from_numpy(scale(x.numpy()))), y)
+        return F.mse_loss(m(x)[:, 0], torch.from_numpy(scale(x[:, 0].numpy())))
+
+    return loss
+
+
+STATISTICS = {
+    "standardised": lambda v: (v - v.mean()) / v.std(),
+    "over the largest": lambda v: v / abs(v).max(),
+    "centred": lambda v: v - v.mean(),
+    "range": lambda v: (v - v.min()) / (v.max() - v.min()),
+    "share": lambda v: v / v.sum(),
+    "centred round numbers": lambda v: v - v.mean(),
+    "round numbers over the largest": lambda v: v / abs(v).max(),
+}
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_what_came_back_scaled_by_statistics_is_mixed(
+    name: str, of_input: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = scaled_by_numpy(STATISTICS[name], of_input)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return scaled(m, x.round() if "round" in name else x, y)
+
+    with pytest.raises(PrivacyError, match=r"times .* plus"):
+        steps_with(loss, make_model())
+    # Broken twin: any multiple is what it was, as if its constants were public.
+    monkeypatch.setattr(batches, "_is_public", lambda *_: True)
+    assert steps_with(loss, make_model()) == 2
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda v: 2 * v - 1,
+        lambda v: v / 255,
+        lambda v: v / 127.5 - 1,
+        lambda v: (v - 0.485) / 0.229,
+        lambda v: 0.9 * v + 0.1 / 7,
+        lambda v: v.astype("float64").astype("float32"),
+    ],
+)
+@pytest.mark.parametrize("of_input", [False, True])
+def test_what_came_back_scaled_by_constants_is_what_it_was(scale: Any, of_input: bool) -> None:
+    assert steps_with(scaled_by_numpy(scale, of_input), make_model()) == 2
+
+
 def test_a_constant_with_as_many_rows_as_a_later_batch_stays_one() -> None:
     levels: Tensor
 

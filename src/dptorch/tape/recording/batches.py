@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ __all__ = ["Batch", "latest_batch", "own_batch"]
 
 
 _LEFT = 16
+_ERROR = 1e-6  # relative, of constants that are worked out from values in float32
+_WHOLE = (-2.0, -1.0, 1.0, 2.0)
+_SMALL = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+_LEVELS = (127.5, 255.0, 256.0, 65535.0)  # of images
 
 
 class Batch:
@@ -66,11 +71,27 @@ class Batch:
                 self.left.append((t.detach(), state))
 
     def came_back(self, t: Tensor) -> Tag | Mixed | None:
-        """What `t` was when it left: of the tensors that did, one that it is equal to, or a line of."""
+        """What `t` was when it left, of the tensors that did; None if it is none of them.
+
+        A tensor that was scaled or shifted by constants that look public is what it was. One that was
+        scaled by anything else (``y / y.max()``) is mixed.
+        """
+        mixed = None
         for other, state in self.left:
-            if other.numel() == t.numel() and _on_a_line(other, t):
+            if other.numel() != t.numel():
+                continue
+            line = _line(other, t)
+            if line is None:
+                continue
+            if line.is_equal or (line.is_public and isinstance(state, Tag)):
                 return state
-        return None
+            mixed = Mixed(
+                f"a tensor of shape {tuple(t.shape)} holds values of the batch that left for where "
+                f"nothing is followed (NumPy, lists), times {line.slope:.6g} plus {line.shift:.6g}, "
+                "which may be statistics of the batch. Scale by constants of few digits, or compute "
+                "with tensors of torch, which are followed."
+            )
+        return mixed
 
     def origin(self) -> tuple[Batch, tuple[int, ...]]:
         """The batch that this one was cut from in the end (itself if from none), and the rows of it."""
@@ -80,16 +101,62 @@ class Batch:
         return base, tuple(rows[i] for i in self.cut_from[1])
 
 
-def _on_a_line(a: Tensor, b: Tensor) -> bool:
-    """Whether b is a multiple of a, plus a number."""
+class _Line(NamedTuple):
+    """The line that the values of one tensor are on over those of another."""
+
+    slope: float
+    shift: float
+    is_equal: bool
+    is_public: bool
+
+
+def _line(a: Tensor, b: Tensor) -> _Line | None:
+    """How b is a multiple of a plus a number; None if it is not."""
     with torch._C.DisableTorchFunction():
         x, y = (v.detach().reshape(-1).to("cpu", torch.float64) for v in (a, b))
+        if torch.allclose(x, y):
+            return _Line(1.0, 0.0, True, True)
         if len(x) < 4:  # any few points are nearly on one
-            return torch.allclose(x, y)
-        x, y = x - x.mean(), y - y.mean()
-        slope = (x @ y) / (x @ x)
-        size = y.abs().max()
-        return bool(size > 0) and bool((slope * x - y).abs().max() <= 1e-5 * size)
+            return None
+        from_mean, size = x - x.mean(), (y - y.mean()).abs().max()
+        slope = (from_mean @ y) / (from_mean @ from_mean)
+        off = (slope * from_mean - (y - y.mean())).abs().max()
+        if not bool(size > 0) or not bool(off <= 1e-5 * size):
+            return None
+        by, shift = float(slope), float(y.mean() - slope * x.mean())
+        return _Line(by, shift, False, _is_public(by, shift, y))
+
+
+def _is_public(slope: float, shift: float, y: Tensor) -> bool:
+    """Whether the multiple and the number are ones that a person writes, and do not make of the values
+    `y` ones with a mean of 0, a sum or largest value of 1, or a range from 0 to 1."""
+    low, high = float(y.min()), float(y.max())
+    error = _ERROR * max(-low, high)
+    loss_of_digits = _ERROR * max(1.0, max(-low, high) / (high - low))
+    if abs(shift) <= error:
+        shift = 0.0
+    if _is_near(slope, _WHOLE, loss_of_digits) and _is_near(shift, _SMALL, loss_of_digits):
+        return True
+    if _is_near(1 / slope, _LEVELS, loss_of_digits) and _is_near(shift, _SMALL, loss_of_digits):
+        return True
+    if abs(float(y.mean())) <= error or abs(abs(float(y.sum())) - 1) <= error * len(y):
+        return False
+    if abs(max(-low, high) - 1) <= error and (not shift or abs(low) <= error):
+        return False
+    return _is_short(slope, loss_of_digits) and (
+        _is_short(shift, loss_of_digits) or _is_short(shift / slope, loss_of_digits)
+    )
+
+
+def _is_near(value: float, known: Iterable[float], error: float) -> bool:
+    return any(abs(value - k) <= error * max(1.0, abs(k)) for k in known)
+
+
+def _is_short(value: float, error: float) -> bool:
+    """Whether a value, or one over it, has at most three decimal digits."""
+    return not value or any(
+        abs(float(f"{v:.3g}") - v) <= error * abs(v) for v in (value, 1 / value)
+    )
 
 
 _latest: weakref.ref[Batch] | None = None

@@ -159,6 +159,8 @@ class TensorStates:
         cut_from = self.batch.cut_from
         mine = self.batch if cut_from is None else cut_from[0]
         known = self.state(t) if batch_of(t) in (self.batch, mine) else None
+        if known is None and dim == 0 and self.batch.left:
+            known = self.batch.came_back(t)
         size = t.shape[dim]
         if self.batch.size and size != self.batch.size:
             if self.batch.handed_out:
@@ -241,5 +243,7 @@ ONE_ROW_EACH = (
 _FOREIGN = (
     "holds the examples of another forward pass (a hidden state, a count or a statistic kept from an "
     "earlier step, or another model's output). What one step's examples leave behind may not enter "
-    "the next. If it belongs to the same examples, pass it as an argument of the model."
+    "the next. If it belongs to the same examples, pass it as an argument of the model; if it is a "
+    "buffer that is filled anew for each batch, empty it with zero_() first. A memory bank may hold "
+    "public data, or parameters."
 )
