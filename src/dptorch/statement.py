@@ -54,7 +54,8 @@ ASSUMED = (
     "loss, a norm, a text of them), or in the model by code that is trusted (transformers, timm, "
     "torchvision, peft, what runs in dptorch.tape.trusted_reads)",
     "no value of the batch leaves the model, or comes back, by what torch functions do not show: code "
-    "that turns them off, threads that run already, extensions in other languages",
+    "that turns them off, threads that run already, extensions in other languages, writes to the .data "
+    "of a tensor, the constructor torch.Tensor(t)",
     "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows "
     "(the first batch is tested for both), nor on the longest of the other sequences",
 )

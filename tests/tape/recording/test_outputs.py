@@ -84,11 +84,21 @@ def test_examples_are_followed_without_a_gradient_and_constants_are_not() -> Non
         (logits * detached.mean()).sum().backward()
 
 
-def test_copies_and_pickles_are_ordinary_tensors() -> None:
+def test_pickles_are_ordinary_tensors_and_copies_are_followed() -> None:
     _, out = recorded(Wrapped(lambda out: out), torch.randn(B, D))
-    for made in (copy.deepcopy(out.detach()), pickle.loads(pickle.dumps(out.detach()))):
-        assert type(made) is Tensor
-        assert torch.equal(made, out.detach())
+    made = pickle.loads(pickle.dumps(out.detach()))
+    assert type(made) is Tensor
+    assert torch.equal(made, out.detach())
+    held = out.detach()
+    first, second = copy.deepcopy([held, held])
+    assert first is second
+    for made in (first, copy.copy(held)):
+        assert type(made) is RecordedTensor
+        assert torch.equal(made, held)
+        assert (made.data_ptr() == held.data_ptr()) == (made is not first)
+    leaf = out.detach().requires_grad_()
+    assert copy.deepcopy(leaf).is_leaf
+    assert copy.deepcopy(leaf).requires_grad
 
 
 def test_outputs_of_two_models_meet_in_one_loss() -> None:

@@ -58,7 +58,8 @@ def after_the_batch(
     before = [(t, recording.state(t)) for t in args[:1] if isinstance(t, Tensor)]
     out = func(*args, **kwargs)
     written = name == "__setitem__" or (known.in_place and not isinstance(out, Tensor))
-    for o in each_tensor(args, kwargs) if written else leaves(out):
+    changed = args[:1] if name == "__setitem__" else each_tensor(args, kwargs)
+    for o in changed if written else leaves(out):
         own = state
         if not isinstance(state, Mixed) and not o.requires_grad:
             own = recording.statistic(name)

@@ -17,6 +17,7 @@ from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
+from dptorch.tape.recording.constructors import follow_constructors
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
@@ -60,6 +61,7 @@ class ModelHooks:
         self._outer_error: BaseException | None = None  # that is handled around the forward
         self._batch_dims = batch_dims
         self._batch: Batch | None = None
+        follow_constructors()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),

@@ -23,6 +23,7 @@ from dptorch.errors import ConfigurationError
 from dptorch.tape.provenance.calls import each_tensor, info
 from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
 from dptorch.tape.recording.batches import Batch
+from dptorch.tape.recording.handlers import SPECIAL
 from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
@@ -35,7 +36,7 @@ _DEEPEST = 3  # objects in objects that are looked into
 
 
 class RecordedTensor(torch.Tensor):
-    """A tensor that holds values of a batch. Copies and pickles of it are plain tensors."""
+    """A tensor that holds values of a batch, as its copies do. Pickles of it are plain tensors."""
 
     @classmethod
     def __torch_function__(
@@ -60,6 +61,8 @@ class RecordedTensor(torch.Tensor):
                 _adopt(t, recording)
             with patched():
                 out = promote(recording.handle(func, args, kwargs), recording)
+            if args and (info(func).in_place or out is None):
+                _follow_written(args[0], recording)
             if recording.strict:
                 carry_factors(recording, info(func).name, args, kwargs, out)
             return out
@@ -67,8 +70,15 @@ class RecordedTensor(torch.Tensor):
     def __reduce_ex__(self, proto: Any) -> Any:
         return _leaving(self).__reduce_ex__(proto)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(_leaving(self), memo)
+    def __copy__(self) -> Tensor:
+        return made_from(self, copy.copy(_plain(self)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        leaf = self.is_leaf and self.requires_grad
+        with torch._C.DisableTorchFunction():
+            made = copy.deepcopy(self.detach() if leaf else _plain(self), memo).requires_grad_(leaf)
+        memo[id(self)] = made
+        return made_from(self, made)
 
     def __repr__(self, **kwargs: Any) -> Any:  # type: ignore[override]
         return repr(_plain(self))
@@ -88,6 +98,27 @@ def _leaving(t: Tensor) -> Tensor:
     recording: Recording = getattr(t, _RECORDING)
     recording.states.batch.note_leaving(t, recording.state(t))
     return _plain(t)
+
+
+def _follow_written(t: Any, recording: Recording) -> None:
+    """Follow a tensor that examples were written into, by index or through a view of it."""
+    if not isinstance(t, Tensor):
+        return
+    if type(t) is RecordedTensor and recording.state(t) is None:  # it was filled with a constant
+        delattr(t, _RECORDING)
+        t.__class__ = Tensor  # type: ignore[assignment]
+    for holder in (t, t._base):
+        if type(holder) is Tensor and not holder.requires_grad:
+            follow(holder, recording)
+
+
+def made_from(source: Tensor, made: Tensor) -> Tensor:
+    """Say that `made` is a copy or an alias of `source`, a followed tensor; returns it."""
+    recording: Recording = getattr(source, _RECORDING)
+    with torch._C.DisableTorchFunctionSubclass():
+        SPECIAL["tensor"](recording, lambda _: made, "tensor", (source,), {})
+        promoted: Tensor = promote(made, recording)
+    return promoted
 
 
 def _adopt(t: Tensor, recording: Recording) -> None:

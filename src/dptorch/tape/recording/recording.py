@@ -38,7 +38,7 @@ from dptorch.tape.provenance.tags import (
 )
 from dptorch.tape.recording import backward, backward_code  # noqa: F401 (fill SPECIAL)
 from dptorch.tape.recording.after_batch import after_the_batch, leaves
-from dptorch.tape.recording.assignment import assign, assign_parameter
+from dptorch.tape.recording.assignment import assign, assign_parameter, fill
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.composites import is_composite, without_checks
 from dptorch.tape.recording.escapes import judge_results, judge_slices, note_error
@@ -271,6 +271,10 @@ class Recording(TorchFunctionMode):
     ) -> Any:
         """Dispatch on what the function is and on what its operands are, numbers included: `given`."""
         name = known.name
+        if known.in_place and name in ("zero", "fill") and not self.states.depth:
+            out = fill(self, func, args, kwargs)
+            if out is not NotImplemented:
+                return out
         tagged, parameters, lost, ordering = self._classify(name, args, kwargs)
         if isinstance(given, Mixed):
             lost = given

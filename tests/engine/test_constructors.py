@@ -1,0 +1,125 @@
+"""Tensors that constructors make of followed tensors are followed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from dptorch.errors import ExamplesMixError
+from tests.engine.setup import make_model, steps_with
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+Make = Callable[[Tensor], Tensor]
+MAKERS: dict[str, Make] = {
+    "Variable": lambda t: Variable(t),
+    "tensor": lambda t: torch.tensor(t),
+    "tensor of another dtype": lambda t: torch.tensor(data=t, dtype=torch.float64).float(),
+    "as_tensor": lambda t: torch.as_tensor(t, dtype=torch.float64).float(),
+    "asarray": lambda t: torch.asarray(t, copy=True),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+
+
+def standardised(make: Make) -> Any:
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x = make(x)
+        return F.cross_entropy(m((x - x.mean(0)) / x.std(0)), y)
+
+    return loss
+
+
+def weighted(make: Make, mixed: bool) -> Any:
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(m(make(x)), y, reduction="none")
+        weights = make(each.detach())
+        return (each * (weights / weights.mean() if mixed else weights / 2)).mean()
+
+    return loss
+
+
+def mixup(make: Make) -> Any:
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x, y = make(0.7 * x + 0.3 * x.flip(0)), copy.copy(y)
+        return F.cross_entropy(m(x), y)
+
+    return loss
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_a_constructor_makes_of_followed_rows_is_followed(name: str) -> None:
+    make = MAKERS[name]
+    assert steps_with(weighted(make, mixed=False), make_model()) == 2
+    for loss in (standardised(make), weighted(make, mixed=True), mixup(make)):
+        with pytest.raises(ExamplesMixError):
+            steps_with(loss, make_model())
+
+
+@pytest.mark.parametrize("name", ["tensor", "as_tensor", "asarray"])
+def test_without_the_replaced_names_mixing_is_not_seen(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken twin: torch's own constructors return plain tensors."""
+    steps_with(weighted(MAKERS[name], mixed=False), make_model())
+    plain = getattr(torch, name).__wrapped__
+    monkeypatch.setattr(torch, name, plain)
+    assert steps_with(standardised(MAKERS[name]), make_model()) == 2
+
+
+def test_a_list_of_numbers_of_the_batch_is_followed() -> None:
+    def listed(mixed: bool) -> Any:
+        def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            target = torch.tensor([row[0] for row in x])
+            if mixed:
+                target = target - target.mean()
+            return F.mse_loss(m(x)[:, 0], target)
+
+        return loss
+
+    assert steps_with(listed(False), make_model()) == 2
+    with pytest.raises(ExamplesMixError):
+        steps_with(listed(True), make_model())
+
+
+def test_variables_inside_the_model_are_followed() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = Variable(x)
+            out: Tensor = self.layer(h - h.mean(0))
+            return out
+
+    with pytest.raises(ExamplesMixError):
+        steps_with(lambda m, x, y: F.cross_entropy(m(x), y), Centred())
+
+
+def test_the_replaced_names_make_of_plain_data_what_they_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks = torch.distributions.Distribution._validate_args
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", checks)  # of compile
+    steps_with(weighted(copy.copy, mixed=False), make_model())
+    assert torch.equal(torch.tensor([[1, 2], [3, 4]]), torch.arange(1, 5).reshape(2, 2))
+    assert torch.tensor(2.0, requires_grad=True).requires_grad
+    assert torch.as_tensor(torch.ones(2), dtype=torch.int64).dtype == torch.int64
+    assert torch.asarray(range(3)).tolist() == [0, 1, 2]
+    assert type(Variable(torch.ones(2), requires_grad=True)) is Tensor
+    assert isinstance(torch.ones(2), Variable)
+
+    def made(n: int) -> Tensor:
+        return torch.tensor([1.0, 2.0]) + n
+
+    assert torch.equal(torch.jit.script(made)(1), torch.tensor([2.0, 3.0]))
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(1), torch.tensor([2.0, 3.0]))
