@@ -275,7 +275,7 @@ class PrivacyEngine:
         )
         self.reserve_budget()
         loader.on_batch(self.begin_physical_batch)
-        loader.on_items(lambda _, items: self._hooks.taint(items))
+        loader.on_items(lambda _, items: self._hooks.taint(items, loader.alone))
         loader.on_start(self._begin_epoch)
         loader.on_end(lambda complete: self.end_epoch(complete=complete))
         self._run.loaders += 1

@@ -177,6 +177,11 @@ class PrivateLoader:
         self._end_listeners: list[Callable[[bool], object]] = []
 
     @property
+    def alone(self) -> Any:
+        """The first example collated alone, its numbers replaced by zeros; None before an iteration."""
+        return self._padding
+
+    @property
     def current(self) -> PhysicalBatch | None:
         """Where the batch handed out last belongs; None outside an iteration."""
         return self._current

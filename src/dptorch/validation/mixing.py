@@ -20,6 +20,7 @@ from dptorch.tape.recording.recording import Recording
 from dptorch.validation.backward_mixing import find_backward_mixing
 from dptorch.validation.placing import find_place_dependence
 from dptorch.validation.reruns import is_plain, perturbed, preserving_state, unwrapped
+from dptorch.validation.widths import WidthCheck
 
 __all__ = [
     "MIXES",
@@ -166,6 +167,7 @@ def first_batch_checks(
         partial(refuse_mixing, model, batch_dims=batch_dims),
         partial(refuse_places, model, batch_dims=batch_dims),
         partial(refuse_backward_mixing, model, batch_dims=batch_dims, parameters=parameters),
+        WidthCheck(model, batch_dims),
     ]
 
 

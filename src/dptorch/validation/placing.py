@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,14 @@ from dptorch.tape.recording.recording import Recording
 from dptorch.validation.chance import no_chance
 from dptorch.validation.reruns import is_plain, preserving_state, unwrapped
 
-__all__ = ["find_place_dependence"]
+__all__ = [
+    "far",
+    "find_place_dependence",
+    "random_states",
+    "relative_error",
+    "repeatable",
+    "speaks_of_rows",
+]
 
 _FEW = 3
 _SAMPLES = 64  # values of each row that are compared
@@ -57,7 +64,7 @@ def find_place_dependence(
     size = sizes.pop()
     if size < 2:
         return None
-    if _speaks_of_rows((args, dict(kwargs)), size):
+    if speaks_of_rows((args, dict(kwargs)), size):
         return ""  # a list with an entry for each row, which is not put in another order
 
     def run(rows: Sequence[int], seed: int = 0) -> tuple[_Rows, bool] | None:
@@ -97,13 +104,24 @@ def find_place_dependence(
 _Rows = list[tuple[str, Tensor, float]]
 
 
-def _speaks_of_rows(value: Any, size: int) -> bool:
+def speaks_of_rows(value: Any, size: int) -> bool:
+    """Whether `value` holds a list with an entry, no tensor, for each of `size` rows."""
     if isinstance(value, (list, tuple)):
         here = len(value) == size and not any(isinstance(v, Tensor) for v in tree_leaves(value))
-        return (here and size > 1) or any(_speaks_of_rows(v, size) for v in value)
+        return (here and size > 1) or any(speaks_of_rows(v, size) for v in value)
     if isinstance(value, Mapping):
-        return any(_speaks_of_rows(v, size) for v in value.values())
+        return any(speaks_of_rows(v, size) for v in value.values())
     return isinstance(value, np.ndarray) and bool(value.ndim) and value.shape[0] == size
+
+
+@contextmanager
+def repeatable(model: nn.Module, seed: int) -> Iterator[None]:
+    """Run `model` without gradients, warnings and traces; random functions draw the same everywhere."""
+    with preserving_state(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        with no_chance(model):
+            yield
 
 
 def _run(
@@ -112,12 +130,7 @@ def _run(
     """Samples of each row in what goes in and out of modules; whether Python or numpy drew numbers."""
     seen: _Rows = []
     with ExitStack() as stack:
-        stack.enter_context(preserving_state(model))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(torch.no_grad())
-        torch.manual_seed(seed)
-        stack.enter_context(no_chance(model))
+        stack.enter_context(repeatable(model, seed))
         recording = Recording(model, {})
         args, kwargs = tag_inputs(recording, recording.tag_batch, model, args, kwargs, batch_dims)
 
@@ -128,7 +141,7 @@ def _run(
                 if isinstance(t, Tensor) and is_plain(t) and t.is_floating_point():
                     rows = _rows(t, recording)
                     if rows is not None:
-                        seen.append((blame, rows, _RELATIVE.get(t.dtype, _RELATIVE_HALF)))
+                        seen.append((blame, rows, relative_error(t)))
 
         def before(label: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -153,14 +166,15 @@ def _run(
                     module.register_forward_hook(after(label)),
                 ):
                     stack.callback(handle.remove)
-        python, numpy = _random_states()
+        python, numpy = random_states()
         with uncompiled(), patched(), recording:
             model(*args, **kwargs)
-        drew = (python, numpy) != _random_states()
+        drew = (python, numpy) != random_states()
     return seen, drew
 
 
-def _random_states() -> tuple[int, int]:
+def random_states() -> tuple[int, int]:
+    """The states of Python's and numpy's generators, which `no_chance` does not hold fixed."""
     state: Any = np.random.get_state()  # noqa: NPY002
     return hash(random.getstate()), hash((state[1].tobytes(), *state[2:]))
 
@@ -196,12 +210,18 @@ def _first_moved(whole: _Rows, other: _Rows, rows: Sequence[int]) -> str | None:
             pairs = [*pairs[:i], *([(whole[-1], other[-1])] if i else [])]
             break
     for (label, a, relative), (_, b, _) in pairs:
-        if a.shape[1:] == b.shape[1:] and len(b) == len(rows) and _far(a[list(rows)], b, relative):
+        if a.shape[1:] == b.shape[1:] and len(b) == len(rows) and far(a[list(rows)], b, relative):
             return label
     return None
 
 
-def _far(a: Tensor, b: Tensor, relative: float) -> bool:
+def relative_error(t: Tensor) -> float:
+    """What other kernels may move in `t` by rounding, relative to its largest value."""
+    return _RELATIVE.get(t.dtype, _RELATIVE_HALF)
+
+
+def far(a: Tensor, b: Tensor, relative: float) -> bool:
+    """Whether a value differs by more than `relative` times the largest; others than finite do not."""
     usual = a.isfinite() & b.isfinite() & (a.abs() < 1e30)
     if not usual.any():
         return False

@@ -9,19 +9,29 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    FNetConfig,
+    FNetForSequenceClassification,
+    Trainer,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
-from dptorch.errors import PrivacyError
+from dptorch.errors import ExamplesMixError, PrivacyError
 from dptorch.integrations.transformers import DPSeq2SeqTrainer
 from dptorch.integrations.transformers.private_trainer import PrivateTrainer
 from tests.integrations.transformers import setup
 from tests.integrations.transformers.setup import (
+    WORDS,
     build,
     collator,
     data,
     largest_error,
     loop_over_examples,
     one_step_of_sgd,
+    tokenizer,
     trainer_of,
 )
 
@@ -182,3 +192,44 @@ def test_what_the_collator_pads_does_not_count():
     batch = collator("gpt2")([dict(row) for row in data("gpt2")])
     assert (batch["labels"] == -100).any()
     assert batch["input_ids"].shape[1] == max(setup.RAGGED)
+
+
+def fnet() -> nn.Module:
+    return FNetForSequenceClassification(
+        FNetConfig(
+            vocab_size=WORDS,
+            hidden_size=8,
+            num_hidden_layers=1,
+            intermediate_size=12,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            num_labels=3,
+        )
+    )
+
+
+def xlnet() -> nn.Module:
+    return XLNetForSequenceClassification(
+        XLNetConfig(
+            vocab_size=WORDS,
+            d_model=8,
+            n_layer=1,
+            n_head=2,
+            d_inner=12,
+            dropout=0.0,
+            summary_last_dropout=0.0,
+            num_labels=3,
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [fnet, xlnet])
+def test_models_that_read_their_padding_are_refused_unless_rows_are_of_one_length(make, tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(ExamplesMixError, match="how far its batch is padded"):
+        trainer_of(make(), "bert", tmp_path).train()
+    collate = DataCollatorWithPadding(tokenizer(), padding="max_length", max_length=16)
+    trainer = trainer_of(make(), "bert", tmp_path)
+    trainer.data_collator = collate
+    trainer.train()
+    assert trainer.state.global_step == 1

@@ -17,7 +17,7 @@ from dptorch.tape.provenance.layouts import remember
 from dptorch.tape.provenance.tags import Order, Tag, regular_or_explicit
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["BatchDims", "Ragged", "is_ragged", "map_batched", "tag_inputs"]
+__all__ = ["BatchDims", "Ragged", "argument_names", "is_ragged", "map_batched", "tag_inputs"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def map_batched(
         return batch_dims if isinstance(batch_dims, int) else batch_dims.get(name, 0)
 
     # One dimension for all needs no names.
-    names = [""] * len(args) if isinstance(batch_dims, int) else _argument_names(module, len(args))
+    names = [""] * len(args) if isinstance(batch_dims, int) else argument_names(module, len(args))
     largest = 0
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         dim = dim_of(name)
@@ -177,7 +177,7 @@ def tag_inputs(
     """
     arguments: dict[str, Any] = {}
     if not isinstance(batch_dims, int):
-        arguments = {**dict(zip(_argument_names(module, len(args)), args, strict=True)), **kwargs}
+        arguments = {**dict(zip(argument_names(module, len(args)), args, strict=True)), **kwargs}
     _refuse_unequal(module, args, kwargs, batch_dims)
 
     def tag_owners(t: Tensor, dim: int, owner: Tensor, count: int) -> Tensor:
@@ -220,7 +220,7 @@ def _refuse_unequal(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: BatchDims
 ) -> None:
     sizes: dict[str, int] = {}
-    names = _argument_names(module, len(args))
+    names = argument_names(module, len(args))
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         dim = batch_dims if isinstance(batch_dims, int) else batch_dims.get(name, 0)
         if isinstance(value, Tensor) and isinstance(dim, int) and value.dim() > max(dim, 0):
@@ -253,7 +253,8 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return tree_map(function, value, is_leaf=_is_packed)
 
 
-def _argument_names(module: nn.Module, count: int) -> list[str]:
+def argument_names(module: nn.Module, count: int) -> list[str]:
+    """What forward calls its first `count` arguments; their number where it has no name for one."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):

@@ -42,6 +42,8 @@ class Batch:
         beside: the recording of what is computed from it outside of models.
         left: the last tensors of its rows that left for where nothing is followed (NumPy, lists,
             copies), and what they were.
+        widths: (dimension, size) of collated tensors, but for their rows, where one example collated
+            alone has another size: those that follow the longest example of the batch.
     """
 
     __slots__ = (
@@ -53,6 +55,7 @@ class Batch:
         "left",
         "size",
         "spent",
+        "widths",
     )
 
     def __init__(self, size: int = 0, *, handed_out: bool = False) -> None:
@@ -60,6 +63,7 @@ class Batch:
         self.handed_out = handed_out
         self.aliases = Aliases()
         self.spent = False
+        self.widths: frozenset[tuple[int, int]] = frozenset()
         self.beside: Any = None
         self.cut_from: tuple[Batch, tuple[int, ...]] | None = None
         self.left: deque[tuple[Tensor, Tag | Mixed]] = deque(maxlen=_LEFT)

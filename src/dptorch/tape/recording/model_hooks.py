@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -81,10 +81,16 @@ class ModelHooks:
         """The loader hands out a batch of `rows` rows; the forward passes to come are on it."""
         self._batch = own_batch(rows, handed_out=True)
 
-    def taint(self, items: Any) -> None:
-        """Say that the tensors in `items` hold the rows of the batch that was begun last."""
+    def taint(self, items: Any, alone: Any = None) -> None:
+        """Say that the tensors in `items` hold the rows of the batch that was begun last.
+
+        Args:
+            alone: one example, collated without others.
+        """
         if self._batch is not None and self._handles:
             taint(items, self._batch, self.model)
+            if self._checks:
+                self._batch.widths = _widths_of_batch(items, alone)
 
     def end_batch(self) -> None:
         """Forward passes to come are on batches of unknown origin."""
@@ -207,6 +213,28 @@ class ModelHooks:
                 "gradients mix and the guarantee is void. dptorch.check names the module."
             )
         return outputs_of(output, recording)
+
+
+def _widths_of_batch(items: Any, alone: Any) -> frozenset[tuple[int, int]]:
+    """(dimension, size) in a batch, but for its rows, where one example collated alone has another."""
+    leaves = [list(_tensors(v)) for v in (items, alone)]
+    if len(leaves[0]) != len(leaves[1]):
+        return frozenset()
+    return frozenset(
+        (dim, t.shape[dim])
+        for t, one in zip(*leaves, strict=True)
+        if t.dim() == one.dim()
+        for dim in range(1, t.dim())
+        if t.shape[dim] != one.shape[dim]
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for v in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(v)
 
 
 def _tagger(recording: Recording) -> Callable[[Tensor, int], Tensor]:
