@@ -57,7 +57,7 @@ ASSUMED = (
     "that turns them off, threads that run already, extensions in other languages, writes to the .data "
     "of a tensor, the constructor torch.Tensor(t)",
     "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows "
-    "(the first batch is tested for both), nor on how long the others are (a first batch that is padded "
+    "(the first batch is tested for both), nor on how long the others are (a first batch padded "
     "to its longest row is tested for it, where a mask shows the padding or the padding is 0)",
 )
 #: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.

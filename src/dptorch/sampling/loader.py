@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.sampling.padding import zeros_like_batch
 from dptorch.sampling.parts import PaddedDataset, PhysicalBatch, PhysicalPlan
+from dptorch.sampling.row_order import refuse_own_order
 from dptorch.sampling.sampler import Sampler
 
 __all__ = ["PrivateLoader", "dataset_size"]
@@ -33,6 +34,8 @@ _CONTRADICTS: Final = {
     "drop_last": "dropping part of a drawn batch changes the sampling that the stated epsilon is "
     "for",
 }
+
+_TRIED: Final = 13  # examples that are collated twice where batches are padded
 
 
 class PrivateLoader:
@@ -78,7 +81,8 @@ class PrivateLoader:
         `test_empty_batches_arrive_in_their_place` and `test_ranks_share_each_batch`.
 
     Raises:
-        ConfigurationError: an argument contradicts sampling or has an impossible value.
+        ConfigurationError: an argument contradicts sampling or has an impossible value. With a
+            `capacity`, at the first iteration: `collate_fn` puts examples into an order of its own.
         DataError: the dataset is empty.
         PrivacyError: the dataset is not of the size that the sampler samples from.
 
@@ -279,17 +283,28 @@ class PrivateLoader:
             # Now and not at the first empty batch, because a dataset or collate_fn that fails on
             # one example alone would then tell when a batch was empty; and after the workers are
             # forked, because datasets open their files at the first access.
-            self._padding = zeros_like_batch(self._one_example())
+            self._padding = zeros_like_batch(self._collated([0]))
+            if self.capacity is not None and self.collate_fn is not default_collate:
+                size = dataset_size(self.dataset)
+                self._collated(
+                    sorted({i * size // _TRIED for i in range(_TRIED)}), refuse_own_order
+                )
             self._has_padding = True
         return parts, batches
 
-    def _one_example(self) -> Any:
-        """The first example collated alone, without moving the global random states."""
+    def _collated(
+        self,
+        indices: list[int],
+        ask: Callable[[Callable[[list[Any]], Any], list[Any]], Any] = lambda f, items: f(items),
+    ) -> Any:
+        """`ask(collate_fn, examples)`, without moving the global random states."""
         python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
             with torch.random.fork_rng(devices=[]):
                 fetch = getattr(self.dataset, "__getitems__", None)
-                return self.collate_fn(fetch([0]) if fetch else [self.dataset[0]])
+                return ask(
+                    self.collate_fn, fetch(indices) if fetch else [self.dataset[i] for i in indices]
+                )
         finally:
             random.setstate(python)
             np.random.set_state(legacy)  # noqa: NPY002
