@@ -85,6 +85,8 @@ def test_a_sorting_collate_function_is_refused_where_batches_are_padded(
 
 def test_other_collate_functions_are_let_through() -> None:
     items = [(torch.randn(2 + i % 4, 4), torch.tensor(i % 3)) for i in range(13)]
+    backwards = in_order(items[::-1])[0]
+    assert not torch.equal(in_order(items)[0], backwards)
     refuse_own_order(in_order, items)
     refuse_own_order(lambda rows: {"x": in_order(rows)[0], "at": torch.arange(len(rows))}, items)
     refuse_own_order(lambda rows: torch.ones(len(rows), 2), items)  # it says nothing of their order
