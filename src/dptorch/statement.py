@@ -55,7 +55,9 @@ ASSUMED = (
     "torchvision, peft, what runs in dptorch.tape.trusted_reads)",
     "no value of the batch leaves the model, or comes back, by what torch functions do not show: code "
     "that turns them off, threads that run already, extensions in other languages, writes to the .data "
-    "of a tensor, the constructor torch.Tensor(t)",
+    "of a tensor, the constructor torch.Tensor(t) and, in the loop, functions of torch.jit.script",
+    "the backward of a custom autograd Function, and of a hook on another module, that the loop "
+    "applies outside the model treats each {unit} by itself",
     "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows "
     "(the first batch is tested for both), nor on how long the others are (a first batch padded "
     "to its longest row is tested for it, where a mask shows the padding or the padding is 0)",
@@ -64,7 +66,8 @@ ASSUMED = (
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"
 OWN_BATCHES = (
     "what the loop computes from a batch of its own loader before the batch meets the model, and in "
-    "passes without gradients, keeps the examples apart: it is followed from the model on"
+    "passes without gradients, keeps the examples apart, and nothing that is trained computes the "
+    "input of the model from the batch: it is followed from the model on"
 )
 
 
