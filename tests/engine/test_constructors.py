@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -123,3 +125,20 @@ def test_the_replaced_names_make_of_plain_data_what_they_made(
     assert torch.equal(torch.jit.script(made)(1), torch.tensor([2.0, 3.0]))
     compiled = torch.compile(made, backend="eager", fullgraph=True)
     assert torch.equal(compiled(1), torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_a_device_context_still_rules_what_is_made(asked_before: bool) -> None:
+    """Transformers asks so where a model is loaded to; the table of torch is made when first used."""
+    code = (
+        "import torch\n"
+        "from dptorch.tape.recording import constructors\n"
+        f"if not {asked_before}: constructors._device_constructors = lambda: None  # the twin\n"
+        "constructors.follow_constructors()\n"
+        "with torch.device('meta'):\n"
+        "    made = [torch.tensor([]), torch.as_tensor([1]), torch.asarray([1])]\n"
+        "print(*{str(t.device) for t in made})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (found.stdout.split() == ["meta"]) is asked_before

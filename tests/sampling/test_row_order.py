@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import dptorch
 from dptorch.errors import ConfigurationError
-from dptorch.sampling import loader as loader_module
+from dptorch.sampling import row_order
 from dptorch.sampling.row_order import refuse_own_order
 
 BOUND, SIZE = 0.05, 30
@@ -79,7 +79,7 @@ def test_a_sorting_collate_function_is_refused_where_batches_are_padded(
     drawn = one_step(rows(9), in_order)
     assert float(one_step(rows(9), longest_first, "poisson").norm()) > 0  # nothing is padded
     # Without the refusal padding counts, and rows that were drawn do not.
-    monkeypatch.setattr(loader_module, "refuse_own_order", lambda *_: None)
+    monkeypatch.setattr(row_order, "refuse_own_order", lambda *_: None)
     assert float((one_step(rows(9), longest_first) - drawn).norm()) > 2 * BOUND
 
 

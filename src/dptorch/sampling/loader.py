@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.sampling.padding import zeros_like_batch
 from dptorch.sampling.parts import PaddedDataset, PhysicalBatch, PhysicalPlan
-from dptorch.sampling.row_order import refuse_own_order
 from dptorch.sampling.sampler import Sampler
 
 __all__ = ["PrivateLoader", "dataset_size"]
@@ -285,6 +284,8 @@ class PrivateLoader:
             # forked, because datasets open their files at the first access.
             self._padding = zeros_like_batch(self._collated([0]))
             if self.capacity is not None and self.collate_fn is not default_collate:
+                from dptorch.sampling.row_order import refuse_own_order
+
                 size = dataset_size(self.dataset)
                 self._collated(
                     sorted({i * size // _TRIED for i in range(_TRIED)}), refuse_own_order

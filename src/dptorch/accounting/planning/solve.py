@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 
 from dptorch.accounting.accountants import registry
 from dptorch.accounting.accountants.protocol import Accountant, check_delta, check_epsilon
@@ -130,6 +129,8 @@ def _noise_for_no_epsilon(
     """
     share = delta * (1 - 1e-9) / (sample_rate * adjacency.sensitivity_factor)
     summed = min(share / steps, 1 - 1e-12)
+    from statistics import NormalDist  # loads half of the standard library's numbers
+
     by_sum = 1 / (2 * NormalDist().inv_cdf((1 + summed) / 2))
     by_divergence = 1 / math.sqrt(math.log1p(2 * share**2 / steps))
     return min(by_sum, by_divergence)

@@ -16,6 +16,7 @@ import torch
 import torch.jit._builtins as script
 from torch import Tensor
 from torch.autograd import Variable
+from torch.utils._device import _device_constructors
 
 from dptorch.tape.recording.handlers import SPECIAL
 from dptorch.tape.recording.outputs import RecordedTensor, made_from
@@ -33,6 +34,9 @@ def follow_constructors() -> None:
     if _done:
         return
     _done = True
+    # ``with torch.device(...)`` knows constructors by identity, from a table made when first asked for:
+    # asked now, it holds those that the replacements call.
+    _device_constructors()
     for name in _FUNCTIONS:
         plain = getattr(torch, name)
         followed = _function(plain)

@@ -17,7 +17,6 @@ from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
-from dptorch.tape.recording.constructors import follow_constructors
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
@@ -61,6 +60,8 @@ class ModelHooks:
         self._outer_error: BaseException | None = None  # that is handled around the forward
         self._batch_dims = batch_dims
         self._batch: Batch | None = None
+        from dptorch.tape.recording.constructors import follow_constructors
+
         follow_constructors()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
