@@ -188,14 +188,18 @@ def test_adaptive_clipping_moves_the_norm_within_its_bounds() -> None:
         "clipbound_learning_rate": 2.0,
         "unclipped_num_std": 1.0,
     }
-    _, module, optimizer, loader = private(**settings, max_clipbound=10.0, min_clipbound=1e-4)
+    torch.manual_seed(0)  # by chance the norm could end where the bounds are
+    seeded = torch.Generator().manual_seed(7)
+    _, module, optimizer, loader = private(
+        **settings, max_clipbound=10.0, min_clipbound=1e-4, noise_generator=seeded
+    )
     train(module, optimizer, loader, epochs=2)
     moved = optimizer.max_grad_norm
     assert moved != 1.0
     _, module, optimizer, loader = private(**settings, max_clipbound=1.05, min_clipbound=0.95)
     train(module, optimizer, loader, epochs=2)
     assert 0.95 <= optimizer.max_grad_norm <= 1.05
-    assert not 0.95 <= moved <= 1.05
+    assert not 0.95 <= moved <= 1.05, moved
 
 
 # -- determinism -------------------------------------------------------------------------------------
