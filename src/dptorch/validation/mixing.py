@@ -15,11 +15,17 @@ from torch.utils._pytree import tree_leaves
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, warn
 from dptorch.tape.provenance.tags import Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, is_ragged, map_batched, tag_inputs
-from dptorch.tape.recording.patches import patched
+from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
 from dptorch.validation.backward_mixing import find_backward_mixing
 from dptorch.validation.placing import find_place_dependence
-from dptorch.validation.reruns import is_plain, perturbed, preserving_state, unwrapped
+from dptorch.validation.reruns import (
+    is_plain,
+    perturbed,
+    preserving_state,
+    sampling_modules,
+    unwrapped,
+)
 from dptorch.validation.widths import WidthCheck
 
 __all__ = [
@@ -288,7 +294,6 @@ def _watch(
     """Run the model and sample what goes in and out of every module; `is_probe`: refuse its reads."""
     recording = Recording(model, {}, is_probe=is_probe)
     seen: list[_Seen] = []
-    running: list[str] = []
 
     def sample(value: Any, blame: str) -> None:
         for t in tree_leaves(value):
@@ -298,45 +303,16 @@ def _watch(
                     relative = _RELATIVE.get(t.dtype, _RELATIVE_HALF)
                     seen.append(_Seen(blame, alternatives, relative))
 
-    def before(label: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            sample((args, kwargs), running[-1] if running else label)
-            running.append(label)
-
-        return hook
-
-    def after(label: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            running.pop()
-            sample(output, label)
-
-        return hook
-
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            label = _label(name, module)
-            for handle in (
-                module.register_forward_pre_hook(before(label), with_kwargs=True),
-                module.register_forward_hook(after(label)),
-            ):
-                stack.callback(handle.remove)
+        stack.enter_context(sampling_modules(model, sample))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the real forward pass gives them again
-        if any(_is_compiled(m) for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         args, kwargs = tag_inputs(recording, recording.tag_batch, model, args, kwargs, batch_dims)
         stack.enter_context(patched())
         stack.enter_context(recording)
         model(*args, **kwargs)
     return seen
-
-
-def _label(name: str, module: nn.Module) -> str:
-    name = name.removeprefix("_orig_mod.").replace("._orig_mod", "")
-    kind = type(getattr(module, "_orig_mod", module)).__name__
-    return f"module '{name}' ({kind})" if name not in ("", "_orig_mod") else f"the model ({kind})"
 
 
 def _samples(t: Tensor, recording: Recording, row: int) -> list[Tensor]:
@@ -387,10 +363,6 @@ def _moved(a: Tensor, b: Tensor, relative: float) -> bool:
     if not a.numel():
         return False
     return bool((a - b).abs().max() > relative * a.abs().max().clamp(min=1e-12))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 @contextmanager

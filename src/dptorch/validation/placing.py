@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.patches import patched, uncompiled
 from dptorch.tape.recording.recording import Recording
 from dptorch.validation.chance import no_chance
-from dptorch.validation.reruns import is_plain, preserving_state, unwrapped
+from dptorch.validation.reruns import is_plain, preserving_state, sampling_modules, unwrapped
 
 __all__ = [
     "far",
@@ -134,8 +134,6 @@ def _run(
         recording = Recording(model, {})
         args, kwargs = tag_inputs(recording, recording.tag_batch, model, args, kwargs, batch_dims)
 
-        running: list[str] = []
-
         def sample(value: Any, blame: str) -> None:
             for t in tree_leaves(value):
                 if isinstance(t, Tensor) and is_plain(t) and t.is_floating_point():
@@ -143,31 +141,8 @@ def _run(
                     if rows is not None:
                         seen.append((blame, rows, relative_error(t)))
 
-        def before(label: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                sample((args, kwargs), running[-1] if running else label)
-                running.append(label)
-
-            return hook
-
-        def after(label: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                running.pop()
-                sample(output, label)
-
-            return hook
-
-        for name, module in model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                kind = type(module).__name__
-                label = f"module '{name}' ({kind})" if name else f"the model ({kind})"
-                for handle in (
-                    module.register_forward_pre_hook(before(label), with_kwargs=True),
-                    module.register_forward_hook(after(label)),
-                ):
-                    stack.callback(handle.remove)
         python, numpy = random_states()
-        with uncompiled(), patched(), recording:
+        with sampling_modules(model, sample), uncompiled(), patched(), recording:
             model(*args, **kwargs)
         drew = (python, numpy) != random_states()
     return seen, drew

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
 
-__all__ = ["is_plain", "perturbed", "preserving_state", "unwrapped"]
+__all__ = ["is_plain", "perturbed", "preserving_state", "sampling_modules", "unwrapped"]
 
 
 def perturbed(
@@ -92,3 +92,43 @@ def preserving_state(model: nn.Module) -> Iterator[None]:
             for t, value in tensors:
                 if not torch.equal(t, value):  # unchanged ones keep their version
                     t.copy_(value)
+
+
+@contextmanager
+def sampling_modules(model: nn.Module, sample: Callable[[Any, str], None]) -> Iterator[None]:
+    """Inside, `sample(value, blame)` gets what goes in and out of every module that runs.
+
+    What goes in is blamed on the module around, whose own code made it; what comes out on the module.
+    """
+    running: list[str] = []
+
+    def before(label: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            sample((args, kwargs), running[-1] if running else label)
+            running.append(label)
+
+        return hook
+
+    def after(label: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+            sample(output, label)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                label = _label(name, module)
+                for handle in (
+                    module.register_forward_pre_hook(before(label), with_kwargs=True),
+                    module.register_forward_hook(after(label)),
+                ):
+                    stack.callback(handle.remove)
+        yield
+
+
+def _label(name: str, module: nn.Module) -> str:
+    name = name.removeprefix("_orig_mod.").replace("._orig_mod", "")
+    kind = type(getattr(module, "_orig_mod", module)).__name__
+    return f"module '{name}' ({kind})" if name not in ("", "_orig_mod") else f"the model ({kind})"
