@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import dptorch
 from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError
-from tests.engine.setup import make_engine
+from tests.engine.setup import make_engine, make_model, steps_with
 
 N = 24
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -31,16 +31,8 @@ def data() -> TensorDataset:
 
 
 def steps_of(loss: Loss, model: nn.Module | None = None, *, own: bool = False, **plan: Any) -> int:
-    """Train on two batches; returns the number of steps taken."""
-    model = model or nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    engine = make_engine(model, sample_rate=0.5, steps=2, **plan)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
-    batches = DataLoader(data(), batch_size=12) if own else engine.loader(data())
-    for x, y in batches:
-        loss(model, x, y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return engine.steps_done
+    """`steps_with`, on a small model unless one is given."""
+    return steps_with(loss, model or make_model(), own=own, **plan)
 
 
 def real(y: Tensor) -> Tensor:
