@@ -431,7 +431,6 @@ def test_what_is_asked_beside_the_mode_is_put_back() -> None:
             torch.distributions.Distribution.__init__,
             torch.autograd.graph.saved_tensors_hooks.__enter__,
             vars(Tensor).get("as_subclass"),
-            torch._C.ScriptFunction.__call__,
         ]
 
     before = parts()

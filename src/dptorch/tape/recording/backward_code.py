@@ -18,8 +18,9 @@ from torch import Tensor
 from dptorch.errors import ExamplesMixError, NotCoveredError
 from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, State, Tag
 from dptorch.tape.recording.handlers import Args, Kwargs, handler
-from dptorch.tape.recording.places import user_line
+from dptorch.tape.recording.places import reading_modules, user_line
 from dptorch.tape.recording.reads import is_trusted
+from dptorch.tape.recording.tensor_states import recording_of
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = [
@@ -120,7 +121,9 @@ def grad_fn(
     state = recording.state(args[0])
     if node is None or not recording.strict or not isinstance(state, (Tag, Mixed, Reduced)):
         return node
-    return node if is_trusted(("torch",)) else GuardedNode(node)
+    # `Module.register_backward_hook` puts its hooks there, after the module's forward.
+    of_a_module = next(reading_modules(), "") == "torch.nn.modules.module"
+    return node if is_trusted(("torch",)) and not of_a_module else GuardedNode(node)
 
 
 class GuardedNode:
@@ -155,7 +158,8 @@ class GuardedNode:
         """
         raise NotCoveredError(
             f"{user_line()}: a hook on a node of autograd's graph gets the gradients of all examples, "
-            "and is not followed. Set it on the tensor, h.register_hook(hook), where it is."
+            "and is not followed. Set it on the tensor, h.register_hook(hook), where it is, or on the "
+            "module with register_full_backward_hook(hook)."
         )
 
     register_prehook = register_hook
@@ -165,12 +169,13 @@ class FollowedBackwardHook(torch.utils.hooks.BackwardHook):
     """What torch makes of a module's full backward hooks, with the hooks followed.
 
     Args:
-        recording: of the forward pass that sets the hooks up.
+        recording: of the forward pass that sets the hooks up; None outside of recorded models, where
+            the module's arguments tell.
         module, user_hooks, user_pre_hooks: as torch gives them.
     """
 
     def __init__(
-        self, recording: Recorder, module: Any, user_hooks: Any, user_pre_hooks: Any
+        self, recording: Recorder | None, module: Any, user_hooks: Any, user_pre_hooks: Any
     ) -> None:
         self._recording = recording
         self._inputs: list[State | None] = []
@@ -183,6 +188,7 @@ class FollowedBackwardHook(torch.utils.hooks.BackwardHook):
 
     def setup_input_hook(self, args: Any) -> Any:
         """Note whose the inputs of the module are."""
+        self._recording = self._recording or recording_of(args)
         found = super().setup_input_hook(args)  # type: ignore[no-untyped-call]
         self._inputs = self._copy_states(args, found)
         return found
@@ -195,21 +201,25 @@ class FollowedBackwardHook(torch.utils.hooks.BackwardHook):
 
     def _copy_states(self, before: Any, after: Any) -> list[State | None]:
         """The hooks' own identity Function makes new tensor objects of the same values."""
-        pairs = zip(as_tuple(before), as_tuple(after), strict=True)
-        states = []
-        for old, new in pairs:
-            state = self._recording.state(old) if isinstance(old, Tensor) else None
+        recording = self._recording
+        states: list[State | None] = []
+        if recording is None:
+            return states
+        for old, new in zip(as_tuple(before), as_tuple(after), strict=True):
+            state = recording.state(old) if isinstance(old, Tensor) else None
             if isinstance(new, Tensor) and new is not old and state is not None:
-                self._recording.mark(new, state)
+                recording.mark(new, state)
                 if type(old) is not type(new):  # the model's own outputs, which are followed on
                     new.__class__ = type(old)
                     new.__dict__.update(old.__dict__)
-                    self._recording.mark(new, state)
+                    recording.mark(new, state)
             states.append(state)
         return states
 
     def _followed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def followed(module: Any, grad_input: Any, grad_output: Any) -> Any:
+            if self._recording is None:
+                return hook(module, grad_input, grad_output)
             inputs, outputs = as_tuple(grad_input), as_tuple(grad_output)
 
             def code(*grads: Any) -> Any:
@@ -225,6 +235,8 @@ class FollowedBackwardHook(torch.utils.hooks.BackwardHook):
 
     def _followed_before(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def followed(module: Any, grad_output: Any) -> Any:
+            if self._recording is None:
+                return hook(module, grad_output)
             grads = as_tuple(grad_output)
             states = _padded(self._outputs, grads)
             what = f"a backward pre-hook on {type(module).__name__}"

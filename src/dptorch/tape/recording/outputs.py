@@ -27,11 +27,10 @@ from dptorch.tape.recording.handlers import SPECIAL
 from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
-from dptorch.tape.recording.tensor_states import GUESSED
+from dptorch.tape.recording.tensor_states import FOLLOWED, GUESSED, is_followed
 
 __all__ = ["RecordedTensor", "follow", "outputs_of", "promote", "taint"]
 
-_RECORDING = "_dptorch_recording"
 _DEEPEST = 3  # objects in objects that are looked into
 
 
@@ -47,14 +46,14 @@ class RecordedTensor(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        recorded = [t for t in each_tensor(args, kwargs) if hasattr(t, _RECORDING)]
+        recorded = [t for t in each_tensor(args, kwargs) if is_followed(t)]
         with torch._C.DisableTorchFunctionSubclass():
             if not recorded:
                 return func(*args, **kwargs)
             # That of a model rather than that of its data.
-            recording: Recording = getattr(recorded[0], _RECORDING)
+            recording: Recording = getattr(recorded[0], FOLLOWED)
             for t in recorded[1:]:
-                other: Recording = getattr(t, _RECORDING)
+                other: Recording = getattr(t, FOLLOWED)
                 if other.strict and not recording.strict:
                     recording = other
             for t in recorded:
@@ -95,7 +94,7 @@ def _plain(t: Tensor) -> Tensor:
 
 def _leaving(t: Tensor) -> Tensor:
     """The same values without what is known of them, which may come back."""
-    recording: Recording = getattr(t, _RECORDING)
+    recording: Recording = getattr(t, FOLLOWED)
     recording.states.batch.note_leaving(t, recording.state(t))
     return _plain(t)
 
@@ -105,7 +104,7 @@ def _follow_written(t: Any, recording: Recording) -> None:
     if not isinstance(t, Tensor):
         return
     if type(t) is RecordedTensor and recording.state(t) is None:  # it was filled with a constant
-        delattr(t, _RECORDING)
+        delattr(t, FOLLOWED)
         t.__class__ = Tensor  # type: ignore[assignment]
     for holder in (t, t._base):
         if type(holder) is Tensor and not holder.requires_grad:
@@ -114,7 +113,7 @@ def _follow_written(t: Any, recording: Recording) -> None:
 
 def made_from(source: Tensor, made: Tensor) -> Tensor:
     """Say that `made` is a copy or an alias of `source`, a followed tensor; returns it."""
-    recording: Recording = getattr(source, _RECORDING)
+    recording: Recording = getattr(source, FOLLOWED)
     with torch._C.DisableTorchFunctionSubclass():
         SPECIAL["tensor"](recording, lambda _: made, "tensor", (source,), {})
         promoted: Tensor = promote(made, recording)
@@ -123,7 +122,7 @@ def made_from(source: Tensor, made: Tensor) -> Tensor:
 
 def _adopt(t: Tensor, recording: Recording) -> None:
     """Follow another model's output (a generator's, say) in this recording too."""
-    other: Recording = getattr(t, _RECORDING)
+    other: Recording = getattr(t, FOLLOWED)
     if other is recording:
         return
     state = recording.state(t)
@@ -138,7 +137,7 @@ def _adopt(t: Tensor, recording: Recording) -> None:
         return
     if foreign:
         recording.mark(t, state)
-    setattr(t, _RECORDING, recording)
+    setattr(t, FOLLOWED, recording)
     if other.strict:
         recording.joined += [other.tape, *other.joined]
 
@@ -186,7 +185,7 @@ def _promote_one(t: Any, recording: Recording, depth: int = 0) -> Any:
         RecordedTensor,
     ):
         t.__class__ = RecordedTensor
-        setattr(t, _RECORDING, recording)
+        setattr(t, FOLLOWED, recording)
     return t
 
 

@@ -1,14 +1,16 @@
 """What a torch function mode does not see by itself: custom autograd Functions,
 checkpointing, Parameters that are made on the way, and ``Tensor.set_``.
 
-They are patched while a recording is active, and only then.
+They are patched while a recording is active. Custom Functions, TorchScript and the backward hooks of
+modules stay patched from the first model that is recorded on: a loss may apply one to followed tensors,
+and none of them asks those.
 """
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -29,12 +31,15 @@ from dptorch.tape.recording.backward_code import (
     as_tuple,
     followed_function,
 )
-from dptorch.tape.recording.handlers import SPECIAL
+from dptorch.tape.recording.handlers import SPECIAL, Args, Kwargs, handler
 from dptorch.tape.recording.recording import Recording, active_modes, innermost
 from dptorch.tape.recording.taps import TAPS
+from dptorch.tape.recording.tensor_states import is_followed
+from dptorch.tape.recording.unseen import script
 from dptorch.tape.rules import generic
+from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["patched", "uncompiled"]
+__all__ = ["patch_functions", "patched", "uncompiled"]
 
 _depth = 0
 _apply_function: Any = Function.__dict__["apply"].__func__
@@ -45,7 +50,15 @@ _plain_apply: Any = types.FunctionType(
 _plain_set: Any = torch._C.TensorBase.set_
 _plain_new: Any = nn.Parameter.__new__
 _plain_generator: Any = checkpoint._checkpoint_without_reentrant_generator
-_plain_hook: Any = torch.utils.hooks.BackwardHook
+
+
+def patch_functions() -> None:
+    """Patch custom Functions, TorchScript and backward hooks for good; they look at their arguments."""
+    _apply_function.__globals__["_dptorch_apply"] = _apply
+    _apply_function.__code__ = _redirect.__code__
+    for kind, call in _script_calls.items():
+        kind.__call__ = call
+    torch.nn.modules.module.BackwardHook = _backward_hook  # type: ignore[assignment,attr-defined]
 
 
 @contextmanager
@@ -53,12 +66,10 @@ def patched() -> Iterator[None]:
     """Patch on the first entry, restore on the last exit."""
     global _depth
     if _depth == 0:
-        _apply_function.__globals__["_dptorch_apply"] = _apply
+        patch_functions()
         checkpoint._checkpoint_without_reentrant_generator = _generator
         Tensor.set_ = _set  # type: ignore[assignment,method-assign]
         nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign]
-        torch.nn.modules.module.BackwardHook = _backward_hook  # type: ignore[assignment,attr-defined]
-        _apply_function.__code__ = _redirect.__code__
     _depth += 1
     try:
         yield
@@ -68,8 +79,6 @@ def patched() -> Iterator[None]:
             del Tensor.set_
             nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
             checkpoint._checkpoint_without_reentrant_generator = _plain_generator
-            torch.nn.modules.module.BackwardHook = _plain_hook  # type: ignore[attr-defined]
-            _apply_function.__code__ = _plain_code
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -105,10 +114,7 @@ _redirect = _make_redirect()
 
 def _backward_hook(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
     """A module's full backward hooks, which get the gradients of all examples."""
-    recording = innermost()
-    if recording is None:
-        return _plain_hook(module, hooks, pre_hooks)
-    return FollowedBackwardHook(recording, module, hooks, pre_hooks)
+    return FollowedBackwardHook(innermost(), module, hooks, pre_hooks)
 
 
 def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +134,10 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     original = types.MethodType(_plain_apply, cls)
     recording = None if cls in TAPS else innermost()
     if recording is None:
-        return original(*args, **kwargs)
+        kind = None if cls in TAPS else _followed_type(args, kwargs)
+        if kind is None:
+            return original(*args, **kwargs)
+        return kind.__torch_function__(_apply_function_to, (), (cls, *args), kwargs)
     if cls is checkpoint.CheckpointFunction:
         return original(_recorded(args[0], args[2:], recording, reentrant=True), *args[1:])
     tensors = list(each_tensor(args, kwargs))
@@ -176,6 +185,58 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return generic(
             Call(run, name, args, kwargs, tagged, distinct, recording.batch_size), recording
         )
+
+
+def _followed_type(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The class of the followed tensors among the arguments, outside of any recording."""
+    for t in each_tensor(args, kwargs):
+        if is_followed(t):
+            return type(t)
+    return None
+
+
+def _apply_function_to(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return types.MethodType(_plain_apply, cls)(*args, **kwargs)
+
+
+@handler(f"{__name__}._apply_function_to")
+def apply_outside(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """A custom Function that the loop applies to followed tensors: as inside a model."""
+    with recording:
+        return _apply(*args, **kwargs)
+
+
+def _script_call(plain: Any) -> Any:
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        """TorchScript, which asks neither a function mode nor its arguments."""
+        recording = innermost()
+        if recording is not None:
+            return script(recording, plain, (function, *args), kwargs)
+        kind = _followed_type(args, kwargs)
+        if kind is None:
+            return plain(function, *args, **kwargs)
+        return kind.__torch_function__(_run_script, (), (plain, function, *args), kwargs)
+
+    return call
+
+
+_script_calls: dict[Any, Any] = {
+    kind: _script_call(kind.__call__) for kind in (torch._C.ScriptFunction, torch._C.ScriptMethod)
+}
+
+
+def _run_script(plain: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    return plain(function, *args, **kwargs)
+
+
+@handler(f"{__name__}._run_script")
+def script_outside(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """A function of TorchScript that the loop calls with followed tensors."""
+    return script(recording, func, args, kwargs, inside=False)
 
 
 def _from_parameters(out: Any, parameters: list[Tensor], recording: Recording) -> None:

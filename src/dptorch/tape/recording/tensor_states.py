@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError, PrivacyError
 from dptorch.tape.provenance.aliases import storage_of
+from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, ParamOnly, Reduced, State, Tag, owners
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.places import (
@@ -19,12 +20,34 @@ from dptorch.tape.recording.places import (
     way_out_of_a_trainer,
 )
 
-__all__ = ["GUESSED", "TensorStates", "batch_of", "owners_of", "tag_of"]
+__all__ = [
+    "FOLLOWED",
+    "GUESSED",
+    "TensorStates",
+    "batch_of",
+    "is_followed",
+    "owners_of",
+    "recording_of",
+    "tag_of",
+]
 
 _STATE = "_dptorch_state"
+#: Holds the recording of a tensor that is followed outside of models.
+FOLLOWED = "_dptorch_recording"
 #: Set on a tensor that was taken for rows of the batch because of its shape: to "loader" on one that
 #: the loader handed out, to "loss" on one of unknown origin that met the batch in the loss.
 GUESSED = "_dptorch_guessed"
+
+
+def is_followed(t: Tensor) -> bool:
+    """Whether what is computed from a tensor is followed outside of models too."""
+    return hasattr(t, FOLLOWED)
+
+
+def recording_of(values: Any) -> Any:
+    """Return the recording of the first tensor in `values` that is followed outside of models."""
+    found = (t for t in each_tensor(tuple(values), {}) if is_followed(t))
+    return next((getattr(t, FOLLOWED) for t in found), None)
 
 
 def batch_of(t: Tensor) -> Batch | None:

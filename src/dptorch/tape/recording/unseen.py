@@ -26,7 +26,7 @@ from dptorch.tape.recording.places import user_line
 from dptorch.tape.recording.reads import is_trusted, note_read
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["refuse_saved_tensor_hooks", "watch"]
+__all__ = ["refuse_saved_tensor_hooks", "script", "watch"]
 
 _Innermost = Callable[[], Recorder | None]
 _depth = 0
@@ -68,8 +68,6 @@ def _replacements(innermost: _Innermost) -> Iterator[tuple[Any, str, Any, Any]]:
         (ThreadPoolExecutor, "submit", _thread),
         (torch.utils.dlpack, "to_dlpack", _memory),
         (torch, "to_dlpack", _memory),
-        (torch._C.ScriptFunction, "__call__", _script),
-        (torch._C.ScriptMethod, "__call__", _script),
         (saved_tensors_hooks, "__enter__", _hooks),
         (torch.Tensor, "as_subclass", _same_values),
         (torch.Tensor, "_make_subclass", _same_values),
@@ -109,14 +107,18 @@ def _memory(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def _script(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
-    """TorchScript: nothing inside is seen, so all examples of its arguments may be in its results."""
+def script(recording: Recorder, call: Any, args: Any, kwargs: Any, *, inside: bool = True) -> Any:
+    """TorchScript: nothing inside is seen, so all examples of its arguments may be in its results.
+
+    Args:
+        inside: of a model, where a gradient that is not followed is refused.
+    """
     states = [recording.state(t) for t in each_tensor(args, kwargs)]
-    out = original(*args, **kwargs)
+    out = call(*args, **kwargs)
     if any(isinstance(s, (Tag, Mixed, Reduced)) for s in states):
         for o in tree_leaves(out):
             if isinstance(o, torch.Tensor):
-                if recording.state(o) is None and not o.requires_grad:
+                if recording.state(o) is None and not (o.requires_grad and inside):
                     recording.mark(o, Mixed(f"{recording.module_path()}: {_SCRIPT}"))
             elif o is not None:
                 note_read(recording, "TorchScript", states)
@@ -151,7 +153,7 @@ def _validation(recording: Recorder, original: Any, args: Any, kwargs: Any) -> A
         raise
 
 
-_SCRIPT = "the ops inside a TorchScript function cannot be followed."
+_SCRIPT = "the ops inside a TorchScript function cannot be followed. Call what it was made from."
 
 
 def _hooks(recording: Recorder, original: Any, args: Any, kwargs: Any) -> Any:
