@@ -51,6 +51,7 @@ ROOMS = (
     "integrations.transformers",
     "blogs",
     "training",
+    "prediction",
     "audit",
     "integrations",
     "compat",

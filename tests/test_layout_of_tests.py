@@ -56,6 +56,8 @@ ELSEWHERE = {
     "native/": ("noise/test_compiled.py", "where there is code to compile"),
     "noise/": ("noise/test_gaussian.py", "parts of the Gaussian mechanism"),
     "plan/": ("test_plan.py", "a plan, and how it is made"),
+    "prediction/accounts.py": ("prediction/test_predictor.py", "a predictor charges them"),
+    "prediction/statement.py": ("prediction/test_predictor.py", "what a predictor says"),
     "sampling/": ("sampling/test_laws.py", "each scheme by the same brute force"),
     "tape/gradients/": ("tape/test_exactness.py", "forms and sums, each model against the loop"),
     "tape/propagation/": ("tape/test_dispatch.py", "an op is tested where it is called"),

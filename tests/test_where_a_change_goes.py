@@ -11,6 +11,7 @@ from dptorch.accounting import accountant_names
 from dptorch.audit.bounds import BOUNDS
 from dptorch.clipping import FUNCTIONS, STYLES
 from dptorch.noise import MECHANISMS
+from dptorch.plan.prediction_plan import ANSWERS
 from dptorch.sampling import SCHEMES
 from dptorch.statement import _MECHANISMS
 from dptorch.tape.gradients.clipping_modes import MODES
@@ -70,6 +71,7 @@ def unsaid(choices: Iterable[str], page: str) -> list[str]:
         ("accounting.md", accountant_names()),
         ("clipping.md", [*FUNCTIONS, *STYLES, *MODES]),
         ("noise.md", MECHANISMS),
+        ("prediction.md", ANSWERS),
         ("audit.md", BOUNDS),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

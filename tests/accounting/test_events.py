@@ -12,6 +12,7 @@ from dptorch.accounting import (
     EpochwiseGaussian,
     Event,
     FixedSizeGaussian,
+    PureRelease,
     RandomAllocationGaussian,
     SampledDiscreteGaussian,
     SampledGaussian,
@@ -28,6 +29,7 @@ EVENTS = [
     EpochwiseGaussian(1.0, steps_per_epoch=100, steps=1000),
     CorrelatedGaussian(1.0, sensitivity=2.5),
     SampledDiscreteGaussian(1.0, 0.01, 1000),
+    PureRelease(0.1, steps=100),
 ]
 every_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 
@@ -66,6 +68,9 @@ def test_other_peoples_json_is_refused(values, message):
     [("noise_multiplier", -1.0), ("noise_multiplier", math.nan), ("steps", 1.5), ("steps", -1)],
 )
 def test_bad_fields_are_named(event, name, bad):
+    if name not in event.to_dict():  # an event without Gaussian noise
+        assert type(event) is PureRelease
+        name = "epsilon"
     with pytest.raises(ConfigurationError, match=f"{name}={bad}"):
         Event.from_dict({**event.to_dict(), name: bad})
 
@@ -82,6 +87,8 @@ def test_bad_fields_are_named(event, name, bad):
         (EVENTS[4], "steps_per_epoch", math.inf),
         (EVENTS[5], "sensitivity", 0.0),
         (EVENTS[5], "sensitivity", math.inf),
+        (EVENTS[7], "epsilon", 0.0),
+        (EVENTS[7], "epsilon", math.inf),
     ],
 )
 def test_bad_fields_of_one_kind_are_named(event, name, bad):

@@ -17,12 +17,15 @@ from dptorch.accounting.events import (
     Event,
     FixedSizeGaussian,
     History,
+    PureRelease,
     RandomAllocationGaussian,
     SampledDiscreteGaussian,
     SampledGaussian,
     TruncatedPoissonGaussian,
     merge,
 )
+from dptorch.accounting.pairs.pure import pure_delta, pure_epsilon
+from dptorch.accounting.pairs.sampled import gaussian_mu_for
 from dptorch.accounting.planning.budget import Choice, plan_budget
 from dptorch.accounting.planning.calibration import noise_multiplier_for
 from dptorch.accounting.planning.solve import delta, epsilon, noise_multiplier, sample_rate, steps
@@ -40,6 +43,7 @@ __all__ = [
     "FixedSizeGaussian",
     "GaussianFit",
     "History",
+    "PureRelease",
     "RandomAllocationGaussian",
     "RunLaw",
     "SampledDiscreteGaussian",
@@ -49,11 +53,14 @@ __all__ = [
     "delta",
     "epsilon",
     "gaussian_fit",
+    "gaussian_mu_for",
     "get_accountant",
     "merge",
     "noise_multiplier",
     "noise_multiplier_for",
     "plan_budget",
+    "pure_delta",
+    "pure_epsilon",
     "sample_rate",
     "steps",
     "strategy_sensitivity",

@@ -5,8 +5,8 @@ mechanism), and its order does not change what it costs.
 
 Every event is a frozen dataclass. What it costs is not its business: `reduction` says which
 dominating pairs stand for it, and an accountant that does not know those refuses it by name, so
-adding an event cannot silently change a number. In all of them `noise_multiplier` is the noise's
-standard deviation over C = max_grad_norm, the bound on one record's contribution to one sum.
+adding an event cannot silently change a number. `noise_multiplier` is the noise's standard
+deviation over C = max_grad_norm, the bound on one record's contribution to one sum.
 
     SampledDiscreteGaussian   Poisson sampling, integer sums and integer noise
     SampledGaussian           Poisson sampling; sample_rate 1 is the plain Gaussian mechanism
@@ -15,6 +15,7 @@ standard deviation over C = max_grad_norm, the bound on one record's contributio
     FixedSizeGaussian         batches of one size, drawn afresh at each step
     EpochwiseGaussian         each record once an epoch, in any order: shuffled, sequential
     CorrelatedGaussian        a whole run with noise correlated over steps (DP-FTRL, banded matrices)
+    PureRelease               anything that is ε-DP by itself: Laplace noise, report-noisy-max
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
-from dptorch.accounting.arguments import noise_of, number, positive_int, rate_of
+from dptorch.accounting.arguments import noise_of, number, positive, positive_int, rate_of
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Event",
     "FixedSizeGaussian",
     "History",
+    "PureRelease",
     "RandomAllocationGaussian",
     "SampledDiscreteGaussian",
     "SampledGaussian",
@@ -411,6 +413,37 @@ class CorrelatedGaussian(Event):
     @property
     def kind(self) -> str:
         return "Gaussian with correlated noise"
+
+
+@dataclass(frozen=True)
+class PureRelease(Event):
+    """`steps` releases, each (epsilon, 0)-differentially private by itself.
+
+    The answers of `dptorch.prediction` under Laplace noise and report-noisy-max. Randomised response
+    dominates every such mechanism (Kairouz, Oh, Viswanath 2015, arXiv:1311.0776, Theorem 3.4), so
+    nothing more about it is needed. `epsilon` is that under add/remove and zero-out; replacing a record
+    costs twice that.
+
+    Attributes:
+        epsilon: of one release, above 0.
+        steps: number of releases.
+
+    Raises:
+        ConfigurationError: `epsilon` is not a finite number above 0.
+    """
+
+    epsilon: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        epsilon = number("epsilon", self.epsilon)
+        positive("epsilon", epsilon)
+        object.__setattr__(self, "epsilon", epsilon)
+        object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
+
+    @property
+    def kind(self) -> str:
+        return "pure differentially private"
 
 
 def merge(history: Iterable[Event]) -> list[Event]:

@@ -18,6 +18,8 @@ from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger, Ledger, RunSummary, Total
+    from dptorch.plan import PrivacyPlan
+    from dptorch.plan.prediction_plan import PredictionPlan
     from dptorch.training.job import Job
 
 __all__ = ["for_new_run", "for_resumed_run", "ledger"]
@@ -97,8 +99,7 @@ def show(
             run.begun[:19].replace("T", " "),
             f"{run.steps:,} of {run.plan.steps:,}",
             f"{run.repeated:,}",
-            f"{run.plan.noise_multiplier:.4g}",
-            f"{run.plan.sample_rate:.4g}",
+            *_noise_and_rate(run.plan),
             "open" if run.open else "closed",
             _up(_epsilon(run)),
             f"{run.plan.target_delta:g}",
@@ -340,10 +341,21 @@ def _totals(
 
 def _epsilon(run: RunSummary) -> float:
     from dptorch import accounting
+    from dptorch.plan.prediction_plan import PredictionPlan
 
+    if isinstance(run.plan, PredictionPlan):
+        return run.plan.epsilon(run.history)
     return accounting.get_accountant(run.plan.accountant).epsilon(
         run.history, run.plan.target_delta, adjacency=run.plan.adjacency
     )
+
+
+def _noise_and_rate(plan: PrivacyPlan | PredictionPlan) -> tuple[str, str]:
+    from dptorch.plan.prediction_plan import PredictionPlan
+
+    if isinstance(plan, PredictionPlan):  # every answer looks at all data
+        return (f"{plan.noise:.4g}{' (ε)' if plan.pure else ''}", "answers")
+    return f"{plan.noise_multiplier:.4g}", f"{plan.sample_rate:.4g}"
 
 
 def _run_as_dict(run: RunSummary) -> dict[str, Any]:

@@ -89,7 +89,9 @@ def planned_epsilon(
     history: Sequence[Event], delta: float, adjacency: Adjacency = Adjacency.ADD_REMOVE
 ) -> float:
     """ε of `history`, if nothing in it depended on what earlier steps had shown."""
-    return _bound("pld", tuple(history), delta, adjacency)
+    found = _bound("pld", tuple(history), delta, adjacency)
+    # Some events are known by their Rényi divergences alone.
+    return found if math.isfinite(found) else _bound("rdp", tuple(history), delta, adjacency)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dptorch.accounting.events import (
     EpochwiseGaussian,
     Event,
     FixedSizeGaussian,
+    PureRelease,
     RandomAllocationGaussian,
     SampledDiscreteGaussian,
     SampledGaussian,
@@ -139,6 +140,9 @@ def _history(event: Event, times: Counter[int]) -> list[Event]:
         again = sum(n for n in times.values() if n > 1)
         split = [replace(event, steps=once), replace(event, sample_rate=1.0, steps=again)]
         return [part for part in split if part.steps]
+    if isinstance(event, PureRelease):
+        total = sum(times.values())  # each release is ε-DP, whatever came before
+        return [replace(event, steps=total)] if total else []
     if isinstance(event, _BY_STEP):
         groups = Counter(n for n in times.values() if n)
     elif isinstance(event, _BY_EPOCH):

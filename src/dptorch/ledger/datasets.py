@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,11 @@ from dptorch.ledger.chain import Verification
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.dataset_id import named
 from dptorch.ledger.entry import Entry
-from dptorch.ledger.reading import adjacencies_of, cap_in, committed_in
+from dptorch.ledger.queries import QueryLedger
+from dptorch.ledger.reading import Plan, adjacencies_of, cap_in, committed_in, read_plan
 from dptorch.ledger.record import RunLedger, close_dead
 from dptorch.plan import PrivacyPlan
+from dptorch.plan.prediction_plan import PredictionPlan
 from dptorch.randomness import KeySource
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RunSummary:
     dataset: str
     begun: str
     open: bool
-    plan: PrivacyPlan
+    plan: Plan
     key_provenance: str
     steps: int
     repeated: int
@@ -178,6 +179,10 @@ class DatasetLedger:
             head=head,
         )
 
+    def answers(self, plan: PredictionPlan, key_provenance: str, run: str) -> QueryLedger:
+        """The ledger of a predictor's answers; see `QueryLedger`. Nothing is written yet."""
+        return QueryLedger(self, plan, key_provenance, run)
+
     @property
     def cap(self) -> Cap | None:
         """The budget that all runs share, if one was set."""
@@ -275,7 +280,7 @@ def _summary(entries: list[Entry]) -> RunSummary:
     sessions = [entry for entry in entries if entry.kind != "steps"]
     begun, last = sessions[0], sessions[-1]
     attempts = Attempts.of(entries)
-    plan = PrivacyPlan.from_json(json.dumps(begun.detail["plan"]))
+    plan = read_plan(begun.detail["plan"])
     return RunSummary(
         run=str(begun.run),
         dataset=str(begun.dataset),
@@ -308,7 +313,7 @@ def _refuse_uncovered(runs: list[RunSummary], adjacency: Adjacency) -> None:
             able = " or ".join(repr(each.value) for each in run.adjacencies)
             raise ConfigurationError(
                 f"adjacency={adjacency.value!r} does not cover run {run.run} on {run.dataset!r} "
-                f"(sampling={run.plan.sampling!r}, or steps on batches of the user's own loader). It "
+                f"(its sampling, or steps on batches of the user's own loader). It "
                 f"is covered under {able}. Ask for that, and give the data set's cap, if it has one, "
                 "that adjacency (`dptorch ledger cap ... --adjacency`)."
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dptorch.accounting.events import Event
 from dptorch.accounting.pairs.discrete_gaussian import DiscretePair
 from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting.pairs.pure import PurePair
 from dptorch.accounting.pairs.random_allocation import AllocationPair
 from dptorch.accounting.pairs.reduction import can_reduce
 from dptorch.accounting.pairs.sampled import SampledPair
@@ -18,7 +19,7 @@ __all__ = ["PAIRS", "accountants_covering"]
 PAIRS: Mapping[str, tuple[type, ...]] = {
     "exact": (SampledPair, TruncatedPair, FixedSizePair),
     "pld": (SampledPair, TruncatedPair, FixedSizePair, WithReplacementPair, AllocationPair),
-    "rdp": (SampledPair, FixedSizePair, DiscretePair),
+    "rdp": (SampledPair, FixedSizePair, DiscretePair, PurePair),
     "prv": (SampledPair,),
     "gdp": (SampledPair,),
 }

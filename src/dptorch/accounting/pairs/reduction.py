@@ -10,6 +10,7 @@ One case per event class; a history's cost is the largest over its directions, e
 | EpochwiseGaussian, CorrelatedGaussian | a Gaussian | a Gaussian, sensitivity doubled |
 | RandomAllocationGaussian | `allocation` | refused |
 | FixedSizeGaussian | zero-out: as replace-one; add/remove refused | `fixed_size` |
+| PureRelease | `pure` | `pure`, ε doubled |
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dptorch.accounting.events import (
     EpochwiseGaussian,
     Event,
     FixedSizeGaussian,
+    PureRelease,
     RandomAllocationGaussian,
     SampledDiscreteGaussian,
     SampledGaussian,
@@ -31,6 +33,7 @@ from dptorch.accounting.events import (
 )
 from dptorch.accounting.pairs.discrete_gaussian import DiscretePair
 from dptorch.accounting.pairs.fixed_size import FixedSizePair, WithReplacementPair
+from dptorch.accounting.pairs.pure import PurePair
 from dptorch.accounting.pairs.random_allocation import AllocationPair
 from dptorch.accounting.pairs.sampled import Direction, Pair, SampledPair
 from dptorch.accounting.pairs.truncated import TruncatedPair
@@ -53,6 +56,7 @@ _PAIRS: dict[type[Event], type] = {
     CorrelatedGaussian: SampledPair,
     FixedSizeGaussian: FixedSizePair,
     RandomAllocationGaussian: AllocationPair,
+    PureRelease: PurePair,
 }
 
 
@@ -158,6 +162,10 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
             return DiscretePair(direction, noise, rate, event.steps)  # type: ignore[return-value]
         case EpochwiseGaussian():
             return SampledPair(direction, event.noise_multiplier, 1.0, event.epochs)
+        case PureRelease():
+            # Known by its divergences alone: accountants that need more do not list it.
+            twice = 2 if direction == "replace" else 1  # one record out, another in
+            return PurePair(twice * event.epsilon, event.steps)  # type: ignore[return-value]
         case CorrelatedGaussian():
             noise = event.noise_multiplier / event.sensitivity
             return SampledPair(direction, noise, 1.0, event.steps)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -42,6 +43,7 @@ __all__ = [
     "gaussian_delta",
     "gaussian_epsilon",
     "gaussian_mu",
+    "gaussian_mu_for",
     "log_one_plus_ratio",
     "normal_masses",
 ]
@@ -339,6 +341,26 @@ def gaussian_epsilon(delta: float, mu: float) -> float:
     # N(0, 1) exceeds sqrt(2 log 1/δ) with probability below δ, so δ(high) < delta.
     high = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1e-9
     return falling_root(lambda epsilon: gaussian_delta(epsilon, mu), delta, high)
+
+
+@lru_cache(maxsize=64)
+def gaussian_mu_for(epsilon: float, delta: float) -> float:
+    """The largest mu at which `gaussian_delta(epsilon, mu)` is at most `delta`.
+
+    Example:
+        >>> round(1 / gaussian_mu_for(1.0, 1e-5), 4)
+        3.7306
+    """
+    low, high = 0.0, 1.0
+    while gaussian_delta(epsilon, high) <= delta:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        if gaussian_delta(epsilon, middle) <= delta:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def amplified_delta(epsilon: float, q: float, mu: float) -> float:

@@ -1,0 +1,11 @@
+"""Private predictions: answers of models that were trained without privacy, under a budget.
+
+A model that was trained with differential privacy needs none of this: its predictions are
+post-processing. See docs/prediction.md.
+"""
+
+from dptorch.prediction.mechanisms import MECHANISMS, NO_LABEL
+from dptorch.prediction.predictor import Answers, PrivatePredictor
+from dptorch.prediction.statement import PredictionStatement
+
+__all__ = ["MECHANISMS", "NO_LABEL", "Answers", "PredictionStatement", "PrivatePredictor"]
