@@ -13,13 +13,16 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lint format zoo bench peers clean
+.PHONY: help demo reviews quick test lint format zoo bench peers clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
 
 demo: $(VENV)/.demo  ## train the default recipe with differential privacy; see runs/demo
 	$(BIN)/dptorch train --name demo --overwrite
+
+reviews: $(VENV)/.reviews  ## classify movie reviews with privacy, by a pretrained encoder
+	$(BIN)/dptorch train --recipe reviews --name reviews --overwrite
 
 quick: $(VENV)/.test  ## ruff and the quick tests, two minutes on 2 cores; types are in make lint
 	$(BIN)/ruff check .
@@ -59,6 +62,11 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing dptorch into $(VENV) (a few minutes the first time)"
 	$(PIP) -e '.[report]'
 	@touch $@
+
+$(VENV)/.reviews: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing dptorch and a pretrained encoder into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[report,reviews]'
+	@touch $@ $(VENV)/.demo
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing dptorch and its test tools into $(VENV) (a few minutes the first time)"

@@ -16,8 +16,9 @@ from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import PrivacyPlan
 from dptorch.training import load_model, run_folder
 from dptorch.training.job import Job, Setup, prepare
-from dptorch.training.loop import Silent, StopOnSignal, evaluate, train
+from dptorch.training.loop import Silent, StopOnSignal, train
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
+from dptorch.training.task import evaluate
 
 
 class InterruptAt(Silent):

@@ -9,8 +9,8 @@ from dptorch.errors import ConfigurationError
 from dptorch.training import recipes
 from dptorch.training.data import Examples
 from dptorch.training.job import Job, prepare
-from dptorch.training.loop import evaluate
 from dptorch.training.models import build_model
+from dptorch.training.task import evaluate
 
 pytest.importorskip("mlxtend")
 

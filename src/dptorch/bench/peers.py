@@ -26,8 +26,9 @@ from dptorch.bench.engines import (
     mean_loss_step,
     sgd,
 )
-from dptorch.bench.workloads import Workload, hide_broken_torchvision
+from dptorch.bench.workloads import Workload
 from dptorch.errors import ConfigurationError, one_of
+from dptorch.training.packages import hide_broken_torchvision
 
 __all__ = ["PEERS", "peer_engines", "read_peers"]
 

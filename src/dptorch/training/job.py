@@ -19,6 +19,7 @@ from dptorch.training.canaries import Canaries, make_canaries, plant
 from dptorch.training.data import ReadOptions, TrainTest
 from dptorch.training.models import build_model
 from dptorch.training.readers import load_data
+from dptorch.training.task import Classification, Task
 
 __all__ = ["Job", "Setup", "prepare"]
 
@@ -122,7 +123,8 @@ class Job:
 class Setup:
     """A job with every choice made and every object built; nothing has been written yet.
 
-    `canaries` are those that the run plants, if it does; `data` has them in.
+    `canaries` are those that the run plants, if it does; `data` has them in. `task` says what is
+    trained for.
     """
 
     job: Job
@@ -132,6 +134,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     device: torch.device
     canaries: Canaries | None = None
+    task: Task = field(default_factory=Classification)
 
 
 def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:

@@ -14,19 +14,14 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader
-
 from dptorch.errors import DataError
 from dptorch.training.canaries import CANARY_FILE
-from dptorch.training.data import Example
 from dptorch.training.job import Setup
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 from dptorch.training.run_page import missing_packages, write_report
+from dptorch.training.task import headline
 
-__all__ = ["Observer", "Outcome", "Silent", "evaluate", "train"]
+__all__ = ["Observer", "Outcome", "Silent", "train"]
 
 Row = dict[str, Any]
 
@@ -162,22 +157,23 @@ def train(
         setup.data.train,
         max_physical_batch_size=setup.job.max_physical_batch_size,
         num_workers=setup.job.num_workers,
+        **({} if setup.task.collate is None else {"collate_fn": setup.task.collate}),
     )
     steps_per_epoch = max(1, round(1 / plan.sample_rate))
     with StopOnSignal() as stop:
         while engine.steps_done < plan.steps and not stop.requested():
             stats = _EpochStats()
             setup.model.train()
-            for x, y in loader:
+            for batch in loader:
                 if stop.requested():
                     break
-                x, y = x.to(setup.device), y.to(setup.device)
                 steps_before = engine.steps_done
-                loss = F.cross_entropy(setup.model(x), y)
+                loss, examples = setup.task.loss(setup.model, batch, setup.device)
                 loss.backward()
+                setup.task.before_step(setup.optimizer, steps_before)
                 setup.optimizer.step()
                 setup.optimizer.zero_grad()
-                stats.add_batch(float(loss.detach()), len(y))
+                stats.add_batch(float(loss.detach()), examples)
                 if engine.steps_done > steps_before:
                     observer.stepped(engine.steps_done, stats.end_step(engine.diagnostics))
             if stats.steps or not stop.requested():
@@ -231,39 +227,16 @@ class _EpochStats:
         }
 
 
-def evaluate(
-    model: nn.Module, test: torch.utils.data.Dataset[Example], device: torch.device
-) -> tuple[float, float]:
-    """(accuracy, mean cross-entropy) of a model in evaluation mode.
-
-    The result is exact, without noise. It is covered by no guarantee towards the test examples.
-    """
-    was_training = model.training
-    model.eval()
-    correct = total = 0
-    loss = 0.0
-    with torch.no_grad():
-        for x, y in DataLoader(test, batch_size=512):
-            logits = model(x.to(device))
-            y = y.to(device)
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            correct += int((logits.argmax(1) == y).sum())
-            total += len(y)
-    model.train(was_training)
-    return correct / total, loss / total
-
-
 def _row(setup: Setup, epoch: float, seconds: float, epoch_stats: Row) -> Row:
     engine = setup.engine
-    accuracy, loss = evaluate(setup.model, setup.data.test, setup.device)
+    tested = setup.task.evaluate(setup.model, setup.data.test, setup.device)
     epsilon = engine.get_privacy_spent().epsilon if engine.steps_done else 0.0
     return {
         "epoch": round(epoch, 4),
         "step": engine.steps_done,
         "epsilon": epsilon,
         "delta": engine.plan.target_delta,
-        "test_accuracy": accuracy,
-        "test_loss": round(loss, 6),
+        **tested,
         "seconds": round(seconds, 3),
         **epoch_stats,
     }
@@ -322,7 +295,7 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
     statement = setup.engine.statement()
     n_test = setup.data.sizes[1]
     test_note = (
-        f"Test accuracy was measured exactly, on {n_test} examples that no step drew. The "
+        f"Test results were measured exactly, on {n_test} examples that no step drew. The "
         f"guarantee is for the training examples; it does not cover those {n_test}.\n"
     )
     folder.write("statement.txt", f"{statement}\n{test_note}")
@@ -332,8 +305,8 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         "delta": f"{rows[-1]['delta']:g}",
         "steps": str(rows[-1]["step"]),
     }
-    folder.write_model(setup.model, {"format": "pt", **summary})
-    about = _about(setup, status)
+    setup.task.write_model(folder, setup.model, {"format": "pt", **summary})
+    about = _about(setup, status) | setup.task.finish(setup.model, setup.data.test, setup.device)
     about["result"] = {k: v for k, v in rows[-1].items() if not k.startswith(NOT_PRIVATE)}
     about["statement"] = statement.to_dict()
     folder.write_json("run.json", about)
@@ -344,7 +317,4 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
 def spent_and_tested(outcome: Outcome) -> str:
     """One line: what was reached at what cost."""
     last = outcome.last
-    return (
-        f"test accuracy {last['test_accuracy']:.3f} at "
-        f"epsilon {last['epsilon']:.3f}, delta {last['delta']:g}"
-    )
+    return f"{headline(last)} at epsilon {last['epsilon']:.3f}, delta {last['delta']:g}"

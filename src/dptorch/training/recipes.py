@@ -17,6 +17,7 @@ from torch import Tensor
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.training.data import Examples, TrainTest
 from dptorch.training.images import deskew, hog, standardise
+from dptorch.training.reviews import review_features
 
 __all__ = ["RECIPES", "Hyperparameters", "Recipe", "for_own_data", "get_recipe", "mnist_images"]
 
@@ -153,6 +154,13 @@ RECIPES: Mapping[str, Recipe] = {
             summary="handwritten digits, fixed HOG features and a linear classifier; seconds",
             load=mnist_features,
             model="mnist-features",
+            hyperparameters=Hyperparameters(learning_rate=20.0, target_delta=1e-5),
+        ),
+        Recipe(
+            name="reviews",
+            summary="movie reviews, a linear classifier on embeddings of a pretrained encoder; seconds",
+            load=review_features,
+            model="linear",
             hyperparameters=Hyperparameters(learning_rate=20.0, target_delta=1e-5),
         ),
     )

@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, one_of
-from dptorch.training.loop import evaluate
 from dptorch.training.models import build_model
+from dptorch.training.task import evaluate
 from dptorch.validation.conversion import prepare
 
 __all__ = ["main"]

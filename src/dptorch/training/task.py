@@ -1,0 +1,115 @@
+"""What a run trains for: the loss of a batch, how a model is tested, and how it is kept.
+
+The loop of `dptorch.training.loop`, its checkpoints, run folder and report are the same for every task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+if TYPE_CHECKING:
+    from dptorch.training.data import Example
+    from dptorch.training.run_folder import RunFolder
+
+__all__ = ["TESTED", "Classification", "Task", "evaluate", "headline"]
+
+#: Columns of test results that a run is judged by, with their names in words and how they are written.
+TESTED: Final[Mapping[str, tuple[str, str]]] = {
+    "test_accuracy": ("test accuracy", ".3f"),
+    "test_perplexity": ("test perplexity", ".2f"),
+}
+
+
+class Task(Protocol):
+    """What differs between runs that train for different ends.
+
+    Attributes:
+        collate: makes a batch of a list of examples; None for the loader's own.
+    """
+
+    collate: Callable[[list[Any]], Any] | None
+
+    def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
+        """Return the mean over examples of each one's loss, and the number of examples."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set what follows a schedule, a function of the number of steps that are done."""
+
+    def evaluate(
+        self, model: nn.Module, test: Dataset[Any], device: torch.device
+    ) -> dict[str, float]:
+        """Return the test results of a row of `metrics.csv`; names begin with ``test_``."""
+
+    def finish(self, model: nn.Module, test: Dataset[Any], device: torch.device) -> dict[str, Any]:
+        """Return what else the finished run's `run.json` says: further results, samples."""
+
+    def write_model(self, folder: RunFolder, model: nn.Module, metadata: dict[str, str]) -> None:
+        """Write the trained model into the run's folder."""
+
+
+class Classification:
+    """Inputs and integer classes, and a model that returns logits [B, K]."""
+
+    collate = None
+
+    def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
+        """Return the mean cross-entropy and the number of examples."""
+        x, y = batch
+        x, y = x.to(device), y.to(device)
+        return F.cross_entropy(model(x), y), len(y)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Leave the learning rate as it is."""
+
+    def evaluate(
+        self, model: nn.Module, test: Dataset[Any], device: torch.device
+    ) -> dict[str, float]:
+        """Return accuracy and mean cross-entropy."""
+        accuracy, loss = evaluate(model, test, device)
+        return {"test_accuracy": accuracy, "test_loss": round(loss, 6)}
+
+    def finish(self, model: nn.Module, test: Dataset[Any], device: torch.device) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def write_model(self, folder: RunFolder, model: nn.Module, metadata: dict[str, str]) -> None:
+        """Write `model.safetensors`."""
+        folder.write_model(model, metadata)
+
+
+def evaluate(model: nn.Module, test: Dataset[Example], device: torch.device) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) of a model in evaluation mode.
+
+    The result is exact, without noise. It is covered by no guarantee towards the test examples.
+    """
+    was_training = model.training
+    model.eval()
+    correct = total = 0
+    loss = 0.0
+    with torch.no_grad():
+        for x, y in DataLoader(test, batch_size=512):
+            logits = model(x.to(device))
+            y = y.to(device)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            correct += int((logits.argmax(1) == y).sum())
+            total += len(y)
+    model.train(was_training)
+    return correct / total, loss / total
+
+
+def headline(row: Mapping[str, Any]) -> str:
+    """Return the test result of a row in words.
+
+    Example:
+        >>> headline({"test_accuracy": 0.75, "test_loss": 0.5})
+        'test accuracy 0.750'
+    """
+    column = next(c for c in TESTED if c in row)
+    words, form = TESTED[column]
+    return f"{words} {row[column]:{form}}"
