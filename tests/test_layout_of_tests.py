@@ -66,6 +66,7 @@ ELSEWHERE = {
     "tape/rules/": ("tape/test_rules_property.py", "one property for every rule"),
     "training/canaries.py": ("audit/test_runs.py", "planted for the audit"),
     "training/job.py": ("training/test_loop.py", "a job is what the loop runs"),
+    "training/task.py": ("training/test_loop.py", "what a run trains for"),
     "training/run_charts.py": ("training/test_run_page.py", "charts are looked at on the page"),
     "validation/": ("validation/test_gradient_check.py", "parts of the check"),
 }  # fmt: skip

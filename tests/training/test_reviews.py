@@ -62,8 +62,7 @@ def test_a_text_is_embedded_by_itself() -> None:
     folder = encoder_folder()
     texts = ["Yes.", "A film that is as long as this sentence, and not a word longer than that."]
     together, alone = embed(texts, folder), embed(texts[:1], folder)
-    assert together.shape == (2, 384)
-    torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
+    assert together.shape == (2, 2, 384)
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
 
@@ -74,18 +73,21 @@ def test_embeddings_are_computed_once(
 
     def counted(texts: list[str], folder: Path) -> torch.Tensor:
         calls.append(len(texts))
-        return torch.eye(len(texts), 4)
+        return torch.eye(len(texts), 4)[:, None].expand(-1, 2, -1)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    rows = [(f"text {i}", i % 2) for i in range(20)]
-    made = [text for text, _ in rows], torch.tensor([label for _, label in rows])
-    monkeypatch.setattr(reviews, "snippets", lambda: made)
+    made = {
+        kind: ([f"{kind} {i}" for i in range(size)], torch.arange(size) % 2)
+        for kind, size in (("movie", 20), ("amazon", 7))
+    }
+    monkeypatch.setattr(reviews, "snippets", made.get)
     monkeypatch.setattr(reviews, "encoder_folder", lambda: tmp_path)
     monkeypatch.setattr(reviews, "embed", counted)
     first, second = (get_recipe("reviews").load() for _ in range(2))
-    assert calls == [20]
+    assert calls == [7, 20]
     assert first.sizes == second.sizes == (17, 3)
-    assert first.input_shape == (4,)
+    assert first.input_shape == (8,)
+    assert torch.equal(first.train.inputs, second.train.inputs)  # type: ignore[attr-defined]
     assert first.classes == ("negative", "positive")
 
 
