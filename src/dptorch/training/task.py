@@ -27,13 +27,11 @@ TESTED: Final[Mapping[str, tuple[str, str]]] = {
 
 
 class Task(Protocol):
-    """What differs between runs that train for different ends.
+    """What differs between runs that train for different ends."""
 
-    Attributes:
-        collate: makes a batch of a list of examples; None for the loader's own.
-    """
-
-    collate: Callable[[list[Any]], Any] | None
+    @property
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        """Makes a batch of a list of examples; None for the loader's own."""
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
         """Return the mean over examples of each one's loss, and the number of examples."""
@@ -56,7 +54,7 @@ class Task(Protocol):
 class Classification:
     """Inputs and integer classes, and a model that returns logits [B, K]."""
 
-    collate = None
+    collate: Callable[[list[Any]], Any] | None = None
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
         """Return the mean cross-entropy and the number of examples."""
