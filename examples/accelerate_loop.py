@@ -1,6 +1,7 @@
 """A loop with Hugging Face's accelerate: model and optimizer are prepared, the loader is the engine's.
 
 Run: python examples/accelerate_loop.py    (pip install 'dptorch[report,transformers]')
+On two processes: accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def train(epochs: int = 20, size: int = 1437, batch_size: int = 64) -> tuple[flo
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, epochs // 2 or 1)
-    # The engine first: what accelerate wraps is then private already.
+    # After Accelerator(), which starts torch.distributed; before prepare(), so that what it wraps is
+    # private already.
     engine = PrivacyEngine(
         model,
         sample_size=size,
@@ -34,7 +36,7 @@ def train(epochs: int = 20, size: int = 1437, batch_size: int = 64) -> tuple[flo
         target_delta=1e-4,
     )
     engine.attach(optimizer)
-    # Not the loader: accelerate would draw batches of its own. One process has nothing to share.
+    # Not the loader: accelerate would draw batches of its own. The engine's has each process's share.
     loader = engine.loader(TensorDataset(x[:size], y[:size]))
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     for _ in range(epochs):
@@ -50,4 +52,4 @@ def train(epochs: int = 20, size: int = 1437, batch_size: int = 64) -> tuple[flo
 
 
 if __name__ == "__main__":
-    print("accuracy {:.3f}, epsilon {:.2f}".format(*train()))
+    print("accuracy {:.3f}, epsilon {:.2f}".format(*train()), flush=True)

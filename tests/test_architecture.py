@@ -43,6 +43,7 @@ ROOMS = (
     "tape.rules",
     "tape.recording",
     "tape",
+    "distributed",
     "validation",
     "plan",
     "ledger",

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "clipping/rounding.py": ("noise/test_discrete.py", "rounds for the discrete mechanism alone"),
     "clipping/sums.py": ("engine/test_privacy.py", "types; the bound is the engine's to keep"),
     "compat/": ("compat/test_opacus_scenarios.py", "other libraries' calls, by scenario"),
+    "distributed/": ("distributed/test_ranks.py", "what ranks do together"),
     "engine/loading.py": ("engine/test_sampling.py", "what is loaded is what was drawn"),
     "engine/": ("engine/test_privacy.py", "asked as a whole, one question a file"),
     "integrations/membership.py": ("audit/test_membership.py", "calls the attack after an epoch"),

@@ -7,7 +7,7 @@ import math
 import platform
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from dptorch.randomness import KeySource
 from dptorch.sampling.schemes import OWN_LOADER
 
 if TYPE_CHECKING:
-    from dptorch.ledger import RunLedger
+    from dptorch.ledger.counting import Attempts
 
 __all__ = ["ASSUMED", "NOT_COVERED", "ONCE_A_STEP", "RELEASED", "Statement", "make_statement"]
 
@@ -337,6 +337,22 @@ class Statement:
         return [line for note in notes for line in (note, "")]
 
 
+class RunInLedger(Protocol):
+    """What a statement says of a run's ledger; see `dptorch.ledger.RunLedger`."""
+
+    @property
+    def name(self) -> dict[str, str]: ...
+
+    @property
+    def attempts(self) -> Attempts: ...
+
+    @property
+    def adjacencies(self) -> tuple[Adjacency, ...]: ...
+
+    @property
+    def repeated_steps(self) -> int: ...
+
+
 def make_statement(
     plan: PrivacyPlan,
     steps: int,
@@ -344,7 +360,7 @@ def make_statement(
     key_source: KeySource,
     resumed: int = 0,
     *,
-    ledger: RunLedger | None = None,
+    ledger: RunInLedger | None = None,
 ) -> Statement:
     """The statement for a run that took `steps` steps of `plan`.
 

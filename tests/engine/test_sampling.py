@@ -56,7 +56,7 @@ def run(
 def share_of(
     data: TensorDataset, engine: dptorch.PrivacyEngine, rank: int, world_size: int
 ) -> PrivateLoader:
-    """One rank's share as the engine's own batches, which `engine.loader` refuses to make."""
+    """One rank's share as the engine's own batches, without the other ranks."""
     plan = engine.plan
     loader = PrivateLoader(
         data,
@@ -131,10 +131,12 @@ def test_ranks_together_make_the_step_of_one_process() -> None:
     torch.testing.assert_close(moves[0], sum(moves[1:]), atol=1e-7, rtol=1e-5)
 
 
-def test_a_loader_of_several_ranks_is_refused_until_their_sums_are_added_up() -> None:
+def test_a_loader_of_more_ranks_than_the_engine_has_is_refused() -> None:
     """Each rank would take a noisy step on its own share, divided by the whole batch size."""
     engine = make_engine(make_model())
-    with pytest.raises(ConfigurationError, match=r"world_size=2: .* added up before noise"):
+    with pytest.raises(
+        ConfigurationError, match=r"world_size=2, but the engine adds up sums over 1"
+    ):
         engine.loader(make_data(), rank=0, world_size=2)
     assert len(engine.loader(make_data(), rank=0, world_size=1)) > 0
 

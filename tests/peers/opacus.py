@@ -72,7 +72,7 @@ _REASONS = (
     ),
     Reason(
         REFUSED, "[Dd]istributed|multigpu", "in one process|No module",
-        "Several processes: sums over processes before the noise are not built yet.",
+        "Several processes train with `dptorch.PrivacyEngine` (scale.md), not with the adapter.",
     ),
     Reason(
         REFUSED, "", "a DPOptimizer cannot be made alone",

@@ -181,6 +181,7 @@ def __getattr__(name: str) -> Any:
     if name in _NOT_HERE:
         raise ConfigurationError(
             f"{name} is not here: DeepSpeed and FSDP shard gradients before they could be clipped, and "
-            "fastDP's way of it reports epsilon=0 for any run. Train in one process with PrivacyEngine."
+            "fastDP's way of it reports epsilon=0 for any run. Keep the model whole on each "
+            "process: see docs/scale.md."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

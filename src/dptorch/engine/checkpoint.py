@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dptorch.atomic_files import replacing
+from dptorch.distributed import Ranks
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.randomness import RootKey
 
@@ -55,6 +56,7 @@ class Stateful(Protocol):
 
 class _Engine(Stateful, Protocol):
     model: nn.Module
+    ranks: Ranks
 
 
 def save_run(
@@ -64,7 +66,9 @@ def save_run(
     others: Mapping[str, Stateful],
     extra: Any,
 ) -> None:
-    """See `PrivacyEngine.save_checkpoint`."""
+    """See `PrivacyEngine.save_checkpoint`. All ranks have the same to save, and the first does."""
+    if not engine.ranks.is_first:
+        return
     refuse_not_finite(dict(engine.model.named_parameters()))
     write(
         path,
@@ -86,15 +90,16 @@ def load_run(
     others: Mapping[str, Stateful],
 ) -> Any:
     """See `PrivacyEngine.load_checkpoint`."""
-    state = read(path)
-    # All that can be refused is refused before anything is changed.
-    _refuse_other_model(engine.model, state["model"])
-    _refuse_other_optimizer(optimizer, state["optimizer"])
-    if set(others) != set(state["others"]):
-        raise ConfigurationError(
-            f"{path} was saved with {_names(state['others'])} and is loaded with {_names(others)}: "
-            "give load_checkpoint what save_checkpoint was given."
-        )
+    with engine.ranks.together():
+        state = read(path)
+        # All that can be refused is refused before anything is changed.
+        _refuse_other_model(engine.model, state["model"])
+        _refuse_other_optimizer(optimizer, state["optimizer"])
+        if set(others) != set(state["others"]):
+            raise ConfigurationError(
+                f"{path} was saved with {_names(state['others'])} and is loaded with "
+                f"{_names(others)}: give load_checkpoint what save_checkpoint was given."
+            )
     engine.load_state_dict(state["engine"])
     engine.model.load_state_dict(state["model"])
     if optimizer is not None:
@@ -102,6 +107,8 @@ def load_run(
     for name, other in others.items():
         other.load_state_dict(state["others"][name])
     _set_random_state(state["random"])
+    if not engine.ranks.is_first:  # or the dropout of all ranks would be alike
+        torch.manual_seed(int(torch.randint(2**62, ())) + engine.ranks.rank)
     return state["extra"]
 
 

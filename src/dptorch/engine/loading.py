@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from dptorch.accounting import Adjacency
+from dptorch.distributed import Ranks
+from dptorch.distributed.agreement import (
+    digest_of_examples,
+    digest_of_parameters,
+    digest_of_values,
+)
 from dptorch.errors import ConfigurationError
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import RootKey
 from dptorch.sampling import NOT_COVERED, PrivateLoader, Sampler, Users, UserSampler, dataset_size
 
-__all__ = ["loader_of"]
+__all__ = ["agree_on_data", "loader_of"]
 
 
 def loader_of(
@@ -20,6 +28,7 @@ def loader_of(
     dataset: Any,
     *,
     user_ids: Any,
+    ranks: Ranks,
     start_step: Callable[[], int],
     max_physical_batch_size: int | None,
     dataloader_kwargs: dict[str, Any],
@@ -31,13 +40,13 @@ def loader_of(
             f"sampler={name}: the plan says how batches are drawn "
             f"(sampling={plan.sampling!r}). {NOT_COVERED}"
         )
-    if dataloader_kwargs.get("world_size", 1) not in (None, 1):
-        raise ConfigurationError(
-            f"world_size={dataloader_kwargs['world_size']!r}: the clipped sums of all processes "
-            "have to be added up before noise is, once, and that is not built yet. Each process "
-            "would take a step of its own on its share. Train in one process; "
-            "max_physical_batch_size makes large batches fit."
-        )
+    for name, mine in (("rank", ranks.rank), ("world_size", ranks.size)):
+        if (asked := dataloader_kwargs.pop(name, None)) not in (None, mine):
+            raise ConfigurationError(
+                f"{name}={asked!r}, but the engine adds up sums over {ranks.size} processes, of which "
+                f"this is number {ranks.rank}. Leave it out: the engine's loader gives each process "
+                "its share. For several processes, initialise torch.distributed before the engine."
+            )
     size = dataset_size(dataset)
     users = None
     if (user_ids is not None) != (plan.unit == "user"):
@@ -70,5 +79,35 @@ def loader_of(
         total_steps=plan.steps,
         max_physical_batch_size=max_physical_batch_size,
         capacity=capacity,
+        rank=ranks.rank,
+        world_size=ranks.size,
         **dataloader_kwargs,
     )
+
+
+def agree_on_data(
+    ranks: Ranks,
+    parameters: Mapping[str, Tensor],
+    dataset: Any,
+    *,
+    user_ids: Any,
+    steps_done: int,
+    max_physical_batch_size: int | None,
+) -> None:
+    """Check that all ranks draw from the same data set, in the same order, from the same step on.
+
+    Raises:
+        ConfigurationError: on every rank, naming what differs.
+    """
+    if ranks.size == 1:
+        return
+    with ranks.together():
+        values = {
+            "steps done": str(steps_done),
+            "max_physical_batch_size": str(max_physical_batch_size),
+            "the number of examples": str(dataset_size(dataset)),
+            "the examples of the data set": digest_of_examples(dataset),
+            "user_ids": digest_of_values(user_ids),
+            "the values of the model's parameters": digest_of_parameters(parameters),
+        }
+    ranks.agree(values)

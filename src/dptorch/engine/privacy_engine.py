@@ -9,27 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from dptorch.clipping import groups_of
+from dptorch.distributed import Ranks
+from dptorch.distributed.wrappers import silence_around, unwrapped
 from dptorch.engine import checkpoint
 from dptorch.engine.diagnostics import StepDiagnostics
-from dptorch.engine.loading import loader_of
+from dptorch.engine.loading import agree_on_data, loader_of
 from dptorch.engine.logical_batch import LogicalBatch
 from dptorch.engine.optimizer_binding import OptimizerBinding, check_parameters
-from dptorch.engine.private_step import PrivateStep
+from dptorch.engine.private_step import NOT_SHARED, PrivateStep
 from dptorch.engine.run_state import RunState
-from dptorch.engine.settings import EngineSettings, checked_budget
-from dptorch.errors import (
-    ConfigurationError,
-    PrivacyError,
-    one_of,
-    warn,
-)
-from dptorch.plan import PlanSettings, PrivacyPlan, PrivacySpent, make_plan
-from dptorch.randomness import RootKey
+from dptorch.engine.settings import checked_budget
+from dptorch.engine.starting import check_mode, settled_plan, start_together, trainable
+from dptorch.errors import ConfigurationError, PrivacyError, one_of, warn
+from dptorch.plan import PlanSettings, PrivacyPlan, PrivacySpent
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 from dptorch.statement import Statement
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
@@ -37,7 +34,7 @@ from dptorch.tape.gradients.device_cost import cost_of, free_bytes
 from dptorch.tape.gradients.explain import Explanation
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.recording.batch_dims import BatchDims
-from dptorch.tape.recording.model_hooks import ModelHooks, hooks_of
+from dptorch.tape.recording.model_hooks import ModelHooks
 from dptorch.validation.mixing import first_batch_checks
 
 if TYPE_CHECKING:
@@ -77,6 +74,8 @@ class PrivacyEngine:
         secure_rng: make the noise from the cryptographic keystream on every device. On the CPU it
             always is; a GPU's own generator is faster, but no cipher.
         seed: for tests: randomness from a number, which is not private.
+        ranks: the processes that train the model together: by default all that
+            ``torch.distributed.init_process_group`` joined, else this one. See docs/scale.md.
 
     Guarantees:
         Each `optimizer.step()` applies ``sum_b clip(gradient_b) + N(0, (noise_multiplier *
@@ -121,47 +120,30 @@ class PrivacyEngine:
         ledger: DatasetLedger | None = None,
         secure_rng: bool = False,
         seed: int | None = None,
+        ranks: Ranks | None = None,
         **settings: Unpack[PlanSettings],
     ) -> None:
-        for name in settings:
-            one_of("argument", name, EngineSettings.__annotations__)
-        if plan is None:
-            plan = make_plan(**settings)
-        elif settings:
-            raise ConfigurationError(
-                f"plan= and {', '.join(f'{n}=' for n in settings)} are given: the plan says all that "
-                "the guarantee depends on. Leave them out, or make the engine without plan=."
-            )
-        mode = get_mode(clipping_mode)
-        if hooks_of(model) is not None:
-            raise ConfigurationError(
-                "this model already has a privacy engine: its gradients would be clipped and noised "
-                "twice. Call detach() on the other engine first."
-            )
-        parameters: dict[str, Tensor] = {
-            n: p for n, p in model.named_parameters() if p.requires_grad
-        }
-        if not parameters:
-            raise ConfigurationError(
-                "the model has no trainable parameter. Unfreeze what should be trained with "
-                "requires_grad_(True) before making the engine."
-            )
-        if plan.mechanism == "discrete_gaussian" and mode.passes != 1:
-            raise ConfigurationError(
-                f"clipping_mode={clipping_mode!r} never holds the gradients of examples, which "
-                "mechanism='discrete_gaussian' rounds one by one. Use clipping_mode='auto'."
-            )
-        self._memory_budget = checked_budget(memory_budget)
+        ranks = Ranks.of() if ranks is None else ranks
+        with ranks.together():
+            model = unwrapped(model)
+            plan = settled_plan(plan, settings)
+            mode = get_mode(clipping_mode)
+            parameters = trainable(model)
+            check_mode(mode, plan, ranks)
+            budget = checked_budget(memory_budget)
+            on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
+        self._memory_budget = budget
         if mode is NON_PRIVATE:  # ordinary training, whose epsilon is infinite: a plan of its own
             plan = replace(plan, noise_multiplier=0.0, target_epsilon=None)
-        key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
+        key = start_together(ranks, model, parameters, plan, clipping_mode, seed, ledger)
         groups = groups_of(
             model, parameters, plan.clipping_style, plan.clipping_groups, plan.max_grad_norm
         )
         self.model = model
         self._mode = mode
         self._parameters = parameters
-        self._run = RunState(plan, key)
+        self.ranks = ranks
+        self._run = RunState(plan, key, ranks)
         self._batch = LogicalBatch(plan, groups)
         self._binding: OptimizerBinding | None = None
         self._step = PrivateStep(
@@ -170,10 +152,10 @@ class PrivacyEngine:
             model,
             parameters,
             private=mode is not NON_PRIVATE,
-            on_exhausted=one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop")),
+            on_exhausted=on_exhausted,
             secure_rng=secure_rng,
         )
-        if ledger is not None:
+        if ranks.from_first(ledger is not None):
             self.use_ledger(ledger)
         # The model's hooks keep the engine alive: a forgotten engine trains nothing, rather than
         # training without privacy.
@@ -194,6 +176,7 @@ class PrivacyEngine:
 
     def _begin_forward(self) -> tuple[TapeConfig, TapeListener]:
         """What the tape of a forward pass is made with."""
+        silence_around()
         p = next(iter(self._parameters.values()))
         budget = self._memory_budget
         config = TapeConfig(
@@ -264,17 +247,27 @@ class PrivacyEngine:
         Raises:
             ConfigurationError, DataError: for a dataset or arguments that cannot be sampled.
         """
-        loader = loader_of(
-            self.plan,
-            self._run.key,
+        agree_on_data(
+            self.ranks,
+            self._parameters,
             dataset,
             user_ids=user_ids,
-            start_step=lambda: self.steps_done,
+            steps_done=self.steps_done,
             max_physical_batch_size=max_physical_batch_size,
-            dataloader_kwargs=dataloader_kwargs,
         )
+        with self.ranks.together():
+            loader = loader_of(
+                self.plan,
+                self._run.key,
+                dataset,
+                user_ids=user_ids,
+                ranks=self.ranks,
+                start_step=lambda: self.steps_done,
+                max_physical_batch_size=max_physical_batch_size,
+                dataloader_kwargs=dataloader_kwargs,
+            )
         self.reserve_budget()
-        loader.on_batch(self.begin_physical_batch)
+        loader.on_batch(self._begin_part)
         loader.on_items(lambda _, items: self._hooks.taint(items, loader.alone))
         loader.on_start(self._begin_epoch)
         loader.on_end(lambda complete: self.end_epoch(complete=complete))
@@ -295,8 +288,14 @@ class PrivacyEngine:
         amplification by sampling.
 
         Raises:
-            PrivacyError: `part` begins a logical batch, and the last one was never stepped.
+            PrivacyError: `part` begins a logical batch, and the last one was never stepped; or there
+                are several ranks.
         """
+        if self.ranks.size > 1:
+            raise PrivacyError(NOT_SHARED)
+        self._begin_part(part)
+
+    def _begin_part(self, part: PhysicalBatch) -> None:
         self._batch.begin_physical_batch(part)
         self._hooks.begin_batch(part.examples + part.padding)
 
@@ -322,8 +321,9 @@ class PrivacyEngine:
 
     # -- the ledger --------------------------------------------------------------------------------
 
-    def use_ledger(self, ledger: DatasetLedger) -> None:
-        """Write every step down in `ledger` before it is released; as the argument of that name.
+    def use_ledger(self, ledger: DatasetLedger | None) -> None:
+        """Write every step down in `ledger` before it is released; as the argument of that name. On
+        several ranks the first keeps it, and the others may give None.
 
         Raises:
             ConfigurationError: steps were taken already, the engine has a ledger, or is not private.

@@ -16,7 +16,14 @@ from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.noisy_gradient import NoisyGradient
 
-__all__ = ["PrivateStep"]
+__all__ = ["NOT_SHARED", "PrivateStep"]
+
+NOT_SHARED = (
+    "a batch did not come from engine.loader(), and it is not known whether another rank has the same "
+    "examples, as samplers give them that fill up the last batch: they would count twice. The step was "
+    "neither taken nor counted. Take batches from engine.loader(dataset), which gives each rank its "
+    "share."
+)
 
 
 class PrivateStep:
@@ -50,6 +57,7 @@ class PrivateStep:
         self._private = private
         self._on_exhausted = on_exhausted
         self._secure_rng = secure_rng
+        self._ranks = run.ranks
         self._warned_exhausted = False
         self._warned_own_loader = False
 
@@ -70,18 +78,33 @@ class PrivateStep:
         if not self._private:
             self._run.steps_done += complete
             return complete
-        self._batch.add_pending("step")
         if not complete:
+            self._batch.add_pending("step")
             return False
-        clipped = self._pop_clipped_sum(optimizer)
         sampled = part is not None and part.logical_step == self._run.steps_done
+        clipped = self._sum_over_ranks(optimizer, sampled)
+        # A seed is for repeating a run, in other physical batches and on other ranks too, which differ
+        # by rounding.
+        key, next_step = self._run.key, self._run.steps_done
+        context = fingerprint(clipped.values, key, next_step) if key.source.is_private else 0
+        self._ranks.refuse_different_sums(context)
         # Counted before it is visible: whatever happens from here on, the step has been spent.
         step = self._run.count_step(sampled=sampled)
         if not sampled:
             self._warn_of_own_loader()
-        noisy = self._add_noise(clipped, step)
+        noisy = self._add_noise(clipped, step, context)
         write_gradients(self._parameters, noisy)
         return True
+
+    def _sum_over_ranks(self, optimizer: Optimizer, sampled: bool) -> ClippedSum:
+        """The clipped sum of the logical batch, whichever ranks its examples are on."""
+        with self._ranks.together(step=self._run.steps_done, steps_of_plan=self._run.plan.steps):
+            if not sampled and self._ranks.size > 1:
+                raise PrivacyError(NOT_SHARED)
+            self._batch.add_pending("step")
+            clipped = self._pop_clipped_sum(optimizer)
+        self._ranks.add_up_(clipped.values.values())
+        return clipped
 
     def _pop_clipped_sum(self, optimizer: Optimizer) -> ClippedSum:
         """The sum of the logical batch, once nothing speaks against a step on it."""
@@ -91,11 +114,9 @@ class PrivateStep:
             checkpoint.refuse_not_finite(self._parameters)
         return clipped
 
-    def _add_noise(self, clipped: ClippedSum, step: int) -> NoisyGradient:
+    def _add_noise(self, clipped: ClippedSum, step: int, context: int) -> NoisyGradient:
         """The noisy gradient of a step. Adaptive clipping norms follow its noisy counts."""
         plan, key = self._run.plan, self._run.key
-        # A seed is for repeating a run, in other physical batches too, which differ by rounding.
-        context = fingerprint(clipped.values, key, step) if key.source.is_private else 0
         divisor = plan.expected_batch_size if plan.loss_reduction == "mean" else 1.0
         mechanism = get_mechanism(plan.mechanism)
         noise = mechanism(plan.noise_multiplier, secure_rng=self._secure_rng)

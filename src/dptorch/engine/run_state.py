@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dptorch import accounting
+from dptorch.distributed import Ranks
+from dptorch.engine.shared_ledger import SharedLedger
 from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
@@ -25,6 +27,7 @@ class RunState:
     Args:
         plan: what the run commits to.
         key: root of sampling and noise.
+        ranks: the processes that take its steps together.
 
     Attributes:
         steps_done: steps taken, empty batches included.
@@ -33,15 +36,16 @@ class RunState:
         loaders: how many loaders draw from the key.
     """
 
-    def __init__(self, plan: PrivacyPlan, key: RootKey) -> None:
+    def __init__(self, plan: PrivacyPlan, key: RootKey, ranks: Ranks) -> None:
         self.plan = plan
         self.key = key
+        self.ranks = ranks
         self.steps_done = 0
         self.sampling_run: Counter[str] = Counter()
         self.loaders = 0
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
-        self._run_ledger: RunLedger | None = None
+        self._run_ledger: SharedLedger | None = None
 
     @property
     def exhausted(self) -> bool:
@@ -67,15 +71,19 @@ class RunState:
 
     # -- the ledger --------------------------------------------------------------------------------
 
-    def use_ledger(self, ledger: DatasetLedger) -> None:
-        """See `PrivacyEngine.use_ledger`."""
-        if self._ledger is not None or self.loaders or self.steps_done:
+    def use_ledger(self, ledger: DatasetLedger | None) -> None:
+        """See `PrivacyEngine.use_ledger`. Rank 0's counts; the others may have none."""
+        if self._run_ledger is not None or self.loaders or self.steps_done:
             raise ConfigurationError(
                 "give the engine its one ledger before its loader and its first step: what was "
                 "released before would be missing in it."
             )
         self._ledger = ledger
-        self._run_ledger = ledger.run(self.plan, self.key.source.value)
+        self._run_ledger = SharedLedger(self.ranks, lambda: self._make_run(self.key))
+
+    def _make_run(self, key: RootKey, **going_on: Any) -> RunLedger:
+        assert self._ledger is not None
+        return self._ledger.run(self.plan, key.source.value, **going_on)
 
     def reserve_budget(self) -> None:
         """See `PrivacyEngine.reserve_budget`."""
@@ -90,8 +98,10 @@ class RunState:
     @property
     def ledger_run(self) -> dict[str, str] | None:
         """See `PrivacyEngine.ledger_run`."""
-        if self._ledger is None or self._run_ledger is None:
+        if self._run_ledger is None:
             return None
+        if self._ledger is None or not self.ranks.is_first:
+            return self._run_ledger.name
         ledger = self._ledger.ledger
         return {**self._run_ledger.name, "location": ledger.location, "head": ledger.head()}
 
@@ -164,23 +174,25 @@ class RunState:
 
     def _go_on_in_ledger(self, values: Mapping[str, Any], key: RootKey) -> None:
         run = values["run"]
-        if self._ledger is None:
+        if self._run_ledger is None:
             if run is not None:
                 warn(
                     f"this run was kept in a ledger (as {run}), and goes on without it: steps that "
                     "were lost since the checkpoint are not counted. Pass ledger=."
                 )
             return
-        ledger = self._run_ledger = self._ledger.run(
-            self.plan,
-            key.source.value,
-            run=run,
-            begun=values["run_begun"],
-            head=values.get("ledger_head"),
-            steps_done=values["steps_done"],
-            own_loader_steps=values["sampling_run"].get(OWN_LOADER, 0),
+        ledger = self._run_ledger = SharedLedger(
+            self.ranks,
+            lambda: self._make_run(
+                key,
+                run=run,
+                begun=values["run_begun"],
+                head=values.get("ledger_head"),
+                steps_done=values["steps_done"],
+                own_loader_steps=values["sampling_run"].get(OWN_LOADER, 0),
+            ),
         )
-        if ledger.repeated_steps:
+        if ledger.repeated_steps and self.ranks.is_first:
             warn(
                 f"{ledger.repeated_steps} steps were released after this checkpoint was written, and "
                 "lost. They count: at the end of its plan the run will have spent "

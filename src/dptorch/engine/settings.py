@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dptorch.distributed import Ranks
 from dptorch.errors import ConfigurationError
 from dptorch.plan import PlanSettings, PrivacyPlan
 from dptorch.tape.recording.batch_dims import BatchDims
@@ -26,6 +27,7 @@ class EngineSettings(PlanSettings, total=False):
     ledger: DatasetLedger | None
     secure_rng: bool
     seed: int | None
+    ranks: Ranks | None
 
 
 def checked_budget(memory_budget: float | None) -> float | None:

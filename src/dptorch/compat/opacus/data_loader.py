@@ -81,8 +81,9 @@ class DPDataLoader(DataLoader[Any]):
     ) -> None:
         if distributed:
             raise ConfigurationError(
-                "distributed=True: the clipped sums of all processes have to be added up before noise "
-                "is, and that is not built yet. Train in one process, with distributed=False."
+                "distributed=True: this loader draws for one process. Train in one, with "
+                "distributed=False, or on several with dptorch.PrivacyEngine, whose loader gives each "
+                "process its share: see docs/scale.md."
             )
         self.sample_rate = sample_rate
         super().__init__(

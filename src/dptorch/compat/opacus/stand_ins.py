@@ -15,9 +15,9 @@ NOT_BY_LAYER = (
 )
 #: Why models and optimizers are in one process.
 ONE_PROCESS = (
-    "The clipped sums of all processes have to be added up before noise is, and that is not built yet. "
-    "Train in one process: give the model itself to PrivacyEngine.make_private, and use "
-    "BatchMemoryManager for large batches."
+    "Opacus adds noise on each process. Train in one process: give the model itself to "
+    "PrivacyEngine.make_private, and use BatchMemoryManager for large batches; or on several with "
+    "dptorch.PrivacyEngine, which adds up clipped sums and adds noise once: see docs/scale.md."
 )
 
 

@@ -1,0 +1,126 @@
+"""What is settled before an engine begins: its plan, what it trains, what its ranks have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dptorch.distributed import Ranks
+from dptorch.distributed.agreement import shapes
+from dptorch.engine.settings import EngineSettings
+from dptorch.errors import ConfigurationError, one_of
+from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
+from dptorch.randomness import RootKey
+from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, Mode
+from dptorch.tape.recording.model_hooks import hooks_of
+
+if TYPE_CHECKING:
+    from dptorch.ledger import DatasetLedger
+
+__all__ = ["check_mode", "settled_plan", "start_together", "trainable"]
+
+
+def settled_plan(plan: PrivacyPlan | None, settings: PlanSettings) -> PrivacyPlan:
+    """Return the plan that an engine was given, or one made from its settings.
+
+    Raises:
+        ConfigurationError: there are both, or a setting is not known.
+    """
+    for name in settings:
+        one_of("argument", name, EngineSettings.__annotations__)
+    if plan is None:
+        return make_plan(**settings)
+    if settings:
+        raise ConfigurationError(
+            f"plan= and {', '.join(f'{n}=' for n in settings)} are given: the plan says all that "
+            "the guarantee depends on. Leave them out, or make the engine without plan=."
+        )
+    return plan
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable parameters of `model` by name.
+
+    Raises:
+        ConfigurationError: there are none, they have no values yet, they are spread over processes, or
+            the model has an engine.
+    """
+    if hooks_of(model) is not None:
+        raise ConfigurationError(
+            "this model already has a privacy engine: its gradients would be clipped and noised "
+            "twice. Call detach() on the other engine first."
+        )
+    parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ConfigurationError(
+            "the model has no trainable parameter. Unfreeze what should be trained with "
+            "requires_grad_(True) before making the engine."
+        )
+    for name, p in model.named_parameters():
+        if p.device.type == "meta":
+            raise ConfigurationError(
+                f"the parameter {name!r} is on the meta device and has no values yet. Load the "
+                "weights, or model.to_empty(device='cpu') and initialise them, before making the "
+                "engine."
+            )
+        if type(p.data).__name__ == "DTensor":
+            raise ConfigurationError(
+                f"the parameter {name!r} is a DTensor, spread over processes by fully_shard, tensor, "
+                "pipeline or context parallelism: training on such parameters is not covered. Keep "
+                "the whole model on each rank, as it is or in DistributedDataParallel; "
+                "max_physical_batch_size and adapters save memory."
+            )
+    return parameters
+
+
+def check_mode(mode: Mode, plan: PrivacyPlan, ranks: Ranks) -> None:
+    """Check that a clipping mode can do what the plan and the ranks need.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if plan.mechanism == "discrete_gaussian" and mode.passes != 1:
+        raise ConfigurationError(
+            f"clipping_mode={mode.name!r} never holds the gradients of examples, which "
+            "mechanism='discrete_gaussian' rounds one by one. Use clipping_mode='auto'."
+        )
+    if mode is NON_PRIVATE and ranks.size > 1:
+        raise ConfigurationError(
+            f"clipping_mode='non-private' on {ranks.size} ranks: the engine would add nothing up. "
+            "Compare on one process, or train in DistributedDataParallel without an engine."
+        )
+
+
+def start_together(
+    ranks: Ranks,
+    model: nn.Module,
+    parameters: dict[str, Tensor],
+    plan: PrivacyPlan,
+    clipping_mode: str,
+    seed: int | None,
+    ledger: DatasetLedger | None,
+) -> RootKey:
+    """Check that all ranks start the same run, and give them one root key and rank 0's model.
+
+    Parameters and buffers become those of rank 0, as in DistributedDataParallel.
+
+    Raises:
+        ConfigurationError: on every rank, naming what differs.
+    """
+    has_ledger = ranks.from_first(ledger is not None)
+    ranks.agree(
+        {
+            "the plan": plan.to_json(),
+            "clipping_mode": clipping_mode,
+            "the trainable parameters": shapes(parameters),
+            "the model": shapes(dict(model.named_parameters())),
+            "ledger": "one" if has_ledger or ledger is not None else "none",
+            "the version of torch": torch.__version__,
+        }
+    )
+    key = ranks.share_key(seed)
+    with torch.no_grad():
+        ranks.copy_from_first_(t.data for t in [*model.parameters(), *model.buffers()])
+    return key

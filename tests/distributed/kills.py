@@ -1,0 +1,140 @@
+"""Ranks that are killed at random instants: what was released is in the ledger, and nobody waits.
+
+    python -m tests.distributed.kills 50
+
+kills a rank of a two-process run 50 times and goes on from the last checkpoint each time, on one, two
+or four ranks in turn. The oracle is a table in shared memory in which each rank marks a step once its
+noise was drawn, before anything else can see it.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dptorch
+from dptorch import accounting
+from dptorch.accounting import SampledGaussian
+from dptorch.errors import PrivacyWarning
+from dptorch.ledger import open_ledger
+from dptorch.ledger.counting import Attempts
+from dptorch.noise import GaussianNoise
+from tests.distributed.processes import start
+from tests.distributed.scenarios import loss_of, settings_of
+from tests.engine.setup import make_data, make_model
+from tests.ledger.processes import kill, shared, until, wait
+
+__all__ = ["check", "lives"]
+
+NOISE = 2.0
+DELTA = 1e-3
+READY, EPSILON = -2, -1  # columns of the table after those of the steps
+
+
+def life(folder: Path, row: np.ndarray) -> None:
+    """On a rank: go on from the last checkpoint to the end of the plan, and mark what is released."""
+    model = make_model()
+    engine = dptorch.PrivacyEngine(
+        model,
+        **settings_of(
+            sample_rate=1.0,
+            steps=len(row) - 2,
+            noise_multiplier=NOISE,
+            accountant="exact",
+            seed=None,
+        ),
+        self_check=False,
+        ledger=open_ledger(folder / "ledger.db").dataset("data"),
+    )
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    plain = GaussianNoise.privatize
+
+    def privatize(self: GaussianNoise, clipped: Any, key: Any, step: int, **more: Any) -> Any:
+        noisy = plain(self, clipped, key, step, **more)
+        row[step] += 1
+        return noisy
+
+    GaussianNoise.privatize = privatize  # type: ignore[method-assign]
+    checkpoint = folder / "run.pt"
+    if checkpoint.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PrivacyWarning)  # that steps were lost
+            engine.load_checkpoint(checkpoint)
+    else:
+        engine.save_checkpoint(checkpoint)
+    loader = engine.loader(make_data())
+    row[READY] = 1
+    while not engine.exhausted:
+        for x, y in loader:
+            loss_of(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if engine.steps_done % 3 == 0:
+                engine.save_checkpoint(checkpoint)
+    engine.release_budget()
+    row[EPSILON] = int(engine.get_privacy_spent().epsilon * 1e6)
+
+
+def lives(kills: int, folder: Path, say: Callable[[str], object] = lambda line: None) -> np.ndarray:
+    """Kill a rank `kills` times, then let the run end; returns [lives, ranks, steps + 2]."""
+    chance = random.Random(0)
+    table = shared((kills + 1, 4, 6 * kills + 6 + 2))
+    killed = 0
+    for i in range(kills + 1):
+        size = (2, 4, 1)[i % 3] if i < kills else 2
+        place = folder / f"life-{i}"
+        place.mkdir()
+        pids = start(size, place, lambda rank, i=i: life(folder, table[i, rank]))  # type: ignore[misc]
+        if i == kills:
+            assert [wait(pid) for pid in pids] == [0] * size
+            break
+        victim = chance.randrange(size)
+        # Before a random number of releases of the victim's.
+        goal = chance.randrange(6)
+        until(
+            lambda i=i, victim=victim, goal=goal: (  # type: ignore[misc]
+                table[i, victim, READY] and table[i, victim, :READY].sum() >= goal
+            ),
+            pids[victim],
+        )
+        for _ in range(chance.randrange(2000)):
+            pass
+        code = kill(pids[victim])
+        codes = [wait(pid) for r, pid in enumerate(pids) if r != victim]  # a hang would stay here
+        killed += code < 0
+        say(f"life {i}: {size} ranks, rank {victim} ended with {code}, the others with {codes}")
+    assert killed > kills / 2, "most of the ranks had ended before they could be killed"
+    return table
+
+
+def check(folder: Path, table: np.ndarray) -> dict[str, float]:
+    """Assert that the ledger has every release of every life, and that ε was told as it is."""
+    entries = open_ledger(folder / "ledger.db").entries(dataset="data")
+    counted = Attempts.of(e for e in entries if e.kind in ("steps", "close"))
+    # Ranks of one life release a step together: once.
+    released = table[:, :, :READY].max(1).sum(0)
+    for step in range(len(released)):
+        assert counted.times(step) >= released[step] >= 1, f"step {step} is missing"
+    history = Attempts()
+    for step in range(len(released)):
+        for _ in range(released[step]):
+            history.add(SampledGaussian(NOISE, 1.0, 1), step, 1)
+    truth = accounting.get_accountant("exact").epsilon(history.events(), DELTA)
+    told = table[-1, :2, EPSILON] / 1e6
+    assert told[0] == told[1] >= truth - 1e-5
+    return {"released": int(released.sum()), "counted": counted.total, "told": float(told[0])}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        where = Path(name)
+        found = lives(int(sys.argv[1]), where, print)
+        print(check(where, found))
