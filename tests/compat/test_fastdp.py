@@ -298,5 +298,5 @@ def test_what_cannot_be_honoured_is_an_error(changes: dict[str, Any], message: s
 
 
 def test_engines_for_shards_say_why_they_are_not_here() -> None:
-    with pytest.raises(ConfigurationError, match="one process"):
+    with pytest.raises(ConfigurationError, match="whole on each process"):
         _ = fastdp.PrivacyEngine_Distributed_extending
