@@ -51,6 +51,7 @@ ROOMS = (
     "engine",
     "integrations.transformers",
     "blogs",
+    "tables",
     "training",
     "prediction",
     "audit",

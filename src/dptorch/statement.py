@@ -92,6 +92,8 @@ class Statement:
         repeated: steps that were released again, because the run was killed after its last
             checkpoint; every ε counts them. Known only with a ledger.
         ledger: the run's id and data set in the ledger that its steps were written to beforehand.
+        model_digest: SHA-256 of the model that a run released, weights and preprocessing.
+        read_from_data: what of the preprocessing was read off the private data, in words.
     """
 
     plan: PrivacyPlan
@@ -108,6 +110,8 @@ class Statement:
     resumed: int = 0
     repeated: int = 0
     ledger: dict[str, str] | None = None
+    model_digest: str | None = None
+    read_from_data: tuple[str, ...] = ()
 
     @property
     def sampling_holds(self) -> bool:
@@ -166,6 +170,11 @@ class Statement:
                 f"the number {plan.sample_size} was not taken from the private data: under add/remove "
                 "the number of records is protected"
             )
+        if self.read_from_data:
+            assumed.append(
+                "what was read off the private data to prepare it says nothing of anyone, because no "
+                f"noise was added to it: {'; '.join(self.read_from_data)}"
+            )
         if plan.mechanism == "discrete_gaussian":
             assumed.append(
                 "the gradient of one example, a floating-point number before it is rounded, is the "
@@ -218,6 +227,8 @@ class Statement:
             "resumed": self.resumed,
             "repeated": self.repeated,
             "ledger": self.ledger,
+            "model_digest": self.model_digest,
+            "read_from_data": list(self.read_from_data),
             "sampling_planned": plan.sampling,
             "sampling_law": plan.scheme.describe(plan.terms, plan.unit),
             "sampling_theorem": plan.scheme.theorem,
@@ -266,6 +277,7 @@ class Statement:
             f"Randomness           key from the {self.key_source.value}",
             "Ledger               "
             + ("run {run} on {dataset}".format(**self.ledger) if self.ledger else "none"),
+            *([f"Model                sha256 {self.model_digest}"] if self.model_digest else []),
             "",
             *self._notes(),
             f"Released and covered: {RELEASED}.",

@@ -58,7 +58,7 @@ def test_csv_with_a_byte_order_mark_and_bounds(tmp_path: Path) -> None:
         ("a,label\n1,x\n,y\n", r"line 3, column 'a': ''"),
         ("a,label\n1,x\nnan,y\n", r"line 3, column 'a': 'nan'"),
         ("a,label\n1,x\n1,2,y\n", r"line 3: 3 fields, but the header has 2"),
-        ("a,label\n1,x\n2,\n", r"line 3: the label column 'label' is empty"),
+        ("a,label\n1,x\n2,\n", r"line 3, column 'label': the label is empty"),
         ("a,b\n1,2\n", r"no column 'label'. Found a, b.*--label"),
         ("label\nx\n", r"'label' is the only column"),
         ("label,a,label\nx,1,y\n", r"2 columns are called 'label'"),
@@ -116,10 +116,13 @@ def test_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"a": [1.0, None], "label": [0, 1]}, r"row 1, column 'a': empty"),
-        ({"a": [1.0, 2.0], "label": [0, None]}, r"row 1, column 'label': empty"),
-        ({"a": ["u", "v"], "label": [0, 1]}, r"column 'a': type string is not a number"),
-        ({"a": [1.0, float("inf")], "label": [0, 1]}, r"column 'a': row 1 holds NaN or infinity"),
+        ({"a": [1.0, None], "label": [0, 1]}, r"row 1, column 'a': an empty cell"),
+        ({"a": [1.0, 2.0], "label": [0, None]}, r"row 1, column 'label': the label is empty"),
+        ({"a": ["u", "v"], "label": [0, 1]}, r"column 'a': text is not a number"),
+        (
+            {"a": [1.0, float("inf")], "label": [0, 1]},
+            r"row 1, column 'a': inf is not a finite number",
+        ),
         ({"a": [1.0]}, r"no column 'label'"),
     ],
 )

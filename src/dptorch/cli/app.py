@@ -20,7 +20,9 @@ from dptorch.cli.epsilon import epsilon
 from dptorch.cli.ledger import ledger
 from dptorch.cli.options import Command, Group, flag_of
 from dptorch.cli.plan import plan
+from dptorch.cli.predict import predict
 from dptorch.cli.release import release
+from dptorch.cli.schema import schema
 from dptorch.cli.train import train
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
 
@@ -72,7 +74,9 @@ def with_flags(message: str, parameters: Iterable[Any]) -> str:
 
 
 def _one_line(error: BaseException | Warning) -> str:
-    return " ".join(str(error).split())
+    """The text of an error on one line, but for a list of faults: one a line, indented."""
+    head, *faults = re.split(r"\n  (?=\S)", str(error))
+    return "\n  ".join(" ".join(part.split()) for part in (head, *faults))
 
 
 def _show_with(console: Console, otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -95,7 +99,7 @@ app = typer.Typer(
     add_completion=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (train, check, release),
+    "Train": (schema, train, predict, check, release),
     "Plan": (epsilon, calibrate, plan),
     "Measure": (bench, audit),
 }

@@ -35,7 +35,14 @@ def introduce(setup: Setup, console: Console) -> None:
         f"{plan.expected_batch_size:,.0f} examples"
     )
     reading = setup.job.reading
-    tabular = setup.job.data is not None and len(data.input_shape) == 1
+    if data.table is not None:
+        if data.table.skipped:
+            console.print(f"[bold yellow]Skipped[/]  {data.table.skipped:,} rows that do not fit")
+        for item in data.table.schema.read_from_data:
+            console.print(
+                f"[bold yellow]Assumed public[/]  {item}: read off the data without noise"
+            )
+    tabular = setup.job.data is not None and len(data.input_shape) == 1 and not reading.schema
     if tabular and reading.bounds is None and not reading.column_bounds:
         console.print(
             "[bold]Hint[/]     Columns are used as they are. Training is usually much better with "

@@ -60,7 +60,9 @@ def train(
 
     [cyan]dptorch train --recipe mnist-features --epsilon 1[/]
 
-    [cyan]dptorch train --data patients.csv --label diagnosis --bounds ranges.json[/]
+    [cyan]dptorch train --data patients.csv --schema patients.schema.json[/]
+
+    [cyan]dptorch train --data numbers.csv --label kind --bounds ranges.json[/]
 
     [cyan]dptorch train --data photos/ --image-size 64 --model mypackage.nets:resnet[/]
 
@@ -105,7 +107,14 @@ def _job(
                     f"{flag} says how --data is read, but a recipe brings its own data and "
                     "preprocessing. Leave it out, or give --data."
                 )
+    if reading.schema is not None:
+        for name, flag in _given(ctx):
+            if name in ("label", "bounds"):
+                raise ConfigurationError(
+                    f"{flag} and --schema exclude each other: the schema says it. Leave one out."
+                )
     read = vars(reading) | {"bounds": None}
+    read["schema"] = None if reading.schema is None else str(reading.schema)
     read["bounds"], read["column_bounds"] = parse_bounds(reading.bounds)
     settings = {**vars(model), **vars(privacy), **vars(training)}
     return Job(
@@ -162,6 +171,9 @@ def _resume(
     folder = run_folder.reopen(output.runs, output.name)
     folder.require_checkpoint()
     job = Job.from_dict(folder.read_json("run.json")["job"])
+    kept = folder.path / run_folder.SCHEMA_FILE
+    if kept.exists():  # what the run was begun with, wherever the file that it came from is now
+        job = replace(job, reading=replace(job.reading, schema=str(kept)))
     job = replace(
         job,
         device=training.device,
@@ -171,9 +183,9 @@ def _resume(
     planted = Canaries.read(folder.path / CANARY_FILE) if job.canaries else None
     setup = _prepare(partial(prepare, canaries=planted), job, console)
     if not ledger.no_ledger:
-        kept = for_resumed_run(ctx, ledger.ledger, folder.read_json("run.json").get("ledger"))
-        if kept is not None:
-            setup.engine.use_ledger(kept)
+        account = for_resumed_run(ctx, ledger.ledger, folder.read_json("run.json").get("ledger"))
+        if account is not None:
+            setup.engine.use_ledger(account)
     return _watched(setup, folder, console, resume=True)
 
 
@@ -229,3 +241,4 @@ def _conclude(outcome: Outcome, console: Console) -> None:
         console.print(f"Go on with: dptorch train --resume --name {path.name}{where}")
     else:
         console.print(f"[bold green]Done:[/] {spent_and_tested(outcome)}")
+        console.print(f"Predict: dptorch predict {path} NEW_ROWS --out predictions.csv")

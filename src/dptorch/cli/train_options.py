@@ -60,7 +60,8 @@ class DataOptions:
         _option(
             DATA,
             help="Your own data instead: a folder of images (one subfolder for each class), "
-            "[bold].npz[/] (arrays x, y), [bold].csv[/] or [bold].parquet[/].",
+            "[bold].npz[/] (arrays x, y), or a table: [bold].csv[/], packed or not, "
+            "[bold].parquet[/].",
             default=False,
         ),
     ] = None
@@ -84,6 +85,38 @@ class ReadingOptions:
     ] = None
     image_size: Annotated[int, _option(DATA, help="Image folder: side in pixels.")] = 28
     channels: Annotated[int, _option(DATA, help="Image folder: 1 for grey, 3 for RGB.")] = 3
+    schema: Annotated[
+        Path | None,
+        _option(
+            DATA,
+            help="Table: a JSON file that says what its columns are, which is to be predicted and "
+            "whom ε protects. [bold]dptorch schema[/] proposes one.",
+            default="every column but the label is a number",
+        ),
+    ] = None
+    unit_column: Annotated[
+        str | None,
+        _option(
+            DATA,
+            help="Table: the column that says whose a row is. ε then protects a person with all their "
+            "rows.",
+            default="the schema's; otherwise one row",
+        ),
+    ] = None
+    on_bad_row: Annotated[
+        str,
+        _option(DATA, help="Table: [bold]error[/], or [bold]skip[/] rows that do not fit."),
+    ] = "error"
+    subgroups: Annotated[
+        str | None,
+        _option(
+            DATA,
+            metavar="COLUMNS",
+            help="Table: columns by whose values test accuracy is told apart: sex,region. Noise "
+            "costs small groups most.",
+            default=False,
+        ),
+    ] = None
     test_fraction: Annotated[
         float,
         _option(

@@ -14,16 +14,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dptorch.errors import ConfigurationError, DataError
+from dptorch.errors import ConfigurationError, DataError, one_of
+from dptorch.tables import Schema
 
 __all__ = [
     "Examples",
     "ReadOptions",
+    "TableFacts",
     "TrainTest",
     "encode_labels",
     "is_held_out",
@@ -31,7 +34,7 @@ __all__ = [
     "split_by_content",
 ]
 
-Example = tuple[Tensor, int]
+Example = tuple[Tensor, int | float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class Examples(Dataset[Example]):
 
     Attributes:
         inputs: float32 [N, *shape].
-        labels: int64 [N], values in 0 .. number of classes - 1.
+        labels: int64 [N], values in 0 .. number of classes - 1; or targets, float32 [N].
 
     Example:
         >>> data = Examples(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]))
@@ -59,12 +62,34 @@ class Examples(Dataset[Example]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        return self.inputs[index], int(self.labels[index])
+        return self.inputs[index], self.labels[index].item()
+
+    def __getitems__(self, indices: list[int]) -> list[Example]:
+        # What a data loader asks for: a hundred thousand rows at once are not indexed one by one.
+        part = self.take(indices)
+        return list(zip(part.inputs.unbind(0), part.labels.tolist(), strict=True))
 
     def take(self, indices: Sequence[int]) -> Examples:
         """The examples at `indices`, in that order."""
         at = torch.as_tensor(indices, dtype=torch.int64)
         return Examples(self.inputs[at], self.labels[at])
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """What is known of a table besides its examples.
+
+    Attributes:
+        schema: what is public about it.
+        units: the unit of each training example, if the schema has a unit.
+        skipped: rows that were left out because of a fault.
+        subgroups: the values of columns by which test results are told apart, for each test example.
+    """
+
+    schema: Schema
+    units: tuple[str, ...] | None = None
+    skipped: int = 0
+    subgroups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +102,9 @@ class TrainTest:
         classes: the name of class 0, 1, ...
         input_shape: shape of one input.
         source: one line for the report: where the data came from.
+        preparation: what was done to an input, so that it can be done again to predict: plain values,
+            which `dptorch.training.preparation` understands.
+        table: what is known of a table; None for other data.
     """
 
     train: Dataset[Example]
@@ -84,11 +112,24 @@ class TrainTest:
     classes: tuple[str, ...]
     input_shape: tuple[int, ...]
     source: str
+    preparation: Mapping[str, Any] = field(default_factory=dict)
+    table: TableFacts | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Number of training and of test examples."""
         return len(self.train), len(self.test)  # type: ignore[arg-type]
+
+    @property
+    def records(self) -> int:
+        """Number of training records that the guarantee counts: units of a table that has some."""
+        units = None if self.table is None else self.table.units
+        return self.sizes[0] if units is None else len(set(units))
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a model of this data gives: one for each class, or one target."""
+        return len(self.classes) or 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +144,10 @@ class ReadOptions:
         image_size: side to which images in a folder are resized.
         channels: 1 (grey) or 3 (RGB), for images in a folder.
         test_fraction: share of the examples held out, when the data has no test set of its own.
+        schema: path of a table's schema; it then says the label and the bounds.
+        unit_column: of a table, the column that says whom the guarantee protects.
+        on_bad_row: "error", or "skip" to leave out the rows of a table that do not fit.
+        subgroups: columns of a table, with commas, by whose values test results are told apart.
     """
 
     label: str = "label"
@@ -111,8 +156,13 @@ class ReadOptions:
     image_size: int = 28
     channels: int = 3
     test_fraction: float = 0.2
+    schema: str | None = None
+    unit_column: str | None = None
+    on_bad_row: str = "error"
+    subgroups: str | None = None
 
     def __post_init__(self) -> None:
+        one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
         if not 0 < self.test_fraction < 1:
             raise ConfigurationError(
                 f"test_fraction={self.test_fraction} is outside (0, 1): expected the share of "
@@ -143,8 +193,19 @@ class ReadOptions:
             >>> options.scale(torch.tensor([[0.0, 5.0, 99.0]]), ["a", "b", "c"]).tolist()
             [[-1.0, 0.0, 1.0]]
         """
-        if not self.column_bounds and self.bounds is None:
+        found = self.ranges(columns)
+        if self.bounds is None and not self.column_bounds:
             return values
+        ranges = torch.tensor([found[c] for c in columns])
+        low, high = ranges.to(values).unbind(1)
+        return (torch.minimum(torch.maximum(values, low), high) - low) * (2 / (high - low)) - 1
+
+    def ranges(self, columns: Sequence[str]) -> dict[str, tuple[float, float] | None]:
+        """The range of each column; None where values stay as they are.
+
+        Raises:
+            ConfigurationError: `column_bounds` is not empty and does not fit the columns.
+        """
         if self.column_bounds:
             missing = [c for c in columns if c not in self.column_bounds]
             unknown = [c for c in self.column_bounds if c not in columns]
@@ -154,9 +215,7 @@ class ReadOptions:
                     + ("has no range" if missing else "is not in the data")
                     + f". Expected a range for each of: {', '.join(columns)}."
                 )
-        ranges = torch.tensor([self.column_bounds.get(c, self.bounds) for c in columns])
-        low, high = ranges.to(values).unbind(1)
-        return (torch.minimum(torch.maximum(values, low), high) - low) * (2 / (high - low)) - 1
+        return {c: self.column_bounds.get(c, self.bounds) for c in columns}
 
 
 Range = tuple[float, float]
@@ -262,7 +321,8 @@ def encode_labels(labels: Iterable[object], source: str) -> tuple[Tensor, tuple[
         if not number.is_integer():
             raise DataError(
                 f"{source}: label {value!r} of example {row} is not a class. Expected an integer "
-                f"or a name. Regression is not supported by this command."
+                f"or a name. For a number to predict (regression), say its "
+                f"bounds in a schema: dptorch schema."
             )
         keys.append(int(number))
     if any(isinstance(k, str) for k in keys):

@@ -13,12 +13,14 @@ from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
 from dptorch.randomness import RootKey
+from dptorch.tables import Schema
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.training import recipes
 from dptorch.training.canaries import Canaries, make_canaries, plant
 from dptorch.training.data import ReadOptions, TrainTest
 from dptorch.training.models import build_model
 from dptorch.training.readers import load_data
+from dptorch.training.table_tasks import task_of
 from dptorch.training.task import Classification, Task
 
 __all__ = ["Job", "Setup", "prepare"]
@@ -159,11 +161,13 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     else:
         data = load_data(job.data, job.reading)
         model_name, suggested = recipes.for_own_data(data.input_shape)
+    if job.canaries and data.table is not None:
+        _refuse_canaries(data.table.schema)
     if job.canaries and canaries is None:
         key = RootKey.from_os() if job.seed is None else RootKey.from_seed(job.seed)
         canaries = make_canaries(data, job.canaries, key)
     # What the plan is told: with canaries, how many of them are in stays out of it.
-    size = data.sizes[0] + (len(canaries) // 2 if canaries is not None else 0)
+    size = data.records + (len(canaries) // 2 if canaries is not None else 0)
     if canaries is not None:
         data = plant(data, canaries)
     job = _decide(job, model_name, suggested, sample_size=size)
@@ -171,10 +175,13 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     if job.seed is not None:
         torch.manual_seed(job.seed)
     assert job.model is not None
-    model = build_model(
-        job.model, data.input_shape, len(data.classes), pretrained=job.pretrained
-    ).to(device)
+    model = build_model(job.model, data.input_shape, data.outputs, pretrained=job.pretrained).to(
+        device
+    )
     settings = {name: getattr(job, name) for name in _FOR_THE_ENGINE}
+    schema = None if data.table is None else data.table.schema
+    if schema is not None and schema.unit is not None:
+        settings |= {"unit": "user", "max_examples_per_user": schema.unit.max_rows}
     plan = make_plan(
         sample_size=size,
         loss_reduction="mean",
@@ -192,7 +199,7 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
         momentum=job.momentum or 0.0,
     )
     engine.attach(optimizer)
-    return Setup(job, data, model, engine, optimizer, device, canaries)
+    return Setup(job, data, model, engine, optimizer, device, canaries, task_of(data))
 
 
 def _refuse_contradictions(job: Job) -> None:
@@ -220,6 +227,16 @@ def _refuse_contradictions(job: Job) -> None:
             raise ConfigurationError(f"{name}={value}: expected a positive number.")
     if job.momentum is not None and not 0 <= job.momentum < 1:
         raise ConfigurationError(f"momentum={job.momentum}: expected a number in [0, 1).")
+
+
+def _refuse_canaries(schema: Schema) -> None:
+    """Canaries are rows of one class each."""
+    what = "a number to predict" if schema.label.is_number else "a unit" if schema.unit else None
+    if what is not None:
+        raise ConfigurationError(
+            f"--canaries are single examples with a class, and the schema has {what}. Audit the plan "
+            "instead: dptorch audit RUN --adversary white-box."
+        )
 
 
 def _style(text: str) -> str | list[str]:

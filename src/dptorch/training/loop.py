@@ -10,14 +10,15 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from dptorch.errors import DataError
 from dptorch.training.canaries import CANARY_FILE
+from dptorch.training.digest import digest_of
 from dptorch.training.job import Setup
-from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
+from dptorch.training.run_folder import NOT_PRIVATE, SCHEMA_FILE, RunFolder
 from dptorch.training.run_page import missing_packages, write_report
 from dptorch.training.task import headline
 
@@ -152,12 +153,16 @@ def train(
 
     folder.write("plan.json", plan.to_json())
     folder.write_json("run.json", _about(setup, "running"))
+    if setup.data.table is not None:
+        folder.write(SCHEMA_FILE, setup.data.table.schema.to_json())
     observer.started(setup, engine.steps_done)
+    table = setup.data.table
     loader = engine.loader(
         setup.data.train,
         max_physical_batch_size=setup.job.max_physical_batch_size,
         num_workers=setup.job.num_workers,
         **({} if setup.task.collate is None else {"collate_fn": setup.task.collate}),
+        user_ids=None if table is None or table.units is None else list(table.units),
     )
     steps_per_epoch = max(1, round(1 / plan.sample_rate))
     with StopOnSignal() as stop:
@@ -255,6 +260,8 @@ def _about(setup: Setup, status: str) -> Row:
             "input_shape": list(setup.data.input_shape),
             "train_examples": n_train,
             "test_examples": n_test,
+            "preparation": dict(setup.data.preparation),
+            **({"skipped_rows": setup.data.table.skipped} if setup.data.table else {}),
         },
         "model": {
             "class": type(setup.model).__name__,
@@ -277,6 +284,11 @@ def _real_examples(setup: Setup) -> tuple[int, int]:
 def _refuse_changed_data(folder: RunFolder, setup: Setup) -> None:
     recorded = folder.read_json("run.json")["data"]
     data = setup.data
+    if data.table is not None and folder.read_json(SCHEMA_FILE) != data.table.schema.to_dict():
+        raise DataError(
+            f"The schema has changed since {folder.path} was begun. A run's model is for one schema. "
+            "Begin a new run."
+        )
     now = (*_real_examples(setup), list(data.classes), list(data.input_shape))
     then = tuple(
         recorded[key] for key in ("train_examples", "test_examples", "classes", "input_shape")
@@ -292,14 +304,6 @@ def _refuse_changed_data(folder: RunFolder, setup: Setup) -> None:
 def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> None:
     """Write everything a reader needs; the same for a complete and an interrupted run."""
     setup.engine.release_budget()
-    statement = setup.engine.statement()
-    n_test = setup.data.sizes[1]
-    test_note = (
-        f"Test results were measured exactly, on {n_test} examples that no step drew. The "
-        f"guarantee is for the training examples; it does not cover those {n_test}.\n"
-    )
-    folder.write("statement.txt", f"{statement}\n{test_note}")
-    folder.write_metrics(rows)
     summary = {
         "epsilon": f"{rows[-1]['epsilon']:.6f}",
         "delta": f"{rows[-1]['delta']:g}",
@@ -307,6 +311,20 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
     }
     setup.task.write_model(folder, setup.model, {"format": "pt", **summary})
     about = _about(setup, status) | setup.task.finish(setup.model, setup.data.test, setup.device)
+    table = setup.data.table
+    read = () if table is None else table.schema.read_from_data
+    statement = replace(
+        setup.engine.statement(),
+        model_digest=digest_of(folder, about),
+        read_from_data=read,
+    )
+    n_test = setup.data.sizes[1]
+    test_note = (
+        f"Test results were measured exactly, on {n_test} examples that no step drew. The "
+        f"guarantee is for the training examples; it does not cover those {n_test}.\n"
+    )
+    folder.write("statement.txt", f"{statement}\n{test_note}")
+    folder.write_metrics(rows)
     about["result"] = {k: v for k, v in rows[-1].items() if not k.startswith(NOT_PRIVATE)}
     about["statement"] = statement.to_dict()
     folder.write_json("run.json", about)

@@ -1,4 +1,4 @@
-"""Readers of data files: image folder, `.npz`, CSV, Parquet.
+"""Readers of data files: image folder, `.npz`, tables.
 
 Each returns a `TrainTest` or raises a `DataError` that names the file and, where one is at fault,
 the row. Whole files are checked before anything is trained. Images are standardised one by one;
@@ -7,14 +7,10 @@ no reader computes a statistic over examples.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import math
 import zipfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dptorch.errors import ConfigurationError, DataError
+from dptorch.tables.files import is_table
 from dptorch.training.data import (
     Example,
     Examples,
@@ -34,8 +31,9 @@ from dptorch.training.data import (
     split_by_content,
 )
 from dptorch.training.images import standardise
+from dptorch.training.table_data import read_table
 
-__all__ = ["ImageFiles", "load_data", "read_csv", "read_image_folder", "read_npz", "read_parquet"]
+__all__ = ["ImageFiles", "array_inputs", "load_data", "read_image_folder", "read_npz"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 
@@ -47,8 +45,9 @@ def load_data(path: str | Path, options: ReadOptions | None = None) -> TrainTest
     directory                 `<class>/*.png`, or `train/<class>/*` with `test/<class>/*`
     `.npz`                    arrays `x`, `y`; optionally `x_test`, `y_test` (`x_train`,
                               `y_train` are understood too)
-    `.csv`, `.csv.gz`         a header line, one label column, all other columns numbers
-    `.parquet`, `.pq`         the same, as columns
+    `.csv`, `.tsv`, `.txt`    a table, also packed (.gz, .bz2, .xz, .zip, .zst); all columns but the
+                              label are numbers, unless a schema says what they are
+    `.parquet`, `.pq`         the same
     ========================  ====================================================================
 
     Raises:
@@ -60,19 +59,13 @@ def load_data(path: str | Path, options: ReadOptions | None = None) -> TrainTest
         raise DataError(f"{source} does not exist (looked from {Path.cwd()}).")
     if source.is_dir():
         return read_image_folder(source, options)
-    by_suffix: dict[str, Callable[[Path, ReadOptions], TrainTest]] = {
-        ".npz": read_npz,
-        ".csv": read_csv,
-        ".csv.gz": read_csv,
-        ".parquet": read_parquet,
-        ".pq": read_parquet,
-    }
-    for suffix, reader in by_suffix.items():
-        if source.name.lower().endswith(suffix):
-            return reader(source, options)
+    if is_table(source):
+        return read_table(source, options)
+    if source.suffix.lower() == ".npz":
+        return read_npz(source, options)
     raise DataError(
-        f"{source}: cannot tell the format. Expected a folder of images or one of "
-        f"{', '.join(by_suffix)}."
+        f"{source}: cannot tell the format. Expected a folder of images, .npz, or a table: .csv, .tsv, "
+        ".txt (also .gz, .bz2, .xz, .zip, .zst), .parquet, .pq."
     )
 
 
@@ -143,7 +136,10 @@ def read_image_folder(root: Path, options: ReadOptions) -> TrainTest:
         return ImageFiles(paths, labels, options.image_size, options.channels)
 
     shape = (options.channels, options.image_size, options.image_size)
-    return TrainTest(files(train), files(test), classes, shape, f"images in {root}")
+    prepared = {"kind": "images", "size": options.image_size, "channels": options.channels}
+    return TrainTest(
+        files(train), files(test), classes, shape, f"images in {root}", preparation=prepared
+    )
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -207,7 +203,7 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise DataError(f"{path}: x_test and y_test must both be there, or neither.")
 
-    inputs = _npz_inputs(path, train_x, arrays[train_x], options)
+    inputs = array_inputs(f"{path}: array {train_x!r}", arrays[train_x], options)
     own_test = "x_test" in arrays
     label_arrays = [arrays[train_y]] + ([arrays["y_test"]] if own_test else [])
     for name, labels in zip((train_y, "y_test"), label_arrays, strict=False):
@@ -220,7 +216,7 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
     _same_length(path, train_x, inputs, train_y, label_arrays[0])
     n = len(inputs)
     if own_test:
-        test_inputs = _npz_inputs(path, "x_test", arrays["x_test"], options)
+        test_inputs = array_inputs(f"{path}: array 'x_test'", arrays["x_test"], options)
         _same_length(path, "x_test", test_inputs, "y_test", label_arrays[1])
         if test_inputs.shape[1:] != inputs.shape[1:]:
             raise DataError(
@@ -231,7 +227,13 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
         refuse_empty(len(train), len(test), str(path))
     else:
         train, test = split_by_content(Examples(inputs, codes), options.test_fraction, str(path))
-    return TrainTest(train, test, classes, tuple(inputs.shape[1:]), f"arrays in {path}")
+    prepared = {
+        "kind": "arrays",
+        "bounds": options.bounds and list(options.bounds),
+        "column_bounds": {name: list(pair) for name, pair in options.column_bounds.items()},
+    }
+    shape = tuple(inputs.shape[1:])
+    return TrainTest(train, test, classes, shape, f"arrays in {path}", preparation=prepared)
 
 
 def _same_length(path: Path, x_name: str, x: Tensor, y_name: str, y: NDArray[Any]) -> None:
@@ -241,15 +243,25 @@ def _same_length(path: Path, x_name: str, x: Tensor, y_name: str, y: NDArray[Any
         )
 
 
-def _npz_inputs(path: Path, name: str, array: NDArray[Any], options: ReadOptions) -> Tensor:
+def array_inputs(where: str, array: NDArray[Any], options: ReadOptions) -> Tensor:
+    """The inputs of a model, float32 [N, *shape], of an array as `read_npz` takes it.
+
+    Args:
+        where: what the array is called, for messages.
+        array: the examples.
+        options: say the bounds of numbers.
+
+    Raises:
+        DataError: it has another shape or type, is empty, or holds NaN or infinity.
+    """
     if array.dtype.kind not in "biuf" or array.ndim not in (2, 3, 4):
         raise DataError(
-            f"{path}: array {name!r} has shape {array.shape} and type {array.dtype}. Expected "
+            f"{where} has shape {array.shape} and type {array.dtype}. Expected "
             f"numbers of shape (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C)."
         )
     if array.size == 0:
-        raise DataError(f"{path}: array {name!r} of shape {array.shape} holds no example.")
-    _refuse_nonfinite(array, f"{path}: array {name!r}")
+        raise DataError(f"{where} of shape {array.shape} holds no example.")
+    _refuse_nonfinite(array, where)
     x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if array.ndim == 2:
         return options.scale(x, [str(i) for i in range(x.shape[1])])
@@ -271,136 +283,6 @@ def _refuse_nonfinite(array: NDArray[Any], where: str) -> None:
             f"{where}: row {bad[0]} holds NaN or infinity (as do {len(bad) - 1} more). Fill in or "
             f"remove such rows."
         )
-
-
-# ---------------------------------------------------------------------------------- CSV, Parquet
-
-
-def read_csv(path: Path, options: ReadOptions) -> TrainTest:
-    """Read a CSV file with a header line; one column is the label, all others are numbers."""
-    values: list[list[float]] = []
-    labels: list[str] = []
-    rows = _csv_rows(path)
-    header = next(rows, (1, []))[1]
-    label_at = _label_position(path, header, options.label)
-    for line, row in rows:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise DataError(
-                f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}."
-            )
-        if not row[label_at].strip():
-            raise DataError(f"{path}, line {line}: the label column {options.label!r} is empty.")
-        labels.append(row[label_at].strip())
-        numbers = []
-        for column, cell in enumerate(row):
-            if column != label_at:
-                numbers.append(_number(cell, path, line, header[column]))
-        values.append(numbers)
-    if not values:
-        raise DataError(f"{path}: no rows under the header.")
-    inputs = torch.tensor(values, dtype=torch.float32)
-    columns = [name for position, name in enumerate(header) if position != label_at]
-    return _tabular(path, inputs, labels, columns, options, "CSV file")
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    def open_text() -> IO[str]:
-        if path.name.lower().endswith(".gz"):
-            return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-        return path.open(encoding="utf-8-sig", newline="")
-
-    line = 0
-    try:
-        with open_text() as file:
-            reader = csv.reader(file)
-            for row in reader:
-                line = reader.line_num
-                yield line, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {line}: not UTF-8 text ({error}).") from error
-    except (OSError, EOFError, csv.Error) as error:
-        raise DataError(f"{path}, after line {line}: cannot be read ({error}).") from error
-
-
-def _number(cell: str, path: Path, line: int, column: str) -> float:
-    try:
-        number = float(cell)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(
-            f"{path}, line {line}, column {column!r}: {cell!r} is not a finite number. Encode text "
-            f"as numbers and fill in missing values first."
-        )
-    return number
-
-
-def read_parquet(path: Path, options: ReadOptions) -> TrainTest:
-    """Read a Parquet file; one column is the label, all others are numbers."""
-    try:
-        from pyarrow import ArrowException, parquet, types
-    except ImportError as error:
-        raise _missing("Reading Parquet", "pyarrow") from error
-    try:
-        table = parquet.read_table(path)
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
-    names = [str(n) for n in table.column_names]
-    label_at = _label_position(path, names, options.label)
-    if table.num_rows == 0:
-        raise DataError(f"{path}: no rows.")
-    columns = []
-    for position, name in enumerate(names):
-        column = table.column(position)
-        if column.null_count:
-            row = next(i for i, v in enumerate(column) if not v.is_valid)
-            raise DataError(
-                f"{path}, row {row}, column {name!r}: empty. Fill in missing values first."
-            )
-        if position == label_at:
-            continue
-        kind = column.type
-        if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-            raise DataError(
-                f"{path}, row 0, column {name!r}: type {kind} is not a number. Encode it as "
-                f"numbers first."
-            )
-        array = np.asarray(column.to_numpy())
-        _refuse_nonfinite(array, f"{path}, column {name!r}")
-        columns.append(array.astype(np.float32))
-    inputs = torch.from_numpy(np.stack(columns, axis=1))
-    labels = table.column(label_at).to_pylist()
-    features = [name for position, name in enumerate(names) if position != label_at]
-    return _tabular(path, inputs, labels, features, options, "Parquet file")
-
-
-def _label_position(path: Path, names: list[str], label: str) -> int:
-    if label not in names:
-        raise DataError(
-            f"{path}: no column {label!r}. Found {', '.join(names) or 'none'}. Say which holds "
-            f"the class with --label COLUMN."
-        )
-    if len(names) < 2:
-        raise DataError(f"{path}: {label!r} is the only column. Expected features beside it.")
-    if names.count(label) > 1:
-        raise DataError(f"{path}: {names.count(label)} columns are called {label!r}. Expected one.")
-    return names.index(label)
-
-
-def _tabular(
-    path: Path,
-    inputs: Tensor,
-    labels: list[Any],
-    columns: list[str],
-    options: ReadOptions,
-    kind: str,
-) -> TrainTest:
-    codes, classes = encode_labels(labels, str(path))
-    examples = Examples(options.scale(inputs, columns), codes)
-    train, test = split_by_content(examples, options.test_fraction, str(path))
-    return TrainTest(train, test, classes, tuple(inputs.shape[1:]), f"{kind} {path}")
 
 
 def _missing(what: str, package: str) -> ConfigurationError:

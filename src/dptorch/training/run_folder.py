@@ -1,6 +1,7 @@
 """The folder of a run, `runs/<name>/`: its files, and how they are written and read.
 
     model.safetensors   weights
+    schema.json         of a table: what its columns are, which the model needs to predict
     plan.json           the privacy plan
     statement.txt       what is guaranteed, and what is not
     metrics.csv         one row per epoch
@@ -35,6 +36,7 @@ from dptorch.errors import ConfigurationError, DataError
 
 __all__ = ["RunFolder", "create", "load_model", "next_name", "reopen"]
 
+SCHEMA_FILE = "schema.json"
 NOT_PRIVATE = "not_private_"  # prefix of every column computed from private data without noise
 
 
@@ -217,7 +219,9 @@ def load_model(folder: str | Path) -> nn.Module:
     if not weights.exists():
         raise DataError(f"{weights} does not exist: that run has not finished or been interrupted.")
     model = build_model(
-        about["job"]["model"], tuple(about["data"]["input_shape"]), len(about["data"]["classes"])
+        about["job"]["model"],
+        tuple(about["data"]["input_shape"]),
+        len(about["data"]["classes"]) or 1,
     )
     load_weights(model, str(weights))
     return model.eval()

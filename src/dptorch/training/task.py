@@ -6,6 +6,7 @@ The loop of `dptorch.training.loop`, its checkpoints, run folder and report are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from dptorch.training.data import Example
     from dptorch.training.run_folder import RunFolder
 
-__all__ = ["TESTED", "Classification", "Task", "evaluate", "headline"]
+__all__ = ["TESTED", "Classification", "Task", "evaluate", "headline", "outputs_of"]
 
 #: Columns of test results that a run is judged by, with their names in words and how they are written.
 TESTED: Final[Mapping[str, tuple[str, str]]] = {
     "test_accuracy": ("test accuracy", ".3f"),
+    "test_rmse": ("test RMSE", ".5g"),
     "test_perplexity": ("test perplexity", ".2f"),
 }
 
@@ -51,16 +53,26 @@ class Task(Protocol):
         """Write the trained model into the run's folder."""
 
 
+@dataclass(frozen=True)
 class Classification:
-    """Inputs and integer classes, and a model that returns logits [B, K]."""
+    """Inputs and integer classes, and a model that returns logits [B, K].
 
+    Attributes:
+        weights: a factor of the loss for each class, a public constant; empty for none.
+    """
+
+    weights: tuple[float, ...] = ()
     collate: Callable[[list[Any]], Any] | None = None
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
         """Return the mean cross-entropy and the number of examples."""
         x, y = batch
         x, y = x.to(device), y.to(device)
-        return F.cross_entropy(model(x), y), len(y)
+        if not self.weights:
+            return F.cross_entropy(model(x), y), len(y)
+        # The mean is over the rows, whatever their classes: weights do not divide.
+        losses_B = F.cross_entropy(model(x), y, reduction="none")
+        return (losses_B * losses_B.new_tensor(self.weights)[y]).mean(), len(y)
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Leave the learning rate as it is."""
@@ -86,19 +98,25 @@ def evaluate(model: nn.Module, test: Dataset[Example], device: torch.device) -> 
 
     The result is exact, without noise. It is covered by no guarantee towards the test examples.
     """
+    outputs, labels = outputs_of(model, test, device)
+    correct = int((outputs.argmax(1) == labels).sum())
+    loss = float(F.cross_entropy(outputs, labels, reduction="sum"))
+    return correct / len(labels), loss / len(labels)
+
+
+def outputs_of(
+    model: nn.Module, test: Dataset[Example], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(outputs [N, K], labels [N]) of a model in evaluation mode, on the CPU."""
     was_training = model.training
     model.eval()
-    correct = total = 0
-    loss = 0.0
+    outputs, labels = [], []
     with torch.no_grad():
         for x, y in DataLoader(test, batch_size=512):
-            logits = model(x.to(device))
-            y = y.to(device)
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            correct += int((logits.argmax(1) == y).sum())
-            total += len(y)
+            outputs.append(model(x.to(device)).cpu())
+            labels.append(y)
     model.train(was_training)
-    return correct / total, loss / total
+    return torch.cat(outputs), torch.cat(labels)
 
 
 def headline(row: Mapping[str, Any]) -> str:
