@@ -207,7 +207,7 @@ def test_help_teaches() -> None:
     for phrase in (
         "dptorch train --recipe mnist-features --epsilon 1",
         "Privacy",
-        "default: (0.25)",
+        "mnist: 0.25, mnist-features: 0.25",
         "mnist: 3.0, mnist-features: 20.0",
         "--resume",
     ):
