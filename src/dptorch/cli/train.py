@@ -79,6 +79,8 @@ def train(
         outcome = _resume(ctx, training, output, ledger, console)
     else:
         job = _job(ctx, source, reading, model, privacy, training, output)
+        if source.shards is not None:
+            return _shards(ctx, job, source, source.shards, output, ledger, console)
         outcome = _begin(job, source, output, ledger, console)
     _conclude(outcome, console)
     if outcome.interrupted:
@@ -143,6 +145,48 @@ def _begin(
         setup.engine.reserve_budget()
     folder = run_folder.create(output.runs, name, overwrite=output.overwrite)
     return _watched(setup, folder, console, resume=False)
+
+
+def _shards(
+    ctx: typer.Context,
+    job: Job,
+    source: DataOptions,
+    shards: int,
+    output: OutputOptions,
+    ledger: LedgerOptions,
+    console: Console,
+) -> None:
+    """Train a model on each shard, without privacy."""
+    from dptorch.ledger import beside
+    from dptorch.prediction.ensemble import train_ensemble
+    from dptorch.training import run_folder
+
+    for name, flag in _given(ctx):
+        if name in {f.name for f in fields(PrivacyOptions)} | {
+            "release",
+            "no_ledger",
+            "sample_rate",
+        }:
+            raise ConfigurationError(
+                f"{flag} does not go with --shards: the shards are trained without privacy, and noise "
+                "comes with their answers (`dptorch serve`). Leave it out."
+            )
+    stem = (source.data.name.split(".")[0] if source.data else source.recipe) or "mnist-features"
+    name = output.name or run_folder.next_name(output.runs, stem)
+    dataset = ledger.dataset
+    if dataset is None:
+        dataset = f"recipe:{job.recipe or stem}" if job.data is None else beside(job.data)
+    run_folder.check_free(output.runs, name, overwrite=output.overwrite)
+    folder = run_folder.create(output.runs, name, overwrite=output.overwrite)
+    console.print(f"Training {shards} models on disjoint shards, without privacy")
+    about = train_ensemble(job, folder, shards, dataset=dataset)
+    result = about["result"]
+    console.print(
+        f"[bold green]Done:[/] test accuracy of one shard {result['test_accuracy_of_one']:.3f}, of all "
+        f"their votes {result['test_accuracy_of_votes_without_noise']:.3f} without noise. "
+        "[bold]These models are not private: publish none.[/]"
+    )
+    console.print(f"Answer queries under a budget: dptorch serve {folder.path} --budget 8,1e-5")
 
 
 def _resume(

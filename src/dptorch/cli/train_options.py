@@ -65,6 +65,16 @@ class DataOptions:
             default=False,
         ),
     ] = None
+    shards: Annotated[
+        int | None,
+        _option(
+            DATA,
+            help="Instead of training privately: split the examples into this many disjoint parts and "
+            "train a model on each, [bold]without privacy[/]. Answers of all of them together are "
+            "private under the budget of [bold]dptorch serve[/].",
+            default=False,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

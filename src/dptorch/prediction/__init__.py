@@ -6,6 +6,15 @@ post-processing. See docs/prediction.md.
 
 from dptorch.prediction.mechanisms import MECHANISMS, NO_LABEL
 from dptorch.prediction.predictor import Answers, PrivatePredictor
+from dptorch.prediction.shards import assign_shards, train_shards
 from dptorch.prediction.statement import PredictionStatement
 
-__all__ = ["MECHANISMS", "NO_LABEL", "Answers", "PredictionStatement", "PrivatePredictor"]
+__all__ = [
+    "MECHANISMS",
+    "NO_LABEL",
+    "Answers",
+    "PredictionStatement",
+    "PrivatePredictor",
+    "assign_shards",
+    "train_shards",
+]

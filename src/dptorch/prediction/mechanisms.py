@@ -8,7 +8,7 @@ each contributes to an answer is bounded (`dptorch.prediction.bounded`). With B 
 | gaussian | logits, L2 norm <= B | mean | 2B/m (L2) | normal | all noisy logits |
 | laplace | logits, L1 norm <= B | mean | 2B/m (L1) | Laplace | all noisy logits |
 | noisy-max | logits, each <= B | mean | 2B/m (each) | Gumbel, 2Δ/ε | the label |
-| gnmax | one vote | sum | √2 (L2) | normal | the label |
+| gnmax | one vote | sum | √2 (L2) | normal | all noisy votes |
 | confident-gnmax | one vote | sum | 1 of the most votes, then √2 | normal, twice | the label, or none |
 
 Sources: GNMax and Confident-GNMax are of Papernot et al. 2018 (arXiv:1802.08908). Report-noisy-max with
@@ -41,7 +41,7 @@ class Released:
 
     Attributes:
         labels: int64 [N].
-        scores: float64 [N, K] noisy logits, or None where only labels are released.
+        scores: float64 [N, K] noisy logits or votes, or None where only labels are released.
     """
 
     labels: Array
@@ -104,7 +104,7 @@ class Votes:
     def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Released:
         """See `Mechanism`."""
         noisy = combined + scale_of(plan) * draws.normal(combined.shape)
-        return Released(noisy.argmax(-1))
+        return Released(noisy.argmax(-1), noisy)
 
     def agree(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Array:
         """Which queries pass the check of "confident-gnmax": bool [N].

@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -23,8 +23,9 @@ from dptorch.noise.draws import Draws
 from dptorch.plan import PrivacySpent
 from dptorch.plan.prediction_plan import PredictionPlan
 from dptorch.prediction.accounts import Account, MemoryAccount
-from dptorch.prediction.mechanisms import MECHANISMS, NO_LABEL, Released, Votes
+from dptorch.prediction.mechanisms import MECHANISMS, NO_LABEL, Released, Votes, scale_of
 from dptorch.prediction.statement import PredictionStatement, covered_by
+from dptorch.prediction.together import smooth
 from dptorch.randomness import RootKey
 from dptorch.statement import Statement
 
@@ -42,8 +43,8 @@ class Answers:
     Attributes:
         labels: int64 [N]; `dptorch.prediction.NO_LABEL` where models did not agree
             ("confident-gnmax").
-        scores: float64 [N, K] logits, with the noise of the mechanism; None where it releases labels
-            only.
+        scores: float64 [N, K] logits or votes, with the noise of the mechanism; None where it releases
+            labels only.
         charged: how many rows were charged; the others repeat a row that was answered before.
         source: "private", "covered" (the model was trained privately) or "public" (the public model
             that stands in once the budget is spent).
@@ -208,6 +209,44 @@ class PrivatePredictor:
         return Answers(labels, scores_of_all, len(rows), "private")
 
     __call__ = predict
+
+    def predict_together(self, inputs: Tensor, features: Tensor | None = None) -> Answers:
+        """Answer about many rows at once, noise averaged over rows that are alike.
+
+        Each row is charged as by `predict`; what follows is post-processing
+        (`dptorch.prediction.together`). At noise far above the scores the labels are far better.
+
+        Args:
+            inputs: [N, ...].
+            features: [N, ...], what is public about the inputs, in which near ones are alike; by
+                default the inputs themselves.
+
+        Raises:
+            ConfigurationError: the mechanism's noise is not normal, or it releases labels only.
+            BudgetExhausted, LedgerError: as `predict`.
+        """
+        if self.plan is not None and self.plan.mechanism not in ("gaussian", "gnmax"):
+            raise ConfigurationError(
+                f"mechanism={self.plan.mechanism!r} releases no scores with normal noise to average. "
+                "Use 'gnmax' or 'gaussian'."
+            )
+        answers = self.predict(inputs)
+        if answers.source != "private":
+            return answers
+        assert self.plan is not None
+        assert answers.scores is not None
+        keys = _keys(inputs)
+        first = {key: row for row, key in reversed(list(enumerate(keys)))}
+        rows = sorted(first.values())
+        public = _numpy((inputs if features is None else features).flatten(1))
+        scores = answers.scores.numpy()
+        center = 0.0 if self.plan.clip is not None else self.plan.models / scores.shape[1]
+        found = smooth(public[rows], scores[rows] - center, scale_of(self.plan)) + center
+        place = {row: i for i, row in enumerate(rows)}
+        whole = found[[place[first[key]] for key in keys]]
+        return replace(
+            answers, labels=torch.from_numpy(whole.argmax(-1)), scores=torch.from_numpy(whole)
+        )
 
     @property
     def remaining(self) -> int | None:

@@ -82,6 +82,11 @@ def release(
     """
     destination = check_destination(destination)
     about = folder.read_json("run.json")
+    if "shards" in about:
+        raise DataError(
+            f"{folder.path} holds models of disjoint shards, trained without privacy: none of them may "
+            "be published. Answer queries with them under a budget: dptorch serve"
+        )
     if "statement" not in about or not (folder.path / "model.safetensors").exists():
         raise DataError(
             f"{folder.path}: this run has neither finished nor been interrupted in order, so it has "

@@ -1,0 +1,195 @@
+"""`dptorch train --shards m`: a run folder with the models of m disjoint shards, and how it is loaded.
+
+shard-000.safetensors ...   the models, trained without privacy: none may be published
+run.json                    settings, the data's form, and the id of the budget of its answers
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from dptorch.atomic_files import replacing
+from dptorch.errors import ConfigurationError, DataError
+from dptorch.prediction.bounded import votes_of
+from dptorch.prediction.shards import assign_shards
+from dptorch.training import recipes
+from dptorch.training.data import TrainTest
+from dptorch.training.job import Job
+from dptorch.training.models import build_model
+from dptorch.training.readers import load_data
+from dptorch.training.run_folder import RunFolder
+
+__all__ = ["ENSEMBLE", "Ensemble", "load_ensemble", "train_ensemble"]
+
+ENSEMBLE: Final = "disjoint shards, not private"
+_EPOCHS: Final = 30.0
+_BATCH: Final = 32
+_LEARNING_RATE: Final = 1e-2
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What a folder of shards holds.
+
+    Attributes:
+        models: in evaluation mode.
+        budget: id of the budget of its answers in a ledger; drawn when it was trained.
+        dataset: name of the data set in the ledger.
+        classes: names of the labels.
+        input_shape: of one input.
+        unit: of which no two shards have the same.
+    """
+
+    models: list[nn.Module]
+    budget: str
+    dataset: str
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    unit: str = "example"
+
+
+def train_ensemble(
+    job: Job,
+    folder: RunFolder,
+    shards: int,
+    *,
+    dataset: str,
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Train a model on each of `shards` parts by ordinary Adam, and write the folder.
+
+    Args:
+        job: its data, model, epochs, batch size, learning rate, device and seed are used.
+        folder: where the run writes.
+        shards: how many.
+        dataset: name of the data set in the ledger, for the answers.
+        told: is called with the number of shards done and of all.
+
+    Returns:
+        what run.json holds. `result` has exact accuracies on the test examples, which no shard saw.
+
+    Raises:
+        DataError, ConfigurationError: as `dptorch.training.job.prepare`.
+    """
+    data, name = _data(job)
+    parts = assign_shards(data.train, shards)
+    device = torch.device("cpu" if job.device == "auto" else job.device)
+    if job.seed is not None:
+        torch.manual_seed(job.seed)
+    votes, alone = np.zeros((data.sizes[1], len(data.classes))), []
+    inputs, labels = _whole(data.test)
+    for i, part in enumerate(parts):
+        model = build_model(name, data.input_shape, len(data.classes), pretrained=job.pretrained)
+        _fit(model.to(device), Subset(data.train, part), job, device)
+        _write(model, folder.path / _file(i))
+        with torch.no_grad():
+            found = votes_of(model(inputs.to(device)).double().cpu().numpy())
+        alone.append(float((found.argmax(1) == labels).mean()))
+        votes += found
+        told(i + 1, shards)
+    about: dict[str, Any] = {
+        "status": "complete",
+        "kind": ENSEMBLE,
+        "shards": shards,
+        "unit": "example",
+        "budget": f"answers-{secrets.token_hex(8)}",
+        "dataset": dataset,
+        "job": job.to_dict() | {"model": name},
+        "data": {
+            "source": data.source,
+            "classes": list(data.classes),
+            "input_shape": list(data.input_shape),
+            "train_examples": data.sizes[0],
+            "test_examples": data.sizes[1],
+        },
+        "result": {
+            "test_accuracy_of_one": float(np.mean(alone)),
+            "test_accuracy_of_votes_without_noise": float((votes.argmax(1) == labels).mean()),
+        },
+    }
+    folder.write_json("run.json", about)
+    return about
+
+
+def load_ensemble(path: str | Path) -> Ensemble:
+    """The models of a folder that `train_ensemble` wrote.
+
+    Raises:
+        DataError: it is not such a folder, or a model is missing.
+    """
+    from safetensors.torch import load_model as load_weights
+
+    folder = RunFolder(Path(path))
+    about = folder.read_json("run.json")
+    if about.get("kind") != ENSEMBLE:
+        raise DataError(
+            f"{folder.path} holds no shards. Train them with: dptorch train --shards 20"
+        )
+    data, models = about["data"], []
+    for i in range(about["shards"]):
+        file = folder.path / _file(i)
+        if not file.exists():
+            raise DataError(f"{file} is missing: the shards are not complete. Train them anew.")
+        model = build_model(about["job"]["model"], tuple(data["input_shape"]), len(data["classes"]))
+        load_weights(model, str(file))
+        models.append(model.eval())
+    return Ensemble(
+        models,
+        about["budget"],
+        about["dataset"],
+        tuple(data["classes"]),
+        tuple(data["input_shape"]),
+        about["unit"],
+    )
+
+
+def _data(job: Job) -> tuple[TrainTest, str]:
+    if job.canaries or job.target_epsilon is not None or job.noise_multiplier is not None:
+        raise ConfigurationError(
+            "--shards trains models without privacy: noise comes with their answers, by the budget of "
+            "`dptorch serve`. Leave --epsilon, --noise-multiplier and --canaries out."
+        )
+    if job.data is None:
+        recipe = recipes.get_recipe(job.recipe or "mnist-features")
+        return recipe.load(), job.model or recipe.model
+    data = load_data(job.data, job.reading)
+    return data, job.model or recipes.for_own_data(data.input_shape)[0]
+
+
+def _fit(model: nn.Module, part: Dataset[Any], job: Job, device: torch.device) -> None:
+    batch = int(job.batch_size or _BATCH)
+    loader = DataLoader(part, batch_size=batch, shuffle=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=job.learning_rate or _LEARNING_RATE)
+    model.train()
+    for _ in range(max(1, round(job.epochs or _EPOCHS))):
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(device)), y.to(device)).backward()
+            optimizer.step()
+    model.eval()
+
+
+def _whole(data: Dataset[Any]) -> tuple[torch.Tensor, Any]:
+    x, y = next(iter(DataLoader(data, batch_size=len(data))))  # type: ignore[arg-type]
+    return x, y.numpy()
+
+
+def _write(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    with replacing(path) as partial:
+        save_model(model, str(partial))
+
+
+def _file(i: int) -> str:
+    return f"shard-{i:03d}.safetensors"
