@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 import dptorch
+from dptorch.engine import checkpoint
 from tests.engine.setup import make_data, parameters
 
 STEPS = 11  # of which 4 are an epoch
@@ -70,10 +70,10 @@ class Run:
         else:
             self.scheduler.step()
 
-    def save(self, path: Path, **more: Any) -> None:
+    def save(self, path: checkpoint.File, **more: Any) -> None:
         self.engine.save_checkpoint(path, scheduler=self.scheduler, **more)
 
-    def load(self, path: Path) -> Any:
+    def load(self, path: checkpoint.File) -> Any:
         return self.engine.load_checkpoint(path, scheduler=self.scheduler)
 
     def everything(self) -> list[Tensor]:

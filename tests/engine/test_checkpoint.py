@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -224,11 +226,37 @@ def test_a_checkpoint_cannot_run_code(path: Path, tmp_path: Path) -> None:
             return (Path(tmp_path / "owned").touch, ())
 
     torch.save(Evil(), path)
-    digest = checkpoint._digest(path).encode()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest().encode()
     with path.open("ab") as file:
         file.write(checkpoint._TRAILER + digest + b"\n")
     refuses(path, Run(), DataError, "not a readable checkpoint")
     assert not (tmp_path / "owned").exists()
+
+
+def test_an_open_file_holds_what_a_path_does(saved: Path) -> None:
+    run, held = Run(), BytesIO()
+    run.load(saved)
+    held.write(b"before")
+    run.save(held)
+    assert held.getvalue().endswith(b"\n")
+    held.seek(len(b"before"))
+    again = Run()
+    again.load(held)
+    assert held.tell() == len(b"before")
+    assert again.engine.steps_done == run.engine.steps_done == 3
+    for mine, theirs in zip(again.everything(), run.everything(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_an_open_file_that_was_changed_is_refused(saved: Path) -> None:
+    run, held = Run(), BytesIO()
+    run.load(saved)
+    run.save(held)
+    content = bytearray(held.getvalue())
+    content[len(content) // 2] ^= 1
+    for bad in (bytes(content), held.getvalue()[:-20]):
+        with pytest.raises(DataError, match=r"not what was written|not a readable checkpoint"):
+            Run().load(BytesIO(bad))
 
 
 def test_states_that_could_not_be_loaded_are_refused_when_saved(saved: Path) -> None:

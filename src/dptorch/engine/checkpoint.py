@@ -20,8 +20,9 @@ import math
 import pickle
 import random
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, BinaryIO, Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -33,12 +34,16 @@ from dptorch.distributed import Ranks
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.randomness import RootKey
 
-__all__ = ["Stateful", "load_run", "read", "save_run", "seal", "unseal"]
+__all__ = ["File", "Stateful", "load_run", "read", "save_run", "seal", "unseal"]
 
 _FORMAT: Final = 1
 _TRAILER: Final = b"\ndptorch checkpoint, sha256 of the bytes before this line: "
 _TRAILER_BYTES: Final = len(_TRAILER) + 64 + 1
 _CHUNK: Final = 2**20
+
+
+#: Where a checkpoint is: a path, or a file that is open for bytes (such as `io.BytesIO`).
+File: TypeAlias = str | Path | BinaryIO
 
 
 class Stateful(Protocol):
@@ -60,7 +65,7 @@ class _Engine(Stateful, Protocol):
 
 
 def save_run(
-    path: str | Path,
+    path: File,
     engine: _Engine,
     optimizer: Optimizer | None,
     others: Mapping[str, Stateful],
@@ -84,7 +89,7 @@ def save_run(
 
 
 def load_run(
-    path: str | Path,
+    path: File,
     engine: _Engine,
     optimizer: Optimizer | None,
     others: Mapping[str, Stateful],
@@ -135,19 +140,28 @@ def _names(names: Mapping[str, Any]) -> str:
 # -- the file --------------------------------------------------------------------------------------
 
 
-def write(path: str | Path, state: Mapping[str, Any]) -> None:
+def write(path: File, state: Mapping[str, Any]) -> None:
     """Replace the file by one that holds `state`, readable by its owner only.
+
+    To a file that is open the bytes are written as they are; who may read it is its owner's care.
 
     Raises:
         ConfigurationError: `state` holds something other than tensors and plain values.
         DataError: the file cannot be written; what was there before is still there.
     """
     _refuse_objects(state, "checkpoint")
+    if not isinstance(path, str | Path):
+        held = BytesIO()
+        torch.save({"format": _FORMAT, **state}, held)
+        digest = hashlib.sha256(held.getbuffer()).hexdigest()
+        path.write(held.getbuffer())
+        path.write(_TRAILER + digest.encode() + b"\n")
+        return
     try:
         with replacing(path, private=True) as partial:
             torch.save({"format": _FORMAT, **state}, partial)
-            digest = _digest(partial)
-            with partial.open("ab") as file:
+            with partial.open("rb+") as file:
+                digest = _digest(file, partial.stat().st_size)
                 file.write(_TRAILER + digest.encode() + b"\n")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         kept = " The checkpoint from before is kept." if Path(path).exists() else ""
@@ -158,29 +172,23 @@ def write(path: str | Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: File) -> dict[str, Any]:
     """What `write` wrote. Tensors and plain values only, so no code in the file can run.
+
+    A file that is open is read to its end, and is then where it was.
 
     Raises:
         DataError: the file is missing, cut short, changed, of a newer version, or something else.
     """
-    path = Path(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size - _TRAILER_BYTES))
-            trailer = file.read()
-        if not trailer.startswith(_TRAILER):
-            raise DataError(
-                f"{path}: not a readable checkpoint: cut short, changed, or not written by "
-                "engine.save_checkpoint(). Go on from an older one."
-            )
-        if _digest(path, size - _TRAILER_BYTES) != trailer[len(_TRAILER) : -1].decode():
-            raise DataError(
-                f"{path}: its content is not what was written (the digest differs): damaged or "
-                "edited. Go on from an older checkpoint."
-            )
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(path, str | Path):
+            with Path(path).open("rb") as file:
+                state = _read(file, path)
+        else:
+            begin = path.tell()
+            held = BytesIO(path.read())
+            path.seek(begin)
+            state = _read(held, "the file")
     except (OSError, RuntimeError, pickle.UnpicklingError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable checkpoint ({error})") from error
     if state.get("format") != _FORMAT:
@@ -188,13 +196,33 @@ def read(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _digest(path: Path, size: int | None = None) -> str:
-    """SHA-256 of the first `size` bytes (all of them by default)."""
-    found, left = hashlib.sha256(), path.stat().st_size if size is None else size
-    with path.open("rb") as file:
-        while left > 0 and (chunk := file.read(min(_CHUNK, left))):
-            found.update(chunk)
-            left -= len(chunk)
+def _read(file: BinaryIO, name: str | Path) -> dict[str, Any]:
+    """The content of a file, if its digest is that of its bytes."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _TRAILER_BYTES))
+    trailer = file.read()
+    if not trailer.startswith(_TRAILER):
+        raise DataError(
+            f"{name}: not a readable checkpoint: cut short, changed, or not written by "
+            "engine.save_checkpoint(). Go on from an older one."
+        )
+    if _digest(file, size - _TRAILER_BYTES) != trailer[len(_TRAILER) : -1].decode():
+        raise DataError(
+            f"{name}: its content is not what was written (the digest differs): damaged or "
+            "edited. Go on from an older checkpoint."
+        )
+    file.seek(0)
+    state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+    return state
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """SHA-256 of the first `size` bytes."""
+    found, left = hashlib.sha256(), size
+    file.seek(0)
+    while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+        found.update(chunk)
+        left -= len(chunk)
     return found.hexdigest()
 
 

@@ -7,7 +7,7 @@ back. Learning-rate schedulers and anything else that calls ``optimizer.step`` k
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -160,7 +160,7 @@ def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient) -> None
             p.grad = noisy.values[name].to(p.dtype)
 
 
-def check_parameters(model_parameters: dict[str, Tensor], optimizer: Optimizer) -> None:
+def check_parameters(model_parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
     """Model and optimizer must hold the same trainable parameters.
 
     Raises:

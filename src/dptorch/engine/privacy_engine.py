@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -411,7 +410,7 @@ class PrivacyEngine:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def save_checkpoint(
-        self, path: str | Path, *, extra: Any = None, **others: checkpoint.Stateful
+        self, path: checkpoint.File, *, extra: Any = None, **others: checkpoint.Stateful
     ) -> None:
         """Write all that the run needs to go on, to one file that is whole or absent.
 
@@ -425,8 +424,8 @@ class PrivacyEngine:
         sum has no noise yet) and is drawn again.
 
         Args:
-            path: the file. It holds the root key: keep it as safe as the data, delete it when the
-                run is done (see `dptorch.engine.checkpoint`).
+            path: the file, or one that is open. It holds the root key: keep it as safe as the data,
+                delete it when the run is done (see `dptorch.engine.checkpoint`).
             extra: plain values of your own (numbers, strings, tensors, lists, dicts).
             others: objects with ``state_dict``, by name, such as ``scheduler=scheduler``.
 
@@ -452,7 +451,7 @@ class PrivacyEngine:
         """
         checkpoint.save_run(path, self, self._optimizer, others, extra)
 
-    def load_checkpoint(self, path: str | Path, **others: checkpoint.Stateful) -> Any:
+    def load_checkpoint(self, path: checkpoint.File, **others: checkpoint.Stateful) -> Any:
         """Go on with the run that `save_checkpoint` saved; returns its `extra`.
 
         For a new engine with the same plan, on the same model, with the same optimizer attached and
