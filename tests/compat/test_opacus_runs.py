@@ -1,18 +1,21 @@
 """`dptorch.compat.opacus` over a whole run: physical batches, checkpoints, schedules, refusals."""
 
+import io
 import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import opacus.schedulers
 import pytest
 import torch
 import torch.nn.functional as F
+from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from dptorch.accounting import epsilon as epsilon_of
-from dptorch.compat.opacus import PrivacyEngine
+from dptorch.compat.opacus import PrivacyEngine, schedulers
 from dptorch.compat.opacus.accountants import create_accountant
 from dptorch.compat.opacus.schedulers import ExponentialNoise, LambdaNoise, StepGradClip
 from dptorch.compat.opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -81,7 +84,10 @@ def test_empty_batches_are_steps() -> None:
 # -- checkpoints -------------------------------------------------------------------------------------
 
 
-def test_a_run_that_goes_on_is_the_run(tmp_path: Any) -> None:
+@pytest.mark.parametrize("kind", ["path", "open file"])
+def test_a_run_that_goes_on_is_the_run(tmp_path: Any, kind: str) -> None:
+    file = tmp_path / "run.pt" if kind == "path" else io.BytesIO()
+
     def make() -> tuple[Any, ...]:
         return private(noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=True)
 
@@ -89,11 +95,13 @@ def test_a_run_that_goes_on_is_the_run(tmp_path: Any) -> None:
     train(module, optimizer, loader)
     engine.accountant.step(noise_multiplier=5.0, sample_rate=0.5)
     engine.save_checkpoint(
-        path=tmp_path / "run.pt", module=module, optimizer=optimizer, checkpoint_dict={"epoch": 1}
+        path=file, module=module, optimizer=optimizer, checkpoint_dict={"epoch": 1}
     )
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
     expected = train(module, optimizer, loader)
     later, module, optimizer, loader = make()
-    own = later.load_checkpoint(path=tmp_path / "run.pt", module=module, optimizer=optimizer)
+    own = later.load_checkpoint(path=file, module=module, optimizer=optimizer)
     assert own == {"epoch": 1}
     assert (5.0, 0.5, 1) in later.accountant.history
     assert torch.equal(train(module, optimizer, loader), expected)
@@ -142,6 +150,17 @@ def test_a_checkpoint_from_before_they_told_of_other_runs_still_loads(tmp_path: 
     later, module, *_ = private(noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=True)
     later.load_checkpoint(path=tmp_path / "old.pt", module=module)
     assert later.get_epsilon(1e-5) == engine.get_epsilon(1e-5)
+
+
+def test_an_optimizer_of_another_model_is_refused_in_opacus_words() -> None:
+    optimizer = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    said = "Module parameters are different than optimizer Parameters"
+    for engine, more in ((PrivacyEngine(), ": parameter 0 of"), (opacus.PrivacyEngine(), "")):
+        with pytest.raises(ValueError, match=said + more):
+            engine.make_private(
+                module=mlp(), optimizer=optimizer, data_loader=DataLoader(data_for(mlp)),
+                noise_multiplier=1.0, max_grad_norm=1.0,
+            )  # fmt: skip
 
 
 # -- schedules ---------------------------------------------------------------------------------------
@@ -219,6 +238,35 @@ def test_a_schedule_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
     scheduler.step()
     train(module, optimizer, loader)
     assert later.accountant.history == [(2.0, 1 / 3, 3), (1.0, 1 / 3, 3), (0.5, 1 / 3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ExponentialNoise", {"gamma": 0.5}),
+        ("StepNoise", {"gamma": 0.5, "step_size": 3}),
+        ("ExponentialGradClip", {"gamma": 0.5}),
+        ("StepGradClip", {"gamma": 0.5, "step_size": 3}),
+    ],
+)
+def test_the_state_of_a_schedule_holds_its_settings(name: str, settings: dict[str, Any]) -> None:
+    """As Opacus's does: a schedule with other settings takes up those that were saved."""
+    optimizers = [
+        private(noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=True)[2],
+        DPOptimizer(
+            torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), noise_multiplier=1.0,
+            max_grad_norm=1.0, expected_batch_size=4,
+        ),
+    ]  # fmt: skip
+    states = []
+    for module, optimizer in zip((schedulers, opacus.schedulers), optimizers, strict=True):
+        other = dict.fromkeys(settings, 1)
+        made = getattr(module, name)(optimizer, **settings)
+        loaded = getattr(module, name)(optimizer, **other)
+        loaded.load_state_dict(made.state_dict())
+        states.append({key: made.state_dict()[key] for key in settings})
+        assert loaded.state_dict() == made.state_dict()
+    assert states == [settings, settings]
 
 
 def test_a_schedule_cannot_change_half_a_batch() -> None:

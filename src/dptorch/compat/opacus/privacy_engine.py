@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from dptorch.compat.opacus.scheduled_run import ScheduledRun
 from dptorch.compat.opacus.utils.uniform_sampler import draw_seed
 from dptorch.compat.opacus.validators import ModuleValidator
 from dptorch.engine import checkpoint
+from dptorch.engine.optimizer_binding import check_parameters
 from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.sampling import dataset_size
@@ -252,6 +252,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         get_gsm_class(grad_sample_mode)
         model = module._module if isinstance(module, GradSampleModule) else module
         ModuleValidator.validate(model, strict=True)
+        _refuse_other_parameters(model, optimizer)
         loader = private_loader(data_loader, poisson=poisson_sampling)
         seed = None
         if noise_generator is not None:
@@ -356,7 +357,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
     def save_checkpoint(
         self,
         *,
-        path: str | Path,
+        path: checkpoint.File,
         module: nn.Module,
         optimizer: Optimizer | None = None,
         noise_scheduler: Any = None,
@@ -372,7 +373,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
         the secret key of the noise: keep it as safe as the data.
 
         Args:
-            path: the file.
+            path: the file, or one that is open for writing bytes.
             module: what ``make_private`` returned.
             optimizer: accepted.
             noise_scheduler, grad_clip_scheduler: saved, if given.
@@ -398,7 +399,7 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
     def load_checkpoint(
         self,
         *,
-        path: str | Path,
+        path: checkpoint.File,
         module: nn.Module,
         optimizer: Optimizer | None = None,
         noise_scheduler: Any = None,
@@ -441,6 +442,17 @@ unclipped_num_std: of "adaptive" clipping, see `dptorch.clipping.AdaptiveClippin
             "this engine has not made that module private: pass the one that make_private returned, "
             "or call make_private first."
         )
+
+
+def _refuse_other_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    """Say in Opacus's words, and then in ours, that model and optimizer do not fit."""
+    try:
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        check_parameters(trainable, optimizer)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"Module parameters are different than optimizer Parameters: {error}"
+        ) from None
 
 
 def _schedulers(noise: Any, clip: Any) -> dict[str, Any]:

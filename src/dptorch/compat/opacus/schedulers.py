@@ -26,19 +26,17 @@ __all__ = [
 
 
 class _Scheduler:
-    """Multiplies one attribute of a `DPOptimizer` by ``factor(epoch)``: its first value if `from_base`,
-    else its last."""
+    """Multiplies one attribute of a `DPOptimizer` by ``factor(epoch)``.
+
+    Attributes:
+        attribute: of the optimizer.
+        settings: names of the numbers that the factor depends on; they are part of the state.
+    """
 
     attribute: str
+    settings: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        factor: Callable[[int], float],
-        last_epoch: int,
-        *,
-        from_base: bool = False,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, last_epoch: int) -> None:
         if not isinstance(optimizer, DPOptimizer):
             raise ConfigurationError(
                 f"{type(self).__name__} needs the optimizer that make_private returned, not "
@@ -47,34 +45,78 @@ class _Scheduler:
         self.optimizer = optimizer
         self.last_epoch = last_epoch
         self.base = float(getattr(optimizer, self.attribute))
-        self._factor = factor
-        self._from_base = from_base
         self.step()
+
+    def factor(self, epoch: int) -> float:
+        """What the value is multiplied by at the beginning of `epoch`."""
+        raise NotImplementedError
+
+    def begin(self) -> float:
+        """The value that is multiplied: the last one."""
+        return float(getattr(self.optimizer, self.attribute))
 
     def step(self) -> None:
         """The next epoch's value."""
         self.last_epoch += 1
-        value = self.base if self._from_base else getattr(self.optimizer, self.attribute)
-        setattr(self.optimizer, self.attribute, value * self._factor(self.last_epoch))
+        setattr(self.optimizer, self.attribute, self.begin() * self.factor(self.last_epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"last_epoch": self.last_epoch, "base": self.base}
+        return {name: getattr(self, name) for name in ("last_epoch", "base", *self.settings)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; the value itself belongs to the run."""
-        self.last_epoch, self.base = state_dict["last_epoch"], state_dict["base"]
+        for name in ("last_epoch", "base", *self.settings):
+            setattr(self, name, state_dict.get(name, getattr(self, name)))
 
 
-def _exponential(gamma: float) -> Callable[[int], float]:
-    return lambda epoch: gamma if epoch > 0 else 1.0
+class _Exponential(_Scheduler):
+    """Times `gamma` every epoch."""
+
+    settings = ("gamma",)
+
+    @known_arguments
+    def __init__(self, optimizer: Optimizer, *, gamma: float, last_epoch: int = -1) -> None:
+        self.gamma = gamma
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, epoch: int) -> float:
+        return self.gamma if epoch > 0 else 1.0
 
 
-def _steps(step_size: int, gamma: float) -> Callable[[int], float]:
-    return lambda epoch: gamma if epoch > 0 and epoch % step_size == 0 else 1.0
+class _Step(_Scheduler):
+    """Times `gamma` every `step_size` epochs."""
+
+    settings = ("gamma", "step_size")
+
+    @known_arguments
+    def __init__(
+        self, optimizer: Optimizer, *, step_size: int, gamma: float, last_epoch: int = -1
+    ) -> None:
+        self.gamma, self.step_size = gamma, step_size
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, epoch: int) -> float:
+        return self.gamma if epoch > 0 and epoch % self.step_size == 0 else 1.0
 
 
-class ExponentialNoise(_Scheduler):
+class _Lambda(_Scheduler):
+    """The first value times a function of the epoch; a checkpoint does not hold the function."""
+
+    def __init__(
+        self, optimizer: Optimizer, function: Callable[[int], float], last_epoch: int
+    ) -> None:
+        self._function = function
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, epoch: int) -> float:
+        return self._function(epoch)
+
+    def begin(self) -> float:
+        return self.base
+
+
+class ExponentialNoise(_Exponential):
     """The noise multiplier times `gamma` every epoch.
 
     Args:
@@ -85,24 +127,14 @@ class ExponentialNoise(_Scheduler):
 
     attribute = "noise_multiplier"
 
-    @known_arguments
-    def __init__(self, optimizer: Optimizer, *, gamma: float, last_epoch: int = -1) -> None:
-        super().__init__(optimizer, _exponential(gamma), last_epoch)
 
-
-class StepNoise(_Scheduler):
+class StepNoise(_Step):
     """The noise multiplier times `gamma` every `step_size` epochs."""
 
     attribute = "noise_multiplier"
 
-    @known_arguments
-    def __init__(
-        self, optimizer: Optimizer, *, step_size: int, gamma: float, last_epoch: int = -1
-    ) -> None:
-        super().__init__(optimizer, _steps(step_size, gamma), last_epoch)
 
-
-class LambdaNoise(_Scheduler):
+class LambdaNoise(_Lambda):
     """The first noise multiplier times ``noise_lambda(epoch)``."""
 
     attribute = "noise_multiplier"
@@ -111,32 +143,22 @@ class LambdaNoise(_Scheduler):
     def __init__(
         self, optimizer: Optimizer, *, noise_lambda: Callable[[int], float], last_epoch: int = -1
     ) -> None:
-        super().__init__(optimizer, noise_lambda, last_epoch, from_base=True)
+        super().__init__(optimizer, noise_lambda, last_epoch)
 
 
-class ExponentialGradClip(_Scheduler):
+class ExponentialGradClip(_Exponential):
     """The clipping norm times `gamma` every epoch; the noise moves with it."""
 
     attribute = "max_grad_norm"
 
-    @known_arguments
-    def __init__(self, optimizer: Optimizer, *, gamma: float, last_epoch: int = -1) -> None:
-        super().__init__(optimizer, _exponential(gamma), last_epoch)
 
-
-class StepGradClip(_Scheduler):
+class StepGradClip(_Step):
     """The clipping norm times `gamma` every `step_size` epochs."""
 
     attribute = "max_grad_norm"
 
-    @known_arguments
-    def __init__(
-        self, optimizer: Optimizer, *, step_size: int, gamma: float, last_epoch: int = -1
-    ) -> None:
-        super().__init__(optimizer, _steps(step_size, gamma), last_epoch)
 
-
-class LambdaGradClip(_Scheduler):
+class LambdaGradClip(_Lambda):
     """The first clipping norm times ``scheduler_function(epoch)``."""
 
     attribute = "max_grad_norm"
@@ -149,4 +171,4 @@ class LambdaGradClip(_Scheduler):
         scheduler_function: Callable[[int], float],
         last_epoch: int = -1,
     ) -> None:
-        super().__init__(optimizer, scheduler_function, last_epoch, from_base=True)
+        super().__init__(optimizer, scheduler_function, last_epoch)
