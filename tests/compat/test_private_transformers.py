@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from dptorch.compat import fastdp, private_transformers
 from dptorch.compat.private_transformers import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 
@@ -170,3 +171,18 @@ def test_leftovers_that_are_kept_count_an_example_twice(monkeypatch: pytest.Monk
     monkeypatch.setattr(Engine, "drop_batch", lambda self: None)
     with pytest.raises(AssertionError, match=r"9\.99"):
         test_leftovers_of_an_epoch_are_dropped_by_zero_grad("model")
+
+
+@pytest.mark.parametrize("module", [private_transformers, fastdp])
+def test_modules_of_single_layers_say_what_to_do(module: Any) -> None:
+    """Importable, as in the originals; used, they name the way here."""
+    with pytest.raises(
+        ConfigurationError, match=r"lora_utils.* is not in dptorch\. LoRA of the peft"
+    ):
+        module.lora_utils.mark_only_lora_as_trainable(nn.Linear(1, 1))
+    name = module.__all__[-1]
+    assert name.startswith("supported_")
+    with pytest.raises(
+        ConfigurationError, match=rf"{name}\.compute is not in dptorch\. No per-example"
+    ):
+        getattr(module, name).compute(nn.Linear(1, 1))

@@ -14,10 +14,11 @@ from typing_extensions import Unpack
 
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.attached_engine import AttachedEngine, automatic_clipping
+from dptorch.compat.stand_ins import LORA, NOT_BY_LAYER, stand_in
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.plan import PlanSettings
 
-__all__ = ["PrivacyEngine"]
+__all__ = ["PrivacyEngine", "lora_utils", "supported_differentially_private_layers"]
 
 _MODES = {
     "ghost": "BK-ghost",
@@ -30,6 +31,10 @@ _MODES = {
 }
 _FUNCTIONS = {"Abadi": "abadi", "automatic": "automatic", "global": "global"}
 _STYLES = ("all-layer", "layer-wise", "param-wise")
+lora_utils = stand_in("lora_utils", LORA)
+supported_differentially_private_layers = stand_in(
+    "supported_differentially_private_layers", NOT_BY_LAYER
+)
 _NOT_HERE = ("PrivacyEngine_Distributed_Stage_2_and_3", "PrivacyEngine_Distributed_extending")
 
 

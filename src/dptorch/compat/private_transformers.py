@@ -14,10 +14,16 @@ from typing_extensions import Unpack
 from dptorch.clipping import AdaptiveClipping
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.attached_engine import LossVectorEngine
+from dptorch.compat.stand_ins import LORA, NOT_BY_LAYER, stand_in
 from dptorch.errors import one_of
 from dptorch.plan import PlanSettings
 
-__all__ = ["PrivacyEngine", "freeze_isolated_params_for_vit"]
+__all__ = [
+    "PrivacyEngine",
+    "freeze_isolated_params_for_vit",
+    "lora_utils",
+    "supported_layers_grad_samplers",
+]
 
 _PER_LAYER = ("per_layer", "per_layer_percentile")
 _MODES = {"default": "auto", "ghost": "ghost", **dict.fromkeys(_PER_LAYER, "auto")}
@@ -31,6 +37,10 @@ _ISOLATED = (
     "lambda_1",
     "lambda_2",
 )
+
+
+lora_utils = stand_in("lora_utils", LORA)
+supported_layers_grad_samplers = stand_in("supported_layers_grad_samplers", NOT_BY_LAYER)
 
 
 class PrivacyEngine(LossVectorEngine):

@@ -7,7 +7,7 @@ from dptorch.compat.opacus.grad_sample.utils import (
     register_norm_sampler,
     wrap_model,
 )
-from dptorch.compat.opacus.stand_ins import ONE_PROCESS, stand_in
+from dptorch.compat.stand_ins import ONE_PROCESS, stand_in
 
 __all__ = [
     "GradSampleModule",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dptorch.compat.opacus.stand_ins import NOT_BY_LAYER, stand_in
+from dptorch.compat.stand_ins import NOT_BY_LAYER, stand_in
 
 __all__ = ["ft_compute_per_sample_gradient", "make_functional", "prepare_layer"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dptorch.compat.opacus.stand_ins import NOT_BY_LAYER, stand_in
+from dptorch.compat.stand_ins import NOT_BY_LAYER, stand_in
 
 __all__ = ["compute_linear_grad_sample", "compute_linear_norm_sample"]
 

@@ -1,7 +1,7 @@
 """Names of ``opacus.optimizers``."""
 
 from dptorch.compat.opacus.optimizers.optimizer import DPOptimizer, as_dp_optimizer
-from dptorch.compat.opacus.stand_ins import ONE_PROCESS, stand_in
+from dptorch.compat.stand_ins import ONE_PROCESS, stand_in
 
 __all__ = [
     "AdaClipDPOptimizer",

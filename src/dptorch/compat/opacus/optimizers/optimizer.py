@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dptorch.compat.opacus.scheduled_run import ScheduledRun
-from dptorch.compat.opacus.stand_ins import stand_in
+from dptorch.compat.stand_ins import stand_in
 from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["DPOptimizer", "as_dp_optimizer"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dptorch.compat.opacus.stand_ins import stand_in
+from dptorch.compat.stand_ins import stand_in
 
 __all__ = ["DPLossFastGradientClipping", "DPTensorFastGradientClipping"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dptorch.compat.opacus.stand_ins import ONE_PROCESS, stand_in
+from dptorch.compat.stand_ins import ONE_PROCESS, stand_in
 
 __all__ = ["FSDP2Wrapper"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dptorch.compat.opacus.stand_ins import NOT_BY_LAYER, stand_in
+from dptorch.compat.stand_ins import NOT_BY_LAYER, stand_in
 
 __all__ = ["calc_sample_norms", "unfold2d", "unfold3d"]
 

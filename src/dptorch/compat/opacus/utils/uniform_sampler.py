@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from dptorch.compat.arguments import known_arguments
-from dptorch.compat.opacus.stand_ins import ONE_PROCESS, stand_in
+from dptorch.compat.stand_ins import ONE_PROCESS, stand_in
 from dptorch.randomness import RootKey
 from dptorch.sampling import PoissonSampler
 
