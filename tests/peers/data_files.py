@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ def write_all(root: Path) -> Path:
     """Write every data set below `root`; returns `root`."""
     write_mnist(root)
     write_cifar(root)
+    write_celeba(root / "celeba")
     write_names(root / "names")
     write_e2e(root / "e2e")
     write_sst2(root / "sst2")
+    write_archives(root / "archives")
     return root
 
 
@@ -68,6 +71,34 @@ def write_cifar(root: Path, train: int = 20, test: int = 5) -> None:
         path.write_bytes(pickle.dumps(content))
 
 
+def write_celeba(folder: Path, train: int = 20, test: int = 5) -> None:
+    """Images with 40 attributes of -1 or 1, and the other tables that CelebA comes with."""
+    from PIL import Image
+
+    (folder / "img_align_celeba").mkdir(parents=True)
+    names = [f"{i:06d}.jpg" for i in range(1, train + test + 1)]
+    numbers = np.arange(len(names))
+    attributes = [[2 * ((i >> j % 4) & 1) - 1 for j in range(40)] for i in numbers]
+    for name, pixels in zip(names, images(numbers % 10, 32, 32, 3), strict=True):
+        Image.fromarray(pixels).save(folder / "img_align_celeba" / name)
+
+    def table(file: str, columns: list[str] | None, rows: list[list[int]]) -> None:
+        head = [] if columns is None else [str(len(rows)), " ".join(columns)]
+        lines = [" ".join([n, *map(str, row)]) for n, row in zip(names, rows, strict=True)]
+        (folder / file).write_text("\n".join([*head, *lines]) + "\n")
+
+    table("list_attr_celeba.txt", [f"attribute{j}" for j in range(40)], attributes)
+    table("list_eval_partition.txt", None, [[0 if i < train else 2] for i in numbers])
+    table("identity_CelebA.txt", None, [[int(i)] for i in numbers])
+    table(
+        "list_bbox_celeba.txt",
+        ["image_id", "x_1", "y_1", "width", "height"],
+        [[0] * 4] * len(names),
+    )
+    points = [f"{place}_{axis}" for place in "abcde" for axis in "xy"]
+    table("list_landmarks_align_celeba.txt", points, [[0] * 10] * len(names))
+
+
 def write_names(folder: Path, each: int = 40) -> None:
     """One text file of names for each language."""
     folder.mkdir()
@@ -99,3 +130,17 @@ def write_sst2(folder: Path, size: int = 24) -> None:
     for name in ("train", "dev", "test"):
         rows = [f"{sentence()}\t{i % 2}" for i in range(size)]
         (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+
+
+def write_archives(folder: Path) -> None:
+    """What notebooks download, by the last part of its address: names by language, and SNLI."""
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+        for path in sorted((folder.parent / "names").iterdir()):
+            archive.write(path, f"data/names/{path.name}")
+    labels = ["contradiction", "entailment", "neutral"]
+    with zipfile.ZipFile(folder / "snli_1.0.zip", "w") as archive:
+        for name in ("train", "dev"):
+            rows = [f"{labels[i % 3]}\t{sentence()}\t{sentence()}" for i in range(96)]
+            text = "\n".join(["gold_label\tsentence1\tsentence2", *rows]) + "\n"
+            archive.writestr(f"snli_1.0/snli_1.0_{name}.txt", text)

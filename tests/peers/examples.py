@@ -22,7 +22,8 @@ class Example:
 
     Attributes:
         script: its path in the checkout.
-        arguments: with ``{data}`` for the folder of the data files.
+        module: run it as a module, from two folders up, as its relative imports need.
+        arguments: with ``{data}`` for the folder of the data files, ``{output}`` for an empty one.
         name: of the row on the page; by default the script's.
         gpus: how many it needs.
     """
@@ -31,6 +32,7 @@ class Example:
     arguments: str = ""
     name: str = ""
     gpus: int = 0
+    module: bool = False
 
     @property
     def title(self) -> str:
@@ -48,8 +50,13 @@ def run_examples(
         if example.gpus > torch.cuda.device_count():
             found[example.title] = ("failed", f"needs {example.gpus} GPUs")
             continue
-        command = [sys.executable, "-m", "tests.peers.launch", str(folder / example.script)]
-        command += example.arguments.format(data=data, work=work).split()
+        path = folder / example.script
+        script = [str(path)]
+        if example.module:
+            script = ["-m", str(path.parents[1]), f"{path.parent.name}.{path.stem}"]
+        command = [sys.executable, "-m", "tests.peers.launch", *script]
+        output = work / f"output{len(found)}"
+        command += example.arguments.format(data=data, output=output).split()
         done = subprocess.run(
             command, cwd=work, env=environment(*paths) | {DATA: str(data)},
             capture_output=True, text=True, check=False,

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.peers.notebooks import as_scripts
+
 __all__ = ["copy_tree", "with_other_imports"]
 
 
@@ -52,8 +54,12 @@ def _substitute(lines: list[str], node: ast.stmt, pattern: str, by: str) -> None
 
 
 def copy_tree(source: Path, target: Path, packages: Mapping[str, str]) -> Path:
-    """Copy a folder, Python files with other import lines; a file that cannot be parsed as it is."""
+    """Copy a folder, Python files with other import lines; a file that cannot be parsed as it is.
+
+    The code of a notebook is a Python file beside it.
+    """
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+    as_scripts(target)
     for path in target.rglob("*.py"):
         try:
             path.write_text(with_other_imports(path.read_text(), packages))

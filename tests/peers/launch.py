@@ -1,15 +1,19 @@
 """Run a script of a peer as it stands, on this machine and without a network.
 
-``python -m tests.peers.launch SCRIPT [ARGUMENTS]``. What the script cannot have here is given to it:
-tiny files in the place of data sets, random weights in the place of published ones, the CPU where it
-asks for a GPU that is not there.
+``python -m tests.peers.launch SCRIPT [ARGUMENTS]``, or ``-m FOLDER MODULE [ARGUMENTS]``. What the
+script cannot have here is given to it: tiny files in the place of data sets, random weights in the
+place of published ones, the CPU where it asks for a GPU that is not there, and names that libraries
+have removed. dptorch's keys are the same in every run, so that what comes of it can be seen again.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import runpy
+import shutil
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from typing import Any
 import torch
 
 import tests.oracles.torchvision_on_cpu  # noqa: F401  (before transformers)
+from tests.peers.former_names import add_former_names
+from tests.peers.small_models import random_weights
 
 #: The environment variable with the folder of `data_files.write_all`.
 DATA = "PEERS_DATA"
@@ -44,7 +50,7 @@ def local_data(root: Path) -> None:
     """Let data sets of torchvision and of the Hub be the files below `root`."""
     from torchvision import datasets
 
-    for kind in (datasets.MNIST, datasets.CIFAR10):
+    for kind in (datasets.MNIST, datasets.CIFAR10, datasets.CelebA):
 
         def begin(
             self: Any, *args: Any, kind: Any = kind, made: Any = kind.__init__, **kw: Any
@@ -53,6 +59,10 @@ def local_data(root: Path) -> None:
             made(self, str(root), *args[1:], **kw | {"download": False})
 
         kind.__init__ = begin  # type: ignore[method-assign]
+    urllib.request.urlretrieve = lambda address, name: shutil.copy(
+        root / "archives" / Path(address).name, name
+    )
+    datasets.CelebA._check_integrity = lambda self: True  # type: ignore[method-assign]
     datasets.cifar.check_integrity = lambda path, md5=None: Path(path).is_file()
 
     import datasets as hub
@@ -65,46 +75,40 @@ def local_data(root: Path) -> None:
     hub.load_dataset = load
 
 
-def random_weights() -> None:
-    """Let published weights and vocabularies be small and random."""
-    import timm
-    import transformers
+def known_keys() -> None:
+    """Let the root keys of one process be those of the next, each of them another."""
+    drawn = random.Random(0)
+    from dptorch.randomness import KEY_BYTES, KeySource, RootKey
 
-    made = timm.create_model
-    timm.create_model = lambda name, pretrained=False, **kwargs: made(name, **kwargs)
-    transformers.BertTokenizerFast.from_pretrained = classmethod(lambda cls, *a, **k: tokenizer())
-
-
-def tokenizer() -> Any:
-    """A tokenizer of the words in `data_files`, BERT's special tokens among them."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    from tests.peers.data_files import WORDS
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = {word: i for i, word in enumerate([*special, *WORDS])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]",
-    )  # fmt: skip
+    RootKey.from_os = classmethod(  # type: ignore[method-assign, assignment]
+        lambda cls: cls(drawn.randbytes(KEY_BYTES), KeySource.OS)
+    )
 
 
-def main(arguments: list[str]) -> None:
-    """Run the script with its arguments."""
-    script = arguments[0]
+def prepare() -> None:
+    """Give scripts and tests what they cannot have here."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         on_cpu()
+    known_keys()
     local_data(Path(os.environ[DATA]))
     random_weights()
+    add_former_names()
+
+
+def main(arguments: list[str]) -> None:
+    """Run the script, or the module ``-m NAME`` below the folder that is given, with its arguments."""
+    prepare()
+    if arguments[0] == "-m":
+        folder, module, *rest = arguments[1:]
+        sys.argv = [module, *rest]
+        sys.path.insert(0, folder)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
     sys.argv = arguments
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":

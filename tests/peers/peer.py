@@ -26,6 +26,7 @@ class Peer:
         examples: its scripts.
         reasons: why some do not pass.
         folders: folders of a checkout that are copied.
+        weights: whether its tests need published weights, in whose place are small random models.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Peer:
     examples: tuple[Example, ...]
     reasons: tuple[Reason, ...]
     folders: tuple[str, ...]
+    weights: bool = False
 
 
 def run_peer(
@@ -50,7 +52,7 @@ def run_peer(
     if (checkout / folder).is_dir():
         copy_tree(checkout / folder, place / "suite", peer.packages)
         files = sorted(str(p.relative_to(place)) for p in (place / "suite").rglob(pattern))
-        tests = run_files(place, files)
+        tests = run_files(place, files, data if peer.weights else None)
     for each in peer.folders:
         source, target = checkout / each, work / "checkout" / each
         if source.is_dir():

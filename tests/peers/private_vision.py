@@ -18,9 +18,10 @@ PRIVATE_VISION = Peer(
     tests=("tests", "test_*.py"),
     folders=("cifar_DP.py",),
     examples=(
-        Example("cifar_DP.py", _SMALL),
+        Example("cifar_DP.py", _SMALL, "cifar_DP.py, ghost_mixed"),
         Example("cifar_DP.py", _SMALL + "--mode ghost", "cifar_DP.py, ghost"),
         Example("cifar_DP.py", _SMALL + "--mode non-ghost", "cifar_DP.py, non-ghost"),
+        Example("cifar_DP.py", _SMALL + "--mode non-private", "cifar_DP.py, non-private"),
         Example(
             "cifar_DP.py",
             "--bs 10 --mini_bs 5 --model vit_tiny_patch16_224 --pretrained 0 --cifar_data CIFAR100",

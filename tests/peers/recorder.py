@@ -12,6 +12,8 @@ import pytest
 from hypothesis import settings
 
 import tests.oracles.torchvision_on_cpu  # noqa: F401  (before transformers)
+from tests.peers.launch import DATA, known_keys, prepare
+from tests.peers.small_models import random_vision_weights
 
 #: The environment variable with the path of the file.
 FILE = "PEERS_OUTCOMES"
@@ -65,6 +67,10 @@ def _last_line(text: str) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin to note."""
+    known_keys()
+    random_vision_weights()
+    if DATA in os.environ:
+        prepare()
     settings.register_profile("peers", max_examples=CASES)
     settings.load_profile("peers")
     config.pluginmanager.register(Outcomes())

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.peers.launch import DATA
 from tests.peers.recorder import FILE
 from tests.source import REPOSITORY
 
@@ -24,7 +25,9 @@ def environment(*paths: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(found), "OMP_NUM_THREADS": "1"}
 
 
-def run_files(folder: Path, files: Iterable[str], *paths: Path) -> dict[str, Outcome]:
+def run_files(
+    folder: Path, files: Iterable[str], data: Path | None, *paths: Path
+) -> dict[str, Outcome]:
     """Outcomes by test, ``file::Class::test``, of test files below `folder`.
 
     A file whose process was ended from outside counts as one failed test, beside those that it ran.
@@ -32,15 +35,17 @@ def run_files(folder: Path, files: Iterable[str], *paths: Path) -> dict[str, Out
     Args:
         folder: where pytest runs.
         files: test files in it.
+        data: where they need data or published weights: the folder of `data_files.write_all`.
         paths: further folders to import from.
     """
     found: dict[str, Outcome] = {}
+    given = {} if data is None else {DATA: str(data)}
     for file in files:
         with tempfile.NamedTemporaryFile(suffix=".json") as out:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.peers.recorder"]
             command += ["-p", "no:cacheprovider", "--rootdir", str(folder), "-c", os.devnull, file]
             done = subprocess.run(
-                command, cwd=folder, env=environment(*paths) | {FILE: out.name},
+                command, cwd=folder, env=environment(*paths) | {FILE: out.name} | given,
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             outcomes = json.loads(Path(out.name).read_text() or "{}")
