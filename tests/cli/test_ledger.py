@@ -23,7 +23,10 @@ def parsed(*arguments: str) -> Any:
 def test_runs_on_one_file_add_up_under_a_cap(data: Path) -> None:
     first = run("train", "--data", "points.csv", *QUICK)
     assert first.exit_code == 0, first.output
+    assert "points.csv has an account of its own from now on: id:" in first.output
     (one,) = parsed("show")
+    assert one["name"] == "points-1"
+    assert "points-1" in run("ledger", "show").output
     about = json.loads(Path("runs/points-1/run.json").read_text())
     assert one["steps"] == one["plan"]["steps"] == 8
     assert one["repeated"] == 0

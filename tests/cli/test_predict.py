@@ -99,9 +99,21 @@ def test_units_bad_rows_and_releases(tmp_path: Path) -> None:
     train = ("train", "--data", "patients.csv", "--schema", "s.json", "--epochs", "1")
     message = refused(run(*train))
     assert "line 302, column 'admitted': 'soon' is not a date" in message
-    done = run(*train, "--on-bad-row", "skip", "--name", "a", "--release", "shared")
+    done = run(
+        *train, "--on-bad-row", "skip", "--subgroups", "sex", "--name", "a", "--release", "shared"
+    )
     assert done.exit_code == 0, done.output
     assert "Skipped  1 rows" in done.output
+    groups = json.loads(Path("runs/a/run.json").read_text())["groups"]
+    assert {group["by"] for group in groups} == {"class", "sex"}
+    for by in ("class", "sex"):
+        assert (
+            sum(g["examples"] for g in groups if g["by"] == by)
+            == json.loads(Path("runs/a/run.json").read_text())["data"]["test_examples"]
+        )
+    assert "Test results by group" in Path("runs/a/report.html").read_text()
+    assert "Test results by group" not in Path("shared/report.html").read_text()
+    assert "groups" not in Path("shared/run.json").read_text()
     assert "one user with all their examples" in Path("shared/statement.txt").read_text()
     assert "skipped" not in Path("shared/run.json").read_text()
     write(Path("new.csv"), 5, seed=3, label=False)

@@ -84,6 +84,10 @@ def test_an_existing_run_is_kept_unless_told_otherwise(data: Path) -> None:
         (("--data", "points.csv", *QUICK, "--sample-rate", "2"), "--sample-rate 2.0"),
         (("--data", "points.csv", *QUICK, "--name", "a/b"), "cannot name a run"),
         (("--data", "points.csv", "--label", "kind", "--epsilon", "-1"), "epsilon"),
+        (
+            ("--data", "points.csv", *QUICK[:4], "--epsilon", "0"),
+            "--epsilon 0 asks for a model that",
+        ),
         (("--resume",), "--resume needs the --name"),
         (("--resume", "--name", "x"), "not the folder of a run"),
         (("--resume", "--name", "x", "--overwrite"), "exclude each other"),

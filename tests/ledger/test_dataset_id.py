@@ -9,7 +9,7 @@ import pytest
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.ledger import beside
-from dptorch.ledger.dataset_id import named, sidecar_of
+from dptorch.ledger.dataset_id import named, neighbours, sidecar_of
 from tests.ledger.processes import shared, spawn, wait
 
 
@@ -67,3 +67,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(ConfigurationError, match="name is public"):
         named(name)
+
+
+def test_neighbours_are_other_data_with_an_identity(tmp_path: Path) -> None:
+    for name in ("patients.csv", "patients.parquet", "gone.csv", "new.csv"):
+        (tmp_path / name).write_text("age\n41\n")
+    known = {name: beside(tmp_path / name) for name in ("patients.csv", "patients.parquet")}
+    beside(tmp_path / "gone.csv")
+    (tmp_path / "gone.csv").unlink()
+    sidecar_of(tmp_path / "new.csv").write_text("{}")
+    assert neighbours(tmp_path / "x.csv") == known
+    assert neighbours(tmp_path / "patients.csv") == {"patients.parquet": known["patients.parquet"]}

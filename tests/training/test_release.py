@@ -133,7 +133,7 @@ def test_a_release_can_be_used(private_run: tuple[RunFolder, list[float]], tmp_p
     page = (made.path / "report.html").read_text()
     assert "Privacy statement" in page
     assert "Test accuracy" not in page.split("Privacy statement")[0]
-    assert 'load_model("out")' in page.replace("&#34;", '"')
+    assert 'dptorch.load("out")' in page.replace("&#34;", '"')
 
 
 @pytest.mark.slow

@@ -78,11 +78,14 @@ def show(
         return
     runs = opened.runs(dataset=dataset)
     if as_json:
-        typer.echo(json.dumps([_run_as_dict(run) for run in runs], indent=2))
+        names = _names(location)
+        rows = [_run_as_dict(run) | {"name": names.get(run.run)} for run in runs]
+        typer.echo(json.dumps(rows, indent=2))
         return
     table = Table(
         "data set",
         Column("run", no_wrap=True),
+        "name",
         "begun (UTC)",
         "steps",
         "repeated",
@@ -92,10 +95,12 @@ def show(
         "ε",
         "δ",
     )
+    names = _names(location)
     for run in runs:
         table.add_row(
             run.dataset,
             run.run,
+            names.get(run.run, ""),
             run.begun[:19].replace("T", " "),
             f"{run.steps:,} of {run.plan.steps:,}",
             f"{run.repeated:,}",
@@ -275,11 +280,36 @@ def for_new_run(location: str | None, runs: Path, dataset: str | None, job: Job)
         job: says where the data is from.
     """
     from dptorch.ledger import beside
+    from dptorch.ledger.dataset_id import sidecar_of
 
     opened = _open(location or str(runs / "ledger.db"), _key_file(), create=True, runs=runs)
-    if dataset is None:
-        dataset = f"recipe:{job.recipe}" if job.data is None else beside(job.data)
-    return opened.dataset(dataset)
+    if dataset is None and job.data is not None:
+        known = sidecar_of(Path(job.data).resolve()).exists()
+        dataset = beside(job.data)
+        if not known:
+            _introduce(job.data, dataset)
+    return opened.dataset(dataset or f"recipe:{job.recipe}")
+
+
+def _introduce(data: str, dataset: str) -> None:
+    """Say that a data set is new to the ledger, and what to do if it is not."""
+    from dptorch.ledger.dataset_id import neighbours
+
+    others = neighbours(data)
+    text = f"[bold]Ledger[/]   {data} has an account of its own from now on: {dataset}."
+    if others:
+        name, known = next(iter(others.items()))
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        text += (
+            f" So has {name}{more} beside it. If the same people are in both, their costs add up only "
+            f"under one name: --dataset {known}"
+        )
+    else:
+        text += (
+            " A copy of it, or the same people in another format, would have another: give both one "
+            "name with --dataset."
+        )
+    _console().print(text)
 
 
 def for_resumed_run(
@@ -356,6 +386,19 @@ def _noise_and_rate(plan: PrivacyPlan | PredictionPlan) -> tuple[str, str]:
     if isinstance(plan, PredictionPlan):  # every answer looks at all data
         return (f"{plan.noise:.4g}{' (ε)' if plan.pure else ''}", "answers")
     return f"{plan.noise_multiplier:.4g}", f"{plan.sample_rate:.4g}"
+
+
+def _names(location: str) -> dict[str, str]:
+    """Run id -> the folder that says it was written by that run, of the runs beside a ledger."""
+    found = {}
+    root = DEFAULT.parent if "://" in location else Path(location).parent
+    for path in sorted(root.glob("*/run.json")):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            found[about["ledger"]["run"]] = path.parent.name
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def _run_as_dict(run: RunSummary) -> dict[str, Any]:

@@ -285,4 +285,11 @@ def _conclude(outcome: Outcome, console: Console) -> None:
         console.print(f"Go on with: dptorch train --resume --name {path.name}{where}")
     else:
         console.print(f"[bold green]Done:[/] {spent_and_tested(outcome)}")
+        largest = outcome.folder.read_json("run.json").get("majority", 0.0)
+        if outcome.last.get("test_accuracy", 1.0) <= largest:
+            console.print(
+                f"[bold yellow]Nothing was learned[/]: always saying the largest class is right as "
+                f"often ({largest:.3f}). The noise hides what there is. Give more data or a larger "
+                "--epsilon."
+            )
         console.print(f"Predict: dptorch predict {path} NEW_ROWS --out predictions.csv")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dptorch.errors import ConfigurationError, DataError
 
-__all__ = ["beside", "named", "sidecar_of"]
+__all__ = ["beside", "named", "neighbours", "sidecar_of"]
 
 _SUFFIX = ".dptorch-id.json"
 
@@ -73,6 +73,24 @@ def beside(data: str | Path) -> str:
             "yourself with --dataset."
         ) from None
     return named(str(found))
+
+
+def neighbours(data: str | Path) -> dict[str, str]:
+    """The fingerprints of other files and folders beside this one, by name.
+
+    The same people may be in several of them: as CSV and as Parquet, in a copy. Nothing but their owner
+    can tell.
+    """
+    own = sidecar_of(Path(data).resolve())
+    found = {}
+    for sidecar in sorted(own.parent.glob(f"*{_SUFFIX}")):
+        if sidecar != own and sidecar.with_name(sidecar.name.removesuffix(_SUFFIX)).exists():
+            try:
+                name = json.loads(sidecar.read_text(encoding="utf-8"))["dataset"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            found[sidecar.name.removesuffix(_SUFFIX)] = str(name)
+    return found
 
 
 def _draw(sidecar: Path) -> None:

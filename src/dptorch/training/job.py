@@ -221,6 +221,12 @@ def _refuse_contradictions(job: Job) -> None:
             f"clipping_mode={job.clipping_mode!r} trains without privacy, and a run's folder says "
             "what its privacy is. For a comparison make a PrivacyEngine with it in a loop of your own."
         )
+    if job.target_epsilon is not None and not job.target_epsilon > 0:
+        raise ConfigurationError(
+            f"target_epsilon={job.target_epsilon:g} asks for a model that does not depend on the data "
+            "at all, so that nothing can be learned. Expected a positive number: 1 is strong "
+            "protection, 3 to 8 is usual."
+        )
     for name in ("epochs", "learning_rate", "max_physical_batch_size"):
         value = getattr(job, name)
         if value is not None and not value > 0:

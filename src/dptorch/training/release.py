@@ -40,6 +40,7 @@ _JOB: Final = (
     "momentum",
 )
 _DATA: Final = ("classes", "input_shape", "preparation", "train_examples")
+_TESTED: Final = ("groups", "majority")
 _METADATA: Final = ("format", "epsilon", "delta", "steps")
 _OWN_DATA: Final = "data that is not published"
 
@@ -120,9 +121,10 @@ def release(
 def _public(about: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any]:
     """`run.json` without what is private or tells of the machine."""
     data = {key: about["data"][key] for key in _DATA}
-    if TEST_COLUMNS[0] in columns:
+    if TEST_COLUMNS[-1] in columns:
         data["test_examples"] = about["data"]["test_examples"]
     recipe = about["job"]["recipe"]
+    tested = {key: about[key] for key in _TESTED if key in about and TEST_COLUMNS[-1] in columns}
     return {
         "status": about["status"],
         "job": {key: about["job"][key] for key in _JOB},
@@ -130,6 +132,7 @@ def _public(about: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any
         "model": about["model"],
         "result": {k: v for k, v in about["result"].items() if k in columns},
         "statement": about["statement"],
+        **tested,
     }
 
 

@@ -20,12 +20,12 @@ Points = Sequence[tuple[float, float]]
 
 
 def accuracy_against_epsilon(points: Points, chance: float) -> str:
-    """Test accuracy (0 to 1) against ε; `chance` is drawn as a reference."""
+    """Test accuracy (0 to 1) against ε; `chance`, that of the largest class, as a reference."""
     figure, axes = canvas("privacy spent, ε", "test accuracy")
     _line(axes, [(e, 100 * a) for e, a in points], BLUE, "{:.1f}%")
     axes.axhline(100 * chance, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
     axes.annotate(
-        "chance",
+        "always the largest class",
         (1, 100 * chance),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),

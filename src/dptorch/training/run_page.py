@@ -86,13 +86,19 @@ def render(
         accuracy_chart=tested
         and run_charts.accuracy_against_epsilon(
             [(row["epsilon"], row["test_accuracy"]) for row in rows],
-            chance=1 / len(about["data"]["classes"]),
+            chance=about.get("majority", 1 / max(1, len(about["data"]["classes"]))),
         ),
         epsilon_chart=run_charts.epsilon_against_steps(
             [(row["step"], row["epsilon"]) for row in rows], plan["target_epsilon"]
         ),
         diagnostics=_diagnostics(rows),
         settings=_settings(about),
+        groups=[
+            {**group, "interval": wilson_interval(group["accuracy"], group["examples"])}
+            if "accuracy" in group
+            else group
+            for group in about.get("groups", [])
+        ],
         statement=statement,
     )
 
@@ -157,7 +163,7 @@ def _settings(about: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, objec
         ("Trainable parameters", about["model"]["trainable_parameters"]),
         ("Training examples", data["train_examples"]),
         *([("Test examples", data["test_examples"])] if "test_examples" in data else []),
-        ("Classes", len(data["classes"])),
+        *([("Classes", len(data["classes"]))] if data["classes"] else []),
         ("Epochs", job["epochs"]),
         ("Learning rate", job["learning_rate"]),
         ("Momentum", job["momentum"]),

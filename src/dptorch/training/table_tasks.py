@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dptorch.training.data import TrainTest
+from dptorch.training.groups import grouped
 from dptorch.training.run_folder import RunFolder
 from dptorch.training.task import Classification, Task, outputs_of
 
@@ -23,9 +24,11 @@ class Regression:
 
     Attributes:
         bounds: what -1 and 1 stand for.
+        subgroups: values of further columns for each test example, by column.
     """
 
     bounds: tuple[float, float]
+    subgroups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     collate: Callable[[list[Any]], Any] | None = None
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
@@ -57,8 +60,11 @@ class Regression:
         }
 
     def finish(self, model: nn.Module, test: Dataset[Any], device: torch.device) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
+        """Return the error by subgroup."""
+        outputs_N1, targets_N = outputs_of(model, test, device)
+        half = (self.bounds[1] - self.bounds[0]) / 2
+        errors_N = half * (outputs_N1[:, 0].double().clamp(-1, 1) - targets_N.double())
+        return {"groups": grouped(None, errors_N.square(), [], self.subgroups)}
 
     def write_model(self, folder: RunFolder, model: nn.Module, metadata: dict[str, str]) -> None:
         """Write `model.safetensors`."""
@@ -67,9 +73,10 @@ class Regression:
 
 def task_of(data: TrainTest) -> Task:
     """What a model of this data is trained for."""
-    label = None if data.table is None else data.table.schema.label
-    if label is not None and label.bounds is not None:
-        return Regression(label.bounds)
-    if label is not None and label.weights:
-        return Classification(tuple(float(label.weights.get(c, 1.0)) for c in data.classes))
-    return Classification()
+    if data.table is None:
+        return Classification(classes=data.classes)
+    label, subgroups = data.table.schema.label, data.table.subgroups
+    if label.bounds is not None:
+        return Regression(label.bounds, subgroups)
+    weights = tuple(float(label.weights.get(c, 1.0)) for c in data.classes if label.weights)
+    return Classification(weights, data.classes, subgroups)

@@ -5,14 +5,16 @@ The loop of `dptorch.training.loop`, its checkpoints, run folder and report are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from dptorch.training.groups import grouped, majority
 
 if TYPE_CHECKING:
     from dptorch.training.data import Example
@@ -59,9 +61,13 @@ class Classification:
 
     Attributes:
         weights: a factor of the loss for each class, a public constant; empty for none.
+        classes: their names, by which the finished run's results are told apart; empty for none.
+        subgroups: values of further columns for each test example, by column.
     """
 
     weights: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    subgroups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     collate: Callable[[list[Any]], Any] | None = None
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
@@ -85,8 +91,16 @@ class Classification:
         return {"test_accuracy": accuracy, "test_loss": round(loss, 6)}
 
     def finish(self, model: nn.Module, test: Dataset[Any], device: torch.device) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
+        """Return accuracy by class and subgroup, and that of whoever says the largest class."""
+        if not self.classes:
+            return {}
+        outputs, labels = outputs_of(model, test, device)
+        names = [self.classes[int(y)] for y in labels]
+        right = outputs.argmax(1) == labels
+        return {
+            "groups": grouped(right, None, names, self.subgroups),
+            "majority": majority(names),
+        }
 
     def write_model(self, folder: RunFolder, model: nn.Module, metadata: dict[str, str]) -> None:
         """Write `model.safetensors`."""
