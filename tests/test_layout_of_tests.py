@@ -70,6 +70,8 @@ ELSEWHERE = {
     "tape/rules/": ("tape/test_rules_property.py", "one property for every rule"),
     "training/canaries.py": ("audit/test_runs.py", "planted for the audit"),
     "training/digest.py": ("training/test_predictor.py", "where there are predictions to change"),
+    "training/groups.py": ("cli/test_predict.py", "where there are subgroups to tell apart"),
+    "training/hyperparameters.py": ("cli/test_options.py", "numbers that the help shows"),
     "training/job.py": ("training/test_loop.py", "a job is what the loop runs"),
     "training/task.py": ("training/test_loop.py", "what a run trains for"),
     "training/preparation.py": ("training/test_predictor.py", "what a predictor does first"),

@@ -1,6 +1,7 @@
 """Options: each plan setting is spelled once, groups fill what they name, and help loads little."""
 
 import inspect
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,7 +14,9 @@ from dptorch.cli.epsilon import epsilon
 from dptorch.cli.train import train
 from dptorch.plan import PlanSettings
 from dptorch.training.data import ReadOptions
+from dptorch.training.hyperparameters import SUGGESTED
 from dptorch.training.job import Job
+from dptorch.training.recipes import RECIPES
 
 
 def names_of(*groups: type) -> set[str]:
@@ -49,6 +52,48 @@ def test_a_rate_alone_needs_no_batch_size() -> None:
     assert options.RunOptions(sample_rate=0.1).settings(steps=2)["batch_size"] == 1.0
     found = options.RunOptions(sample_rate=0.1, sample_size=50).settings(noise_multiplier=3.0)
     assert (found["batch_size"], found["noise_multiplier"]) == (None, 3.0)
+
+
+def modules_of(code: str, **environment: str) -> set[str]:
+    """The modules that are loaded when `code` is done, in a process of its own."""
+    ended = f"{code}\nimport sys; print('MODULES', *sys.modules)"
+    text = subprocess.run(
+        [sys.executable, "-c", ended],
+        capture_output=True, text=True, check=True, env=os.environ | environment,
+    )  # fmt: skip
+    return set(text.stdout.partition("MODULES")[2].split())
+
+
+RUN = (
+    "from dptorch.cli.app import app\ntry: app({!r}, prog_name='dptorch')\nexcept SystemExit: pass"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["train", "--help"], ["ledger", "show", "--help"]]
+)
+def test_what_needs_no_tensors_loads_no_torch(arguments: list[str]) -> None:
+    loaded = modules_of(RUN.format(arguments))
+    assert "dptorch.cli.train_options" in loaded
+    assert not loaded & {"torch", "numpy", "scipy", "pandas"}
+
+
+@pytest.mark.slow
+def test_completion_loads_no_torch() -> None:
+    code = RUN.format([])
+    found = {"_DPTORCH_COMPLETE": "complete_bash", "COMP_WORDS": "dptorch tr", "COMP_CWORD": "1"}
+    loaded = modules_of(code, **found)
+    assert not loaded & {"torch", "numpy"}
+    text = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, env=os.environ | found,
+    ).stdout  # fmt: skip
+    assert text.split() == ["train"]
+
+
+def test_recipes_train_with_what_the_help_says() -> None:
+    assert {r.name: r.hyperparameters for r in RECIPES.values()} == SUGGESTED
 
 
 @pytest.mark.slow

@@ -96,7 +96,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (schema, train, predict, check, release),

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dptorch.training.task import headline
-
 if TYPE_CHECKING:
     from dptorch.training.job import Setup
 
@@ -83,6 +81,8 @@ class EpochLines:
 
     def tested(self, row: Mapping[str, Any]) -> None:
         """See `dptorch.training.loop.Observer`."""
+        from dptorch.training.task import headline
+
         self._console.print(
             f"epoch {row['epoch']:6.2f}   step {row['step']:5d}   ε {row['epsilon']:6.3f}   "
             f"{headline(row)}   {row['seconds']:6.1f} s"
@@ -127,4 +127,6 @@ class ProgressBar:
 
     def tested(self, row: Mapping[str, Any]) -> None:
         """See `dptorch.training.loop.Observer`."""
+        from dptorch.training.task import headline
+
         self._progress.update(self._task, epsilon=row["epsilon"], tested=headline(row))

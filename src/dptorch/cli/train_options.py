@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dptorch.cli.options import plan_option
-from dptorch.training.recipes import RECIPES
+from dptorch.training.hyperparameters import SUGGESTED
 
 __all__ = [
     "DataOptions",
@@ -31,7 +31,7 @@ LEDGER = "Ledger"
 
 def _suggested(name: str) -> str:
     """Return what the recipes set a hyperparameter to, for `--help`."""
-    values = {r.name: f"{getattr(r.hyperparameters, name)}" for r in RECIPES.values()}
+    values = {recipe: f"{getattr(found, name)}" for recipe, found in SUGGESTED.items()}
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     return ", ".join(f"{recipe}: {value}" for recipe, value in values.items())

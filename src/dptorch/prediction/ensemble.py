@@ -24,6 +24,7 @@ from dptorch.prediction.bounded import votes_of
 from dptorch.prediction.shards import assign_shards
 from dptorch.training import recipes
 from dptorch.training.data import TrainTest
+from dptorch.training.hyperparameters import for_own_data
 from dptorch.training.job import Job
 from dptorch.training.models import build_model
 from dptorch.training.readers import load_data
@@ -163,7 +164,7 @@ def _data(job: Job) -> tuple[TrainTest, str]:
         recipe = recipes.get_recipe(job.recipe or "mnist-features")
         return recipe.load(), job.model or recipe.model
     data = load_data(job.data, job.reading)
-    return data, job.model or recipes.for_own_data(data.input_shape)[0]
+    return data, job.model or for_own_data(data.input_shape)[0]
 
 
 def _fit(model: nn.Module, part: Dataset[Any], job: Job, device: torch.device) -> None:

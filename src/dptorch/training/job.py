@@ -18,6 +18,7 @@ from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.training import recipes
 from dptorch.training.canaries import Canaries, make_canaries, plant
 from dptorch.training.data import ReadOptions, TrainTest
+from dptorch.training.hyperparameters import Hyperparameters, for_own_data
 from dptorch.training.models import build_model
 from dptorch.training.readers import load_data
 from dptorch.training.table_tasks import task_of
@@ -160,7 +161,7 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
         job = replace(job, recipe=recipe.name)
     else:
         data = load_data(job.data, job.reading)
-        model_name, suggested = recipes.for_own_data(data.input_shape)
+        model_name, suggested = for_own_data(data.input_shape)
     if job.canaries and data.table is not None:
         _refuse_canaries(data.table.schema)
     if job.canaries and canaries is None:
@@ -252,7 +253,7 @@ def _style(text: str) -> str | list[str]:
     return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
 
 
-def _decide(job: Job, model: str, suggested: recipes.Hyperparameters, *, sample_size: int) -> Job:
+def _decide(job: Job, model: str, suggested: Hyperparameters, *, sample_size: int) -> Job:
     """Fill in what was left open."""
     rate = job.sample_rate
     if job.batch_size is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,40 +16,13 @@ from torch import Tensor
 
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.training.data import Examples, TrainTest
+from dptorch.training.hyperparameters import SUGGESTED, Hyperparameters
 from dptorch.training.images import deskew, hog, standardise
 from dptorch.training.reviews import review_features
 
-__all__ = ["RECIPES", "Hyperparameters", "Recipe", "for_own_data", "get_recipe", "mnist_images"]
+__all__ = ["RECIPES", "Recipe", "get_recipe", "mnist_images"]
 
 MNIST_TEST_PER_DIGIT = 100
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What a recipe suggests; every one is an option of `dptorch train`.
-
-    Private training wants other values than ordinary training: the noise is paid per step, so few
-    steps with large batches and a learning rate far above the ordinary one.
-
-    Attributes:
-        epochs: passes over the data, in expectation.
-        sample_rate: probability with which each example enters a batch.
-        learning_rate: of SGD on the noisy mean of clipped gradients.
-        momentum: of SGD.
-        max_grad_norm: clipping norm C.
-        clipping_fn: name of the clipping function.
-        target_epsilon: budget to calibrate the noise for.
-        target_delta: None: the largest power of ten that is at most 1 / (10 N).
-    """
-
-    epochs: float = 20
-    sample_rate: float = 0.25
-    learning_rate: float = 3.0
-    momentum: float = 0.0
-    max_grad_norm: float = 1.0
-    clipping_fn: str = "abadi"
-    target_epsilon: float = 3.0
-    target_delta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +132,7 @@ RECIPES: Mapping[str, Recipe] = {
             load=mnist_pixels,
             transform=_pixels,
             model="mnist",
-            hyperparameters=Hyperparameters(target_delta=1e-5),
+            hyperparameters=SUGGESTED["mnist"],
         ),
         Recipe(
             name="mnist-features",
@@ -167,15 +140,14 @@ RECIPES: Mapping[str, Recipe] = {
             load=mnist_features,
             transform=_features,
             model="mnist-features",
-            hyperparameters=Hyperparameters(learning_rate=20.0, target_delta=1e-5),
+            hyperparameters=SUGGESTED["mnist-features"],
         ),
         Recipe(
             name="reviews",
             summary="movie reviews, a linear classifier on embeddings of a pretrained encoder; seconds",
             load=review_features,
             model="linear",
-            # Chosen on the tweets and the snippets about products of the same package.
-            hyperparameters=Hyperparameters(sample_rate=0.1, learning_rate=5.0, target_delta=1e-5),
+            hyperparameters=SUGGESTED["reviews"],
         ),
     )
 }
@@ -192,18 +164,3 @@ def get_recipe(name: str) -> Recipe:
         0.25
     """
     return RECIPES[one_of("recipe", name, RECIPES)]
-
-
-def for_own_data(input_shape: tuple[int, ...]) -> tuple[str, Hyperparameters]:
-    """Model and hyperparameters to begin with on a data set that has no recipe.
-
-    Args:
-        input_shape: three dimensions mean images, anything else is treated as tabular.
-
-    Example:
-        >>> for_own_data((3, 28, 28))[0], for_own_data((12,))[0]
-        ('cnn', 'mlp')
-    """
-    if len(input_shape) == 3:
-        return "cnn", Hyperparameters()
-    return "mlp", replace(Hyperparameters(), learning_rate=2.0, momentum=0.5)
