@@ -44,8 +44,15 @@ def test_the_commands_and_the_code_of_the_page(
     filled.write_text(json.dumps(described))
     monkeypatch.setenv("VISUAL", "cp filled.json")
     commands = re.findall(r"^    (dptorch .*)$", PAGE, re.MULTILINE)
+    commands = sorted(commands, key=lambda command: "predict" in command)
     commands.append(re.findall(r"`(dptorch release .*?)`", PAGE)[0])
-    assert [shlex.split(c)[1] for c in commands] == ["schema", "train", "predict", "release"]
+    assert [shlex.split(c)[1] for c in commands] == [
+        "schema",
+        "train",
+        "train",
+        "predict",
+        "release",
+    ]
     for command in commands:
         extra = ["--epochs", "1", "--noise-multiplier", "2"] if " train " in command else []
         done = run(*shlex.split(command)[1:], *extra)
