@@ -7,12 +7,14 @@ import opacus
 import pytest
 import torch
 from opacus.accountants.utils import get_noise_multiplier as their_noise_multiplier
+from opacus.grad_sample import GradSampleModule as TheirGradSampleModule
 from opacus.utils import per_sample_gradients_utils as their_gradients
 from opacus.utils.packed_sequences import compute_seq_lengths as their_lengths
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, TensorDataset
 
+import dptorch
 from dptorch.compat.opacus import PrivacyEngine, grad_sample, layers
 from dptorch.compat.opacus.accountants.utils import get_noise_multiplier
 from dptorch.compat.opacus.data_loader import DPDataLoader, switch_generator
@@ -20,6 +22,7 @@ from dptorch.compat.opacus.utils import packed_sequences
 from dptorch.compat.opacus.utils import per_sample_gradients_utils as gradients
 from dptorch.compat.opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyWarning
+from dptorch.tape import Ragged
 from tests.compat.opacus_setup import data_for, mlp, private, train
 
 
@@ -108,7 +111,7 @@ def test_layers_are_those_of_torch(name: str) -> None:
 
 
 def bags() -> tuple[torch.Tensor, torch.Tensor]:
-    """No id twice in a bag: Opacus counts it once."""
+    """No id twice in a bag: see `test_an_id_that_repeats_in_a_bag_counts_each_time`."""
     ids = [torch.randperm(9)[:size] for size in (3, 1, 4, 2)]
     return torch.cat(ids), torch.tensor([0, 3, 4, 8])
 
@@ -142,6 +145,30 @@ def test_gradients_of_layers_are_those_of_opacus(name: str, reduction: str) -> N
         loop = gradients.compute_microbatch_grad_sample(x, module, first, reduction)
         assert all(torch.allclose(loop[n], mine[n], atol=1e-6) for n in mine)
         assert gradients.check_per_sample_gradients_are_correct(x, module, batch_first=first)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_an_id_that_repeats_in_a_bag_counts_each_time(mode: str) -> None:
+    """A loop over single examples is the judge. Opacus adds by an index, which takes a repeated id
+    once, and has nothing for "max": it clips too little, by the number of repetitions."""
+    torch.manual_seed(0)
+    module = nn.EmbeddingBag(6, 3, mode=mode)
+    ids, offsets = torch.tensor([1, 1, 2, 3, 4, 5, 5, 5]), torch.tensor([0, 3, 5])
+    loop = []
+    for bag in ids.tensor_split(offsets[1:]):
+        module.zero_grad()
+        module(bag, torch.tensor([0])).sum().backward()
+        loop.append(module.weight.grad)
+    expected = torch.stack(loop)
+    with dptorch.record(module, batch_dims={"input": Ragged("offsets", "offsets")}) as tape:
+        out = module(ids, offsets)
+    out.sum().backward()
+    torch.testing.assert_close(tape.per_example_gradients()["weight"], expected)
+    private = TheirGradSampleModule(module, loss_reduction="sum")
+    private(ids, offsets).sum().backward()
+    ratio = module.weight.grad_sample.flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    wrong = {"sum": [0.4**0.5, 1, 1 / 3], "mean": [0.4**0.5, 1, 1 / 3], "max": [0, 0, 0]}[mode]
+    torch.testing.assert_close(ratio, torch.tensor(wrong, dtype=ratio.dtype))
 
 
 def test_a_module_that_mixes_examples_has_no_gradients_of_single_examples() -> None:

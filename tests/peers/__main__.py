@@ -1,6 +1,8 @@
 """``python -m tests.peers opacus=PATH ...``: run the peers that are given, and write the page.
 
-What was found is kept in a JSON file, so that peers can be run one at a time.
+What was found is kept in a JSON file as soon as it is known, so that peers can be run one at a time,
+and a run that was ended can be gone on with. ``only=PATTERN`` runs the test files and examples in whose
+names the pattern is found, and ``only=PATTERN::EXPRESSION`` the tests that pytest's ``-k`` finds there.
 """
 
 from __future__ import annotations
@@ -47,35 +49,42 @@ def version_of(checkout: Path) -> str:
 def main(arguments: list[str]) -> int:
     """Run what is given; returns the number of outcomes that nothing explains."""
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    for argument in arguments:
-        name, _, path = argument.partition("=")
+    KEPT.parent.mkdir(exist_ok=True)
+    given = dict(argument.split("=", 1) for argument in arguments)
+    only = given.pop("only", "")
+    for name, path in given.items():
         if name not in PEERS:
             raise SystemExit(f"{name!r} is not known; expected NAME=PATH with one of {list(PEERS)}")
         if not path:
             continue
         peer, checkout = PEERS[name], Path(path).resolve()
+        before = kept.get(name, {}) if only else {}
+        found = kept[name] = (
+            {"tests": {}, "examples": {}} | before | {"version": version_of(checkout)}
+        )
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             data = work / "data"
             data.mkdir()
-            tests, examples = run_peer(peer, checkout, work, write_all(data))
-        kept[name] = {"tests": tests, "examples": examples, "version": version_of(checkout)}
+            for part, outcomes in run_peer(peer, checkout, work, write_all(data), only):
+                found[part] |= outcomes
+                KEPT.write_text(json.dumps(kept, indent=1))
     if "opacus" not in kept and importlib.util.find_spec("opacus"):
         print("opacus: give OPACUS=PATH; the installed package has its tests and no examples")
-    KEPT.parent.mkdir(exist_ok=True)
-    KEPT.write_text(json.dumps(kept, indent=1))
-    found = {}
+    verdicts_of = {}
     for name, peer in PEERS.items():
         if name in kept:
             parts = (kept[name]["tests"], kept[name]["examples"])
-            found[peer.name] = tuple(judge(part, peer.reasons) for part in parts)
+            verdicts_of[peer.name] = tuple(judge(part, peer.reasons) for part in parts)
     versions = {peer.name: kept[name]["version"] for name, peer in PEERS.items() if name in kept}
-    PAGE.write_text(render(found, versions, COMMAND, CASES))  # type: ignore[arg-type]
+    PAGE.write_text(render(verdicts_of, versions, COMMAND, CASES))  # type: ignore[arg-type]
     left = [
         f"{peer}: {test}: {verdict.why}"
-        for peer, parts in found.items() for verdicts in parts for test, verdict in verdicts.items()
+        for peer, parts in verdicts_of.items()
+        for verdicts in parts
+        for test, verdict in verdicts.items()
         if verdict.kind == "unexplained"
-    ]  # fmt: skip
+    ]
     print("\n".join(left), file=sys.stderr)
     print(f"{len(left)} unexplained; {PAGE.name} is written", file=sys.stderr)
     return len(left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,22 +41,20 @@ class Example:
 
 def run_examples(
     folder: Path, examples: Iterable[Example], data: Path, *paths: Path
-) -> dict[str, Outcome]:
-    """Outcomes by title: passed if the script came to its end."""
-    found: dict[str, Outcome] = {}
+) -> Iterator[dict[str, Outcome]]:
+    """Outcomes by title, one at a time: passed if the script came to its end."""
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    for example in examples:
+    for i, example in enumerate(examples):
         if example.gpus > torch.cuda.device_count():
-            found[example.title] = ("failed", f"needs {example.gpus} GPUs")
+            yield {example.title: ("failed", f"needs {example.gpus} GPUs")}
             continue
         path = folder / example.script
         script = [str(path)]
         if example.module:
             script = ["-m", str(path.parents[1]), f"{path.parent.name}.{path.stem}"]
         command = [sys.executable, "-m", "tests.peers.launch", *script]
-        output = work / f"output{len(found)}"
-        command += example.arguments.format(data=data, output=output).split()
+        command += example.arguments.format(data=data, output=work / f"output{i}").split()
         done = subprocess.run(
             command, cwd=work, env=environment(*paths) | {DATA: str(data)},
             capture_output=True, text=True, check=False,
@@ -64,5 +62,4 @@ def run_examples(
         said = [line for line in done.stderr.splitlines() if line.strip()]
         outcome = ("failed", " ".join(said[-1:])) if done.returncode else ("passed", "")
         print(f"{example.title}: {' '.join(outcome)}", file=sys.stderr)
-        found[example.title] = outcome
-    return found
+        yield {example.title: outcome}

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 import tqdm
 
-__all__ = ["add_former_names"]
+__all__ = ["add_former_names", "add_names_of_transformers"]
 
 
 def add_former_names() -> None:
-    """Make the names importable; what is there stays as it is."""
-    _transformers_4()
+    """Make the names of small libraries importable; what is there stays as it is."""
     _module("ml_swissknife", utils=_module("ml_swissknife.utils", **_SWISSKNIFE))
     _module("fire", Fire=fire)
     _module("IPython", display=_module("IPython.display", Image=dict))
@@ -58,7 +57,9 @@ def _module(name: str, **names: Any) -> ModuleType:
 # -- transformers 4 --------------------------------------------------------------------------------
 
 
-def _transformers_4() -> None:
+def add_names_of_transformers() -> None:
+    """Make the names of transformers 4 importable; what is there stays as it is."""
+
     def never() -> bool:
         return False
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import tests.oracles.torchvision_on_cpu  # noqa: F401  (before transformers)
-from tests.peers.former_names import add_former_names
-from tests.peers.small_models import random_weights
+from tests.peers.former_names import add_former_names, add_names_of_transformers
+from tests.peers.small_models import random_timm_weights, random_vision_weights, random_weights
 
 #: The environment variable with the folder of `data_files.write_all`.
 DATA = "PEERS_DATA"
@@ -65,6 +65,9 @@ def local_data(root: Path) -> None:
     datasets.CelebA._check_integrity = lambda self: True  # type: ignore[method-assign]
     datasets.cifar.check_integrity = lambda path, md5=None: Path(path).is_file()
 
+
+def local_hub(root: Path) -> None:
+    """Let data sets of the Hub be the texts of SST-2 below `root`."""
     import datasets as hub
 
     def load(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -85,27 +88,39 @@ def known_keys() -> None:
     )
 
 
-def prepare() -> None:
-    """Give scripts and tests what they cannot have here."""
+def prepare(source: str = "timm transformers") -> None:
+    """Give scripts and tests what they cannot have here.
+
+    Args:
+        source: the script; libraries that it does not name are not looked at, as importing them takes
+            long.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         on_cpu()
     known_keys()
     local_data(Path(os.environ[DATA]))
-    random_weights()
+    random_vision_weights()
     add_former_names()
+    if "timm" in source:
+        random_timm_weights()
+    if "transformers" in source:
+        local_hub(Path(os.environ[DATA]))
+        random_weights()
+        add_names_of_transformers()
 
 
 def main(arguments: list[str]) -> None:
     """Run the script, or the module ``-m NAME`` below the folder that is given, with its arguments."""
-    prepare()
     if arguments[0] == "-m":
         folder, module, *rest = arguments[1:]
+        prepare(Path(folder, *module.split(".")).with_suffix(".py").read_text())
         sys.argv = [module, *rest]
         sys.path.insert(0, folder)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
+    prepare(Path(arguments[0]).read_text())
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).parent))
     runpy.run_path(arguments[0], run_name="__main__")

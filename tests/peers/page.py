@@ -56,7 +56,7 @@ def render(
             files: dict[str, list[Verdict]] = defaultdict(list)
             for test, verdict in tests.items():
                 files[test.partition("::")[0].removeprefix("suite/")].append(verdict)
-            lines += [f"| `{file}` | {_counts(each)} |" for file, each in files.items()]
+            lines += [f"| `{file}` | {_counts(each)} |" for file, each in sorted(files.items())]
         if examples:
             lines += ["", "| example | outcome |", "|---|---|"]
             lines += [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,20 +40,33 @@ class Peer:
 
 
 def run_peer(
-    peer: Peer, checkout: Path, work: Path, data: Path
-) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
-    """(outcomes of its tests, of its examples) from a copy below `work` with other import lines.
+    peer: Peer, checkout: Path, work: Path, data: Path, only: str = ""
+) -> Iterator[tuple[str, dict[str, Outcome]]]:
+    """What comes of its tests and examples, from a copy below `work` with other import lines.
 
     The tests are copied to a folder of their own, so that no file of the peer can be imported in the
     place of the adapter's.
+
+    Args:
+        peer: the library.
+        checkout: its folder.
+        work: an empty folder.
+        data: the folder of `data_files.write_all`.
+        only: a pattern that is found in the test files and titles of examples to run; after ``::``
+            an expression for pytest's ``-k``.
+
+    Yields:
+        ("tests" or "examples", outcomes), as soon as they are known.
     """
+    wanted, _, tests = only.partition("::")
     folder, pattern = peer.tests
     place = work / "tests_of_peer"
-    tests: dict[str, Outcome] = {}
     if (checkout / folder).is_dir():
         copy_tree(checkout / folder, place / "suite", peer.packages)
-        files = sorted(str(p.relative_to(place)) for p in (place / "suite").rglob(pattern))
-        tests = run_files(place, files, data if peer.weights else None)
+        found = sorted(str(p.relative_to(place)) for p in (place / "suite").rglob(pattern))
+        files = [file for file in found if re.search(wanted, file)]
+        for outcomes in run_files(place, files, data if peer.weights else None, tests):
+            yield "tests", outcomes
     for each in peer.folders:
         source, target = checkout / each, work / "checkout" / each
         if source.is_dir():
@@ -62,8 +76,10 @@ def run_peer(
             shutil.copy(source, target)
             copy_file(target, peer.packages)
     (work / "checkout").mkdir(exist_ok=True)
-    found = [e for e in peer.examples if (work / "checkout" / e.script).exists()]
-    return tests, run_examples(work / "checkout", found, data)
+    there = [e for e in peer.examples if (work / "checkout" / e.script).exists()]
+    examples = [e for e in there if re.search(wanted, e.title)]
+    for outcomes in run_examples(work / "checkout", examples, data):
+        yield "examples", outcomes
 
 
 def copy_file(path: Path, packages: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.peers.data_files import WORDS
 
-__all__ = ["random_vision_weights", "random_weights", "tokenizer"]
+__all__ = ["random_timm_weights", "random_vision_weights", "random_weights"]
 
 #: Size of the byte-level vocabulary: GPT-2's ids of line breaks, which a script forbids, are below it.
 _VOCABULARY = 720
@@ -114,16 +114,18 @@ def random_vision_weights() -> None:
         setattr(models, name, unpublished(getattr(models, name)))
 
 
-def random_weights() -> None:
-    """Let ``from_pretrained`` of a published name be a small model; folders are read as always."""
+def random_timm_weights() -> None:
+    """Let models of timm be without published weights."""
     import timm
-    import transformers
-
-    random_vision_weights()
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     made = timm.create_model
     timm.create_model = lambda name, pretrained=False, **kwargs: made(name, **kwargs)
+
+
+def random_weights() -> None:
+    """Let ``from_pretrained`` of a published name be a small model; folders are read as always."""
+    import transformers
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     def model(kind: Any, name: str, *, config: Any = None, **_: Any) -> Any:
         wanted = config if config is not None else small_config(kind, name)
