@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from dptorch.errors import PrivacyError
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +41,34 @@ def test_the_clipping_page_runs_as_printed(capsys) -> None:
     assert "BK-MixOpt" in printed
     assert "0.weight" in printed
     assert printed.split()[-1].startswith("1.118")
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_the_guides_run_as_printed(capsys) -> None:
+    page = (ROOT / "docs/guides.md").read_text()
+    scope: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "guides.md", "exec"), scope)
+    assert scope["report"].ok
+    assert scope["privacy_engine"].steps == 4
+    scope["model"][0].weight.requires_grad_(True)
+
+    def step() -> None:
+        x, y = scope["dataset"][:4]
+        torch.nn.functional.cross_entropy(scope["model"](x), y).backward()
+        scope["optimizer"].step()
+
+    with pytest.raises(PrivacyError, match="trainable"):  # as the page says
+        step()
+
+
+def test_papers_in_the_citation_are_those_on_the_page() -> None:
+    page = (ROOT / "docs/references.md").read_text()
+    methods = re.findall(r"\d{4}, \*(.*?)\*, \[([\d.]+)\]\(https://arxiv.org/abs/\2\)", page)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    found = [(r["title"], r["identifiers"][0]["value"].removeprefix("arXiv:")) for r in cited]
+    assert len(found) >= 12
+    assert methods == found
 
 
 @pytest.mark.slow
