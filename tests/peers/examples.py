@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from tests.peers.forks import run
 from tests.peers.launch import DATA
-from tests.peers.suites import Outcome, environment
+from tests.peers.launch import main as launch
+from tests.peers.suites import Outcome
 
 __all__ = ["Example", "run_examples"]
 
@@ -40,7 +41,7 @@ class Example:
 
 
 def run_examples(
-    folder: Path, examples: Iterable[Example], data: Path, *paths: Path
+    folder: Path, examples: Iterable[Example], data: Path
 ) -> Iterator[dict[str, Outcome]]:
     """Outcomes by title, one at a time: passed if the script came to its end."""
     work = folder / "work"
@@ -53,13 +54,9 @@ def run_examples(
         script = [str(path)]
         if example.module:
             script = ["-m", str(path.parents[1]), f"{path.parent.name}.{path.stem}"]
-        command = [sys.executable, "-m", "tests.peers.launch", *script]
-        command += example.arguments.format(data=data, output=work / f"output{i}").split()
-        done = subprocess.run(
-            command, cwd=work, env=environment(*paths) | {DATA: str(data)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        outcome = ("failed", " ".join(said[-1:])) if done.returncode else ("passed", "")
+        arguments = example.arguments.format(data=data, output=work / f"output{i}").split()
+        status, printed = run(launch, [*script, *arguments], work, {DATA: str(data)})
+        said = [line for line in printed.splitlines() if line.strip()]
+        outcome = ("failed", " ".join(said[-1:])) if status else ("passed", "")
         print(f"{example.title}: {' '.join(outcome)}", file=sys.stderr)
         yield {example.title: outcome}
