@@ -1,14 +1,13 @@
 """The page about an audit, in a real browser, and what is drawn on it."""
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import norm
+from tests.browser import browser
 
 from dptorch import make_plan
 from dptorch.audit import Evidence, audit, judge
@@ -29,17 +28,6 @@ pytest.importorskip("matplotlib")
 GAUSSIAN = Evidence.of(
     np.random.default_rng(0).normal(1, 1, 400), np.random.default_rng(1).normal(0, 1, 400)
 )
-
-
-def browser() -> str:
-    """A headless Chromium. Where there is none a laptop skips; continuous integration may not."""
-    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
-        if found := shutil.which(name):
-            return found
-    message = "no Chromium on this machine: apt-get install chromium"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from functools import partial
 
 import numpy as np
@@ -100,3 +101,36 @@ def test_what_others_charge_is_seen(location: str) -> None:
     assert one.history == [PLAN.event(50)]
     with pytest.raises(BudgetExhausted):
         one.charge([PLAN.event(11)])
+
+
+def test_waiting_charges_share_a_commit_and_none_is_lost(tmp_path, monkeypatch) -> None:
+    ledger = open_ledger(tmp_path / "ledger.db")
+    answers = ledger.dataset("patients").answers(PLAN, OS, "shop")
+    answers.open()
+    commits, granted, refused = [], [], []
+    write = type(ledger.store).write
+
+    def counted(store):
+        commits.append(1)
+        return write(store)
+
+    monkeypatch.setattr(type(ledger.store), "write", counted)
+
+    def charge() -> None:
+        try:
+            answers.charge([PLAN.event(1)])
+        except BudgetExhausted as error:
+            refused.append(error)
+        else:
+            granted.append(1)
+
+    threads = [threading.Thread(target=charge) for _ in range(70)]
+    with answers._lock:  # until all of them wait
+        for thread in threads:
+            thread.start()
+        while len(answers._waiting) < len(threads):
+            pass
+    for thread in threads:
+        thread.join()
+    assert (len(granted), len(refused), len(commits)) == (60, 10, 1)
+    assert charged(str(tmp_path / "ledger.db")) == 60

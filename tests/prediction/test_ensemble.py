@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.cli.commands import refused, run
@@ -51,7 +52,8 @@ def test_the_folder_of_shards(digits):
     about = json.loads((runs / "20" / "run.json").read_text())
     loaded = load_ensemble(runs / "20")
     assert len(loaded.models) == about["shards"] == 20
-    assert loaded.input_shape == (432,)
+    assert loaded.reader.input_shape == (432,)
+    assert loaded.reader.inputs(np.zeros((2, 28, 28))).shape == (2, 432)
     assert loaded.dataset == "recipe:mnist-features"
     assert about["result"]["test_accuracy_of_votes_without_noise"] > 0.9
     (runs / "20" / "shard-019.safetensors").rename(runs / "20" / "elsewhere")
@@ -94,6 +96,19 @@ def test_own_data_in_shards(tmp_path, monkeypatch):
     )
     assert found.exit_code == 0, found.output
     loaded = load_ensemble("runs/points-1")
-    assert loaded.classes == ("0", "1")
+    assert loaded.reader.classes == ("0", "1")
+    assert loaded.unit == "example"
     assert loaded.models[0](torch.zeros(1, 2)).shape == (1, 2)
     assert Path("points.csv.dptorch-id.json").exists()
+
+
+def test_a_table_with_a_unit_is_split_by_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "\n".join(f"p{i % 30},{i}.25,{i % 2}" for i in range(120))
+    Path("visits.csv").write_text("patient,u,kind\n" + rows)
+    found = run(
+        "train", "--data", "visits.csv", "--label", "kind", "--unit-column", "patient",
+        "--shards", "3", "--epochs", "1",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert load_ensemble("runs/visits-1").unit == "user"

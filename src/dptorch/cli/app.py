@@ -23,6 +23,7 @@ from dptorch.cli.plan import plan
 from dptorch.cli.predict import predict
 from dptorch.cli.release import release
 from dptorch.cli.schema import schema
+from dptorch.cli.serve import serve
 from dptorch.cli.train import train
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
 
@@ -98,7 +99,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (schema, train, predict, check, release),
+    "Train": (schema, train, predict, serve, check, release),
     "Plan": (epsilon, calibrate, plan),
     "Measure": (bench, audit),
 }

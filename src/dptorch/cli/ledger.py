@@ -282,7 +282,9 @@ def for_new_run(location: str | None, runs: Path, dataset: str | None, job: Job)
     from dptorch.ledger import beside
     from dptorch.ledger.dataset_id import sidecar_of
 
-    opened = _open(location or str(runs / "ledger.db"), _key_file(), create=True, runs=runs)
+    opened = _open(
+        location or str(runs / "ledger.db"), key_from_environment(), create=True, runs=runs
+    )
     if dataset is None and job.data is not None:
         known = sidecar_of(Path(job.data).resolve()).exists()
         dataset = beside(job.data)
@@ -329,10 +331,10 @@ def for_resumed_run(
     # A URL is recorded without its password.
     if location is None or not (asked or "://" in recorded["location"]):
         location = recorded["location"]
-    return _open(location, _key_file()).dataset(recorded["dataset"])
+    return _open(location, key_from_environment()).dataset(recorded["dataset"])
 
 
-def _key_file() -> Path | None:
+def key_from_environment() -> Path | None:
     import os
 
     found = os.environ.get("DPTORCH_LEDGER_KEY_FILE")

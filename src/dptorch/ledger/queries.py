@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dptorch.accounting import Event, merge
 from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError
 from dptorch.ledger.budget import admit
+from dptorch.ledger.entry import Entry
 from dptorch.ledger.reading import cap_in, committed_in, plan_hash
 from dptorch.ledger.record import LedgerOfData
 from dptorch.plan.prediction_plan import PredictionPlan
@@ -24,6 +26,21 @@ if TYPE_CHECKING:
 __all__ = ["BUDGET_ROUNDING", "QueryLedger", "refuse_overspending"]
 
 BUDGET_ROUNDING = 1e-9  # of the budget: shares are added up in floating point
+
+
+@dataclass
+class _Wish:
+    """A charge that waits for the ledger.
+
+    Attributes:
+        events: all of which are charged, or none.
+        done: whether it was decided.
+        refused: why it was not granted.
+    """
+
+    events: Sequence[Event]
+    done: bool = False
+    refused: Exception | None = None
 
 
 class QueryLedger:
@@ -60,6 +77,8 @@ class QueryLedger:
         self._key_provenance = key_provenance
         self.run = run
         self._lock = threading.RLock()
+        self._waiting_lock = threading.Lock()
+        self._waiting: list[_Wish] = []
         self._session: int | None = None
         self._head: tuple[int, str] | None = None
         self._read_to = 0
@@ -115,25 +134,49 @@ class QueryLedger:
             BudgetExhausted: they do not fit; nothing was charged.
             LedgerError: they could not be written down, or the budget was closed.
         """
-        with self._lock:
-            self._charge(events)
+        wish = _Wish(events)
+        with self._waiting_lock:
+            self._waiting.append(wish)
+        with self._lock:  # whoever holds it writes for all who wait: one commit for many answers
+            if not wish.done:
+                with self._waiting_lock:
+                    wishes, self._waiting = self._waiting, []
+                self._charge(wishes)
+        if wish.refused is not None:
+            raise wish.refused
 
-    def _charge(self, events: Sequence[Event]) -> None:
-        self.open()
-        assert self._session is not None
-        assert self._head is not None
-        with self._ledger.store.write() as transaction:
-            if not transaction.holds(*self._head):
-                raise LedgerError(
-                    f"the ledger {self._ledger.store.location} lacks entry {self._head[0]}, which this "
-                    "predictor has written. It was restored from an older copy, or rewritten. Nothing "
-                    "was answered. Restore the newest copy, and run `dptorch ledger verify`."
-                )
-            self._refuse_closed(transaction, self._session)
-            self._read(transaction)
-            refuse_overspending(self._plan, self.spent, events)
-            first, last = self.answered, None
-            for event in events:
+    def _charge(self, wishes: Sequence[_Wish]) -> None:
+        try:
+            self.open()
+            with self._ledger.store.write() as transaction:
+                self._refuse_older_copy(transaction)
+                assert self._session is not None
+                self._refuse_closed(transaction, self._session)
+                self._read(transaction)
+                granted, last = self._append(transaction, wishes)
+        except Exception as error:
+            for wish in wishes:
+                wish.done, wish.refused = True, error
+            return
+        for wish in wishes:
+            wish.done = True
+        if last is not None:  # on disk
+            self._add(granted)
+            self._read_to, self._head = last.seq, (last.seq, last.hash)
+
+    def _append(
+        self, transaction: Transaction, wishes: Sequence[_Wish]
+    ) -> tuple[list[Event], Entry | None]:
+        """Write down the wishes that fit, in order; refuse the others."""
+        granted: list[Event] = []
+        spent, first, last = self.spent, self.answered, None
+        for wish in wishes:
+            try:
+                refuse_overspending(self._plan, spent, wish.events)
+            except BudgetExhausted as refused:
+                wish.refused = refused
+                continue
+            for event in wish.events:
                 last = transaction.append(
                     "steps",
                     dataset=self._ledger.dataset,
@@ -141,12 +184,12 @@ class QueryLedger:
                     session=self._session,
                     first=first,
                     steps=event.steps,
-                    body={"event": _one(event)},
+                    body={"event": event.to_dict() | {"steps": 1}},
                 )
                 first += event.steps
-        if last is not None:  # on disk
-            self._add(events)
-            self._read_to, self._head = last.seq, (last.seq, last.hash)
+                spent += self._plan.share(event)
+                granted.append(event)
+        return granted, last
 
     def look(self) -> None:
         """Read what other processes have charged meanwhile."""
@@ -204,6 +247,15 @@ class QueryLedger:
             )
         admit(cap, committed, self.run, self._plan.whole(), may_be_sole=False)
 
+    def _refuse_older_copy(self, transaction: Transaction) -> None:
+        assert self._head is not None
+        if not transaction.holds(*self._head):
+            raise LedgerError(
+                f"the ledger {self._ledger.store.location} lacks entry {self._head[0]}, which this "
+                "predictor has written. It was restored from an older copy, or rewritten. Nothing "
+                "was answered. Restore the newest copy, and run `dptorch ledger verify`."
+            )
+
     def _refuse_another(self, dataset: str | None, hashed: str | None) -> None:
         if dataset != self._ledger.dataset:
             raise LedgerError(
@@ -235,7 +287,3 @@ def refuse_overspending(plan: PredictionPlan, spent: float, events: Sequence[Eve
             "was answered and nothing was spent. Ask for fewer, serve a model that was trained with "
             "differential privacy, or begin a budget of another name."
         )
-
-
-def _one(event: Event) -> dict[str, object]:
-    return event.to_dict() | {"steps": 1}

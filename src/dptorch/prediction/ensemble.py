@@ -22,13 +22,15 @@ from dptorch.atomic_files import replacing
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.prediction.bounded import votes_of
 from dptorch.prediction.shards import assign_shards
+from dptorch.tables import Schema
 from dptorch.training import recipes
 from dptorch.training.data import TrainTest
 from dptorch.training.hyperparameters import for_own_data
 from dptorch.training.job import Job
 from dptorch.training.models import build_model
+from dptorch.training.predictor import Predictor
 from dptorch.training.readers import load_data
-from dptorch.training.run_folder import RunFolder
+from dptorch.training.run_folder import SCHEMA_FILE, RunFolder
 
 __all__ = ["ENSEMBLE", "Ensemble", "load_ensemble", "train_ensemble"]
 
@@ -44,19 +46,17 @@ class Ensemble:
 
     Attributes:
         models: in evaluation mode.
+        reader: prepares rows for any of them (its `inputs`), and knows the classes and the schema.
         budget: id of the budget of its answers in a ledger; drawn when it was trained.
         dataset: name of the data set in the ledger.
-        classes: names of the labels.
-        input_shape: of one input.
-        unit: of which no two shards have the same.
+        unit: "user" where no user is in two shards, else "example".
     """
 
     models: list[nn.Module]
+    reader: Predictor
     budget: str
     dataset: str
-    classes: tuple[str, ...]
-    input_shape: tuple[int, ...]
-    unit: str = "example"
+    unit: str
 
 
 def train_ensemble(
@@ -83,7 +83,8 @@ def train_ensemble(
         DataError, ConfigurationError: as `dptorch.training.job.prepare`.
     """
     data, name = _data(job)
-    parts = assign_shards(data.train, shards)
+    users = None if data.table is None else data.table.units
+    parts = assign_shards(data.train, shards, users)
     device = torch.device("cpu" if job.device == "auto" else job.device)
     if job.seed is not None:
         torch.manual_seed(job.seed)
@@ -102,7 +103,7 @@ def train_ensemble(
         "status": "complete",
         "kind": ENSEMBLE,
         "shards": shards,
-        "unit": "example",
+        "unit": "example" if users is None else "user",
         "budget": f"answers-{secrets.token_hex(8)}",
         "dataset": dataset,
         "job": job.to_dict() | {"model": name},
@@ -110,6 +111,7 @@ def train_ensemble(
             "source": data.source,
             "classes": list(data.classes),
             "input_shape": list(data.input_shape),
+            "preparation": dict(data.preparation),
             "train_examples": data.sizes[0],
             "test_examples": data.sizes[1],
         },
@@ -118,6 +120,8 @@ def train_ensemble(
             "test_accuracy_of_votes_without_noise": float((votes.argmax(1) == labels).mean()),
         },
     }
+    if data.table is not None:
+        folder.write(SCHEMA_FILE, data.table.schema.to_json())
     folder.write_json("run.json", about)
     return about
 
@@ -144,14 +148,17 @@ def load_ensemble(path: str | Path) -> Ensemble:
         model = build_model(about["job"]["model"], tuple(data["input_shape"]), len(data["classes"]))
         load_weights(model, str(file))
         models.append(model.eval())
-    return Ensemble(
-        models,
-        about["budget"],
-        about["dataset"],
-        tuple(data["classes"]),
-        tuple(data["input_shape"]),
-        about["unit"],
+    table = data["preparation"].get("kind") == "table"
+    reader = Predictor(
+        network=models[0],
+        classes=tuple(data["classes"]),
+        input_shape=tuple(data["input_shape"]),
+        preparation=data["preparation"],
+        schema=Schema.read(folder.path / SCHEMA_FILE) if table else None,
+        statement={},
+        digest="",
     )
+    return Ensemble(models, reader, about["budget"], about["dataset"], about["unit"])
 
 
 def _data(job: Job) -> tuple[TrainTest, str]:
@@ -164,6 +171,11 @@ def _data(job: Job) -> tuple[TrainTest, str]:
         recipe = recipes.get_recipe(job.recipe or "mnist-features")
         return recipe.load(), job.model or recipe.model
     data = load_data(job.data, job.reading)
+    if not data.classes:
+        raise ConfigurationError(
+            "--shards is for classes, and the schema has a number to predict. Train privately instead: "
+            "leave --shards out."
+        )
     return data, job.model or for_own_data(data.input_shape)[0]
 
 
