@@ -102,6 +102,7 @@ class Trained:
         noise: the noise itself, of each step, flat.
         epsilon: spent.
         local: how many examples this rank had of each step.
+        places: of each step, where in the whole gradient the coordinates of its noise and sums lie.
     """
 
     values: Tensor
@@ -109,6 +110,7 @@ class Trained:
     noise: list[Tensor] = field(default_factory=list)
     epsilon: float = 0.0
     local: list[int] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
 
 
 def settings_of(**more: Any) -> dict[str, Any]:
@@ -153,6 +155,7 @@ def train(
         found.sums.append(_flat(clipped.values.values()))
         zeros = {n: torch.zeros_like(v) for n, v in clipped.values.items()}
         of_zero = ClippedSum(zeros, clipped.max_norm, clipped.scales)
+        found.places.append(_places(clipped, more.get("offsets")))
         found.noise.append(_flat(plain(self, of_zero, *rest, **more).values.values()))
         return plain(self, clipped, *rest, **more)
 
@@ -171,9 +174,22 @@ def train(
                 each_step(engine)
     finally:
         GaussianNoise.privatize = plain  # type: ignore[method-assign]
-    found.values = _flat(p.detach() for p in trainable)
+    found.values = _flat(_whole(p.detach()) for p in trainable)
     found.epsilon = engine.get_privacy_spent().epsilon
     return found
+
+
+def _places(clipped: ClippedSum, offsets: Any) -> Tensor:
+    starts, at = [], 0
+    for name, value in clipped.values.items():
+        starts.append(at if offsets is None else offsets[name])
+        at += value.numel()
+    sizes = [value.numel() for value in clipped.values.values()]
+    return torch.cat([torch.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)])
+
+
+def _whole(values: Any) -> Tensor:
+    return values.full_tensor() if hasattr(values, "full_tensor") else values  # type: ignore[no-any-return]
 
 
 def _flat(tensors: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""docs/scale.md: its program runs as it says, and so does the example, on two processes."""
+"""docs/scale.md: its programs run as it says, and so does the example, on two processes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
+import dptorch
 from tests.distributed.processes import on_ranks
 from tests.source import REPOSITORY
 
@@ -20,19 +23,41 @@ EXAMPLE = REPOSITORY / "examples" / "accelerate_loop.py"
 pytestmark = pytest.mark.slow
 
 
-def test_the_program_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
+def programs() -> list[str]:
+    """The Python programs of the page."""
     page = (REPOSITORY / "docs" / "scale.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "train.py").write_text(program)
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_first_program_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(programs()[0])
+    package = str(Path(dptorch.__file__).parents[1])
     done = subprocess.run(
         # It chooses a free port for --standalone.
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(tmp_path / "train.py")],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (told,) = re.findall(r"epsilon=([\d.]+)", done.stdout)
     assert 2.9 < float(told) <= 3.0
+
+
+def test_the_program_with_fully_shard_runs(tmp_path: Path) -> None:
+    (program,) = programs()[1:]
+
+    def work(rank: int) -> float:
+        os.chdir(tmp_path)
+        dist.init_process_group = lambda backend: None  # on_ranks did
+        names: dict[str, Any] = {}
+        exec(program, names)
+        return float(names["engine"].get_privacy_spent().epsilon)
+
+    first, second = on_ranks(2, work)
+    assert first == second
+    assert 2.9 < first <= 3.0
+    assert (tmp_path / "run.pt").exists()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

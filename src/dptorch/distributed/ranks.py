@@ -13,7 +13,7 @@ from torch import distributed as dist
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.randomness import RootKey
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "explained"]
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _explained():
+        with explained():
             dist.all_gather_object(found, value, group=self._group)
         return found
 
@@ -95,7 +95,7 @@ class Ranks:
         if self.size == 1:
             return value
         box = [value if self.is_first else None]
-        with _explained():
+        with explained():
             dist.broadcast_object_list(box, group_src=0, group=self._group)
         return box[0]  # type: ignore[return-value]
 
@@ -153,7 +153,7 @@ class Ranks:
         """A row of numbers from each rank: [size, n]."""
         numbers = numbers.to(self._device)
         rows = list(torch.empty(self.size, *numbers.shape, dtype=numbers.dtype).to(self._device))
-        with _explained():
+        with explained():
             dist.all_gather(rows, numbers, group=self._group)
         return torch.stack(rows).cpu()
 
@@ -229,14 +229,14 @@ class Ranks:
         """Replace each tensor by its sum over the ranks, which is the same to the bit on all."""
         if self.size > 1:
             for bucket in _buckets(tensors):
-                with _in_one(bucket) as flat, _explained():
+                with _in_one(bucket) as flat, explained():
                     dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group)
 
     def copy_from_first_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by that of rank 0."""
         if self.size > 1:
             for bucket in _buckets(tensors):
-                with _in_one(bucket) as flat, _explained():
+                with _in_one(bucket) as flat, explained():
                     dist.broadcast(flat, group_src=0, group=self._group)
 
 
@@ -246,7 +246,7 @@ def _several() -> bool:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Say what it means that a message did not arrive."""
     try:
         yield

@@ -26,8 +26,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
     ):
         raise ConfigurationError(
-            "the model is in FullyShardedDataParallel (FSDP1), which is not covered. Train it "
-            "replicated on each rank, as it is or in DistributedDataParallel."
+            "the model is in FullyShardedDataParallel (FSDP1), which is not covered. Use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)."
         )
     if isinstance(model, DistributedDataParallel):
         silence(model)

@@ -20,6 +20,7 @@ import math
 import pickle
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias
@@ -31,6 +32,13 @@ from torch.optim import Optimizer
 
 from dptorch.atomic_files import replacing
 from dptorch.distributed import Ranks
+from dptorch.distributed.full_state import (
+    gathered,
+    is_spread,
+    shards_of_model,
+    shards_of_optimizer,
+)
+from dptorch.distributed.sharded import local_part
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.randomness import RootKey
 
@@ -71,21 +79,24 @@ def save_run(
     others: Mapping[str, Stateful],
     extra: Any,
 ) -> None:
-    """See `PrivacyEngine.save_checkpoint`. All ranks have the same to save, and the first does."""
-    if not engine.ranks.is_first:
+    """See `PrivacyEngine.save_checkpoint`. The first rank writes. Where parameters are spread over
+    ranks, all are needed to put them together."""
+    spread = is_spread(engine.model)
+    if not spread and not engine.ranks.is_first:
         return
-    refuse_not_finite(dict(engine.model.named_parameters()))
-    write(
-        path,
-        {
-            "model": engine.model.state_dict(),
-            "optimizer": None if optimizer is None else _optimizer_state(optimizer),
-            "engine": engine.state_dict(),
-            "others": {name: other.state_dict() for name, other in others.items()},
-            "random": _random_state(),
-            "extra": extra,
-        },
-    )
+    with engine.ranks.together() if spread else nullcontext():
+        refuse_not_finite(dict(engine.model.named_parameters()))
+    state = {
+        "model": gathered(engine.model.state_dict()),
+        "optimizer": None if optimizer is None else gathered(_optimizer_state(optimizer)),
+        "engine": engine.state_dict(),
+        "others": {name: other.state_dict() for name, other in others.items()},
+        "random": _random_state(),
+        "extra": extra,
+    }
+    with engine.ranks.together() if spread else nullcontext():
+        if engine.ranks.is_first:
+            write(path, state)
 
 
 def load_run(
@@ -106,9 +117,9 @@ def load_run(
                 f"{_names(others)}: give load_checkpoint what save_checkpoint was given."
             )
     engine.load_state_dict(state["engine"])
-    engine.model.load_state_dict(state["model"])
+    engine.model.load_state_dict(shards_of_model(engine.model, state["model"]))
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"]["state"])
+        optimizer.load_state_dict(shards_of_optimizer(optimizer, state["optimizer"]["state"]))
     for name, other in others.items():
         other.load_state_dict(state["others"][name])
     _set_random_state(state["random"])
@@ -120,11 +131,12 @@ def load_run(
 def refuse_not_finite(parameters: Mapping[str, Tensor]) -> None:
     """Raise PrivacyError if a parameter holds NaN or infinity. (It is a function of noisy releases,
     so that looking at it costs nothing.)"""
-    values = [p.detach() for p in parameters.values() if p.numel() and p.is_floating_point()]
+    mine = (local_part(p) for p in parameters.values())
+    values = [p for p in mine if p.numel() and p.is_floating_point()]
     largest = torch._foreach_norm(values, math.inf) if values else []
     if all(bool(x.isfinite()) for x in largest):
         return
-    name = next(n for n, p in parameters.items() if not bool(p.detach().isfinite().all()))
+    name = next(n for n, p in parameters.items() if not bool(local_part(p).isfinite().all()))
     raise PrivacyError(
         f"the model's parameter {name!r} holds NaN or infinity, so every example's gradient would "
         "be dropped and the step spent on noise alone. It was neither taken nor counted, and no "

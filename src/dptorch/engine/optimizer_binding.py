@@ -144,7 +144,11 @@ def _plain(loss: Any) -> Any:
         return loss.detach()
 
 
-def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient) -> None:
+def write_gradients(
+    parameters: dict[str, Tensor],
+    noisy: NoisyGradient,
+    as_held: Callable[[str, Tensor], Tensor] = lambda name, value: value,
+) -> None:
     """Hand a noisy gradient to the optimizer: the only place where ``.grad`` is written.
 
     Raises:
@@ -157,7 +161,7 @@ def write_gradients(parameters: dict[str, Tensor], noisy: NoisyGradient) -> None
         )
     with torch.no_grad():
         for name, p in parameters.items():
-            p.grad = noisy.values[name].to(p.dtype)
+            p.grad = as_held(name, noisy.values[name].to(p.dtype))
 
 
 def check_parameters(model_parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:

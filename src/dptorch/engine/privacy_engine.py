@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from dptorch.clipping import groups_of
 from dptorch.distributed import Ranks
+from dptorch.distributed.placement import placement_of
 from dptorch.distributed.wrappers import silence_around, unwrapped
 from dptorch.engine import checkpoint
 from dptorch.engine.diagnostics import StepDiagnostics
@@ -73,8 +74,8 @@ class PrivacyEngine:
         secure_rng: make the noise from the cryptographic keystream on every device. On the CPU it
             always is; a GPU's own generator is faster, but no cipher.
         seed: for tests: randomness from a number, which is not private.
-        ranks: the processes that train the model together: by default all that
-            ``torch.distributed.init_process_group`` joined, else this one. See docs/scale.md.
+        ranks: the processes that train the model together: by default all of torch.distributed's
+            default group, else this one. See docs/scale.md.
 
     Guarantees:
         Each `optimizer.step()` applies ``sum_b clip(gradient_b) + N(0, (noise_multiplier *
@@ -128,6 +129,8 @@ class PrivacyEngine:
             plan = settled_plan(plan, settings)
             mode = get_mode(clipping_mode)
             parameters = trainable(model)
+            placement = placement_of(model, parameters, ranks)
+            self_check = self_check and placement.is_whole  # the others would not run it too
             check_mode(mode, plan, ranks)
             budget = checked_budget(memory_budget)
             on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
@@ -150,6 +153,7 @@ class PrivacyEngine:
             self._batch,
             model,
             parameters,
+            placement,
             private=mode is not NON_PRIVATE,
             on_exhausted=on_exhausted,
             secure_rng=secure_rng,
@@ -160,23 +164,18 @@ class PrivacyEngine:
         # training without privacy.
         self._hooks = ModelHooks(
             model,
-            parameters,
+            placement.followed,
             batch_dims=batch_dims,
             on_forward=self._begin_forward,
             checks=first_batch_checks(model, batch_dims, parameters) if self_check else (),
         )
         if self._mode is NON_PRIVATE:
             self._hooks.remove()
-            warn(
-                "clipping_mode='non-private': gradients are neither clipped nor noised, and the "
-                "engine's plan has noise_multiplier=0. This run is for comparison; its epsilon is "
-                "infinite."
-            )
 
     def _begin_forward(self) -> tuple[TapeConfig, TapeListener]:
         """What the tape of a forward pass is made with."""
         silence_around()
-        p = next(iter(self._parameters.values()))
+        p = next(iter(self._hooks.parameters.values()))
         budget = self._memory_budget
         config = TapeConfig(
             mode=self._mode,

@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from dptorch.clipping import COUNTS
 from dptorch.clipping.sums import ClippedSum
+from dptorch.distributed.placement import Placement
 from dptorch.engine import checkpoint
 from dptorch.engine.logical_batch import LogicalBatch
 from dptorch.engine.optimizer_binding import check_parameters, write_gradients
@@ -34,6 +35,7 @@ class PrivateStep:
         batch: adds up the clipped gradients of each.
         model: what is trained.
         parameters: its trainable parameters, by name.
+        placement: where they are.
         private: False takes ordinary steps, for comparison.
         on_exhausted: what a step past the plan does, "raise" or "stop".
         secure_rng: see `dptorch.PrivacyEngine`.
@@ -45,6 +47,7 @@ class PrivateStep:
         batch: LogicalBatch,
         model: nn.Module,
         parameters: dict[str, Tensor],
+        placement: Placement,
         *,
         private: bool,
         on_exhausted: str,
@@ -54,6 +57,7 @@ class PrivateStep:
         self._batch = batch
         self._model = model
         self._parameters = parameters
+        self._placement = placement
         self._private = private
         self._on_exhausted = on_exhausted
         self._secure_rng = secure_rng
@@ -86,14 +90,15 @@ class PrivateStep:
         # A seed is for repeating a run, in other physical batches and on other ranks too, which differ
         # by rounding.
         key, next_step = self._run.key, self._run.steps_done
-        context = fingerprint(clipped.values, key, next_step) if key.source.is_private else 0
-        self._ranks.refuse_different_sums(context)
+        context = 0
+        if key.source.is_private:
+            context = self._placement.common(fingerprint(clipped.values, key, next_step))
         # Counted before it is visible: whatever happens from here on, the step has been spent.
         step = self._run.count_step(sampled=sampled)
         if not sampled:
             self._warn_of_own_loader()
         noisy = self._add_noise(clipped, step, context)
-        write_gradients(self._parameters, noisy)
+        write_gradients(self._parameters, noisy, self._placement.gradient)
         return True
 
     def _sum_over_ranks(self, optimizer: Optimizer, sampled: bool) -> ClippedSum:
@@ -103,8 +108,7 @@ class PrivateStep:
                 raise PrivacyError(NOT_SHARED)
             self._batch.add_pending("step")
             clipped = self._pop_clipped_sum(optimizer)
-        self._ranks.add_up_(clipped.values.values())
-        return clipped
+        return self._placement.add_up(clipped)
 
     def _pop_clipped_sum(self, optimizer: Optimizer) -> ClippedSum:
         """The sum of the logical batch, once nothing speaks against a step on it."""
@@ -119,8 +123,9 @@ class PrivateStep:
         plan, key = self._run.plan, self._run.key
         divisor = plan.expected_batch_size if plan.loss_reduction == "mean" else 1.0
         mechanism = get_mechanism(plan.mechanism)
+        where = {} if (at := self._placement.offsets) is None else {"offsets": at}
         noise = mechanism(plan.noise_multiplier, secure_rng=self._secure_rng)
-        noisy = noise.privatize(clipped, key, step, context=context, divisor=divisor)
+        noisy = noise.privatize(clipped, key, step, context=context, divisor=divisor, **where)
         if plan.adaptive_clipping is not None:
             self._batch.update_norms(noisy.values[COUNTS] * divisor)
         return noisy

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dptorch.distributed import Ranks
 from dptorch.distributed.agreement import shapes
+from dptorch.distributed.sharded import is_sharded
 from dptorch.engine.settings import EngineSettings
-from dptorch.errors import ConfigurationError, one_of
+from dptorch.errors import ConfigurationError, one_of, warn
 from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
 from dptorch.randomness import RootKey
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, Mode
@@ -44,8 +45,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Return the trainable parameters of `model` by name.
 
     Raises:
-        ConfigurationError: there are none, they have no values yet, they are spread over processes, or
-            the model has an engine.
+        ConfigurationError: there are none, they have no values yet, or the model has an engine.
     """
     if hooks_of(model) is not None:
         raise ConfigurationError(
@@ -65,13 +65,6 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
                 "weights, or model.to_empty(device='cpu') and initialise them, before making the "
                 "engine."
             )
-        if type(p.data).__name__ == "DTensor":
-            raise ConfigurationError(
-                f"the parameter {name!r} is a DTensor, spread over processes by fully_shard, tensor, "
-                "pipeline or context parallelism: training on such parameters is not covered. Keep "
-                "the whole model on each rank, as it is or in DistributedDataParallel; "
-                "max_physical_batch_size and adapters save memory."
-            )
     return parameters
 
 
@@ -90,6 +83,11 @@ def check_mode(mode: Mode, plan: PrivacyPlan, ranks: Ranks) -> None:
         raise ConfigurationError(
             f"clipping_mode='non-private' on {ranks.size} ranks: the engine would add nothing up. "
             "Compare on one process, or train in DistributedDataParallel without an engine."
+        )
+    if mode is NON_PRIVATE:
+        warn(
+            "clipping_mode='non-private': gradients are neither clipped nor noised, and the engine's "
+            "plan has noise_multiplier=0. This run is for comparison; its epsilon is infinite."
         )
 
 
@@ -122,5 +120,6 @@ def start_together(
     )
     key = ranks.share_key(seed)
     with torch.no_grad():
-        ranks.copy_from_first_(t.data for t in [*model.parameters(), *model.buffers()])
+        whole = [t for t in [*model.parameters(), *model.buffers()] if not is_sharded(t)]
+        ranks.copy_from_first_(t.data for t in whole)
     return key

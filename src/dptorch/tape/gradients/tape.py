@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dptorch.errors import PrivacyError
+from dptorch.errors import NotCoveredError, PrivacyError
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.clipping_modes import MODES, Mode, NormMethod
 from dptorch.tape.gradients.device_cost import TYPICAL, DeviceCost
@@ -330,6 +330,12 @@ class Tape:
         tensors = list(self._intermediate.values())
         forms = [self._store.pop(id(t)).dense() for t in tensors]
         bases = list(self.parameters.values())
+        if any(p.numel() and not p.untyped_storage().nbytes() for p in bases):
+            raise NotCoveredError(
+                "a parameter that is computed from parameters (weight_norm, a parametrization) is in "
+                "a model on which fully_shard was called, and is needed after its values were freed. "
+                "Train such a model replicated, as it is or in DistributedDataParallel."
+            )
         with self._guard.suspended() if self._guard else nullcontext():
             found = batched_vjp(
                 tensors,

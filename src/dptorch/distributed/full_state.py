@@ -1,0 +1,73 @@
+"""States of models and optimizers that are spread over ranks, as the whole tensors of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dptorch.distributed.sharded import is_sharded
+
+__all__ = ["gathered", "is_spread", "shards_of_model", "shards_of_optimizer"]
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether this rank has less than the whole of some parameter."""
+    return any(is_sharded(p) for p in model.parameters())
+
+
+def gathered(state: Any) -> Any:
+    """Return a state with whole tensors in place of shards; on the CPU. All ranks call it."""
+    if isinstance(state, Mapping):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(value) for value in state)
+    if isinstance(state, Tensor) and is_sharded(state):
+        spread: Any = state.detach()
+        return spread.full_tensor().cpu()
+    return state
+
+
+def shards_of_model(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `gathered` returned of ``model.state_dict()``, as this rank holds it."""
+    mine = model.state_dict()
+    return {name: _shard(value, mine.get(name)) for name, value in state.items()}
+
+
+def shards_of_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `gathered` returned of ``optimizer.state_dict()``, as this rank holds it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    places = [i for group in state["param_groups"] for i in group["params"]]
+    by_place = dict(zip(places, parameters, strict=True))
+    return {
+        **state,
+        "state": {
+            i: {name: _shard(value, by_place.get(i)) for name, value in each.items()}
+            for i, each in state["state"].items()
+        },
+    }
+
+
+def _shard(value: Any, like: Any) -> Any:
+    """This rank's part of a whole tensor of the shape of `like`, if that is spread over ranks."""
+    if not isinstance(value, Tensor) or not isinstance(like, Tensor) or not is_sharded(like):
+        return value
+    if value.shape != like.shape:
+        return value  # a count of steps
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = like
+    mesh = spread.device_mesh
+    parts = value.chunk(mesh.size())
+    rank = mesh.get_local_rank()
+    mine = parts[rank] if rank < len(parts) else value[:0]
+    return DTensor.from_local(
+        mine.clone().to(spread.device),
+        mesh,
+        spread.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )

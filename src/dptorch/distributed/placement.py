@@ -1,0 +1,139 @@
+"""Where the parameters of a model are: all of them on every rank, or a shard on each (FSDP2).
+
+`placement_of` finds out. The engine asks a placement for three things: what the model's forward passes
+use in place of each parameter, the sum over all ranks as far as this rank needs it, and where that
+part lies in the whole gradient, so that its noise is that part of the whole's noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dptorch.clipping.sums import ClippedSum
+from dptorch.distributed.ranks import Ranks
+from dptorch.distributed.sharded import ShardedParameters, is_sharded
+from dptorch.errors import ConfigurationError
+
+__all__ = ["Placement", "Replicated", "Sharded", "placement_of"]
+
+
+class Placement(Protocol):
+    """What an engine asks.
+
+    Attributes:
+        is_whole: whether this rank can run the model without the others.
+        followed: parameter name -> what the model's forward passes use.
+        offsets: parameter name -> place of the first coordinate of this rank's part in the whole
+            gradient; None where the part is the whole. Known once `add_up` was called.
+    """
+
+    @property
+    def is_whole(self) -> bool: ...
+
+    @property
+    def followed(self) -> dict[str, Tensor]: ...
+
+    @property
+    def offsets(self) -> Mapping[str, int] | None: ...
+
+    def add_up(self, clipped: ClippedSum) -> ClippedSum:
+        """Return this rank's part of the sum over all ranks; takes the tensors of `clipped` over."""
+
+    def common(self, fingerprint: int) -> int:
+        """Return the fingerprint of the whole sum, from that of this rank's part: one number for all
+        ranks."""
+
+    def gradient(self, name: str, value: Tensor) -> Tensor:
+        """Return this rank's part of a gradient as what the optimizer takes for the parameter."""
+
+
+class Replicated:
+    """Every rank has all parameters."""
+
+    is_whole = True
+    offsets: Mapping[str, int] | None = None
+
+    def __init__(self, ranks: Ranks, parameters: dict[str, Tensor]) -> None:
+        self._ranks = ranks
+        self.followed = parameters
+
+    def add_up(self, clipped: ClippedSum) -> ClippedSum:
+        """See `Placement`."""
+        self._ranks.add_up_(clipped.values.values())
+        return clipped
+
+    def common(self, fingerprint: int) -> int:
+        """See `Placement`.
+
+        Raises:
+            PrivacyError: the sum is not the same on all ranks.
+        """
+        self._ranks.refuse_different_sums(fingerprint)
+        return fingerprint
+
+    def gradient(self, name: str, value: Tensor) -> Tensor:
+        """See `Placement`."""
+        return value
+
+
+class Sharded:
+    """Each rank has a shard of every parameter that `fully_shard` took, and what it left out whole.
+
+    The clipped sums of a rank's examples are reduced and scattered as soon as the logical batch is
+    complete: each rank keeps its shard of the sum, adds its slice of the noise and steps on it.
+    """
+
+    is_whole = False
+
+    def __init__(self, ranks: Ranks, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+        self._ranks = ranks
+        self._shards = ShardedParameters(model, parameters, ranks)
+        self.followed = self._shards.followed
+        self.offsets: Mapping[str, int] | None = None
+
+    def add_up(self, clipped: ClippedSum) -> ClippedSum:
+        """See `Placement`."""
+        offsets, at = {}, 0
+        for name, value in clipped.values.items():
+            offsets[name] = at + self._shards.first_coordinate(name)
+            at += value.numel()
+        self.offsets = offsets
+        whole = dict(clipped.values)
+        order = list(whole)
+        kept = {n: whole.pop(n) for n in order if n not in self._shards}
+        self._ranks.add_up_(kept.values())
+        kept |= self._shards.reduced(whole)
+        return replace(clipped, values={name: kept[name] for name in order})
+
+    def common(self, fingerprint: int) -> int:
+        """See `Placement`."""
+        parts = b"".join(part.to_bytes(8, "little") for part in self._ranks.gather(fingerprint))
+        return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "little")
+
+    def gradient(self, name: str, value: Tensor) -> Tensor:
+        """See `Placement`."""
+        return self._shards.gradient(name, value) if name in self._shards else value
+
+
+def placement_of(model: nn.Module, parameters: dict[str, Tensor], ranks: Ranks) -> Placement:
+    """Return where the parameters of `model` are.
+
+    Raises:
+        ConfigurationError: they are spread over processes in a way that is not covered.
+    """
+    spread: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if is_sharded(p)]
+    if not spread:
+        return Replicated(ranks, parameters)
+    name, p = spread[0]
+    if p.device_mesh.size() != ranks.size:
+        raise ConfigurationError(
+            f"the parameter {name!r} is spread over {p.device_mesh.size()} processes, but the engine's "
+            f"ranks are {ranks.size}. Shard over all of them, or give the engine "
+            "ranks=dptorch.distributed.Ranks.of(mesh.get_group())."
+        )
+    return Sharded(ranks, model, parameters)

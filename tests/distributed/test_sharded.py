@@ -1,0 +1,233 @@
+"""FSDP2: what `fully_shard` has spread over ranks trains like the whole on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import dptorch
+from dptorch.distributed.sharded import ShardedParameters
+from dptorch.errors import ConfigurationError, PrivacyError
+from tests.distributed.processes import on_ranks
+from tests.distributed.scenarios import Trained, close, loss_of, settings_of, train
+from tests.engine.setup import make_data, make_model
+
+EXACT = 1e-6
+
+pytestmark = pytest.mark.slow
+
+
+def sharded(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    """Wraps layers, or blocks of a transformer, and then the rest."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if type(module).__name__ == "GPT2Block":
+                fully_shard(module, **options)
+        for child in model.children():
+            if isinstance(child, nn.Linear | nn.Conv2d):
+                fully_shard(child, **options)
+        return fully_shard(model, **options)
+
+    return wrap
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "MLP": ("MLP", {}),
+    "layer-wise": ("MLP", {"clipping_style": "layer-wise"}),
+    "GroupNorm": ("convolutions with GroupNorm", {}),
+    "tied GPT-2": ("tied GPT-2", {}),
+    "layer-wise GPT-2": ("tied GPT-2", {"clipping_style": "layer-wise"}),
+    "LoRA": ("LoRA", {}),
+    "parts": ("MLP", {"limit": 2, "sample_rate": 0.5}),
+    "empty shares": ("MLP", {"sample_rate": 2 / 24, "steps": 20}),
+    "adaptive": ("MLP", {"adaptive_clipping": {"count_stddev": 4.0}}),
+    "discrete": ("MLP", {"mechanism": "discrete_gaussian", "accountant": "rdp"}),
+    "two passes": ("MLP", {"clipping_mode": "ghost"}),
+}
+
+
+def same_as_one(ranks: list[Trained], alone: Trained) -> None:
+    """Assert that the ranks' shards are the parameters, sums and noise of one process."""
+    for found in ranks:
+        assert not isinstance(found, Exception), found
+        assert found.epsilon == alone.epsilon
+        assert close(found.values, alone.values, EXACT)
+    for step, whole in enumerate(alone.noise):
+        assert torch.equal(in_place(ranks, "noise", step), whole)
+        assert close(in_place(ranks, "sums", step), alone.sums[step], EXACT)
+
+
+def in_place(ranks: list[Trained], what: str, step: int) -> torch.Tensor:
+    """The slices of all ranks at their places in the whole gradient."""
+    places = torch.cat([found.places[step] for found in ranks])
+    values = torch.cat([getattr(found, what)[step] for found in ranks])
+    whole = torch.full((int(places.max()) + 1,), torch.nan)
+    whole[places] = values
+    return whole
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_fully_sharded_ranks_take_the_step_of_one_process(size: int) -> None:
+    """With parameters freed after the forward and kept; the noise of each shard is its slice."""
+    names = CASES if size == 2 else ["MLP", "tied GPT-2"]
+
+    def work(rank: int) -> list[Trained]:
+        return [
+            train(CASES[case][0], wrap=sharded(reshard_after_forward=free), **CASES[case][1])
+            for case in names
+            for free in ((True, False) if case == "MLP" else (True,))
+        ]
+
+    by_rank = on_ranks(size, work)
+    cases = [case for case in names for _ in range(2 if case == "MLP" else 1)]
+    for i, case in enumerate(cases):
+        name, settings = CASES[case]
+        same_as_one([found[i] for found in by_rank], train(name, **settings))
+
+
+def test_the_comparison_sees_noise_that_is_not_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin: every rank takes the noise of the first shard."""
+    monkeypatch.setattr(ShardedParameters, "first_coordinate", lambda self, name: 0)
+    ranks = on_ranks(2, lambda rank: train(wrap=sharded()))
+    with pytest.raises(AssertionError):
+        same_as_one(ranks, train())
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+def test_bfloat16_is_summed_and_noised_in_float32() -> None:
+    """Against one process whose whole model is in bfloat16: the same rounded gradients of examples,
+    whose norms, sums and noise have more digits than bfloat16 has."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def in_half(model: nn.Module) -> nn.Module:
+        class Half(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = model.bfloat16()
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.inner(x.bfloat16())
+
+        return Half()
+
+    one_step = {"steps": 1}
+    alone = train(wrap=in_half, **one_step)
+    ranks = on_ranks(2, lambda rank: train(wrap=sharded(mp_policy=policy), **one_step))
+    assert not any(isinstance(found, Exception) for found in ranks), ranks
+    sums = in_place(ranks, "sums", 0)
+    assert sums.dtype == torch.float32
+    assert not torch.equal(sums, sums.bfloat16().float())
+    # Its parameters are rounded to bfloat16 once, and those of one process were before.
+    assert close(sums, alone.sums[0], 1e-5)
+    assert torch.equal(in_place(ranks, "noise", 0), alone.noise[0])
+    # What one example adds is no longer than the clipping norm, in float32.
+    assert sums.norm() <= 0.2 * sum(found.local[0] for found in ranks) * (1 + 1e-6)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1), (1, 2)])
+def test_a_sharded_checkpoint_goes_on_on_another_number_of_ranks(before, after, tmp_path) -> None:
+    """Of Adam, whose moments are sharded too; one process has the whole model, not sharded."""
+    path = tmp_path / "run.pt"
+
+    def run(size: int, *, load: bool) -> tuple[torch.Tensor, float]:
+        model = make_model()
+        if size > 1:
+            model = sharded()(model)
+        engine = dptorch.PrivacyEngine(model, **settings_of(steps=4))
+        optimizer = engine.attach(torch.optim.Adam(model.parameters(), 0.01))
+        if load:
+            engine.load_checkpoint(path)
+        for x, y in engine.loader(make_data()):
+            loss_of(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if engine.steps_done == 2 and not load and path.parent.exists():
+                engine.save_checkpoint(path)
+        values = [p.detach() for p in model.parameters()]
+        whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in values]
+        return torch.cat([p.flatten() for p in whole]), engine.get_privacy_spent().epsilon
+
+    first = (
+        [run(1, load=False)] if before == 1 else on_ranks(before, lambda r: run(before, load=False))
+    )
+    later = [run(1, load=True)] if after == 1 else on_ranks(after, lambda r: run(after, load=True))
+    for values, epsilon in later:
+        torch.testing.assert_close(values, first[0][0], rtol=1e-5, atol=1e-6)
+        assert epsilon == first[0][1]
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+class Derived(nn.Module):
+    """Its weight is computed from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.ones(3, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.raw.exp())
+
+
+def step_on(
+    engine: dptorch.PrivacyEngine, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    for x, y in engine.loader(make_data()):
+        loss_of(model(x), y).backward()
+        optimizer.step()
+
+
+def test_other_ways_of_spreading_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def refused(make: Callable[[], nn.Module]) -> str:
+        with pytest.raises(ConfigurationError) as error:
+            dptorch.PrivacyEngine(make(), **settings_of())
+        return str(error.value)
+
+    def work(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+        line = init_device_mesh("cpu", (2,))
+        found = [
+            refused(lambda: fully_shard(make_model(), mesh=mesh)),
+            refused(lambda: parallelize_module(make_model(), line, {"0": ColwiseParallel()})),
+            refused(
+                lambda: fully_shard(
+                    make_model(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16)
+                )
+            ),
+        ]
+        model = make_model()
+        late = dptorch.PrivacyEngine(model, **settings_of())
+        optimizer = late.attach(torch.optim.SGD(model.parameters(), 0.1))
+        fully_shard(model)
+        derived = fully_shard(Derived())
+        engine = dptorch.PrivacyEngine(derived, **settings_of())
+        optimizers = [optimizer, engine.attach(torch.optim.SGD(derived.parameters(), 0.1))]
+        for private, net, of_it in ((late, model, optimizers[0]), (engine, derived, optimizers[1])):
+            with pytest.raises((PrivacyError, ConfigurationError)) as error:
+                step_on(private, net, of_it)
+            found.append(str(error.value))
+            assert private.steps_done == 0
+        return found
+
+    for found in on_ranks(2, work):
+        assert not isinstance(found, Exception), found
+        assert "not HSDP" in found[0]
+        assert "tensor, pipeline and context parallelism" in found[1]
+        assert "underflow" in found[2]
+        assert "trainable parameter" in found[3], found[3]
+        assert "computed from parameters" in found[4]
