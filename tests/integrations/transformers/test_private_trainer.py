@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 from dptorch.integrations.transformers.private_trainer import PRIVATE_FOLDER
 from dptorch.ledger import open_ledger
+from tests.distributed.processes import on_ranks
 from tests.integrations.transformers import setup
 from tests.integrations.transformers.setup import arguments, build, collator, data, trainer_of
 
@@ -391,3 +393,48 @@ def test_the_package_loads_transformers_late():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_model_of_one(tmp_path):
+    """In DistributedDataParallel, with AdamW, noise, a ledger and a checkpoint gone on from."""
+    dataset = data("gpt2", [3 + i % 6 for i in range(32)])
+    settings = {
+        "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-2,
+        "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+
+    def make(folder, rows, **given):
+        return trainer_of(
+            build("gpt2"), "gpt2", folder, dataset=dataset, privacy={"noise_multiplier": 0.5},
+            per_device_train_batch_size=rows, given=given, **settings,
+        )  # fmt: skip
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
+        ledger = open_ledger(tmp_path / "ledger.db").dataset("reviews") if rank == 0 else None
+        killed = make(tmp_path / "two", 4, callbacks=[Kill(3)], ledger=ledger)
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+        again = make(tmp_path / "two", 4, ledger=ledger)
+        again.train(resume_from_checkpoint=True)
+        spent = again.get_privacy_spent().epsilon
+        return (
+            parameters_of(again),
+            spent,
+            type(again.model_wrapped).__name__,
+            again.engine.ranks.size,
+        )
+
+    alone = ran(make(tmp_path / "one", 8))
+    for values, epsilon, wrapper, size in on_ranks(2, work):
+        assert (wrapper, size) == ("DistributedDataParallel", 2)
+        torch.testing.assert_close(values, parameters_of(alone), rtol=0, atol=1e-5)
+        # The third step was released twice: once before the interruption.
+        assert epsilon > alone.get_privacy_spent().epsilon
+    total = open_ledger(tmp_path / "ledger.db").dataset("reviews").total()
+    assert (total.runs, total.steps) == (1, 5)

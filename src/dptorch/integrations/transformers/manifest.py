@@ -115,9 +115,10 @@ _SCHEDULES: Final = (
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 
-_ONE_PROCESS: Final = (
+_WHOLE_MODEL: Final = (
     "shards or averages gradients, which have to be clipped one by one and added up before noise is, "
-    "once. Leave it out and train in one process; gradient_accumulation_steps makes large batches fit."
+    "once. Leave it out: torchrun or `accelerate launch` alone trains on several processes, each with "
+    "the whole model, and gradient_accumulation_steps makes large batches fit."
 )
 _SELECTS: Final = (
     "chooses by looking at the evaluation data, which no epsilon here covers. Leave it out, or say "
@@ -158,9 +159,9 @@ REFUSED: Final = {
         ("end", "every_save"),
         "uploads checkpoints, with the exact losses in trainer_state.json. Use 'every_save' or 'end'.",
     ),
-    "parallelism_config": Refusal(_OFF, _ONE_PROCESS),
-    "fsdp": Refusal((*_OFF, []), _ONE_PROCESS),
-    "deepspeed": Refusal(_OFF, _ONE_PROCESS),
+    "parallelism_config": Refusal(_OFF, _WHOLE_MODEL),
+    "fsdp": Refusal((*_OFF, []), _WHOLE_MODEL),
+    "deepspeed": Refusal(_OFF, _WHOLE_MODEL),
     "dataloader_in_order": Refusal(
         (True,), "parts of different batches would arrive mixed. Leave it True."
     ),
@@ -191,13 +192,13 @@ IGNORED: Final = {
     "length_column_name": "lengths order nothing",
     "fsdp_config": "fsdp is refused",
     "packing_strategy": "packing is refused, or the packed row is the unit",
-    "ddp_find_unused_parameters": "one process",
-    "ddp_bucket_cap_mb": "one process",
-    "ddp_broadcast_buffers": "one process",
-    "ddp_static_graph": "one process",
-    "ddp_backend": "one process",
-    "ddp_timeout": "one process",
-    "local_rank": "one process",
+    "ddp_find_unused_parameters": "DistributedDataParallel averages nothing: the engine adds up",
+    "ddp_bucket_cap_mb": "DistributedDataParallel averages nothing: the engine adds up",
+    "ddp_broadcast_buffers": "DistributedDataParallel averages nothing: the engine adds up",
+    "ddp_static_graph": "DistributedDataParallel averages nothing: the engine adds up",
+    "ddp_backend": "DistributedDataParallel averages nothing: the engine adds up",
+    "ddp_timeout": "DistributedDataParallel averages nothing: the engine adds up",
+    "local_rank": "set by the launcher",
 }
 
 

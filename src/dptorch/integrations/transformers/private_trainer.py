@@ -21,6 +21,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from dptorch.accounting import Adjacency
+from dptorch.distributed.wrappers import unwrapped
 from dptorch.engine import checkpoint
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, warn
@@ -58,9 +59,10 @@ class PrivateTrainer(Trainer):
 
     Args:
         model, args, positional, trainer_kwargs: as the Trainer takes them.
-            ``per_device_train_batch_size * gradient_accumulation_steps`` is the expected size of a
-            logical batch, a public number; at most ``per_device_train_batch_size`` examples go through
-            the model at once. The run has ``max_steps`` steps, or those of ``num_train_epochs``.
+            ``per_device_train_batch_size * gradient_accumulation_steps``, times the number of
+            processes, is the expected size of a logical batch, a public number; at most
+            ``per_device_train_batch_size`` examples go through a process's model at once. The run
+            has ``max_steps`` steps, or those of ``num_train_epochs``.
         privacy: what is guaranteed.
         ledger: see `dptorch.PrivacyEngine`.
         loss_chunk: for a causal language model with a frozen head (adapters): how many tokens of every
@@ -115,6 +117,7 @@ class PrivateTrainer(Trainer):
         batch_size = given.per_device_train_batch_size * given.gradient_accumulation_steps
         self.privacy = privacy
         super().__init__(model, settle(given, privacy), *positional, **trainer_kwargs)
+        batch_size *= self.args.world_size
         self._refuse_devices()
         self._refuse_selection()
         if self.train_dataset is None:
@@ -167,11 +170,6 @@ class PrivateTrainer(Trainer):
             raise ConfigurationError(
                 f"{self.args.n_gpu} GPUs in one process would each get a copy of the model, whose "
                 "gradients are averaged. Choose one with CUDA_VISIBLE_DEVICES=0."
-            )
-        if self.args.world_size > 1:
-            raise ConfigurationError(
-                f"{self.args.world_size} processes: clipped sums of several processes are not added up "
-                "yet. Train in one; gradient_accumulation_steps makes large batches fit."
             )
 
     def _refuse_selection(self) -> None:
@@ -289,7 +287,9 @@ class PrivateTrainer(Trainer):
             try:
                 return self._run_parts(base.training_step, model, parts)
             except RuntimeError as error:
-                if self._batches.rows == 1 or not should_reduce_batch_size(error):
+                # The other processes would not take smaller parts.
+                alone = self._engine.ranks.size == 1
+                if not alone or self._batches.rows == 1 or not should_reduce_batch_size(error):
                     raise
             # Not in the handler: its traceback holds the tensors of the part that failed.
             parts = self._in_smaller_parts()
@@ -327,7 +327,7 @@ class PrivateTrainer(Trainer):
         if self.engine is None or not model.training:
             return base.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._chunked is not None:
-            return self._chunked(model, inputs)
+            return self._chunked(unwrapped(model), inputs)
         return Trainer.compute_loss(self, model, inputs, return_outputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -395,14 +395,15 @@ class PrivateTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         base: Any = super()
-        if self.engine is not None:
+        is_keeper = self.engine is not None and self._engine.ranks.is_first
+        if is_keeper:
             # First: a checkpoint without its engine's state could not be gone on from.
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             file = _engine_file(folder)
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            checkpoint.write(file, {"engine": self.engine.state_dict()})
+            checkpoint.write(file, {"engine": self._engine.state_dict()})
         base._save_checkpoint(model, trial)
-        if self.engine is not None:
+        if is_keeper:
             for old in file.parent.glob("checkpoint-*.pt"):
                 if not (folder.parent / old.stem).exists():
                     old.unlink()
@@ -425,7 +426,7 @@ class PrivateTrainer(Trainer):
                     "epsilon adds to this one's."
                 )
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.engine is not None and self.engine.exhausted:
+        if self.engine is not None and self.engine.exhausted and self.engine.ranks.is_first:
             self._forget_key(Path(str(self.args.output_dir)) / PRIVATE_FOLDER)
         return result
 
