@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dptorch.distributed.sharded import is_sharded
 
@@ -20,25 +21,32 @@ def is_spread(model: nn.Module) -> bool:
 
 def gathered(state: Any) -> Any:
     """Return a state with whole tensors in place of shards; on the CPU. All ranks call it."""
-    if isinstance(state, Mapping):
-        return {key: gathered(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(gathered(value) for value in state)
-    if isinstance(state, Tensor) and is_sharded(state):
-        spread: Any = state.detach()
-        return spread.full_tensor().cpu()
-    return state
+    leaves, spec = tree_flatten(state)
+    if not any(isinstance(leaf, Tensor) and is_sharded(leaf) for leaf in leaves):
+        return state  # the object itself, with whatever else it carries
+    return tree_unflatten([_whole(leaf) for leaf in leaves], spec)
 
 
-def shards_of_model(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def _whole(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not is_sharded(leaf):
+        return leaf
+    spread: Any = leaf.detach()
+    return spread.full_tensor().cpu()
+
+
+def shards_of_model(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what `gathered` returned of ``model.state_dict()``, as this rank holds it."""
+    if not is_spread(model):
+        return state
     mine = model.state_dict()
     return {name: _shard(value, mine.get(name)) for name, value in state.items()}
 
 
-def shards_of_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+def shards_of_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Return what `gathered` returned of ``optimizer.state_dict()``, as this rank holds it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(map(is_sharded, parameters)):
+        return state
     places = [i for group in state["param_groups"] for i in group["params"]]
     by_place = dict(zip(places, parameters, strict=True))
     return {
