@@ -148,7 +148,7 @@ def public_functions() -> set[Callable[..., Any]]:
     for space in (torch, torch.special, torch.linalg, F, torch.fft, Tensor):
         for name, f in inspect.getmembers(space, callable):
             if not (name.startswith("_") or inspect.isclass(f) or inspect.ismodule(f)):
-                found.add(f)
+                found.add(inspect.unwrap(f))  # what the engine has put in front of it
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dptorch.tape.propagation.table import Found, find
+from dptorch.tape.propagation.table import FAMILIES, Found, find
 from dptorch.tape.provenance.aliases import Aliases
 from dptorch.tape.provenance.calls import (
     Call,
@@ -59,7 +59,7 @@ def _by_table(call: Call, outputs: Sequence[Any]) -> list[Found] | None:
             if any(other is not tag and other != tag for _, other in tagged):
                 raise Lost("different examples meet")
             return [tag] * len(outputs)
-    found = find(call.name)
+    found = FAMILIES.get(call.name) or find(call.name)
     result = NotImplemented if found is None else found(call, outputs)
     if type(result) is Tag:
         return [result] * len(outputs)

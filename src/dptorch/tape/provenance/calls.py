@@ -292,7 +292,8 @@ class Call:
 
     def operands(self) -> list[Tensor]:
         """The arguments that are tensors, in the order of the schema."""
-        return [v for v in self.bound.values() if isinstance(v, Tensor)]
+        values = self.bound.values() if self.kwargs else self.args
+        return [v for v in values if isinstance(v, Tensor)]
 
     def tag_of(self, t: Any) -> Tag | None:
         """The tag of an operand, or None if it carries no examples."""

@@ -50,6 +50,7 @@ class _Layout(NamedTuple):
 
 _OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
 _SIGNATURES: dict[Any, tuple[str, ...] | None] = {}
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype})
 _LAYOUTS: dict[tuple[Any, ...], _Layout | None] = {}
 
 
@@ -99,7 +100,8 @@ def _layout(
         return None
     if names is not None:
         return _Layout(names, False, names)
-    key = (func, *map(_kind, args), None, *(kwargs or ()))
+    kinds = [kind if (kind := type(a)) in _PLAIN else _kind(a) for a in args]
+    key = (func, *kinds, None, *kwargs) if kwargs else (func, *kinds)
     try:
         return _LAYOUTS[key]
     except KeyError:

@@ -219,8 +219,9 @@ def _packed_owners(packed: PackedSequence) -> tuple[Tensor, int]:
 def _refuse_unequal(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: BatchDims
 ) -> None:
+    same = isinstance(batch_dims, int)  # a signature is not looked at unless it is needed
+    names = list(map(str, range(len(args)))) if same else argument_names(module, len(args))
     sizes: dict[str, int] = {}
-    names = argument_names(module, len(args))
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         dim = batch_dims if isinstance(batch_dims, int) else batch_dims.get(name, 0)
         if isinstance(value, Tensor) and isinstance(dim, int) and value.dim() > max(dim, 0):
@@ -228,6 +229,9 @@ def _refuse_unequal(
     different = {s for s in sizes.values() if s != 1}
     if len(different) < 2:
         return
+    if same:
+        real = dict(zip(names, argument_names(module, len(args)), strict=True))
+        sizes = {real.get(n, n): size for n, size in sizes.items()}
     found = ", ".join(f"'{n}' has {s}" for n, s in sizes.items())
     most = max(sizes, key=lambda n: sizes[n])
     fewest = min((n for n in sizes if sizes[n] != 1), key=lambda n: sizes[n])

@@ -14,25 +14,25 @@ from torch import Tensor
 
 from dptorch.tape.provenance.calls import Call
 
-__all__ = ["is_usual", "note_check"]
+__all__ = ["CHECKS", "is_usual", "note_check"]
 
 _USUAL = "_dptorch_usual"
 _CHECKS = {"isfinite": True, "isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
+#: The ops that can be a part of such a check.
+CHECKS = frozenset({*_CHECKS, "all", "any", "logical_not", "bitwise_not"})
 _READS = ("__bool__", "item", "is_nonzero")
 
 
 def note_check(call: Call, out: Any) -> None:
-    """Note what a check of finite values, or all or any of one, gives for an ordinary batch."""
+    """Note what one of `CHECKS`, or all or any of one, gives for an ordinary batch."""
     name = call.name
     if name in _CHECKS:
         usual = _CHECKS[name]
-    elif name in ("all", "any", "logical_not", "bitwise_not"):
+    else:
         before: bool | None = getattr(call.first, _USUAL, None)
         if before is None or (name == "all" and not before) or (name == "any" and before):
             return
         usual = before if name in ("all", "any") else not before
-    else:
-        return
     if isinstance(out, Tensor) and out.dtype is torch.bool and not call.in_place:
         setattr(out, _USUAL, usual)
 

@@ -20,7 +20,7 @@ from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
-from dptorch.tape.recording.patches import patch_functions, patched, uncompiled
+from dptorch.tape.recording.patches import patch, uncompiled, unpatch
 from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
@@ -63,7 +63,7 @@ class ModelHooks:
         from dptorch.tape.recording.constructors import follow_constructors
 
         follow_constructors()
-        patch_functions()
+        patch()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -102,6 +102,8 @@ class ModelHooks:
         """Take all hooks off the model and its parameters."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            unpatch()
         self._handles.clear()
         self.guard.remove()
 
@@ -148,7 +150,6 @@ class ModelHooks:
                 self._checks = [check for check in self._checks if not check(args, kwargs)]
         stack = ExitStack()
         stack.enter_context(uncompiled())
-        stack.enter_context(patched())
         stack.enter_context(recording)
         self._open = recording, stack
         self._outer_error = sys.exc_info()[1]

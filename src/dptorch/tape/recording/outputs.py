@@ -28,6 +28,7 @@ from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import FOLLOWED, GUESSED, is_followed
+from dptorch.tape.recording.value_sizes import SIZES_MADE
 
 __all__ = ["RecordedTensor", "follow", "outputs_of", "promote", "taint"]
 
@@ -46,6 +47,10 @@ class RecordedTensor(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        known = info(func)
+        if known.passive and not SIZES_MADE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         recorded = [t for t in each_tensor(args, kwargs) if is_followed(t)]
         with torch._C.DisableTorchFunctionSubclass():
             if not recorded:
@@ -60,10 +65,10 @@ class RecordedTensor(torch.Tensor):
                 _adopt(t, recording)
             with patched():
                 out = promote(recording.handle(func, args, kwargs), recording)
-            if args and (info(func).in_place or out is None):
+            if args and (known.in_place or out is None):
                 _follow_written(args[0], recording)
             if recording.strict:
-                carry_factors(recording, info(func).name, args, kwargs, out)
+                carry_factors(recording, known.name, args, kwargs, out)
             return out
 
     def __reduce_ex__(self, proto: Any) -> Any:

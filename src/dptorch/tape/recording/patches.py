@@ -1,17 +1,20 @@
 """What a torch function mode does not see by itself: custom autograd Functions,
 checkpointing, Parameters that are made on the way, and ``Tensor.set_``.
 
-They are patched while a recording is active. Custom Functions, TorchScript and the backward hooks of
-modules stay patched from the first model that is recorded on: a loss may apply one to followed tensors,
-and none of them asks those.
+They are patched while a recording is active or a model has an engine. What is patched asks for the
+recording that is active in its thread, and without one it does what it did. (To patch and restore for
+each forward pass would make Python forget, each time, where it found the attributes of ``Tensor``.)
+Custom Functions, TorchScript and the backward hooks of modules stay patched from the first model that
+is recorded on: a loss may apply one to followed tensors, and none of them asks those.
 """
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -35,13 +38,14 @@ from dptorch.tape.recording.handlers import SPECIAL, Args, Kwargs, handler
 from dptorch.tape.recording.recording import Recording, active_modes, innermost
 from dptorch.tape.recording.taps import TAPS
 from dptorch.tape.recording.tensor_states import is_followed
-from dptorch.tape.recording.unseen import script
+from dptorch.tape.recording.unseen import script, watch
 from dptorch.tape.rules import generic
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["patch_functions", "patched", "uncompiled"]
+__all__ = ["patch", "patched", "uncompiled", "unpatch"]
 
 _depth = 0
+_unwatch: Callable[[], None] = lambda: None
 _apply_function: Any = Function.__dict__["apply"].__func__
 _plain_code: Any = _apply_function.__code__
 _plain_apply: Any = types.FunctionType(
@@ -61,24 +65,43 @@ def patch_functions() -> None:
     torch.nn.modules.module.BackwardHook = _backward_hook  # type: ignore[assignment,attr-defined]
 
 
-@contextmanager
-def patched() -> Iterator[None]:
-    """Patch on the first entry, restore on the last exit."""
-    global _depth
+def patch() -> None:
+    """Patch, unless it is done; `unpatch` ends it."""
+    global _depth, _unwatch
     if _depth == 0:
+        _unwatch = watch(innermost)
         patch_functions()
         checkpoint._checkpoint_without_reentrant_generator = _generator
         Tensor.set_ = _set  # type: ignore[assignment,method-assign]
         nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign]
     _depth += 1
-    try:
-        yield
-    finally:
-        _depth -= 1
-        if _depth == 0:
-            del Tensor.set_
-            nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
-            checkpoint._checkpoint_without_reentrant_generator = _plain_generator
+
+
+def unpatch() -> None:
+    """Restore what was there before the first `patch`, when as many have ended as were begun."""
+    global _depth
+    _depth -= 1
+    if _depth == 0:
+        _unwatch()
+        del Tensor.set_
+        nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
+        checkpoint._checkpoint_without_reentrant_generator = _plain_generator
+
+
+class _Patched:
+    def __enter__(self) -> None:
+        patch()
+
+    def __exit__(self, *_: object) -> None:
+        unpatch()
+
+
+_PATCHED = _Patched()
+
+
+def patched() -> AbstractContextManager[None]:
+    """`patch` inside a with statement."""
+    return _PATCHED
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -89,6 +112,7 @@ def uncompiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+@wraps(_plain_set)
 def _set(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``Tensor.set_``, which no function mode sees."""
     recording = innermost()

@@ -17,14 +17,15 @@ from dptorch.tape.provenance.calls import Call, words
 from dptorch.tape.provenance.tags import Reduced
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["Mean", "changed_mean", "note_mean"]
+__all__ = ["MEANS", "Mean", "changed_mean", "note_mean"]
 
 _BY_CLASS = words("cross_entropy nll_loss")
 _BY_ELEMENT = words(
     """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss
     binary_cross_entropy_with_logits poisson_nll_loss gaussian_nll_loss"""
 )
-_ALL = _BY_CLASS | _BY_ELEMENT | {"mean"}
+#: The ops that can be a mean over positions.
+MEANS = _BY_CLASS | _BY_ELEMENT | {"mean"}
 
 
 class Mean(NamedTuple):
@@ -35,8 +36,9 @@ class Mean(NamedTuple):
 
 
 def note_mean(call: Call, out: Any, recording: Recorder) -> None:
-    """Note the mean that `call` took of its examples, if it did, on the recording's tape."""
-    if call.name not in _ALL or not isinstance(out, Tensor) or not out.requires_grad:
+    """Note the mean that `call`, one of `MEANS`, took of its examples, if it did, on the recording's
+    tape."""
+    if not isinstance(out, Tensor) or not out.requires_grad:
         return
     x = call.first
     tag = call.tag_of(x)

@@ -63,16 +63,17 @@ class _Read(NamedTuple):
 
 
 class ReadNumbers:
-    """The numbers that were read last, in all batches."""
+    """The numbers that were read last, in all batches.
+
+    Attributes:
+        latest: what was read, the latest last.
+    """
 
     def __init__(self) -> None:
-        self._reads: deque[_Read] = deque(maxlen=_REMEMBERED)
+        self.latest: deque[_Read] = deque(maxlen=_REMEMBERED)
         self._fresh: deque[_Read] = deque(maxlen=_REMEMBERED)  # not yet in `_known`
         self._known: dict[int, _Read] = {}
         self._looked_up: dict[float, _Read | None] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._reads)
 
     def note(self, value: Any, state: Any, batch: Batch) -> None:
         """Remember a value that was read from a tensor of this state."""
@@ -81,7 +82,7 @@ class ReadNumbers:
         if _has_random_digits(value):
             whose = state.step if isinstance(state, Tag) and state.dim is None else None
             read = _Read(value, weakref.ref(batch), whose)
-            self._reads.append(read)
+            self.latest.append(read)
             self._fresh.append(read)
 
     def among(
@@ -112,7 +113,7 @@ class ReadNumbers:
         if value not in self._looked_up:
             found = self._known.get(_key(value))
             if found is None:
-                for read in self._reads:
+                for read in self.latest:
                     if _is_round(value / read.value) or _is_round(value * read.value):
                         found = read
             self._looked_up[value] = found
@@ -120,11 +121,11 @@ class ReadNumbers:
 
     def _derive(self) -> None:
         """Work out the functions of what was read since the last call."""
-        latest = list(self._reads)[-_COMBINED:]
+        latest = list(self.latest)[-_COMBINED:]
         fresh, self._fresh = list(self._fresh), deque(maxlen=_REMEMBERED)
         if len(self._known) > _MOST:
             self._known.clear()
-            fresh = list(self._reads)
+            fresh = list(self.latest)
         for read in fresh:
             for other in latest:
                 if other is not read:

@@ -42,18 +42,18 @@ from dptorch.tape.recording.assignment import assign, assign_parameter, fill
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.composites import is_composite, without_checks
 from dptorch.tape.recording.escapes import judge_results, judge_slices, note_error
-from dptorch.tape.recording.finite_checks import note_check
+from dptorch.tape.recording.finite_checks import CHECKS, note_check
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.in_front import refuse_leaf
 from dptorch.tape.recording.parameter_graph import parameters_behind
-from dptorch.tape.recording.position_means import note_mean
+from dptorch.tape.recording.position_means import MEANS, note_mean
 from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.taps import lift, reduce_to, tap
 from dptorch.tape.recording.tensor_states import TensorStates
 from dptorch.tape.recording.unknown_rows import rows_of_unknown
 from dptorch.tape.recording.unseen import watch
 from dptorch.tape.recording.value_sizes import SIZES_MADE, follow_sizes, plain_sizes, read_size
-from dptorch.tape.rules import LOSSES, RULES, generic, mean_in_float32
+from dptorch.tape.rules import HALF, LOSSES, RULES, generic, mean_in_float32
 from dptorch.tape.rules.recorder import Gradients
 
 __all__ = ["Recording", "active_modes", "innermost"]
@@ -283,7 +283,7 @@ class Recording(TorchFunctionMode):
                 return reorder(self, func, args, kwargs)
             if name not in USE_ORDER:
                 lost = Mixed(f"{self.module_path()}: '{name}' looks at the order of the examples.")
-        if read_numbers and (tagged or isinstance(lost, Reduced)):
+        if read_numbers.latest and (tagged or isinstance(lost, Reduced)):
             lost = read_numbers.among(name, args, kwargs, tagged, self.states) or lost
         if lost is not None:
             return after_the_batch(self, known, func, args, kwargs, tagged, parameters, lost)
@@ -309,12 +309,16 @@ class Recording(TorchFunctionMode):
         if name in LOSSES and torch.is_grad_enabled():
             out = LOSSES[name](call, self)
             if out is not NotImplemented:
-                note_mean(call, out, self)
+                if name in MEANS:
+                    note_mean(call, out, self)
                 return out
         out = func(*args, **kwargs)
         self._propagate(call, out)
-        note_mean(call, out, self)
-        return mean_in_float32(call, self, out)
+        if name in MEANS:
+            note_mean(call, out, self)
+        if isinstance(out, Tensor) and out.dtype in HALF:
+            return mean_in_float32(call, self, out)
+        return out
 
     def _classify(
         self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -440,7 +444,8 @@ class Recording(TorchFunctionMode):
             ) from None
 
     def _propagate(self, call: Call, out: Any) -> None:
-        note_check(call, out)
+        if call.name in CHECKS:
+            note_check(call, out)
         outputs: Sequence[Any] = (out,)
         if not isinstance(out, Tensor):
             if isinstance(out, (tuple, list)):

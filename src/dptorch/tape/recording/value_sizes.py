@@ -237,6 +237,8 @@ def follow_sizes(
         ExamplesMixError: where the number of results does.
     """
     operands = [] if name.startswith("new_") else each_tensor(args, kwargs)
+    if name == "__getitem__" and len(operands) < 2 and not SIZES_MADE:
+        return  # indexed by numbers and slices
     made = _depends(recording, name, args, kwargs)
     known = [t for t in operands if hasattr(t, _DIMS)]
     if name in _UNPACKING or (not made and not known and not given):

@@ -2,10 +2,11 @@
 
 from dptorch.tape.rules import broadcast, contraction, convolution, embedding, normalisation
 from dptorch.tape.rules.generic_rule import generic
-from dptorch.tape.rules.loss import LOSSES, mean_in_float32
+from dptorch.tape.rules.loss import HALF, LOSSES, mean_in_float32
 from dptorch.tape.rules.registry import RULES, rule
 
 __all__ = [
+    "HALF",
     "LOSSES",
     "RULES",
     "broadcast",

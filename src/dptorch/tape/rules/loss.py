@@ -29,9 +29,10 @@ from dptorch.tape.provenance.tags import Reduced, Tag, broadcast_shape, rows
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
 
-__all__ = ["LOSSES", "mean_in_float32"]
+__all__ = ["HALF", "LOSSES", "mean_in_float32"]
 
-_HALF = (torch.float16, torch.bfloat16)
+#: The dtypes of half precision.
+HALF = (torch.float16, torch.bfloat16)
 
 
 def _mean_of_means(losses: Tensor, counted: Tensor, tag: Tag, n: int) -> Tensor:
@@ -42,17 +43,17 @@ def _mean_of_means(losses: Tensor, counted: Tensor, tag: Tag, n: int) -> Tensor:
 
 
 def _mean(losses: Tensor) -> Tensor:
-    return (losses.float() if losses.dtype in _HALF else losses).mean()
+    return (losses.float() if losses.dtype in HALF else losses).mean()
 
 
 def mean_in_float32(call: Call, recording: Recorder, out: Any) -> Any:
     """Return `out`, or the same in float32 where it is a mean over the examples in half precision."""
-    if not isinstance(out, Tensor) or out.dtype not in _HALF or not out.requires_grad:
+    if not isinstance(out, Tensor) or out.dtype not in HALF or not out.requires_grad:
         return out
     state = recording.state(out)
     if not isinstance(state, Reduced) or state.kind != "mean" or "dtype" in call.kwargs:
         return out
-    again = call.run({id(t): t.float() for t in call.operands() if t.dtype in _HALF})
+    again = call.run({id(t): t.float() for t in call.operands() if t.dtype in HALF})
     recording.mark(again, state)
     return again
 
