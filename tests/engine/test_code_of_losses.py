@@ -150,7 +150,8 @@ def test_without_the_patches_mixing_code_is_not_seen(monkeypatch: pytest.MonkeyP
     steps_with(loss_of(Doubled.apply), make_model())
     monkeypatch.setattr(patches, "_followed_type", lambda args, kwargs: None)
     assert steps_with(loss_of(Normed.apply), make_model()) == 2
-    monkeypatch.setattr(patches, "_backward_hook", BackwardHook)
+    for owner, name in ((patches, "_backward_hook"), (torch.nn.modules.module, "BackwardHook")):
+        monkeypatch.setattr(owner, name, BackwardHook)
     assert steps_with(loss_of(MIXING["hook"]), make_model()) == 2
     monkeypatch.setattr(backward_code, "reading_modules", lambda: iter(()))
     assert steps_with(loss_of(MIXING["old hook"]), make_model()) == 2
