@@ -7,6 +7,8 @@ thresholds  how to choose a threshold without looking at the labels it is judged
 games       adversaries: Dirac canaries on the engine, the step game, new tokens
 scores      signs of membership, one family a file
 membership  trained attacks: LanguageMIA, ImageMIA
+sampling_attack
+            labels alone, asked again and again, against what the answers' guarantee allows
 result      claim, measurement and verdict
 roc, audit_charts, audit_page
             curves, numbers people read off them, and the page
@@ -18,17 +20,21 @@ from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import audit_step, new_token_canaries, play_dirac, play_steps
 from dptorch.audit.membership import ImageMIA, LanguageMIA
 from dptorch.audit.result import AuditResult, judge
+from dptorch.audit.sampling_attack import SamplingAttack, attack_run, play_sampling
 
 __all__ = [
     "AuditResult",
     "Evidence",
     "ImageMIA",
     "LanguageMIA",
+    "SamplingAttack",
+    "attack_run",
     "audit",
     "audit_step",
     "judge",
     "new_token_canaries",
     "play_dirac",
+    "play_sampling",
     "play_steps",
     "write_report",
 ]

@@ -9,9 +9,10 @@ import numpy as np
 from dptorch.audit.evidence import Array, Evidence
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import pointwise_band, roc_curve, uniform_band
+from dptorch.audit.sampling_attack import SamplingAttack
 from dptorch.training.run_charts import AMBER, BLUE, GRID, INK, MUTED, canvas, data_uri
 
-__all__ = ["epsilon_bars", "every", "roc_chart", "score_histogram"]
+__all__ = ["epsilon_bars", "every", "roc_chart", "sampling_chart", "score_histogram"]
 
 _WASH = "#c9dbf0"
 
@@ -96,6 +97,23 @@ def epsilon_bars(measured: float, claimed: float, ceiling: float) -> str:
     axes.set(xlim=(0, top), ylim=(-0.5, len(rows) - 0.3), yticks=[])
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color=GRID, linewidth=1)
+    return data_uri(figure)
+
+
+def sampling_chart(attack: SamplingAttack) -> str:
+    """AUC against the number of labels asked for; dashed: the most that the guarantee allows."""
+    figure, axes = canvas("labels asked for, of each example", "AUC of the attack", size=(8.6, 5.2))
+    colors = (BLUE, AMBER, "#3f8f5f", "#7a5aa6", "#a33a2c")
+    for curve, color in zip(attack.curves, colors, strict=False):
+        axes.plot(attack.queries, curve.auc, color=color, linewidth=2, marker="o", label=curve.name)
+        if curve.allowed is not None:
+            axes.plot(
+                attack.queries, curve.allowed, color=color, linewidth=1.4, linestyle=(0, (6, 3))
+            )
+    axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    axes.set(xscale="log", ylim=(0.4, 1.02))
+    axes.grid(which="major", color=GRID, linewidth=1)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9.5)
     return data_uri(figure)
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from dptorch.cli.options import AsJson
+from dptorch.errors import ConfigurationError
 
 __all__ = ["audit"]
 
@@ -55,6 +56,14 @@ def audit(
             show_default="the run's own; none for a plan",
         ),
     ] = None,
+    sampling_attack: Annotated[
+        bool,
+        typer.Option(
+            "--sampling-attack",
+            help="Ask the run's model, or its shards, for labels alone, again and again, and compare "
+            "with what the guarantee allows. It needs the run's data.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Audit a run: a lower bound on its true ε, and whether it refutes the claim.
@@ -71,7 +80,11 @@ def audit(
     [cyan]dptorch audit runs/demo --adversary white-box --confidence 0.99[/]
 
     [cyan]dptorch audit plan.json --json[/]
+
+    [cyan]dptorch audit --sampling-attack runs/digits[/]
     """
+    if sampling_attack:
+        return _sampling(target, out or target, seed or 0, as_json)
     from dptorch.atomic_files import replacing
     from dptorch.audit import audit as run_audit
     from dptorch.audit.audit_page import write_report
@@ -114,6 +127,29 @@ def audit(
             console.print(f"Report: {folder / name}")
     if result.refuted:
         raise typer.Exit(1)
+
+
+def _sampling(run: Path, folder: Path, seed: int, as_json: bool) -> None:
+    """Play the sampling attack on a run, and write what it found."""
+    from dptorch.atomic_files import replacing
+    from dptorch.audit.audit_charts import sampling_chart
+    from dptorch.audit.sampling_attack import attack_run
+    from dptorch.training.run_page import missing_packages
+
+    if not (run / "run.json").is_file():
+        raise ConfigurationError(f"{run} is not the folder of a run (it has no run.json).")
+    found = attack_run(run, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "sampling_attack.json") as partial:
+        partial.write_text(found.to_json(), encoding="utf-8")
+    if not missing_packages():
+        page = (
+            "<!doctype html><meta charset='utf-8'><title>Sampling attack</title>"
+            f"<img alt='AUC against queries' src='{sampling_chart(found)}'><pre>{found}</pre>"
+        )
+        with replacing(folder / "sampling_attack.html") as partial:
+            partial.write_text(page, encoding="utf-8")
+    typer.echo(found.to_json() if as_json else str(found), nl=False)
 
 
 def _bar(steps: Any, total: int) -> Any:
