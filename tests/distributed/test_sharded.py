@@ -14,7 +14,7 @@ import dptorch
 from dptorch.distributed.sharded import ShardedParameters
 from dptorch.errors import ConfigurationError, PrivacyError
 from tests.distributed.processes import on_ranks
-from tests.distributed.scenarios import Trained, close, loss_of, settings_of, train
+from tests.distributed.scenarios import MODELS, Trained, close, loss_of, settings_of, train
 from tests.engine.setup import make_data, make_model
 
 EXACT = 1e-6
@@ -89,6 +89,31 @@ def test_fully_sharded_ranks_take_the_step_of_one_process(size: int) -> None:
     for i, case in enumerate(cases):
         name, settings = CASES[case]
         same_as_one([found[i] for found in by_rank], train(name, **settings))
+
+
+def test_no_rank_has_the_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are formed one parameter at a time where more would not fit in a message."""
+    monkeypatch.setattr("dptorch.distributed.sharded._BUCKET", 200)
+    formed: list[int] = []
+    plain = ShardedParameters.reduced
+
+    def reduced(self: ShardedParameters, whole: dict[str, torch.Tensor]) -> Any:
+        formed.append(sum(t.numel() for t in whole.values()))
+        return plain(self, whole)
+
+    monkeypatch.setattr(ShardedParameters, "reduced", reduced)
+
+    def work(rank: int) -> tuple[Trained, list[int]]:
+        return train("tied GPT-2", wrap=sharded()), formed
+
+    by_rank = on_ranks(2, work)
+    alone = train("tied GPT-2")
+    same_as_one([trained for trained, _ in by_rank], alone)
+    largest = max(p.numel() for p in MODELS["tied GPT-2"][0]().parameters())
+    for _, sizes in by_rank:  # in all three steps
+        assert max(sizes) == largest
+        assert 4 * largest < alone.values.numel()
+        assert sum(sizes) == 3 * alone.values.numel()
 
 
 def test_the_comparison_sees_noise_that_is_not_the_slice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +203,7 @@ class Derived(nn.Module):
         self.raw = nn.Parameter(torch.ones(3, 5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.raw.exp())
+        return nn.functional.linear(x, self.raw.sin())
 
 
 def step_on(

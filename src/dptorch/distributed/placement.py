@@ -8,9 +8,8 @@ part lies in the whole gradient, so that its noise is that part of the whole's n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -19,7 +18,12 @@ from dptorch.distributed.ranks import Ranks
 from dptorch.distributed.sharded import ShardedParameters, is_sharded
 from dptorch.errors import ConfigurationError
 
-__all__ = ["Placement", "Replicated", "Sharded", "placement_of"]
+__all__ = ["Formed", "Placement", "Replicated", "Sharded", "placement_of"]
+
+
+Names: TypeAlias = Sequence[str] | None
+Form: TypeAlias = Callable[[Names], dict[str, Tensor]]
+Formed: TypeAlias = Callable[[Names, Form], dict[str, Tensor]]
 
 
 class Placement(Protocol):
@@ -41,6 +45,10 @@ class Placement(Protocol):
     @property
     def offsets(self) -> Mapping[str, int] | None: ...
 
+    def formed(self, names: Names, form: Form) -> dict[str, Tensor]:
+        """Return what ``form(names)`` returns, the sums over the examples of this rank; or, where a
+        rank keeps a shard of the sum over all ranks, that, formed some parameters at a time."""
+
     def add_up(self, clipped: ClippedSum) -> ClippedSum:
         """Return this rank's part of the sum over all ranks; takes the tensors of `clipped` over."""
 
@@ -61,6 +69,10 @@ class Replicated:
     def __init__(self, ranks: Ranks, parameters: dict[str, Tensor]) -> None:
         self._ranks = ranks
         self.followed = parameters
+
+    def formed(self, names: Names, form: Form) -> dict[str, Tensor]:
+        """See `Placement`."""
+        return form(names)
 
     def add_up(self, clipped: ClippedSum) -> ClippedSum:
         """See `Placement`."""
@@ -84,8 +96,9 @@ class Replicated:
 class Sharded:
     """Each rank has a shard of every parameter that `fully_shard` took, and what it left out whole.
 
-    The clipped sums of a rank's examples are reduced and scattered as soon as the logical batch is
-    complete: each rank keeps its shard of the sum, adds its slice of the noise and steps on it.
+    The clipped sums of a rank's examples are formed, reduced and scattered some parameters at a time,
+    after each physical batch: each rank keeps its shard of the sum, adds its slice of the noise and
+    steps on it. No rank ever has the whole sum (`test_no_rank_has_the_whole_sum`).
     """
 
     is_whole = False
@@ -96,19 +109,24 @@ class Sharded:
         self.followed = self._shards.followed
         self.offsets: Mapping[str, int] | None = None
 
-    def add_up(self, clipped: ClippedSum) -> ClippedSum:
+    def formed(self, names: Names, form: Form) -> dict[str, Tensor]:
         """See `Placement`."""
+        found: dict[str, Tensor] = {}
+        for some in self._shards.buckets(list(self.followed if names is None else names)):
+            whole = form(some)
+            found |= {n: whole.pop(n) for n in some if n not in self._shards}
+            found |= self._shards.reduced(whole)
+        return found
+
+    def add_up(self, clipped: ClippedSum) -> ClippedSum:
+        """See `Placement`. The shards of a sum are added up already; what is whole is not."""
         offsets, at = {}, 0
         for name, value in clipped.values.items():
             offsets[name] = at + self._shards.first_coordinate(name)
-            at += value.numel()
+            at += self.followed[name].numel() if name in self._shards else value.numel()
         self.offsets = offsets
-        whole = dict(clipped.values)
-        order = list(whole)
-        kept = {n: whole.pop(n) for n in order if n not in self._shards}
-        self._ranks.add_up_(kept.values())
-        kept |= self._shards.reduced(whole)
-        return replace(clipped, values={name: kept[name] for name in order})
+        self._ranks.add_up_(v for n, v in clipped.values.items() if n not in self._shards)
+        return clipped
 
     def common(self, fingerprint: int) -> int:
         """See `Placement`."""

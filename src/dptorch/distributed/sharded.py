@@ -10,7 +10,7 @@ detaches parameters, and so FSDP has nothing to reduce: the clipped sums are red
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -85,24 +85,35 @@ class ShardedParameters:
         return min(int(p.shape[0]), self._ranks.rank * rows) * of_row
 
     def reduced(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's shards of the sums over all ranks.
+        """Return this rank's shards of the sums over all ranks, in one message.
 
         Args:
             whole: parameter name -> this rank's sum, of the whole parameter; empty afterwards.
         """
+        if not (names := list(whole)):
+            return {}
+        sizes = [self._chunk_numel(n) for n in names]
+        flat = torch.cat([self._by_rank(n, whole.pop(n)) for n in names], dim=1)
+        mine = flat.new_empty(flat.shape[1])
+        with explained():
+            group = self._shards[names[0]].device_mesh.get_group()
+            dist.reduce_scatter_tensor(mine, flat.view(-1), op=dist.ReduceOp.SUM, group=group)
         found: dict[str, Tensor] = {}
-        for names in _buckets({n: v.numel() for n, v in whole.items()}):
-            sizes = [self._chunk_numel(n) for n in names]
-            parts = [self._by_rank(n, whole.pop(n)) for n in names]
-            flat = torch.cat(parts, dim=1)
-            mine = flat.new_empty(flat.shape[1])
-            with explained():
-                group = self._shards[names[0]].device_mesh.get_group()
-                dist.reduce_scatter_tensor(mine, flat.view(-1), op=dist.ReduceOp.SUM, group=group)
-            for name, part in zip(names, mine.split(sizes), strict=True):
-                local = self._shards[name].to_local()
-                found[name] = part[: local.numel()].view(local.shape).clone()
+        for name, part in zip(names, mine.split(sizes), strict=True):
+            local = self._shards[name].to_local()
+            found[name] = part[: local.numel()].view(local.shape).clone()
         return found
+
+    def buckets(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Names in order, up to `_BUCKET` elements together; a larger parameter for itself."""
+        bucket: list[str] = []
+        for name in names:
+            if bucket and sum(self.followed[n].numel() for n in [*bucket, name]) > _BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(name)
+        if bucket:
+            yield bucket
 
     def gradient(self, name: str, value: Tensor) -> Tensor:
         """Return a shard of a gradient as a DTensor like the parameter."""
@@ -219,15 +230,3 @@ def _register_after_backward(group: Any) -> Callable[..., Any]:
         return args, kwargs
 
     return register
-
-
-def _buckets(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in order, up to `_BUCKET` elements together; a larger one for itself."""
-    bucket: list[str] = []
-    for name, size in sizes.items():
-        if bucket and sum(sizes[n] for n in bucket) + size > _BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(name)
-    if bucket:
-        yield bucket

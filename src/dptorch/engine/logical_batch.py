@@ -14,6 +14,7 @@ from torch import Tensor
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.clipping.rounding import rounded_sum
 from dptorch.clipping.sums import ClippedSum, RoundedSum
+from dptorch.distributed.placement import Formed
 from dptorch.engine.batch_checks import (
     check_factors,
     check_rows,
@@ -157,6 +158,7 @@ class LogicalBatch:
     Args:
         plan: says how to clip and how the loss is reduced.
         groups: what is clipped together; all parameters are in one of them.
+        formed: as `Placement.formed`: forms sums, and keeps what this rank needs of them.
 
     Attributes:
         part: where the batch that the engine's loader handed out last belongs; None without one.
@@ -175,8 +177,9 @@ class LogicalBatch:
         (`test_batches_of_a_loader_of_ones_own_are_refused_for_users`).
     """
 
-    def __init__(self, plan: PrivacyPlan, groups: Sequence[ClippingGroup]) -> None:
+    def __init__(self, plan: PrivacyPlan, groups: Sequence[ClippingGroup], formed: Formed) -> None:
         self.plan = plan
+        self._formed = formed
         self._discrete = plan.mechanism == "discrete_gaussian"
         self.groups = tuple(groups)
         self.clipping_norms = [group.max_grad_norm for group in groups]
@@ -361,11 +364,11 @@ class LogicalBatch:
         if self._discrete:
             scales = dict.fromkeys(names, self.plan.max_grad_norm)
             gradients = batch.tape.per_example_gradients()
-            batch.sums |= rounded_sum(gradients, c, scales, share=self._row_share)
+            sums = rounded_sum(gradients, c, scales, share=self._row_share)
+            batch.sums |= self._formed(names, lambda some: {n: sums[n] for n in some or sums})
             return
-        batch.sums |= batch.tape.clipped_sum(
-            c, None if len(self.groups) == 1 else names, consume=True
-        )
+        asked = None if len(self.groups) == 1 else names
+        batch.sums |= self._formed(asked, lambda n: batch.tape.clipped_sum(c, n, consume=True))
         if len(self.groups) > 1:
             batch.tape.free(names)
 

@@ -146,7 +146,7 @@ class PrivacyEngine:
         self._parameters = parameters
         self.ranks = ranks
         self._run = RunState(plan, key, ranks)
-        self._batch = LogicalBatch(plan, groups)
+        self._batch = LogicalBatch(plan, groups, placement.formed)
         self._binding: OptimizerBinding | None = None
         self._step = PrivateStep(
             self._run,

@@ -21,6 +21,7 @@ from dptorch.errors import NotCoveredError, PrivacyError
 from dptorch.tape.gradients import Dense, PerExampleGradient
 from dptorch.tape.gradients.clipping_modes import MODES, Mode, NormMethod
 from dptorch.tape.gradients.device_cost import TYPICAL, DeviceCost
+from dptorch.tape.gradients.freed import is_freed, needs_freed_values
 from dptorch.tape.gradients.group_watcher import GroupWatcher
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.store import FormStore, nonzero
@@ -330,7 +331,7 @@ class Tape:
         tensors = list(self._intermediate.values())
         forms = [self._store.pop(id(t)).dense() for t in tensors]
         bases = list(self.parameters.values())
-        if any(p.numel() and not p.untyped_storage().nbytes() for p in bases):
+        if any(map(is_freed, bases)) and needs_freed_values(tensors):
             raise NotCoveredError(
                 "a parameter that is computed from parameters (weight_norm, a parametrization) is in "
                 "a model on which fully_shard was called, and is needed after its values were freed. "
