@@ -70,5 +70,5 @@ $(VENV)/.reviews: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing dptorch and its test tools into $(VENV) (a few minutes the first time)"
-	$(PIP) -e '.[report,transformers,trl,vision,prv,bench,postgres,serve,dev]'
+	$(PIP) -e '.[report,transformers,trl,text,vision,prv,bench,postgres,serve,dev]'
 	@touch $@ $(VENV)/.demo

@@ -56,6 +56,7 @@ ROOMS = (
     "prediction",
     "audit",
     "integrations",
+    "text",
     "compat",
     "bench",
     "cli",

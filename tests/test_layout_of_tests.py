@@ -42,6 +42,8 @@ ELSEWHERE = {
     "cli/plan.py": ("cli/test_plan_commands.py", "one test asks all planning commands"),
     "cli/progress.py": ("cli/test_train.py", "shows what a run tells"),
     "cli/release.py": ("training/test_release.py", "where there are runs to release"),
+    "cli/generate.py": ("cli/test_train_text.py", "writes what was trained"),
+    "cli/text_options.py": ("cli/test_train_text.py", "options of these commands alone"),
     "cli/train_options.py": ("cli/test_options.py", "one table of all options"),
     "clipping/rounding.py": ("noise/test_discrete.py", "rounds for the discrete mechanism alone"),
     "clipping/sums.py": ("engine/test_privacy.py", "types; the bound is the engine's to keep"),
@@ -77,6 +79,7 @@ ELSEWHERE = {
     "training/preparation.py": ("training/test_predictor.py", "what a predictor does first"),
     "training/table_tasks.py": ("training/test_table_data.py", "weights are a schema's"),
     "training/run_charts.py": ("training/test_run_page.py", "charts are looked at on the page"),
+    "text/": ("text/test_job.py", "one task from rows to a trained model, in parts"),
     "validation/": ("validation/test_gradient_check.py", "parts of the check"),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from dptorch.cli.bench import bench
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
+from dptorch.cli.generate import generate
 from dptorch.cli.ledger import ledger
 from dptorch.cli.options import Command, Group, flag_of
 from dptorch.cli.plan import plan
@@ -24,7 +25,8 @@ from dptorch.cli.predict import predict
 from dptorch.cli.release import release
 from dptorch.cli.schema import schema
 from dptorch.cli.serve import serve
-from dptorch.cli.train import train
+from dptorch.cli.train import train_group
+from dptorch.cli.train_text import TASK_COMMANDS
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
 
 __all__ = ["app", "main"]
@@ -42,12 +44,18 @@ class ReadableErrors(Group):
                 return super().invoke(ctx)
             except (ConfigurationError, DataError, PrivacyError) as error:
                 command = self.commands.get(ctx.invoked_subcommand or "")
-                text = with_flags(_one_line(error), command.params if command else [])
+                text = with_flags(_one_line(error), _parameters(command))
                 console.print(f"[bold red]Error:[/] {escape(text)}")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 console.print("Interrupted.")
                 raise typer.Exit(130) from None
+
+
+def _parameters(command: Any) -> list[Any]:
+    """The options of a command and, where it is a group, of those in it."""
+    inside = getattr(command, "commands", {}).values()
+    return [p for each in (command, *inside) if each is not None for p in each.params]
 
 
 def with_flags(message: str, parameters: Iterable[Any]) -> str:
@@ -99,10 +107,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (schema, train, predict, serve, check, release),
+    "Train": (schema, predict, generate, serve, check, release),
     "Plan": (epsilon, calibrate, plan),
     "Measure": (bench, audit),
 }
+app.add_typer(train_group, rich_help_panel="Train")
+for task in TASK_COMMANDS:
+    train_group.command(cls=Command, rich_help_panel="Tasks on texts")(task)
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(cls=Command, rich_help_panel=panel)(command)

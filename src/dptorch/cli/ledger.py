@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger, Ledger, RunSummary, Total
     from dptorch.plan import PrivacyPlan
     from dptorch.plan.prediction_plan import PredictionPlan
-    from dptorch.training.job import Job
+    from dptorch.training.job import AnyJob
 
 __all__ = ["for_new_run", "for_resumed_run", "ledger"]
 
@@ -271,7 +271,9 @@ def verify(
 # -- for `dptorch train` -------------------------------------------------------------------------------
 
 
-def for_new_run(location: str | None, runs: Path, dataset: str | None, job: Job) -> DatasetLedger:
+def for_new_run(
+    location: str | None, runs: Path, dataset: str | None, job: AnyJob
+) -> DatasetLedger:
     """The ledger of a new run, made if there is none.
 
     Args:
@@ -285,6 +287,8 @@ def for_new_run(location: str | None, runs: Path, dataset: str | None, job: Job)
     opened = _open(
         location or str(runs / "ledger.db"), key_from_environment(), create=True, runs=runs
     )
+    if dataset is None and job.data is not None and job.data.startswith(("hub:", "package:")):
+        dataset = job.data
     if dataset is None and job.data is not None:
         known = sidecar_of(Path(job.data).resolve()).exists()
         dataset = beside(job.data)

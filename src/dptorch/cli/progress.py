@@ -32,7 +32,7 @@ def introduce(setup: Setup, console: Console) -> None:
         f"clipping norm {plan.max_grad_norm:g}, {plan.steps:,} steps of about "
         f"{plan.expected_batch_size:,.0f} examples"
     )
-    reading = setup.job.reading
+    reading = getattr(setup.job, "reading", None)  # of the tasks on numbers and images
     if data.table is not None:
         if data.table.skipped:
             console.print(f"[bold yellow]Skipped[/]  {data.table.skipped:,} rows that do not fit")
@@ -40,8 +40,12 @@ def introduce(setup: Setup, console: Console) -> None:
             console.print(
                 f"[bold yellow]Assumed public[/]  {item}: read off the data without noise"
             )
-    tabular = setup.job.data is not None and len(data.input_shape) == 1 and not reading.schema
-    if tabular and reading.bounds is None and not reading.column_bounds:
+    tabular = setup.job.data is not None and len(data.input_shape) == 1
+    if (
+        reading is not None
+        and tabular
+        and not (reading.schema or reading.bounds or reading.column_bounds)
+    ):
         console.print(
             "[bold]Hint[/]     Columns are used as they are. Training is usually much better with "
             "--bounds LOW,HIGH or a JSON file of public ranges."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from dptorch.cli.options import flag_of, grouped
+from dptorch.cli.options import Group, flag_of, grouped
 from dptorch.cli.release import conclude as conclude_release
 from dptorch.cli.train_options import (
     DataOptions,
@@ -24,10 +25,12 @@ from dptorch.cli.train_options import (
 from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from dptorch.cli.text_options import TextTrainingOptions
     from dptorch.training.job import Job, Setup
     from dptorch.training.loop import Outcome
+    from dptorch.training.run_folder import RunFolder
 
-__all__ = ["train"]
+__all__ = ["run_task", "train", "train_group"]
 
 # What --resume may be combined with. Everything else is settled by the record of the run.
 WITH_RESUME = frozenset(
@@ -69,6 +72,46 @@ def train(
     [cyan]dptorch train --canaries 1000 --name audited[/], then [cyan]dptorch audit runs/audited[/]
 
     [cyan]dptorch train --resume --name mnist-1[/]
+
+    Texts have commands of their own, below.
+    """
+    if ctx.invoked_subcommand is not None:
+        if given := _given(ctx):
+            raise ConfigurationError(
+                f"{given[0][1]} stands before {ctx.invoked_subcommand}. Write what belongs to a task "
+                f"after it: dptorch train {ctx.invoked_subcommand} {given[0][1]} ..."
+            )
+        return
+
+    if source.shards is not None and not output.resume:
+        job = _job(ctx, source, reading, model, privacy, training, output)
+        console = Console(highlight=False, soft_wrap=True)
+        return _shards(ctx, job, source, source.shards, output, ledger, console)
+
+    def prepared() -> Setup:
+        from dptorch.training.job import prepare
+
+        return prepare(_job(ctx, source, reading, model, privacy, training, output))
+
+    stem = (source.data.name.split(".")[0] if source.data else source.recipe) or "mnist"
+    run_task(ctx, prepared, stem, training, output, ledger)
+
+
+def run_task(
+    ctx: typer.Context,
+    prepared: Callable[[], Setup],
+    stem: str,
+    training: TrainingOptions | TextTrainingOptions,
+    output: OutputOptions,
+    ledger: LedgerOptions,
+) -> None:
+    """Begin or resume a run, train it, and say what came of it.
+
+    Args:
+        ctx: of the command.
+        prepared: builds what a new run needs.
+        stem: what a new run's name begins with.
+        training, output, ledger: options.
     """
     from dptorch.training.release import check_destination, release
 
@@ -78,10 +121,7 @@ def train(
     if output.resume:
         outcome = _resume(ctx, training, output, ledger, console)
     else:
-        job = _job(ctx, source, reading, model, privacy, training, output)
-        if source.shards is not None:
-            return _shards(ctx, job, source, source.shards, output, ledger, console)
-        outcome = _begin(job, source, output, ledger, console)
+        outcome = _begin(prepared, stem, output, ledger, console)
     _conclude(outcome, console)
     if outcome.interrupted:
         raise typer.Exit(130)
@@ -129,17 +169,19 @@ def _job(
 
 
 def _begin(
-    job: Job, source: DataOptions, output: OutputOptions, ledger: LedgerOptions, console: Console
+    prepared: Callable[[], Setup],
+    stem: str,
+    output: OutputOptions,
+    ledger: LedgerOptions,
+    console: Console,
 ) -> Outcome:
     """Begin a run and train it."""
     from dptorch.cli.ledger import for_new_run
     from dptorch.training import run_folder
-    from dptorch.training.job import prepare
 
-    stem = (source.data.name.split(".")[0] if source.data else source.recipe) or "mnist"
     name = output.name or run_folder.next_name(output.runs, stem)
     run_folder.check_free(output.runs, name, overwrite=output.overwrite)
-    setup = _prepare(prepare, job, console)
+    setup = _introduced(prepared, console)
     if not ledger.no_ledger:
         setup.engine.use_ledger(for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job))
         setup.engine.reserve_budget()
@@ -191,7 +233,7 @@ def _shards(
 
 def _resume(
     ctx: typer.Context,
-    training: TrainingOptions,
+    training: TrainingOptions | TextTrainingOptions,
     output: OutputOptions,
     ledger: LedgerOptions,
     console: Console,
@@ -199,8 +241,6 @@ def _resume(
     """Continue a run."""
     from dptorch.cli.ledger import for_resumed_run
     from dptorch.training import run_folder
-    from dptorch.training.canaries import CANARY_FILE, Canaries
-    from dptorch.training.job import Job, prepare
 
     if output.overwrite:
         raise ConfigurationError("--resume and --overwrite exclude each other.")
@@ -214,23 +254,35 @@ def _resume(
         raise ConfigurationError("--resume needs the --name of the run to continue.")
     folder = run_folder.reopen(output.runs, output.name)
     folder.require_checkpoint()
-    job = Job.from_dict(folder.read_json("run.json")["job"])
-    kept = folder.path / run_folder.SCHEMA_FILE
-    if kept.exists():  # what the run was begun with, wherever the file that it came from is now
-        job = replace(job, reading=replace(job.reading, schema=str(kept)))
-    job = replace(
-        job,
-        device=training.device,
-        num_workers=training.num_workers,
-        clipping_mode=training.clipping_mode or job.clipping_mode,
-    )
-    planted = Canaries.read(folder.path / CANARY_FILE) if job.canaries else None
-    setup = _prepare(partial(prepare, canaries=planted), job, console)
+    changed = {"device": training.device, "num_workers": training.num_workers}
+    if training.clipping_mode:
+        changed["clipping_mode"] = training.clipping_mode
+    setup = _introduced(partial(_prepared_again, folder, changed), console)
     if not ledger.no_ledger:
         account = for_resumed_run(ctx, ledger.ledger, folder.read_json("run.json").get("ledger"))
         if account is not None:
             setup.engine.use_ledger(account)
     return _watched(setup, folder, console, resume=True)
+
+
+def _prepared_again(folder: RunFolder, changed: Mapping[str, Any]) -> Setup:
+    """What a run is resumed with, by the record of it."""
+    record = folder.read_json("run.json")["job"]
+    if "task" in record:
+        from dptorch.text.job import TextJob
+        from dptorch.text.job import prepare as prepare_text
+
+        return prepare_text(replace(TextJob.from_dict(record), **changed))
+    from dptorch.training.canaries import CANARY_FILE, Canaries
+    from dptorch.training.job import Job, prepare
+    from dptorch.training.run_folder import SCHEMA_FILE
+
+    job = replace(Job.from_dict(record), **changed)
+    kept = folder.path / SCHEMA_FILE
+    if kept.exists():  # what the run was begun with, wherever the file that it came from is now
+        job = replace(job, reading=replace(job.reading, schema=str(kept)))
+    planted = Canaries.read(folder.path / CANARY_FILE) if job.canaries else None
+    return prepare(job, canaries=planted)
 
 
 def _given(ctx: typer.Context) -> list[tuple[str, str]]:
@@ -243,13 +295,13 @@ def _given(ctx: typer.Context) -> list[tuple[str, str]]:
     ]
 
 
-def _prepare(prepare: Any, job: Job, console: Console) -> Setup:
+def _introduced(prepared: Callable[[], Setup], console: Console) -> Setup:
     from dptorch.cli.progress import introduce
 
     if not console.is_terminal:
         console.print("Reading data, calibrating noise")
     with console.status("Reading data, calibrating noise"):
-        setup: Setup = prepare(job)
+        setup = prepared()
     introduce(setup, console)
     return setup
 
@@ -270,6 +322,7 @@ def _conclude(outcome: Outcome, console: Console) -> None:
     from dptorch.training.run_page import missing_packages
 
     path = outcome.folder.path
+    of_texts = "task" in outcome.folder.read_json("run.json")["job"]
     console.print()
     if missing_packages():
         console.print("No report.html: pip install 'dptorch[report]' to have one.")
@@ -284,7 +337,6 @@ def _conclude(outcome: Outcome, console: Console) -> None:
         where = "" if path.parent == Path("runs") else f" --runs {path.parent}"
         console.print(f"Go on with: dptorch train --resume --name {path.name}{where}")
     else:
-        console.print(f"[bold green]Done:[/] {spent_and_tested(outcome)}")
         largest = outcome.folder.read_json("run.json").get("majority", 0.0)
         if outcome.last.get("test_accuracy", 1.0) <= largest:
             console.print(
@@ -292,4 +344,16 @@ def _conclude(outcome: Outcome, console: Console) -> None:
                 f"often ({largest:.3f}). The noise hides what there is. Give more data or a larger "
                 "--epsilon."
             )
-        console.print(f"Predict: dptorch predict {path} NEW_ROWS --out predictions.csv")
+        if not of_texts:
+            console.print(f"Predict: dptorch predict {path} NEW_ROWS --out predictions.csv")
+        console.print(f"[bold green]Done:[/] {spent_and_tested(outcome)}")
+
+
+#: `dptorch train` itself, and a command for each task of `dptorch.text`.
+train_group = typer.Typer(
+    cls=Group,
+    name="train",
+    callback=train,
+    invoke_without_command=True,
+    rich_markup_mode="rich",
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,9 +24,10 @@ from dptorch.training.readers import load_data
 from dptorch.training.table_tasks import task_of
 from dptorch.training.task import Classification, Task
 
-__all__ = ["Job", "Setup", "prepare"]
+__all__ = ["PLAN_SETTINGS", "AnyJob", "Job", "Setup", "device_of", "prepare", "style_of"]
 
-_FOR_THE_ENGINE = (
+#: The fields of a job that are settings of its plan, but the style of clipping.
+PLAN_SETTINGS = (
     "sample_rate",
     "epochs",
     "target_epsilon",
@@ -122,6 +123,41 @@ class Job:
         return cls(**{**values, "reading": ReadOptions(**reading)})
 
 
+class AnyJob(Protocol):
+    """What the loop, the ledger and the pages read of a job, whatever its task."""
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe's name."""
+
+    @property
+    def data(self) -> str | None:
+        """Where the user's own data is."""
+
+    @property
+    def model(self) -> str | None:
+        """The model's name."""
+
+    @property
+    def max_physical_batch_size(self) -> int:
+        """Most examples in memory at once."""
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that load data."""
+
+    @property
+    def seed(self) -> int | None:
+        """Of a run that is not private."""
+
+    @property
+    def diagnostics(self) -> bool:
+        """Whether statistics of private data are recorded."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `run.json`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Setup:
     """A job with every choice made and every object built; nothing has been written yet.
@@ -130,7 +166,7 @@ class Setup:
     trained for.
     """
 
-    job: Job
+    job: AnyJob
     data: TrainTest
     model: nn.Module
     engine: PrivacyEngine
@@ -153,7 +189,7 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
         PrivacyError: the model cannot be trained privately (it mixes examples, say).
     """
     _refuse_contradictions(job)
-    device = _device(job.device)
+    device = device_of(job.device)
     if job.data is None:
         recipe = recipes.get_recipe(job.recipe or "mnist")
         data = recipe.load()
@@ -179,14 +215,14 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     model = build_model(job.model, data.input_shape, data.outputs, pretrained=job.pretrained).to(
         device
     )
-    settings = {name: getattr(job, name) for name in _FOR_THE_ENGINE}
+    settings = {name: getattr(job, name) for name in PLAN_SETTINGS}
     schema = None if data.table is None else data.table.schema
     if schema is not None and schema.unit is not None:
         settings |= {"unit": "user", "max_examples_per_user": schema.unit.max_rows}
     plan = make_plan(
         sample_size=size,
         loss_reduction="mean",
-        clipping_style=_style(job.clipping_style),
+        clipping_style=style_of(job.clipping_style),
         **settings,
     )
     if canaries is not None:
@@ -246,7 +282,7 @@ def _refuse_canaries(schema: Schema) -> None:
         )
 
 
-def _style(text: str) -> str | list[str]:
+def style_of(text: str) -> str | list[str]:
     """A style's name, or the modules that a text with commas, dots or wildcards lists."""
     if not any(mark in text for mark in ",.*"):
         return text
@@ -285,7 +321,12 @@ def _decide(job: Job, model: str, suggested: Hyperparameters, *, sample_size: in
     return replace(job, **filled)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of that name, or for "auto" the GPU, if there is one.
+
+    Raises:
+        ConfigurationError: it cannot be used here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -310,7 +310,9 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         "steps": str(rows[-1]["step"]),
     }
     setup.task.write_model(folder, setup.model, {"format": "pt", **summary})
-    about = _about(setup, status) | setup.task.finish(setup.model, setup.data.test, setup.device)
+    about = _about(setup, status)
+    if status == "complete":  # it may take its time, for which Ctrl-C does not wait
+        about |= setup.task.finish(setup.model, setup.data.test, setup.device)
     table = setup.data.table
     read = () if table is None else table.schema.read_from_data
     statement = replace(

@@ -9,6 +9,7 @@ later version adds to the folder stays there until somebody lists it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,13 +18,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.training.run_folder import SCHEMA_FILE, RunFolder
+from dptorch.training.run_folder import PRETRAINED, SCHEMA_FILE, RunFolder
 from dptorch.training.run_page import missing_packages, render
 
 __all__ = ["COLUMNS", "TEST_COLUMNS", "check_destination", "release"]
 
 COLUMNS: Final = ("epoch", "step", "epsilon", "delta")
-TEST_COLUMNS: Final = ("test_accuracy", "test_rmse", "test_mae", "test_r2", "test_loss")
+TEST_COLUMNS: Final = (
+    "test_accuracy",
+    "test_rmse",
+    "test_mae",
+    "test_r2",
+    "test_loss",
+    "test_perplexity",
+)
 _JOB: Final = (
     "recipe",
     "model",
@@ -38,10 +46,34 @@ _JOB: Final = (
     "accountant",
     "learning_rate",
     "momentum",
+    "task",
+    "method",
+    "lora_rank",
+    "prefix_length",
+    "template",
+    "label_words",
+    "prompt",
+    "max_length",
+    "head_learning_rate",
+    "decay",
+    "weight_decay",
 )
 _DATA: Final = ("classes", "input_shape", "preparation", "train_examples")
 _TESTED: Final = ("groups", "majority")
 _METADATA: Final = ("format", "epsilon", "delta", "steps")
+_PRETRAINED_JSON: Final = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "model.safetensors.index.json",
+    "vocab.json",
+)
+_PRETRAINED_TEXT: Final = ("vocab.txt", "merges.txt", "chat_template.jinja")
+_PATHS: Final = frozenset({"base_model_name_or_path", "name_or_path", "_name_or_path"})
 _OWN_DATA: Final = "data that is not published"
 
 
@@ -88,7 +120,10 @@ def release(
             f"{folder.path} holds models of disjoint shards, trained without privacy: none of them may "
             "be published. Answer queries with them under a budget: dptorch serve"
         )
-    if "statement" not in about or not (folder.path / "model.safetensors").exists():
+    pretrained = folder.path / PRETRAINED
+    if "statement" not in about or not (
+        pretrained.is_dir() or (folder.path / "model.safetensors").exists()
+    ):
         raise DataError(
             f"{folder.path}: this run has neither finished nor been interrupted in order, so it has "
             "no statement. Continue it with: dptorch train --resume --name " + folder.path.name
@@ -108,7 +143,10 @@ def release(
             if (folder.path / SCHEMA_FILE).exists():
                 part.write(SCHEMA_FILE, (folder.path / SCHEMA_FILE).read_text(encoding="utf-8"))
             part.write_metrics(rows)
-            _copy_model(folder.path / "model.safetensors", part.path / "model.safetensors")
+            if pretrained.is_dir():
+                _copy_pretrained(pretrained, part.path / PRETRAINED)
+            else:
+                _copy_model(folder.path / "model.safetensors", part.path / "model.safetensors")
             if not missing_packages():
                 name = destination.resolve().name
                 part.write("report.html", render(name, public, rows, statement))
@@ -125,15 +163,32 @@ def _public(about: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any
         data["test_examples"] = about["data"]["test_examples"]
     recipe = about["job"]["recipe"]
     tested = {key: about[key] for key in _TESTED if key in about and TEST_COLUMNS[-1] in columns}
+    # A pretrained model may have been a folder here.
+    model = {"model": Path(about["job"]["model"]).name} if "task" in about["job"] else {}
     return {
         "status": about["status"],
-        "job": {key: about["job"][key] for key in _JOB},
+        "job": {key: about["job"][key] for key in _JOB if key in about["job"]} | model,
         "data": {"source": about["data"]["source"] if recipe else _OWN_DATA, **data},
         "model": about["model"],
         "result": {k: v for k, v in about["result"].items() if k in columns},
         "statement": about["statement"],
         **tested,
     }
+
+
+def _copy_pretrained(source: Path, target: Path) -> None:
+    """A folder of transformers: the files that are listed, without where the model lay here."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.suffix == ".safetensors":
+            _copy_model(path, target / path.name)
+        elif path.name in _PRETRAINED_TEXT:
+            shutil.copyfile(path, target / path.name)
+        elif path.name in _PRETRAINED_JSON:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            for key in _PATHS & values.keys():
+                values[key] = Path(values[key] or "").name
+            (target / path.name).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def _copy_model(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
     model.safetensors   weights
     schema.json         of a table: what its columns are, which the model needs to predict
+    model/              instead, in a task on texts: model and tokenizer as transformers saves them
     plan.json           the privacy plan
     statement.txt       what is guaranteed, and what is not
     metrics.csv         one row per epoch
@@ -37,6 +38,7 @@ from dptorch.errors import ConfigurationError, DataError
 __all__ = ["RunFolder", "create", "load_model", "next_name", "reopen"]
 
 SCHEMA_FILE = "schema.json"
+PRETRAINED = "model"  # folder of a model as transformers saves it, in a run of a task on texts
 NOT_PRIVATE = "not_private_"  # prefix of every column computed from private data without noise
 
 

@@ -13,6 +13,7 @@ from dptorch.errors import ConfigurationError, DataError
 from dptorch.randomness import KeySource
 from dptorch.training import run_charts
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
+from dptorch.training.task import TESTED
 
 __all__ = ["missing_packages", "page_template", "render", "wilson_interval", "write_report"]
 
@@ -20,6 +21,18 @@ DIAGNOSTICS = (
     ("clipped_fraction", "share of gradients clipped", True),
     ("mean_gradient_norm", "mean gradient norm, before clipping", False),
     ("train_loss", "training loss", False),
+)
+
+
+#: Settings of a job on the page, in words; a task has some of them.
+TRAINING = (
+    ("task", "Task"),
+    ("method", "Method"),
+    ("epochs", "Epochs"),
+    ("learning_rate", "Learning rate"),
+    ("head_learning_rate", "Learning rate of the head"),
+    ("decay", "Learning rate's decay"),
+    ("momentum", "Momentum"),
 )
 
 
@@ -68,6 +81,7 @@ def render(
     claims = about["statement"]
     epsilon, plan = claims["epsilon"], claims["plan"]
     tested = "test_accuracy" in last
+    others = [(TESTED[c][0], f"{last[c]:{TESTED[c][1]}}") for c in TESTED if c in last]
     low = high = 0.0
     if tested:
         low, high = wilson_interval(last["test_accuracy"], about["data"]["test_examples"])
@@ -83,6 +97,11 @@ def render(
         interrupted=about["status"] != "complete",
         seeded=not KeySource(claims["key_provenance"]).is_private,
         tested=tested,
+        others=others[1:] if tested else others,
+        perplexity_chart="test_perplexity" in last
+        and run_charts.perplexity_against_epsilon(
+            [(row["epsilon"], row["test_perplexity"]) for row in rows]
+        ),
         accuracy_chart=tested
         and run_charts.accuracy_against_epsilon(
             [(row["epsilon"], row["test_accuracy"]) for row in rows],
@@ -164,9 +183,7 @@ def _settings(about: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, objec
         ("Training examples", data["train_examples"]),
         *([("Test examples", data["test_examples"])] if "test_examples" in data else []),
         *([("Classes", len(data["classes"]))] if data["classes"] else []),
-        ("Epochs", job["epochs"]),
-        ("Learning rate", job["learning_rate"]),
-        ("Momentum", job["momentum"]),
+        *((words, job[name]) for name, words in TRAINING if job.get(name) is not None),
     ]
     return [("Privacy plan", privacy), ("Training", training)]
 

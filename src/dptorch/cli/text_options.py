@@ -1,0 +1,212 @@
+"""The options of `dptorch train TASK` for texts, in the groups that its help shows.
+
+Their fields are those of `dptorch.text.job.TextJob`; what they leave out (None) the recipe or
+`dptorch.text.recipes` decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dptorch.cli.options import plan_option
+
+__all__ = [
+    "ClassOptions",
+    "GenerationOptions",
+    "TextDataOptions",
+    "TextModelOptions",
+    "TextTrainingOptions",
+]
+
+DATA, MODEL, TRAINING = "Data", "Model", "Training"
+RECIPE = "as the recipe, or "
+
+
+def _option(panel: str, *flags: str, help: str, default: str | bool = True, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, show_default=default, rich_help_panel=panel, **more)
+
+
+@dataclass(frozen=True)
+class TextDataOptions:
+    """Where the rows come from."""
+
+    data: Annotated[
+        str | None,
+        _option(
+            DATA,
+            help="Your rows: [bold].csv[/], [bold].tsv[/], [bold].jsonl[/], [bold].json[/] or "
+            "[bold].parquet[/]; a directory that [bold]datasets[/] saved, or with train.csv and "
+            "test.csv in it; or [bold]hub:NAME[/], which is downloaded.",
+            default="the recipe's",
+        ),
+    ] = None
+    recipe: Annotated[
+        str | None,
+        _option(
+            DATA,
+            help="Columns and settings of a paper: [bold]sst2[/], [bold]qnli[/], [bold]qqp[/], "
+            "[bold]mnli[/] (RoBERTa), [bold]e2e[/], [bold]dart[/] (GPT-2). Its data and model are "
+            "downloaded, unless --data and --model name folders.",
+            default=False,
+        ),
+    ] = None
+    test_data: Annotated[str | None, _option(DATA, help="A file of test rows.", default=False)] = (
+        None
+    )
+    test_fraction: Annotated[
+        float,
+        _option(
+            DATA,
+            help="Fraction held out for testing, by a hash of the text, if there are no test rows. ε "
+            "does not cover them.",
+        ),
+    ] = 0.2
+    text: Annotated[
+        str | None, _option(DATA, help="Column of the text, or table.", default="text")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """Columns and prompts of text classification."""
+
+    pair: Annotated[str | None, _option(DATA, help="Column of a second text.", default="none")] = (
+        None
+    )
+    label: Annotated[str | None, _option(DATA, help="Column of the class.", default="label")] = None
+    template: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            help="Classify by the word that a masked model fills in: [bold]'{text} It was {mask}.'[/]. "
+            "Better than a new head where rows are few.",
+            default="the recipe's, or a new head",
+        ),
+    ] = None
+    label_words: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            help="With --template: a word for each class, in the order of the classes, with commas.",
+            default=False,
+        ),
+    ] = None
+    prompt: Annotated[
+        bool, _option(MODEL, "--prompt/--no-prompt", help="Use the recipe's template.")
+    ] = True
+    head_learning_rate: Annotated[
+        float | None,
+        _option(TRAINING, help="Of the new head.", default="--learning-rate"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class TextModelOptions:
+    """What is trained."""
+
+    model: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            help="Pretrained model: a folder that [bold]save_pretrained[/] wrote, or a name on the "
+            "hub, which is downloaded. It counts as public.",
+            default="the recipe's",
+        ),
+    ] = None
+    method: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            help="[bold]full[/], [bold]lora[/], [bold]ffa-lora[/] (first factor frozen), "
+            "[bold]bias-only[/] (BiTFiT), [bold]last-layer[/] or [bold]prefix[/].",
+            default=RECIPE + "lora",
+        ),
+    ] = None
+    lora_rank: Annotated[int, _option(MODEL, help="Rank of LoRA.")] = 8
+    prefix_length: Annotated[int, _option(MODEL, help="Number of vectors of a prefix.")] = 10
+    max_length: Annotated[
+        int | None,
+        _option(MODEL, help="Tokens of an example that are read.", default=RECIPE + "128"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class TextTrainingOptions:
+    """How it is trained."""
+
+    epochs: Annotated[float | None, plan_option("epochs", TRAINING, default=RECIPE + "5")] = None
+    sample_rate: Annotated[
+        float | None,
+        plan_option("sample_rate", TRAINING, more="Large is good.", default=RECIPE + "0.1"),
+    ] = None
+    batch_size: Annotated[
+        float | None, plan_option("batch_size", TRAINING, more="Instead of --sample-rate.")
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        _option(
+            TRAINING,
+            "--learning-rate",
+            "--lr",
+            help="Of AdamW.",
+            default=RECIPE + "0.002; full 0.0005, bias-only and last-layer 0.005, prefix 0.01",
+        ),
+    ] = None
+    decay: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            help="[bold]linear[/] to 0 at the last step, or [bold]constant[/].",
+            default=RECIPE + "linear",
+        ),
+    ] = None
+    weight_decay: Annotated[
+        float | None, _option(TRAINING, help="Of AdamW.", default=RECIPE + "0")
+    ] = None
+    max_physical_batch_size: Annotated[
+        int,
+        _option(
+            TRAINING,
+            help="Largest number of examples in memory at once. It changes speed and memory only.",
+        ),
+    ] = 16
+    clipping_mode: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            help="How the norms of gradients are computed. It changes speed and memory only.",
+            default="auto",
+        ),
+    ] = None
+    num_workers: Annotated[int, _option(TRAINING, help="Processes that load data.")] = 0
+    device: Annotated[str, _option(TRAINING, help="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    seed: Annotated[
+        int | None,
+        _option(
+            TRAINING,
+            help="Make the run repeatable, for tests. [bold]Such a run is not private[/].",
+            default="secret randomness",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Texts that are generated when a run is done."""
+
+    new_tokens: Annotated[int, _option("Generated texts", help="Most tokens of one.")] = 40
+
+
+Prompts = Annotated[
+    Path | None,
+    _option(
+        "Generated texts",
+        "--prompts",
+        help="File with the beginning of a sample in each line. They must be public.",
+        default="three samples from the beginning of a text",
+    ),
+]

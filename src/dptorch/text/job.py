@@ -1,0 +1,365 @@
+"""A text job: everything that determines a run of a text task, and the objects it is run with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from dptorch.engine.privacy_engine import PrivacyEngine
+from dptorch.errors import ConfigurationError, DataError, one_of
+from dptorch.plan import make_plan
+from dptorch.text import classification, language
+from dptorch.text.batches import Tokenized
+from dptorch.text.bible import SMALL_GPT, passages, small_gpt
+from dptorch.text.methods import apply_method, head_parameters
+from dptorch.text.models import load_pretrained
+from dptorch.text.recipes import PASSAGES, TASKS, defaults_of, get_recipe
+from dptorch.text.rows import Row, Split, read_split, require_columns, split_rows
+from dptorch.training.data import TrainTest, encode_labels
+from dptorch.training.job import PLAN_SETTINGS, Setup, device_of, style_of
+from dptorch.training.task import Task
+
+__all__ = ["TextJob", "prepare"]
+
+
+@dataclass(frozen=True)
+class TextJob:
+    """What `dptorch train TASK` was asked for. None means: as `dptorch.text.recipes` says.
+
+    `prepare` returns a job with every None decided that has a default, and that is what `run.json`
+    records.
+
+    Attributes:
+        task: a name in `dptorch.text.recipes.TASKS`.
+        recipe: a name in `dptorch.text.recipes.RECIPES`.
+        data: file, directory or ``hub:NAME``; see `dptorch.text.rows`.
+        test_data: a file of test rows.
+        test_name: of the part of `data` that is the test set.
+        test_fraction: held out where there is no test set.
+        text, pair, label, target: columns: of the text (or table), of a second text, of the class, of
+            the text to write.
+        model: folder or name of a pretrained model.
+        method: what is trained, a name in `dptorch.text.methods.METHODS`.
+        lora_rank, prefix_length: of these methods.
+        template, label_words: classify by the word at a mask; see `classification.prompt_tokens`.
+        prompt: False: a new head in spite of the recipe's template.
+        max_length: tokens of an example that are read.
+        learning_rate, head_learning_rate, decay, weight_decay: of AdamW; decay is "linear" or
+            "constant".
+        prompts: what samples begin with, one a line.
+        generate: test tables that texts are generated for.
+        new_tokens: of a generated text.
+
+    The rest is as in `dptorch.training.job.Job`.
+    """
+
+    task: str
+    recipe: str | None = None
+    data: str | None = None
+    test_data: str | None = None
+    test_name: str | None = None
+    test_fraction: float = 0.2
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    target: str | None = None
+    model: str | None = None
+    method: str | None = None
+    lora_rank: int = 8
+    prefix_length: int = 10
+    template: str | None = None
+    label_words: str | None = None
+    prompt: bool = True
+    max_length: int | None = None
+    epochs: float | None = None
+    batch_size: float | None = None
+    sample_rate: float | None = None
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    target_delta: float | None = None
+    max_grad_norm: float | None = None
+    clipping_fn: str | None = None
+    clipping_mode: str = "auto"
+    clipping_style: str = "all-layer"
+    mechanism: str = "gaussian"
+    accountant: str = "pld"
+    sampling: str = "poisson"
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    decay: str | None = None
+    weight_decay: float | None = None
+    max_physical_batch_size: int = 16
+    num_workers: int = 0
+    device: str = "auto"
+    seed: int | None = None
+    diagnostics: bool = True
+    prompts: str = ""
+    generate: int = 100
+    new_tokens: int = 40
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `run.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TextJob:
+        """The job that `to_dict` described.
+
+        Raises:
+            DataError: a key is unknown, so the run is of another version of dptorch.
+
+        Example:
+            >>> job = TextJob("language-model", data="texts.jsonl")
+            >>> TextJob.from_dict(job.to_dict()) == job
+            True
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise DataError(f"run.json has the unknown setting {unknown[0]!r}: another version's?")
+        return cls(**values)
+
+
+def prepare(job: TextJob) -> Setup:
+    """Read and tokenize the data, load the model, build the engine; nothing is spent or written.
+
+    Raises:
+        ConfigurationError: options contradict each other or have impossible values, or the model
+            cannot be loaded.
+        DataError: the data cannot be read.
+        PrivacyError: the model cannot be trained privately.
+    """
+    one_of("task", job.task, TASKS)
+    _refuse_contradictions(job)
+    job = _decide(job)
+    device = device_of(job.device)
+    if job.seed is not None:
+        torch.manual_seed(job.seed)
+    build = {
+        "text-classification": _classification,
+        "table-to-text": _table_to_text,
+        "language-model": _language_model,
+    }[job.task]
+    share = _Decay(job.decay or "linear")
+    data, model, task = build(job, share)
+    model = model.to(device)
+    size = len(data.train)  # type: ignore[arg-type]
+    if job.batch_size is not None:
+        if not 0 < job.batch_size <= size:
+            raise ConfigurationError(
+                f"batch_size={job.batch_size:g}: expected between 1 and the {size} training examples."
+            )
+        job = replace(job, batch_size=None, sample_rate=job.batch_size / size)
+    plan = make_plan(
+        sample_size=size,
+        loss_reduction="mean",
+        clipping_style=style_of(job.clipping_style),
+        **{name: getattr(job, name) for name in PLAN_SETTINGS},
+    )
+    share.steps = plan.steps
+    engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
+    optimizer = _optimizer(model, job)
+    engine.attach(optimizer)
+    return Setup(job, data, model, engine, optimizer, device, task=task)
+
+
+class _Decay:
+    """The share of the learning rate after a number of steps of `steps`."""
+
+    def __init__(self, kind: str) -> None:
+        self._constant = one_of("decay", kind, ("linear", "constant")) == "constant"
+        self.steps = 1
+
+    def __call__(self, step: int) -> float:
+        return 1.0 if self._constant else max(0.0, 1 - step / self.steps)
+
+
+def _refuse_contradictions(job: TextJob) -> None:
+    for first, second in (("batch_size", "sample_rate"), ("target_epsilon", "noise_multiplier")):
+        a, b = getattr(job, first), getattr(job, second)
+        if a is not None and b is not None:
+            raise ConfigurationError(
+                f"{first}={a:g} and {second}={b:g} exclude each other: one determines the other."
+            )
+    for name in ("epochs", "learning_rate", "head_learning_rate", "max_length", "new_tokens"):
+        value = getattr(job, name)
+        if value is not None and not value > 0:
+            raise ConfigurationError(f"{name}={value}: expected a positive number.")
+    if (job.template is None) != (job.label_words is None):
+        raise ConfigurationError(
+            f"template={job.template!r} and label_words={job.label_words!r} belong together: a "
+            "sentence with a mask, and the word of each class."
+        )
+
+
+def _decide(job: TextJob) -> TextJob:
+    """Fill in what was left open."""
+    recipe = None if job.recipe is None else get_recipe(job.recipe, job.task)
+    suggested = defaults_of(recipe, job.method)
+    if job.data is not None:  # the user's own rows: the recipe's part has no meaning for them
+        suggested.pop("test_name", None)
+    if job.batch_size is not None or job.sample_rate is not None:
+        suggested["batch_size"] = suggested["sample_rate"] = None
+    if job.noise_multiplier is not None:
+        suggested["target_epsilon"] = None
+    columns = {"text": "text", "label": "label", "target": "target"}
+    filled = {
+        name: value for name, value in (columns | suggested).items() if getattr(job, name) is None
+    }
+    job = replace(job, **filled)
+    for name, what in (("data", "rows to train on"), ("model", "a pretrained model")):
+        if getattr(job, name) is None:
+            raise ConfigurationError(
+                f"--{name} is missing: {what}. Or give a --recipe, whose own is downloaded."
+            )
+    return job
+
+
+def _optimizer(model: Any, job: TextJob) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trainable}]
+    if job.head_learning_rate is not None and job.task == "text-classification":
+        inner = getattr(model, "model", model) if job.template and job.prompt else model
+        head = {id(p) for p in head_parameters(inner, classifier=True)}
+        groups = [
+            {"params": [p for p in trainable if id(p) not in head]},
+            {"params": [p for p in trainable if id(p) in head], "lr": job.head_learning_rate},
+        ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=job.learning_rate or 0.0,
+        weight_decay=job.weight_decay or 0.0,
+    )
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+def _classification(job: TextJob, share: Callable[[int], float]) -> tuple[TrainTest, Any, Task]:
+    assert job.text
+    assert job.label
+    assert job.model
+    columns = [job.text] + ([job.pair] if job.pair else [])
+    split = _split(job, columns, [*columns, job.label])
+    rows = [*split.train, *split.test]
+    codes, classes = encode_labels([row[job.label] for row in rows], split.source)
+    labels = codes.tolist()
+    texts = [tuple(as_text(row[column]) for column in columns) for row in rows]
+    length = job.max_length or 128
+    model: Any
+    if job.template is not None and job.prompt:
+        words = [word.strip() for word in (job.label_words or "").split(",")]
+        if len(words) != len(classes):
+            raise ConfigurationError(
+                f"label_words={job.label_words!r} are {len(words)}, but there are {len(classes)} "
+                f"classes: {', '.join(classes)}. Give one for each, in that order."
+            )
+        inner, tokenizer = load_pretrained(job.model, "masked")
+        inner = _trainable(inner, job, "masked")
+        model = classification.PromptedModel(inner, classification.word_tokens(words, tokenizer))
+        tokens = classification.prompt_tokens(texts, labels, tokenizer, job.template, length)
+    else:
+        model, tokenizer = load_pretrained(job.model, "classifier", num_labels=len(classes))
+        model = _trainable(model, job, "classifier")
+        tokens = classification.tokenize_rows(texts, labels, tokenizer, length)
+    task = classification.TextClassification(tokenizer, share)
+    return _data(split, tokens, classes, length), model, task
+
+
+def _language_model(job: TextJob, share: Callable[[int], float]) -> tuple[TrainTest, Any, Task]:
+    assert job.text
+    split = _split(job, [job.text], [job.text])
+    model, tokenizer = _causal(job)
+    length = job.max_length or 128
+    texts = [as_text(row[job.text]) for row in (*split.train, *split.test)]
+    tokens = language.tokenize_texts(texts, tokenizer, length)
+    task = language.LanguageModelling(
+        tokenizer,
+        share,
+        test_texts=texts[len(split.train) :],
+        max_length=length,
+        prompts=[line for line in job.prompts.splitlines() if line.strip()] or ["", "", ""],
+        new_tokens=job.new_tokens,
+    )
+    return _data(split, tokens, (), length), model, task
+
+
+def _table_to_text(job: TextJob, share: Callable[[int], float]) -> tuple[TrainTest, Any, Task]:
+    assert job.text
+    assert job.target
+    split = _split(job, [job.text], [job.text, job.target])
+    model, tokenizer = _causal(job)
+    length = job.max_length or 128
+    tables = [f"{as_text(row[job.text])} |" for row in (*split.train, *split.test)]
+    texts = [as_text(row[job.target]) for row in (*split.train, *split.test)]
+    references: dict[str, list[str]] = {}
+    for table, text in zip(tables[len(split.train) :], texts[len(split.train) :], strict=True):
+        references.setdefault(table, []).append(text)
+    task = language.TableToText(
+        tokenizer,
+        share,
+        test_texts=(),
+        max_length=length,
+        new_tokens=job.new_tokens,
+        references=references,
+        most_generated=job.generate,
+    )
+    tokens = language.tokenize_pairs(tables, texts, tokenizer, length)
+    return _data(split, tokens, (), length), model, task
+
+
+def _trainable(model: Any, job: TextJob, kind: str) -> Any:
+    return apply_method(
+        model, job.method or "", kind, rank=job.lora_rank, prefix_length=job.prefix_length
+    )
+
+
+def _causal(job: TextJob) -> tuple[Any, Any]:
+    if job.model == SMALL_GPT:
+        model, tokenizer = small_gpt()
+    else:
+        model, tokenizer = load_pretrained(job.model or "", "causal")
+    model = _trainable(model, job, "causal")
+    return model, tokenizer
+
+
+def _split(job: TextJob, key: Sequence[str], columns: Sequence[str]) -> Split:
+    assert job.data is not None
+    if job.data == PASSAGES:
+        return split_rows(passages(), PASSAGES, fraction=job.test_fraction, key=key)
+    split = read_split(
+        job.data,
+        job.test_data,
+        test_fraction=job.test_fraction,
+        key=key,
+        test_name=job.test_name or "",
+    )
+    require_columns(split.train, columns, split.source)
+    require_columns(split.test, columns, split.source)
+    return split
+
+
+def _data(
+    split: Split, tokens: Sequence[Mapping[str, Any]], classes: tuple[str, ...], length: int
+) -> TrainTest:
+    size = len(split.train)
+    train: Any = Tokenized(tokens[:size])
+    test: Any = Tokenized(tokens[size:])
+    return TrainTest(train, test, classes, (length,), split.source)
+
+
+def as_text(value: Row | Any) -> str:
+    """Return a cell as text: lists of triples with ``|`` between them.
+
+    Example:
+        >>> as_text([["Alimentum", "area", "centre"], ["Alimentum", "food", "fast"]])
+        'Alimentum : area : centre | Alimentum : food : fast'
+    """
+    if isinstance(value, list | tuple):
+        return " | ".join(
+            " : ".join(map(str, part)) if isinstance(part, list | tuple) else str(part)
+            for part in value
+        )
+    return str(value)

@@ -1,0 +1,239 @@
+"""Tasks on texts, from rows to a run: steps, methods, kill and resume, pages, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from dptorch.errors import ConfigurationError, DataError
+from dptorch.text import load_run
+from dptorch.text.job import TextJob, prepare
+from dptorch.text.methods import METHODS
+from dptorch.text.recipes import RECIPES, defaults_of
+from dptorch.training import run_folder
+from dptorch.training.loop import Silent, train
+from dptorch.training.run_folder import RunFolder
+from tests.oracles.loop import norms_of, one_example_loop, relative_error
+from tests.text.folders import tokenizer, write_jsonl
+
+C = 0.05
+FAST: dict[str, Any] = {"epochs": 1, "sample_rate": 0.5, "noise_multiplier": 1.0, "seed": 0}
+
+
+def released(job: TextJob, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a step without noise over a few rows, and the clipped sum of a loop over them."""
+    setup = prepare(job)
+    collate = setup.task.collate
+    assert collate is not None
+    batch = collate([setup.data.train[i] for i in range(rows)])
+    names = list(batch)
+
+    def loss_of(model: torch.nn.Module, *values: torch.Tensor) -> torch.Tensor:
+        loss, _ = setup.task.loss(model, dict(zip(names, values, strict=True)), setup.device)
+        return loss[None]
+
+    setup.engine.detach()
+    setup.model.double()
+    truth = one_example_loop(setup.model, tuple(batch.values()), loss_of)
+    norms = norms_of(truth)
+    coefficients = (C / norms).clamp(max=1)
+    expected = {n: torch.tensordot(coefficients, g, 1) / rows for n, g in truth.items()}
+    engine = type(setup.engine)(
+        setup.model, sample_rate=1.0, sample_size=rows, steps=1, noise_multiplier=0.0,
+        target_delta=1e-3, max_grad_norm=C, seed=0,
+    )  # fmt: skip
+    parameters = [p for p in setup.model.parameters() if p.requires_grad]
+    optimizer = engine.attach(torch.optim.SGD(parameters, lr=0.0))
+    some: Any = torch.utils.data.Subset(setup.data.train, range(rows))
+    for part in engine.loader(some, collate_fn=collate, max_physical_batch_size=3):
+        setup.task.loss(setup.model, part, setup.device)[0].backward()
+        optimizer.step()
+        if engine.steps_done:
+            break
+        optimizer.zero_grad()
+    found = {n: p.grad for n, p in setup.model.named_parameters() if p.requires_grad}
+    flat = [torch.cat([each[n].double().flatten() for n in expected]) for each in (found, expected)]
+    return flat[0], flat[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["text-classification", "table-to-text", "prompt"])
+def test_a_step_is_the_clipped_sum_over_single_examples(
+    task: str, method: str, bert: str, gpt2: str, reviews: str, tables: str
+) -> None:
+    if task == "table-to-text":
+        job = TextJob(task, data=tables, model=gpt2, method=method, **FAST)
+    else:
+        prompted = {"template": "{text} it was {mask} .", "label_words": "bad,good"}
+        more = prompted if task == "prompt" else {}
+        job = TextJob(
+            "text-classification", data=reviews, model=bert, method=method, **FAST, **more
+        )
+    found, expected = released(job)
+    assert len(expected) > 0
+    assert expected.norm() > 0
+    assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [("full", 1.0), ("last-layer", 0.1), ("bias-only", 0.2), ("ffa-lora", 0.5), ("prefix", 0.3)],
+)
+def test_a_method_trains_what_it_says(method: str, share: float, bert: str, reviews: str) -> None:
+    setup = prepare(
+        TextJob("text-classification", data=reviews, model=bert, method=method, lora_rank=2, **FAST)
+    )
+    trainable = {n for n, p in setup.model.named_parameters() if p.requires_grad}
+    every = sum(p.numel() for p in setup.model.parameters())
+    found = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
+    assert 0 < found <= share * every
+    assert any("classifier" in name for name in trainable)
+    if method == "ffa-lora":
+        assert not any("lora_A" in name for name in trainable)
+        assert any("lora_B" in name for name in trainable)
+
+
+class Kill(Silent):
+    def stepped(self, step: int, train_loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_a_killed_run_goes_on_to_the_same_end(bert: str, reviews: str, tmp_path: Path) -> None:
+    settings = FAST | {"epochs": 4, "learning_rate": 1e-2}
+    job = TextJob("text-classification", data=reviews, model=bert, method="lora", **settings)
+    whole = run_folder.create(tmp_path / "runs", "whole")
+    train(prepare(job), whole)
+    cut = run_folder.create(tmp_path / "runs", "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare(job), cut, observer=Kill())
+    outcome = train(prepare(job), cut, resume=True)
+    assert outcome.last["step"] == 8
+    outputs = []
+    for folder in (whole, cut):
+        model, words = load_run(folder.path)
+        with torch.no_grad():
+            outputs.append(model(**words(["the film was good"], return_tensors="pt")).logits)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    pretrained = prepare(job).model.eval()
+    assert (
+        pretrained(**words(["the film was good"], return_tensors="pt")).logits != outputs[0]
+    ).any()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_a_run_of_tables_has_scores_samples_and_a_page(
+    gpt2: str, tables: str, tmp_path: Path
+) -> None:
+    job = TextJob(
+        "table-to-text", data=tables, model=gpt2, method="full", generate=3, new_tokens=6, **FAST
+    )
+    folder = run_folder.create(tmp_path / "runs", "tables")
+    outcome = train(prepare(job), folder)
+    assert outcome.last["test_perplexity"] > 1
+    about = folder.read_json("run.json")
+    assert {"BLEU", "ROUGE-L"} <= set(about["scores"])
+    assert about["samples"][0]["reference"].endswith("in the area")
+    page = (folder.path / "report.html").read_text()
+    for wanted in ("Test perplexity", "ROUGE-L", about["samples"][0]["prompt"], "load_run"):
+        assert wanted in page
+    model, words = load_run(folder.path)
+    assert not model.training
+    assert words.pad_token_id == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "no/such/folder"}, "cannot be loaded"),
+        ({"data": "nowhere.csv"}, "does not exist"),
+        ({"label": "class"}, "no column 'class'. Found text, label"),
+        ({"method": "lorra"}, "Did you mean 'lora'"),
+        ({"template": "{text} {mask}"}, "belong together"),
+        ({"template": "{text} .", "label_words": "bad,good"}, "once each"),
+        ({"template": "{text} {mask}", "label_words": "bad"}, "there are 2 classes: neg, pos"),
+        ({"template": "{text} {mask}", "label_words": "bad,awful"}, "'awful'"),
+        ({"template": "{pair} {text} {mask}", "label_words": "bad,good"}, "Give --pair"),
+        ({"batch_size": 1e6, "sample_rate": None}, "expected between 1 and the"),
+        ({"recipe": "e2e"}, "is one of table-to-text"),
+        ({"decay": "cosine"}, "Valid: 'linear'"),
+        ({"max_length": -1}, "expected a positive number"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_spent(
+    change: dict[str, Any], message: str, bert: str, reviews: str
+) -> None:
+    settings = {"data": reviews, "model": bert, **FAST, **change}
+    with pytest.raises((ConfigurationError, DataError), match=message):
+        prepare(TextJob("text-classification", **settings))
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_does_not_fit_is_refused(gpt2: str, tables: str, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=8)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer(bert=False).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="25 tokens, but the model knows 9"):
+        prepare(TextJob("table-to-text", data=tables, model=str(tmp_path), **FAST))
+
+
+def test_a_run_of_another_kind_is_not_loaded(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json("run.json", {"job": {}})
+    with pytest.raises(DataError, match="no run of a task on texts"):
+        load_run(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_prepares_on_rows_of_its_columns(
+    name: str, bert: str, gpt2: str, tmp_path: Path
+) -> None:
+    """The data's own model and rows are downloads; here a small model, and rows of the same form."""
+    recipe = RECIPES[name]
+    named = {"text": "text", **recipe.settings}
+    columns = [named[c] for c in ("text", "pair", "target") if named.get(c)]
+    classes = len((recipe.settings.get("label_words") or "x").split(","))
+    rows = [
+        {c: f"film {i} {c}" for c in columns} | {"label": i % classes, "n": str(i)}
+        for i in range(24)
+    ]
+    words = ",".join(["bad", "good", "not"][:classes])
+    job = TextJob(
+        recipe.task,
+        recipe=name,
+        data=write_jsonl(tmp_path / "rows.jsonl", rows),
+        model=bert if recipe.task == "text-classification" else gpt2,
+        batch_size=4,
+        label_words=words if "label_words" in recipe.settings else None,
+        template=recipe.settings.get("template"),
+    )
+    setup = prepare(job)
+    plan = setup.engine.plan
+    assert plan.epsilon() <= recipe.settings.get("target_epsilon", 3.0)
+    assert plan.max_grad_norm == recipe.settings.get("max_grad_norm", 1.0)
+    assert setup.optimizer.param_groups[0]["lr"] == recipe.settings["learning_rate"]
+    per_epoch = len(setup.data.train) / 4  # type: ignore[arg-type]
+    assert plan.steps == pytest.approx(recipe.settings["epochs"] * per_epoch, abs=1)
+
+
+def test_a_recipe_changes_with_the_method() -> None:
+    recipe = RECIPES["e2e"]
+    full, biases = defaults_of(recipe, None), defaults_of(recipe, "bias-only")
+    assert (full["learning_rate"], full["batch_size"], full["sample_rate"]) == (2e-3, 1024.0, None)
+    assert biases["learning_rate"] == 1e-2
+    assert defaults_of(None, "prefix")["learning_rate"] == 1e-2
