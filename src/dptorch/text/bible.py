@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dptorch.errors import DataError
-from dptorch.training.packages import Package
+from dptorch.training.packages import Package, hide_broken_torchvision
 
 __all__ = ["SMALL_GPT", "passages", "read_passages", "small_gpt"]
 
@@ -70,6 +70,7 @@ def small_gpt() -> tuple[Any, Any]:
 
     Its tokens are the bytes, so that nothing about the texts was used to choose them.
     """
+    hide_broken_torchvision()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 

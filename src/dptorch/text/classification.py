@@ -120,11 +120,13 @@ def tokenize_rows(
         DataError: a text has no token.
     """
     found = []
-    for number, (parts, label) in enumerate(zip(texts, labels, strict=True)):
-        row = dict(tokenizer(*parts, truncation=True, max_length=max_length))
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    batch = tokenizer(*columns, truncation=True, max_length=max_length)
+    for number, label in enumerate(labels):
+        row = {name: list(values[number]) for name, values in batch.items()}
         if not row["input_ids"]:
             raise DataError(f"row {number} has no tokens (an empty text?). Leave such rows out.")
-        found.append({name: list(ids) for name, ids in row.items()} | {"labels": label})
+        found.append(row | {"labels": label})
     return found
 
 

@@ -151,9 +151,9 @@ def tokenize_texts(
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
-    for number, text in enumerate(texts):
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = [*ids, *end][:max_length]
+    # All at once: tokenizers work on many texts in parallel.
+    for number, tokens in enumerate(tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
+        ids = [*tokens, *end][:max_length]
         if len(ids) < 2:
             raise DataError(f"row {number} has no word to predict. Leave such rows out.")
         found.append(_example(ids, list(ids)))
@@ -172,12 +172,12 @@ def tokenize_pairs(
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
-    for number, (table, text) in enumerate(zip(tables, texts, strict=True)):
-        after = list(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+    befores = tokenizer(list(tables), add_special_tokens=False)["input_ids"]
+    afters = tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
+    for number, (before, after) in enumerate(zip(befores, afters, strict=True)):
         if not after:
             raise DataError(f"row {number} has no word to predict. Leave such rows out.")
         after = [*after, *end][: max_length - 1]
-        before = list(tokenizer(table, add_special_tokens=False)["input_ids"])
         before = before[: max_length - len(after)]
         found.append(_example([*before, *after], [IGNORED] * len(before) + after))
     return found
