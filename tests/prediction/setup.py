@@ -36,6 +36,8 @@ def rows(n: int, start: int = 0) -> Tensor:
 def predictor(mechanism: str, models: int = 5, queries: int = 20, **rest) -> PrivatePredictor:
     votes = "gnmax" in mechanism
     extra = {} if votes else {"clip": 1.0}
+    if mechanism == "mixing":
+        extra = {"mix_with": Says([1.0, 0.5, 0.0, 0.0])}
     if mechanism == "confident-gnmax":
         extra["threshold"] = 0.6 * models
     given = {"budget": (2.0, 1e-5), "queries": queries, "seed": 0} | extra | rest

@@ -45,7 +45,7 @@ def largest_move(mechanism):
     return float(NORMS[NORM_OF[mechanism]](moves).max()), made.plan
 
 
-@pytest.mark.parametrize("mechanism", ANSWERS)
+@pytest.mark.parametrize("mechanism", [name for name in ANSWERS if name != "mixing"])
 def test_the_sensitivity_is_reached_and_not_exceeded(mechanism):
     move, plan = largest_move(mechanism)
     assert move <= sensitivity_of(plan) * (1 + 1e-9)
@@ -135,3 +135,56 @@ def test_confident_answers_only_where_models_agree():
 def test_a_plain_majority_is_found_among_many_models():
     made = predictor("gnmax", 400, 10, budget=(8.0, 1e-5))
     assert (made.predict(rows(10)).labels == torch.zeros(10)).all()
+
+
+def mixtures(noise, models=3, **change):
+    """The largest ratio of two neighbours' mixtures, over extreme outputs of one model."""
+    made = predictor("mixing", models, queries=None, noise=noise, budget=(50.0, 1e-5))
+    rng, worst = np.random.default_rng(0), 0.0
+    for public in (rng.normal(size=K), np.array([9.0, 0.0, 0.0, -9.0]), np.zeros(K)):
+        for rest in (np.eye(K)[:1] * -1e3, rng.normal(size=(1, K)), np.eye(K)[1:2] * 1e3):
+            found = [
+                MECHANISMS["mixing"].combine(
+                    np.stack([public[None], one[None], *[rest] * (models - 1)]), made.plan
+                )
+                for one in extremes(rng)
+            ]
+            combined = np.concatenate(found)
+            np.testing.assert_allclose(np.exp(combined).sum(-1), 1.0, rtol=1e-9)
+            worst = max(worst, float((combined[:, None] - combined[None]).max()))
+    return worst
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5, 2.0])
+def test_mixtures_of_neighbours_differ_by_no_more_than_epsilon(noise):
+    found = mixtures(noise)
+    assert found <= noise * (1 + 1e-9)
+    assert found >= 0.9 * noise
+
+
+@pytest.mark.parametrize("wrong", ["one model instead of m", "two sides for one"])
+def test_a_wrong_radius_would_be_caught(monkeypatch, wrong):
+    """Broken twins: the other models are not counted upon, or β is taken for the whole ratio."""
+    right = mechanisms.radius_of
+    twins = {
+        "one model instead of m": lambda plan: 0.5 * plan.noise,
+        "two sides for one": lambda plan: 2 * right(plan),
+    }
+    monkeypatch.setattr(mechanisms, "radius_of", twins[wrong])
+    assert not 0.95 * 0.5 <= mixtures(0.5) <= 0.5 * (1 + 1e-9)
+
+
+def test_more_models_may_be_further_from_the_public_one():
+    far = {}
+    for models in (2, 20, 200):
+        made = predictor("mixing", models, 50)
+        far[models] = float(np.exp(made._combined(rows(1)))[0, 0])
+    public = float(torch.tensor([1.0, 0.5, 0.0, 0.0]).softmax(0)[0])
+    assert public < far[2] < far[20] < far[200] < 1.0
+
+
+def test_labels_are_drawn_from_the_mixture():
+    made = predictor("mixing", 20, 4000)
+    wanted = np.exp(made._combined(rows(1)))[0]
+    drawn = np.bincount(made.predict(rows(4000)).labels.numpy(), minlength=K) / 4000
+    np.testing.assert_allclose(drawn, wanted, atol=0.03)

@@ -176,19 +176,19 @@ class QueryLedger:
             except BudgetExhausted as refused:
                 wish.refused = refused
                 continue
-            for event in wish.events:
-                last = transaction.append(
-                    "steps",
-                    dataset=self._ledger.dataset,
-                    run=self.run,
-                    session=self._session,
-                    first=first,
-                    steps=event.steps,
-                    body={"event": event.to_dict() | {"steps": 1}},
-                )
-                first += event.steps
-                spent += self._plan.share(event)
-                granted.append(event)
+            spent += sum(self._plan.share(event) for event in wish.events)
+            granted += wish.events
+        for event in merge(granted):
+            last = transaction.append(
+                "steps",
+                dataset=self._ledger.dataset,
+                run=self.run,
+                session=self._session,
+                first=first,
+                steps=event.steps,
+                body={"event": event.to_dict() | {"steps": 1}},
+            )
+            first += event.steps
         return granted, last
 
     def look(self) -> None:

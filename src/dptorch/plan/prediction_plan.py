@@ -34,7 +34,7 @@ __all__ = ["ANSWERS", "PURE_ANSWERS", "PredictionPlan"]
 
 #: Ways to answer with Gaussian noise, and those that are (ε, 0)-private.
 GAUSSIAN_ANSWERS: Final = ("gaussian", "gnmax", "confident-gnmax")
-PURE_ANSWERS: Final = ("laplace", "noisy-max")
+PURE_ANSWERS: Final = ("laplace", "noisy-max", "mixing")
 ANSWERS: Final = GAUSSIAN_ANSWERS + PURE_ANSWERS
 _FORMAT: Final = 1
 _MOST_ANSWERS: Final = 2**20  # of pure ones, whose composition is a sum of so many terms
@@ -52,7 +52,7 @@ class PredictionPlan:
         noise: Gaussian: standard deviation over the sensitivity Δ (s/Δ). Otherwise: ε of one answer.
         target_epsilon, target_delta: the budget of all answers together.
         models: how many models answer together; a record is in the training data of one of them.
-        clip: B, the bound on one model's logits; None where models vote.
+        clip: B, the bound on one model's logits; None where models vote or are mixed.
         threshold: of "confident-gnmax": how many votes the first label needs, noise included.
         check_noise: of "confident-gnmax": standard deviation over Δ of that check.
         unit: what one record is.

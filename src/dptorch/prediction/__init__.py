@@ -4,6 +4,7 @@ A model that was trained with differential privacy needs none of this: its predi
 post-processing. See docs/prediction.md.
 """
 
+from dptorch.prediction.language import generate
 from dptorch.prediction.mechanisms import MECHANISMS, NO_LABEL
 from dptorch.prediction.predictor import Answers, PrivatePredictor
 from dptorch.prediction.shards import assign_shards, train_shards
@@ -16,5 +17,6 @@ __all__ = [
     "PredictionStatement",
     "PrivatePredictor",
     "assign_shards",
+    "generate",
     "train_shards",
 ]

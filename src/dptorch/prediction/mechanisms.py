@@ -9,6 +9,7 @@ each contributes to an answer is bounded (`dptorch.prediction.bounded`). With B 
 | laplace | logits, L1 norm <= B | mean | 2B/m (L1) | Laplace | all noisy logits |
 | noisy-max | logits, each <= B | mean | 2B/m (each) | Gumbel, 2Δ/ε | the label |
 | gnmax | one vote | sum | √2 (L2) | normal | all noisy votes |
+| mixing | probabilities near public ones | mean | see `Mixing` | the draw itself | a label |
 | confident-gnmax | one vote | sum | 1 of the most votes, then √2 | normal, twice | the label, or none |
 
 Sources: GNMax and Confident-GNMax are of Papernot et al. 2018 (arXiv:1802.08908). Report-noisy-max with
@@ -22,13 +23,23 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dptorch.noise.draws import Draws
 from dptorch.plan.prediction_plan import PredictionPlan
 from dptorch.prediction.bounded import clip_logits, votes_of
 
-__all__ = ["MECHANISMS", "NO_LABEL", "Mechanism", "Released", "sensitivity_of"]
+__all__ = [
+    "MECHANISMS",
+    "NO_LABEL",
+    "Mechanism",
+    "Mixing",
+    "Released",
+    "radius_of",
+    "scale_of",
+    "sensitivity_of",
+]
 
 Array = NDArray[Any]
 NO_LABEL: Final = -1
@@ -117,12 +128,61 @@ class Votes:
         return most + plan.check_noise * draws.normal(most.shape) >= plan.threshold
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """A label drawn from the mean of distributions, each kept near a public model's.
+
+    For language models, whose next token is drawn anyway (PMixED: Flemings, Razaviyayn, Annavaram 2024,
+    arXiv:2403.15638, with a bound on every ratio in place of a Rényi divergence). Model i's p_i becomes
+    λ p_i + (1 - λ) p_0 with the largest λ at which all its ratios to p_0 lie within e^±β. One of m such
+    distributions, changed in any way, moves the mean's probabilities by a factor of at most
+    (m - 1 + e^2β) / m: the rest of the mean is at least (m - 1) e^-β p_0, and the one lies between
+    e^-β p_0 and e^β p_0. A draw is therefore (ε, 0)-private with ε = log(1 + (e^2β - 1) / m), and the
+    more models, the larger β may be.
+
+    Guarantees:
+        The ratio is not exceeded, and nearly reached
+        (`test_mixtures_of_neighbours_differ_by_no_more_than_epsilon`).
+    """
+
+    def combine(self, outputs: Array, plan: PredictionPlan) -> Array:
+        """Log probabilities [N, K] of the mixture; the public model's come first in `outputs`.
+
+        A row that is not finite counts as the public model's.
+        """
+        public, others = _log_softmax(outputs[:1]), outputs[1:]
+        usable = np.isfinite(others).all(-1, keepdims=True)
+        ratios = np.exp(_log_softmax(np.where(usable, others, public)) - public)
+        bound = radius_of(plan)
+        with np.errstate(divide="ignore"):
+            above = math.expm1(bound) / np.maximum(ratios.max(-1, keepdims=True) - 1, 0.0)
+            below = -math.expm1(-bound) / np.maximum(1 - ratios.min(-1, keepdims=True), 0.0)
+        share = np.minimum(1.0, np.minimum(above, below) * (1 - 2.0**-40))
+        mixed = (1 + share * (ratios - 1)).mean(0)
+        return public[0] + np.log(mixed)
+
+    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Released:
+        """Draw a label of each row; see `Mechanism`."""
+        return Released((combined + draws.gumbel(combined.shape)).argmax(-1))
+
+
+def radius_of(plan: PredictionPlan) -> float:
+    """β of "mixing": how far the logarithm of a probability may be from the public model's."""
+    return 0.5 * math.log1p(plan.models * math.expm1(plan.noise))
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return np.maximum(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), -600.0)
+
+
 MECHANISMS: Final[dict[str, Mechanism]] = {
     "gaussian": Logits("l2", "normal"),
     "gnmax": Votes(),
     "confident-gnmax": Votes(),
     "laplace": Logits("l1", "laplace"),
     "noisy-max": NoisyMax(),
+    "mixing": Mixing(),
 }
 
 

@@ -23,7 +23,14 @@ from dptorch.noise.draws import Draws
 from dptorch.plan import PrivacySpent
 from dptorch.plan.prediction_plan import PredictionPlan
 from dptorch.prediction.accounts import Account, MemoryAccount
-from dptorch.prediction.mechanisms import MECHANISMS, NO_LABEL, Released, Votes, scale_of
+from dptorch.prediction.mechanisms import (
+    MECHANISMS,
+    NO_LABEL,
+    Mixing,
+    Released,
+    Votes,
+    scale_of,
+)
 from dptorch.prediction.statement import PredictionStatement, covered_by
 from dptorch.prediction.together import smooth
 from dptorch.randomness import RootKey
@@ -80,6 +87,7 @@ class PrivatePredictor:
             `statement()`, or the "statement" of a run's run.json. Answers are then post-processing
             and need neither noise nor budget.
         threshold: of "confident-gnmax": how many votes a label needs, noise included.
+        mix_with: of "mixing": the public model, which nothing private was used for.
         unit, adjacency: what the guarantee is for.
         seed: for tests; answers with a seed are not private.
 
@@ -120,6 +128,7 @@ class PrivatePredictor:
         on_exhausted: str | Model = "raise",
         trained_with: Statement | Mapping[str, Any] | None = None,
         threshold: float | None = None,
+        mix_with: Model | None = None,
         unit: str = "example",
         adjacency: Adjacency | str = Adjacency.ZERO_OUT,
         seed: int | None = None,
@@ -130,6 +139,7 @@ class PrivatePredictor:
         self._cache: OrderedDict[bytes, tuple[int, NDArray[Any] | None]] = OrderedDict()
         self._lock = threading.Lock()
         self.plan: PredictionPlan | None = None
+        self._first: list[Model] = []
         if self.covered is not None:
             return
         if budget is None:
@@ -137,12 +147,17 @@ class PrivatePredictor:
                 "budget=None: a model that was trained without differential privacy needs a budget, "
                 "such as (8.0, 1e-5). For one that was trained with it give trained_with."
             )
-        votes = isinstance(MECHANISMS.get(mechanism), Votes)
-        if mechanism in MECHANISMS and votes != (clip is None):
+        unclipped = isinstance(MECHANISMS.get(mechanism), Votes | Mixing)
+        if mechanism in MECHANISMS and unclipped != (clip is None):
             raise ConfigurationError(
-                f"clip={clip!r} with mechanism={mechanism!r}: logits need a bound, such as 1.0, and "
-                "votes have none."
+                f"clip={clip!r} with mechanism={mechanism!r}: logits need a bound, such as 1.0. Votes "
+                "have none, and neither has 'mixing'."
             )
+        if (mechanism == "mixing") != (mix_with is not None):
+            raise ConfigurationError(
+                f"mix_with with mechanism={mechanism!r}: 'mixing', and no other, needs a public model."
+            )
+        self._first = [] if mix_with is None else _models(mix_with)
         self.plan = PredictionPlan.make(
             mechanism,
             budget,
@@ -307,8 +322,8 @@ class PrivatePredictor:
         return np.concatenate(parts)
 
     def _outputs(self, inputs: Tensor) -> NDArray[Any]:
-        """[m, N, K] logits."""
-        found = [_logits(model, inputs) for model in self.models]
+        """[m, N, K] logits; of "mixing" the public model's come first."""
+        found = [_logits(model, inputs) for model in [*self._first, *self.models]]
         if len({each.shape for each in found}) > 1:
             shapes = sorted({each.shape for each in found})
             raise ConfigurationError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from dptorch.errors import ConfigurationError
 from dptorch.plan.prediction_plan import PredictionPlan
-from dptorch.prediction.mechanisms import scale_of, sensitivity_of
+from dptorch.prediction.mechanisms import radius_of, scale_of, sensitivity_of
 from dptorch.randomness import KeySource
 from dptorch.statement import Statement
 
@@ -126,6 +126,12 @@ class PredictionStatement:
             if plan.mu is None
             else f"all together have mu={plan.mu:.4g} (Gaussian privacy), one {1 / plan.noise:.4g}"
         )
+        noise = [
+            f"Sensitivity          {sensitivity_of(plan):.4g}; noise of scale {scale_of(plan):.4g}"
+        ]
+        if plan.mechanism == "mixing":
+            bound = f"log probabilities within {radius_of(plan):.4g} of the public model's"
+            noise = []
         lines = [
             f"These {self.answered} answers are ({self.epsilon:.4g}, {plan.target_delta:g})-"
             f"differentially private with respect to one {plan.unit} ({plan.adjacency.value}).",
@@ -133,7 +139,7 @@ class PredictionStatement:
             f"Budget               epsilon {plan.target_epsilon:g} at delta {plan.target_delta:g}: "
             f"{plan.queries} answers; {most}",
             f"Mechanism            {plan.mechanism} over {plan.models} model(s), {bound}",
-            f"Sensitivity          {sensitivity_of(plan):.4g}; noise of scale {scale_of(plan):.4g}",
+            *noise,
             f"Randomness           key from the {source.value}",
             "Ledger               "
             + (
