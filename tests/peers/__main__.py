@@ -1,8 +1,9 @@
 """``python -m tests.peers opacus=PATH ...``: run the peers that are given, and write the page.
 
 What was found is kept in a JSON file as soon as it is known, so that peers can be run one at a time,
-and a run that was ended can be gone on with. ``only=PATTERN`` runs the test files and examples in whose
-names the pattern is found, and ``only=PATTERN::EXPRESSION`` the tests that pytest's ``-k`` finds there.
+and a run that was ended can be gone on with. A peer of which nothing is kept has its part of the page
+as it was. ``only=PATTERN`` runs the test files and examples in whose names the pattern is found, and
+``only=PATTERN::EXPRESSION`` the tests that pytest's ``-k`` finds there.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def main(arguments: list[str]) -> int:
             parts = (kept[name]["tests"], kept[name]["examples"])
             verdicts_of[peer.name] = tuple(judge(part, peer.reasons) for part in parts)
     versions = {peer.name: kept[name]["version"] for name, peer in PEERS.items() if name in kept}
-    PAGE.write_text(render(verdicts_of, versions, COMMAND, CASES))  # type: ignore[arg-type]
+    names, before = [peer.name for peer in PEERS.values()], PAGE.read_text()
+    PAGE.write_text(render(names, verdicts_of, versions, COMMAND, CASES, before))  # type: ignore[arg-type]
     left = [
         f"{peer}: {test}: {verdict.why}"
         for peer, parts in verdicts_of.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,13 @@ def run_examples(
             script = ["-m", str(path.parents[1]), f"{path.parent.name}.{path.stem}"]
         arguments = example.arguments.format(data=data, output=work / f"output{i}").split()
         status, printed = run(launch, [*script, *arguments], work, {DATA: str(data)})
-        said = [line for line in printed.splitlines() if line.strip()]
-        outcome = ("failed", " ".join(said[-1:])) if status else ("passed", "")
+        outcome = ("failed", error_in(printed)) if status else ("passed", "")
         print(f"{example.title}: {' '.join(outcome)}", file=sys.stderr)
         yield {example.title: outcome}
+
+
+def error_in(printed: str) -> str:
+    """The last line that names an error, or else the last: progress bars may be printed after it."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit|Mix)\b", line)]
+    return " ".join((errors or lines)[-1:])

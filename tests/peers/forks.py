@@ -6,6 +6,7 @@ them once, and each function runs in a fork of it.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -64,6 +65,7 @@ def _child(
     call: Callable[[list[str]], Any], arguments: list[str], folder: Path,
     variables: Mapping[str, str], printed: list[str],
 ) -> None:  # fmt: skip
+    gc.freeze()  # or every collection looks at all that the server imported
     for stream, name in enumerate(printed, 1):
         with Path(name).open("wb", buffering=0) as file:
             os.dup2(file.fileno(), stream)

@@ -114,7 +114,7 @@ _REASONS = (
         "size, and is refused.",
     ),
     Reason(
-        REFUSED, "test_deterministic_run", "must match after",
+        REFUSED, "test_deterministic_run", "must match",
         "`torch.manual_seed` makes neither batches nor noise known.",
     ),
     Reason(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tests.peers.reasons import NOT_APPLICABLE, REFUSED, Verdict
 
@@ -37,19 +38,38 @@ _KINDS = ("passed", REFUSED, NOT_APPLICABLE, "unexplained")
 
 
 def render(
+    peers: Iterable[str],
     found: Mapping[str, tuple[Mapping[str, Verdict], Mapping[str, Verdict]]],
     versions: Mapping[str, str],
     command: str,
     cases: int,
+    before: str = "",
 ) -> str:
-    """The page: for each peer what came of its (tests, examples)."""
+    """The page: for each peer what came of its (tests, examples).
+
+    Args:
+        peers: names, in order.
+        found: of those that were run; the others stay as they are on the page before.
+        versions: what each was run on.
+        command: that writes the page.
+        cases: that a Hypothesis test draws.
+        before: the page as it was.
+    """
     lines = [_HEAD.format(command=command, cases=cases)]
     lines += ["| library | | " + " | ".join(_KINDS) + " |", "|---|---|" + "---|" * len(_KINDS)]
-    for peer, parts in found.items():
-        for part, verdicts in zip(("tests", "examples"), parts, strict=True):
+    for peer in peers:
+        if peer not in found:
+            lines += [row for row in before.splitlines() if row.startswith(f"| {peer} | ")]
+            continue
+        for part, verdicts in zip(("tests", "examples"), found[peer], strict=True):
             if verdicts:
                 lines.append(f"| {peer} | {part} | {_counts(verdicts.values())} |")
-    for peer, (tests, examples) in found.items():
+    for peer in peers:
+        if peer not in found:
+            section = re.search(rf"^## {re.escape(peer)}\n.*?(?=^## |\Z)", before, re.M | re.S)
+            lines += ["", section[0].rstrip()] if section else []
+            continue
+        tests, examples = found[peer]
         lines += ["", f"## {peer}", "", f"Run on {versions[peer]}."]
         if tests:
             lines += ["", "| test file | " + " | ".join(_KINDS) + " |", "|---|" + "---|" * 4]

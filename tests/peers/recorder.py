@@ -57,7 +57,9 @@ class Outcomes:
 
 
 def _shown(info: Any) -> str:
-    return f"{info.typename}: {info.value}"[:1000]
+    """The error, and those that it is a group of, as Hypothesis raises them."""
+    parts = [str(part) for part in getattr(info.value, "exceptions", ())]
+    return "\n".join([f"{info.typename}: {info.value}", *parts])[:1000]
 
 
 def _last_line(text: str) -> str:

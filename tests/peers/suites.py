@@ -55,4 +55,6 @@ def run_files(
 
 
 def _pytest(arguments: list[str]) -> int:
-    return int(pytest.main(arguments))
+    """With the plugins of Hypothesis and of the arguments alone: looking for others takes seconds."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return int(pytest.main(["-p", "_hypothesis_pytestplugin", *arguments]))

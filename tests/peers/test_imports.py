@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from tests.peers.examples import error_in
 from tests.peers.imports import with_other_imports
-from tests.peers.reasons import NOT_APPLICABLE, REFUSED, Reason, judge
+from tests.peers.page import render
+from tests.peers.reasons import NOT_APPLICABLE, REFUSED, Reason, Verdict, judge
 from tests.source import REPOSITORY
 
 PACKAGES = {"opacus": "dptorch.compat.opacus"}
@@ -53,6 +55,26 @@ def test_a_failure_needs_a_reason_that_fits_its_error() -> None:
     kinds = [verdict.kind for verdict in found.values()]
     assert kinds == [REFUSED, "unexplained", NOT_APPLICABLE, "passed", NOT_APPLICABLE]
     assert found["f::test_d"].why == "Skipped by its own suite: no GPU."
+
+
+def test_a_library_that_was_not_run_keeps_its_part_of_the_page() -> None:
+    first = {"A": ({"a_test.py::t": Verdict("passed")}, {}), "B": ({}, {"b.py": Verdict("passed")})}
+    page = render(["A", "B"], first, {"A": "commit 1", "B": "commit 2"}, "make peers", 3)
+    later = {"A": ({"a_test.py::t": Verdict(REFUSED, "Why.")}, {})}
+    again = render(["A", "B"], later, {"A": "commit 3"}, "make peers", 3, page)
+    assert again.count("Run on commit 3.") == again.count("Run on commit 2.") == 1
+    assert "commit 1" not in again
+    assert "| B | examples | 1 | 0 | 0 | 0 |" in again
+    assert again.split("## B")[1] == page.split("## B")[1]
+    assert render(["A", "B"], later | {"B": first["B"]}, {"A": "commit 3", "B": "commit 2"},
+        "make peers", 3) == again  # fmt: skip
+
+
+def test_an_error_is_found_before_what_progress_bars_print() -> None:
+    assert error_in("a\nfoo.errors.ConfigurationError: b is c.\n 10%|#  |\n") == (
+        "foo.errors.ConfigurationError: b is c."
+    )
+    assert error_in("a\nb\n\n") == "b"
 
 
 def unexplained(page: str) -> list[str]:
