@@ -66,7 +66,7 @@ def _cut(words: list[str]) -> list[str]:
 
 
 def small_gpt() -> tuple[Any, Any]:
-    """Return (model, tokenizer): a GPT-2 of 0.15 million parameters, random, and one token a byte.
+    """Return (model, tokenizer): a GPT-2 of 124,736 parameters, random, and one token a byte.
 
     Its tokens are the bytes, so that nothing about the texts was used to choose them.
     """
