@@ -78,6 +78,17 @@ def local_hub(root: Path) -> None:
     hub.load_dataset = load
 
 
+def no_workers() -> None:
+    """Let loaders load in their own process: workers die in forks of a server, and data are tiny."""
+    loader: Any = torch.utils.data.DataLoader
+    made = loader.__init__
+
+    def begin(self: Any, *args: Any, num_workers: int = 0, **settings: Any) -> None:
+        made(self, *args, **settings)
+
+    loader.__init__ = begin
+
+
 def known_keys() -> None:
     """Let the root keys of one process be those of the next, each of them another."""
     drawn = random.Random(0)
@@ -100,6 +111,7 @@ def prepare(source: str = "timm transformers") -> None:
     if not torch.cuda.is_available():
         on_cpu()
     known_keys()
+    no_workers()
     local_data(Path(os.environ[DATA]))
     random_vision_weights()
     add_former_names()

@@ -120,7 +120,7 @@ _REASONS = (
     Reason(
         REFUSED, "test_noise_level", "within .* delta",
         "`torch.manual_seed` does not make noise known, and without it the test's bound of 15 % on a "
-        "sum of 160 squares is passed in one run of five.",
+        "sum of 160 squares is exceeded in one run of five.",
     ),
     Reason(
         REFUSED, "privacy_engine_test.*test_checkpoints", "another plan|plan",
