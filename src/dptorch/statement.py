@@ -55,7 +55,7 @@ ASSUMED = (
     "torchvision, peft, what runs in dptorch.tape.trusted_reads)",
     "no value of the batch leaves the model, or comes back, by what torch functions do not show: code "
     "that turns them off, threads that run already, extensions in other languages, writes to the .data "
-    "of a tensor, constructors of plain tensors (torch.Tensor(t), FloatTensor(t), new_tensor)",
+    "of a parameter, constructors of one type (torch.FloatTensor(t))",
     "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows "
     "(the first batch is tested for both), nor on how long the others are (tested on the first batch "
     "that is padded to its longest row, of an own loader's once a second width is seen; where a mask "

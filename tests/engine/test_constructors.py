@@ -11,21 +11,42 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, tensor
 from torch.autograd import Variable
 
-from dptorch.errors import ExamplesMixError
+from dptorch.errors import ExamplesMixError, NotCoveredError
+from dptorch.tape.recording import constructors, outputs, patches
 from tests.engine.setup import make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 Make = Callable[[Tensor], Tensor]
+
+
+def _written(t: Tensor, alias: Callable[[Tensor], Tensor]) -> Tensor:
+    """A plain tensor that `t` is written into through an alias of it."""
+    made = torch.zeros(t.shape, dtype=t.dtype)
+    alias(made).copy_(t)
+    return made
+
+
 MAKERS: dict[str, Make] = {
     "Variable": lambda t: Variable(t),
     "tensor": lambda t: torch.tensor(t),
     "tensor of another dtype": lambda t: torch.tensor(data=t, dtype=torch.float64).float(),
     "as_tensor": lambda t: torch.as_tensor(t, dtype=torch.float64).float(),
     "asarray": lambda t: torch.asarray(t, copy=True),
+    "Tensor": lambda t: Tensor(t) if t.is_floating_point() else t * 1,
+    "new_tensor": lambda t: torch.ones(2).new_tensor(t),
+    "new": lambda t: torch.ones(2, dtype=t.dtype).new(t),
+    "as_subclass": lambda t: t.as_subclass(Tensor),
+    "make_subclass": lambda t: Tensor._make_subclass(Tensor, t.detach()),
+    "set": lambda t: torch.empty(0, dtype=t.dtype).set_(t.detach()),
+    "dlpack": lambda t: torch.from_dlpack(t),
+    "bound before": lambda t: tensor(t),
+    "data": lambda t: _written(t, lambda made: made.data),
+    "detached": lambda t: _written(t, lambda made: made.detach()),
+    "data of a part": lambda t: _written(t, lambda made: made.data[:]),
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
 }
@@ -76,10 +97,50 @@ def test_without_the_replaced_names_mixing_is_not_seen(
     assert steps_with(standardised(MAKERS[name]), make_model()) == 2
 
 
-def test_a_list_of_numbers_of_the_batch_is_followed() -> None:
+TWINS = (
+    "Variable", "Tensor", "new_tensor", "new", "as_subclass", "make_subclass", "set", "dlpack", "data",
+    "detached", "copy", "deepcopy",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_without_the_replaced_methods_mixing_is_not_seen(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken twin: torch's own methods, and writes that are not looked for on shared memory."""
+    steps_with(weighted(MAKERS[name], mixed=False), make_model())
+    for module in (constructors, outputs):
+        monkeypatch.setattr(module, "made_from", lambda source, made: made)
+    monkeypatch.setattr(patches, "_followed_type", lambda args, kwargs: None)
+    monkeypatch.setattr(outputs, "others_on_memory_of", lambda t: [])
+    assert steps_with(standardised(MAKERS[name]), make_model()) == 2
+
+
+def test_writes_into_memory_of_one_tensor_look_for_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Looking through all objects takes a tenth of a second."""
+    looks: list[Tensor] = []
+    monkeypatch.setattr(outputs, "others_on_memory_of", lambda t: looks.append(t) or [])
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        kept = torch.zeros(x.shape)
+        kept[2:].mul_(0.9)
+        kept[:] = x
+        other = torch.zeros(x.shape)
+        other[1:].copy_(x[1:])
+        return F.cross_entropy(m(x), y)
+
+    assert steps_with(loss, make_model()) == 2
+    assert not looks
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_list_of_numbers_of_the_batch_is_followed(nested: bool) -> None:
     def listed(mixed: bool) -> Any:
         def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            target = torch.tensor([row[0] for row in x])
+            rows = [[row[0]] if nested else row[0] for row in x]
+            target = torch.tensor(rows).reshape(-1)
             if mixed:
                 target = target - target.mean()
             return F.mse_loss(m(x)[:, 0], target)
@@ -89,6 +150,30 @@ def test_a_list_of_numbers_of_the_batch_is_followed() -> None:
     assert steps_with(listed(False), make_model()) == 2
     with pytest.raises(ExamplesMixError):
         steps_with(listed(True), make_model())
+
+
+def test_a_tensor_of_a_number_that_was_read_is_followed() -> None:
+    def scaled(number: Callable[[Tensor], Any]) -> Any:
+        return lambda m, x, y: F.cross_entropy(m(x) * torch.tensor(number(x)), y)
+
+    for number in (
+        lambda x: x.mean().item(),
+        lambda x: [1 / x.std().item()],
+        lambda x: [[1.0, x.std().item(), 2.0]],
+    ):
+        with pytest.raises(ExamplesMixError, match="a number that was read"):
+            steps_with(scaled(number), make_model())
+    assert steps_with(scaled(lambda x: 0.5), make_model()) == 2
+    logged = lambda m, x, y: F.cross_entropy(m(x), y) + 0 * len(str(torch.tensor(x.mean().item())))
+    assert steps_with(logged, make_model()) == 2
+
+
+def test_functions_of_examples_under_torch_func_are_refused() -> None:
+    for function in (torch.vmap(torch.sin), torch.func.grad(lambda t: t.sin().sum())):
+        loss = lambda m, x, y, f=function: F.cross_entropy(m(x) * f(x)[:, :3], y)
+        with pytest.raises(NotCoveredError, match=r"torch\.func"):
+            steps_with(loss, make_model())
+        assert function(torch.ones(2, 3)).shape == (2, 3)
 
 
 def test_variables_inside_the_model_are_followed() -> None:
@@ -118,13 +203,22 @@ def test_the_replaced_names_make_of_plain_data_what_they_made(
     assert torch.asarray(range(3)).tolist() == [0, 1, 2]
     assert type(Variable(torch.ones(2), requires_grad=True)) is Tensor
     assert isinstance(torch.ones(2), Variable)
+    assert Tensor([1, 2]).tolist() == [1.0, 2.0]
+    assert Tensor(2, 3).shape == (2, 3)
+    assert torch.ones(2).new_tensor([1.0]).tolist() == torch.ones(2).new([1.0]).tolist() == [1.0]
+    assert torch.empty(0).set_(torch.ones(2)).tolist() == [1.0, 1.0]
 
     def made(n: int) -> Tensor:
         return torch.tensor([1.0, 2.0]) + n
 
+    def classes(n: int) -> Tensor:
+        t = Tensor([1.0]).new_tensor([2.0])
+        return torch.vmap(lambda v: v + n)(t)
+
     assert torch.equal(torch.jit.script(made)(1), torch.tensor([2.0, 3.0]))
     compiled = torch.compile(made, backend="eager", fullgraph=True)
     assert torch.equal(compiled(1), torch.tensor([2.0, 3.0]))
+    assert torch.compile(classes, backend="eager", fullgraph=True)(1).tolist() == [3.0]
 
 
 @pytest.mark.slow

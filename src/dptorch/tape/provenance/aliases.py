@@ -8,6 +8,7 @@ has its tag worked out again, element by element, when it is next used.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from dptorch.tape.provenance.tags import (
     read_owners,
 )
 
-__all__ = ["Aliases", "owner_of_each", "storage_of"]
+__all__ = ["Aliases", "is_shared", "others_on_memory_of", "owner_of_each", "storage_of"]
 
 _UNKNOWN = -2  # an element that no remembered write touched
 _MIXED = -3
@@ -35,6 +36,21 @@ _LARGEST = 1 << 26  # elements; a larger memory is not worked out
 def storage_of(t: Tensor) -> int:
     """A number for the memory of `t`; unique while something holds it, weakly or not."""
     return int(t.untyped_storage()._cdata)
+
+
+def is_shared(t: Tensor, tensors: int) -> bool:
+    """Whether more than `tensors` tensors are on the memory of `t`."""
+    if t.layout is not torch.strided:
+        return False
+    memory = t.untyped_storage()  # counts too
+    return bool(torch._C._storage_Use_Count(memory._cdata) > tensors + 1)
+
+
+def others_on_memory_of(t: Tensor) -> list[Tensor]:
+    """The tensors of Python that share the memory of `t`. Looks through all objects there are."""
+    number = storage_of(t)
+    found = [o for o in gc.get_objects() if type(o) is Tensor and o is not t]
+    return [o for o in found if o.layout is torch.strided and storage_of(o) == number]
 
 
 def owner_of_each(t: Tensor, state: State | None, batch_size: int) -> Tensor:

@@ -1,30 +1,40 @@
-"""Constructors that make a tensor of another, which torch hands to no tensor subclass.
+"""Functions that make a tensor of another, which torch hands to no tensor subclass.
 
-``torch.tensor(t)``, ``torch.as_tensor(t, dtype=...)`` and ``torch.autograd.Variable(t)`` return plain
-tensors whatever the class of `t` is. So they are replaced, once, when the first model is hooked; of
-anything but a followed tensor they make what they made before. ``torch.Tensor(t)`` cannot be replaced
-(torch.compile depends on it) and is not followed.
+``torch.tensor(t)``, ``Tensor(t)``, ``Variable(t)`` and ``t.as_subclass(cls)`` return plain tensors
+whatever the class of `t` is. So they are replaced, once, when the first model is hooked, also where a
+program bound them to a name of a module before; of anything but a followed tensor they make what
+they made before. ``torch.FloatTensor(t)`` and its kin are types of C that cannot be replaced,
+and are not followed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 import torch.jit._builtins as script
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch._functorch import vmap as functorch_vmap
 from torch.autograd import Variable
 from torch.utils._device import _device_constructors
 
+from dptorch.errors import NotCoveredError
+from dptorch.tape.provenance.tags import Mixed, Tag
 from dptorch.tape.recording.handlers import SPECIAL
-from dptorch.tape.recording.outputs import RecordedTensor, made_from
+from dptorch.tape.recording.outputs import RecordedTensor, leaving, made_from, promote
+from dptorch.tape.recording.places import user_line
+from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.recording import innermost
 
 __all__ = ["follow_constructors"]
 
 _FUNCTIONS = ("tensor", "as_tensor", "asarray")
+_METHODS = ("new_tensor", "new", "as_subclass", "_make_subclass")
+_MOST = 16  # numbers in a list that are looked for among those that were read
 _done = False
 
 
@@ -41,9 +51,29 @@ def follow_constructors() -> None:
         plain = getattr(torch, name)
         followed = _function(plain)
         setattr(torch, name, followed)
+        _rebind(plain, followed)
         if script._builtin_table is not None and name != "asarray":
             script._register_builtin(followed, f"aten::{name}")
+    for name in _METHODS:
+        method = _method(getattr(Tensor, name))
+        setattr(Tensor, name, staticmethod(method) if name == "_make_subclass" else method)
+    for name in ("to_dlpack", "from_dlpack"):
+        exchange = _method(getattr(torch, name))
+        setattr(torch, name, exchange)
+        setattr(torch.utils.dlpack, name, exchange)
     Variable.__new__ = _new(Variable.__new__)  # type: ignore[method-assign]
+    Tensor.__new__ = _new(Tensor.__new__)  # type: ignore[method-assign]
+    for module, name in ((functorch_vmap, "_add_batch_dim"), (eager_transforms, "_wrap_for_grad")):
+        setattr(module, name, _refusing(getattr(module, name)))
+
+
+def _rebind(plain: object, followed: object) -> None:
+    """Replace a function where a program has it by ``from torch import tensor``."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] not in ("torch", "dptorch"):
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is plain:
+                    setattr(module, name, followed)
 
 
 def _function(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,22 +84,63 @@ def _function(plain: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(data, RecordedTensor):
             # Inside a recorded forward pass its function mode has seen the call.
             return made if made is data or innermost() is not None else made_from(data, made)
-        if not isinstance(data, (list, tuple)):
-            return made
-        if any(isinstance(v, RecordedTensor) for v in data) and innermost() is None:
-            numbers = [v.detach() if isinstance(v, Tensor) else plain(v) for v in data]
-            stacked = torch.stack([v.reshape(()) for v in numbers])
+        leaves = list(_leaves(data)) if isinstance(data, (list, tuple)) else [data]
+        if any(isinstance(v, RecordedTensor) for v in leaves) and innermost() is None:
+            numbers = [v.detach() if isinstance(v, Tensor) else plain(v) for v in leaves]
+            stacked = torch.stack([v.reshape(()) for v in numbers]).reshape(made.shape)
             if isinstance(stacked, RecordedTensor):
                 return made_from(stacked, made)
+        if len(leaves) <= _MOST and any(type(v) is float for v in leaves):
+            _follow_numbers(made, leaves)
+        return made
+
+    return make
+
+
+def _follow_numbers(made: Tensor, numbers: list[Any]) -> None:
+    """Say that a tensor was made of numbers that were read from a batch, if one of them was."""
+    for number in numbers:
+        batch, owner = read_numbers.owner_of(number) or (None, None)
+        if batch is not None and batch.beside is not None:
+            state = Mixed(
+                f"{user_line()}: a tensor is made of a number that was read from the batch."
+            )
+            own = Tag(None, owner) if owner is not None and len(numbers) == 1 else state
+            batch.beside.mark(made, own)
+            promote(made, innermost() or batch.beside)
+            return
+
+
+def _leaves(data: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+    """The elements of a list, of lists inside it too, but for the elements of tensors."""
+    for value in data:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _method(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        made = plain(*args, **kwargs)
+        for data in (*args, *kwargs.values()):
+            if isinstance(data, RecordedTensor) and not isinstance(made, RecordedTensor):
+                if innermost() is None and isinstance(made, Tensor):
+                    made = made_from(data, made)
+                if isinstance(made, RecordedTensor):
+                    break
+                leaving(data)  # a Parameter, say, is not followed and known by its values
         return made
 
     return make
 
 
 def _new(plain: Callable[..., Any]) -> Any:
-    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        made = plain(cls, *args, **kwargs)
-        data = args[0] if args else kwargs.get("data")
+    # Dynamo takes it for the function that it knows, by its signature of any arguments.
+    def new(*args: Any, **kwargs: Any) -> Any:
+        made = plain(*args, **kwargs)
+        data = args[1] if len(args) > 1 else kwargs.get("data")
         if isinstance(data, Tensor):
             recording = innermost()
             if recording is not None:
@@ -79,3 +150,24 @@ def _new(plain: Callable[..., Any]) -> Any:
         return made
 
     return staticmethod(new)
+
+
+def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What wraps the arguments of a function under torch.func, which runs without followed tensors."""
+
+    @functools.wraps(plain)
+    def wrap(*args: Any, **kwargs: Any) -> Any:
+        for value in args:
+            if isinstance(value, RecordedTensor):
+                _refuse()
+        return plain(*args, **kwargs)
+
+    return wrap
+
+
+def _refuse() -> NoReturn:
+    raise NotCoveredError(
+        f"{user_line()}: a function runs on the examples of the batch inside torch.func (vmap, grad, "
+        "...), where they cannot be followed. Write it with ordinary ops on batched tensors, or "
+        "torch.autograd.grad."
+    )

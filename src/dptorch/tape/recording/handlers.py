@@ -57,9 +57,12 @@ def read(
     batch = batch_of(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is not None and isinstance(out, float):
         read_numbers.note(out, states[0], batch)
-    elif batch is not None and name in ("numpy", "tolist", "__array__"):
+    elif batch is not None and name in _LEAVING:
         batch.note_leaving(args[0], states[0])
     return out
+
+
+_LEAVING = ("numpy", "tolist", "__array__", "__dlpack__", "untyped_storage", "storage")
 
 
 @handler("_assert_async")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dptorch.errors import ConfigurationError
+from dptorch.tape.provenance.aliases import is_shared, others_on_memory_of
 from dptorch.tape.provenance.calls import each_tensor, info
 from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
 from dptorch.tape.recording.batches import Batch
@@ -30,7 +31,15 @@ from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import FOLLOWED, GUESSED, is_followed
 from dptorch.tape.recording.value_sizes import SIZES_MADE
 
-__all__ = ["RecordedTensor", "follow", "outputs_of", "promote", "taint"]
+__all__ = [
+    "RecordedTensor",
+    "follow",
+    "leaving",
+    "made_from",
+    "outputs_of",
+    "promote",
+    "taint",
+]
 
 _DEEPEST = 3  # objects in objects that are looked into
 
@@ -66,13 +75,13 @@ class RecordedTensor(torch.Tensor):
             with patched():
                 out = promote(recording.handle(func, args, kwargs), recording)
             if args and (known.in_place or out is None):
-                _follow_written(args[0], recording)
+                _follow_written(args[0], recording, all(t is not args[0] for t in recorded))
             if recording.strict:
                 carry_factors(recording, known.name, args, kwargs, out)
             return out
 
     def __reduce_ex__(self, proto: Any) -> Any:
-        return _leaving(self).__reduce_ex__(proto)
+        return leaving(self).__reduce_ex__(proto)
 
     def __copy__(self) -> Tensor:
         return made_from(self, copy.copy(_plain(self)))
@@ -97,21 +106,28 @@ def _plain(t: Tensor) -> Tensor:
         return t.view_as(t) if t.requires_grad else t.detach()
 
 
-def _leaving(t: Tensor) -> Tensor:
+def leaving(t: Tensor) -> Tensor:
     """The same values without what is known of them, which may come back."""
     recording: Recording = getattr(t, FOLLOWED)
     recording.states.batch.note_leaving(t, recording.state(t))
     return _plain(t)
 
 
-def _follow_written(t: Any, recording: Recording) -> None:
-    """Follow a tensor that examples were written into, by index or through a view of it."""
+def _follow_written(t: Any, recording: Recording, is_new: bool) -> None:
+    """Follow a tensor that examples were written into, by index or through a view or alias of it.
+
+    Args:
+        is_new: whether it was not followed before.
+    """
     if not isinstance(t, Tensor):
         return
     if type(t) is RecordedTensor and recording.state(t) is None:  # it was filled with a constant
         delattr(t, FOLLOWED)
         t.__class__ = Tensor  # type: ignore[assignment]
-    for holder in (t, t._base):
+    holders = [h for h in (t, t._base) if h is not None]
+    if is_new and is_shared(t, len(holders)):
+        holders += others_on_memory_of(t)
+    for holder in holders:
         if type(holder) is Tensor and not holder.requires_grad:
             follow(holder, recording)
 

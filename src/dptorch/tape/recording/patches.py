@@ -62,6 +62,7 @@ def patch_functions() -> None:
     _apply_function.__code__ = _redirect.__code__
     for kind, call in _script_calls.items():
         kind.__call__ = call
+    Tensor.set_ = _set  # type: ignore[assignment,method-assign]
     torch.nn.modules.module.BackwardHook = _backward_hook  # type: ignore[assignment,attr-defined]
 
 
@@ -72,7 +73,6 @@ def patch() -> None:
         _unwatch = watch(innermost)
         patch_functions()
         checkpoint._checkpoint_without_reentrant_generator = _generator
-        Tensor.set_ = _set  # type: ignore[assignment,method-assign]
         nn.Parameter.__new__ = _new_parameter  # type: ignore[method-assign]
     _depth += 1
 
@@ -83,7 +83,6 @@ def unpatch() -> None:
     _depth -= 1
     if _depth == 0:
         _unwatch()
-        del Tensor.set_
         nn.Parameter.__new__ = _plain_new  # type: ignore[method-assign]
         checkpoint._checkpoint_without_reentrant_generator = _plain_generator
 
@@ -117,7 +116,10 @@ def _set(self: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``Tensor.set_``, which no function mode sees."""
     recording = innermost()
     if recording is None:
-        return _plain_set(self, *args, **kwargs)
+        kind = _followed_type((self, *args), kwargs)
+        if kind is None:
+            return _plain_set(self, *args, **kwargs)
+        return kind.__torch_function__(_plain_set, (), (self, *args), kwargs)
     return SPECIAL["set"](recording, _plain_set, "set", (self, *args), kwargs)
 
 

@@ -105,6 +105,14 @@ class ReadNumbers:
                     )
         return None
 
+    def owner_of(self, value: object) -> tuple[Batch | None, int | None] | None:
+        """The batch, if it is still there, and the example (None for several) that a number was read
+        from; None for one that was not read."""
+        if not isinstance(value, float) or not self.latest or not _has_random_digits(value):
+            return None
+        read = self._look_up(value)
+        return None if read is None else (read.batch(), read.owner)
+
     def _look_up(self, value: float) -> _Read | None:
         """What was read, if `value` is that, a function of it, or a round number times or over it."""
         if self._fresh:
