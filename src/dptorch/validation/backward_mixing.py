@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from dptorch.tape.provenance.tags import Reduced, Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched
-from dptorch.tape.recording.patches import patched, uncompiled
+from dptorch.tape.recording.compiled import uncompiled
+from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 from dptorch.validation.reruns import perturbed, preserving_state, unwrapped
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, warn
 from dptorch.tape.provenance.tags import Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, is_ragged, map_batched, tag_inputs
-from dptorch.tape.recording.patches import patched, uncompiled
+from dptorch.tape.recording.compiled import uncompiled
+from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 from dptorch.validation.backward_mixing import find_backward_mixing
 from dptorch.validation.placing import find_place_dependence

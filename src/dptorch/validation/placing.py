@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from dptorch.tape.provenance.tags import Tag, owners
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
-from dptorch.tape.recording.patches import patched, uncompiled
+from dptorch.tape.recording.compiled import uncompiled
+from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 from dptorch.validation.chance import no_chance
 from dptorch.validation.reruns import is_plain, preserving_state, sampling_modules, unwrapped

@@ -25,7 +25,8 @@ from dptorch.tape.recording.batch_dims import (
     tag_inputs,
 )
 from dptorch.tape.recording.batches import latest_batch
-from dptorch.tape.recording.patches import patched, uncompiled
+from dptorch.tape.recording.compiled import uncompiled
+from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of
 from dptorch.validation.placing import (

@@ -340,6 +340,36 @@ def bert() -> nn.Module:
     )
 
 
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=30,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=3,
+            max_position_embeddings=8,
+        )
+    )
+    model.set_experts_implementation("batched_mm")
+    found: nn.Module = model
+    return found
+
+
+def _compiled_loss(m: nn.Module, b: Any) -> Tensor:
+    """A function of the loop that is compiled with the model inside."""
+
+    @torch.compile(backend="eager")
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m(x), y)
+
+    return loss(b[0], b[1])
+
+
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -410,6 +440,11 @@ SLOW: dict[str, Program] = {
     "ViT of timm": Program(loss_of, timm_model("vit_tiny_patch16_224"), images),
     "compiled": Program(
         loss_of, lambda: torch.compile(linear(), backend="eager"),  # type: ignore[arg-type,return-value]
+    ),
+    "compiled with the loss": Program(_compiled_loss),
+    "Mixtral": Program(
+        lambda m, b: m(input_ids=b[0], attention_mask=b[1], labels=_labels_of(b)).loss,
+        mixtral, _sentences,
     ),
     "compiled whole": Program(
         loss_of, lambda: torch.compile(linear(), backend="eager", fullgraph=True),  # type: ignore[arg-type,return-value]

@@ -11,7 +11,8 @@ from dptorch.tape.gradients.clipping_modes import get_mode
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import Tape, TapeConfig
 from dptorch.tape.recording.batch_dims import BatchDims, tag_inputs
-from dptorch.tape.recording.patches import patched, uncompiled
+from dptorch.tape.recording.compiled import uncompiled
+from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 
 __all__ = ["record"]

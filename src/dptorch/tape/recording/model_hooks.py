@@ -17,10 +17,11 @@ from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
+from dptorch.tape.recording.compiled import run_as_written, uncompiled
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
-from dptorch.tape.recording.patches import patch, uncompiled, unpatch
+from dptorch.tape.recording.patches import patch, unpatch
 from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
@@ -64,6 +65,7 @@ class ModelHooks:
 
         follow_constructors()
         patch()
+        run_as_written(self)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -97,6 +99,11 @@ class ModelHooks:
     def end_batch(self) -> None:
         """Forward passes to come are on batches of unknown origin."""
         self._batch = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take all hooks off the model and its parameters."""
@@ -169,8 +176,9 @@ class ModelHooks:
             if batch.handed_out and self._batch not in (None, batch, whole_batch):
                 raise PrivacyError(
                     "the model was given rows of an earlier batch than the one that the loader "
-                    "handed out last. What is kept from one step may not enter the next."
-                    + way_out_of_a_trainer()
+                    "handed out last. What is kept from one step may not enter the next. A forward "
+                    "pass on what is not private (noise that is drawn once, for pictures) goes into "
+                    "`with engine.public():`." + way_out_of_a_trainer()
                 )
             t, dim = next((t, d) for t, d in leaves if batch_of(t) is batch)
             tag, whole = tag_of(t), Tag(dim % t.dim()) if batch.size > 1 else Tag(None, 0)
@@ -284,4 +292,5 @@ def _without_hooks() -> ModelHooks:
     hooks._paused = True
     hooks._warned = False
     hooks._open = None
+    hooks._handles = []
     return hooks

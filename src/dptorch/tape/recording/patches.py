@@ -10,10 +10,9 @@ is recorded on: a loss may apply one to followed tensors, and none of them asks 
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
@@ -42,7 +41,7 @@ from dptorch.tape.recording.unseen import script, watch
 from dptorch.tape.rules import generic
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["patch", "patched", "uncompiled", "unpatch"]
+__all__ = ["patch", "patched", "unpatch"]
 
 _depth = 0
 _unwatch: Callable[[], None] = lambda: None
@@ -101,14 +100,6 @@ _PATCHED = _Patched()
 def patched() -> AbstractContextManager[None]:
     """`patch` inside a with statement."""
     return _PATCHED
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """What torch.compile made of a model, or of parts of it, is opaque to a recording: inside, it runs
-    as it was written. (A forward without gradients is not recorded, and stays compiled.)"""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 @wraps(_plain_set)
