@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 import dptorch
 from dptorch.engine import batch_checks, logical_batch
 from dptorch.errors import PrivacyError
+from tests.engine.setup import make_model, steps_with
 
 SIZE, STEPS = 16, 4
 
@@ -85,3 +87,40 @@ def test_without_the_check_a_factor_goes_through(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(logical_batch, "check_factors", lambda factors, before: None)
     assert train(vector, [0.5, 0.5, 0.4, 0.5]) == STEPS
     assert batch_checks.check_factors is not logical_batch.check_factors
+
+
+def _each(m: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    return [F.cross_entropy(z[None], label[None]) for z, label in zip(m(x), y, strict=True)]
+
+
+ADDED: dict[str, Callable[[list[Tensor]], Any]] = {
+    "squared": lambda each: sum(each) ** 2 / len(each),
+    "product": lambda each: each[0] * each[1] + sum(each[2:]),
+    "over itself": lambda each: sum(each) / sum(v.detach() for v in each),
+    "weighed by another": lambda each: sum(
+        v * w.detach() for v, w in zip(each, each[::-1], strict=True)
+    ),
+    "root of two": lambda each: (each[0] + each[1]).sqrt() + sum(each[2:]),
+    "times their number over 3": lambda each: sum(each) * sum(float(v) > 1 for v in each) / 30,
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_losses_of_single_examples_may_be_added_and_no_more(name: str) -> None:
+    """Broken twins of the legitimate programs that add up a list of losses."""
+    assert steps_with(lambda m, x, y: sum(_each(m, x, y)) / len(x), make_model()) == 2
+    with pytest.raises(PrivacyError):
+        steps_with(lambda m, x, y: ADDED[name](_each(m, x, y)), make_model())
+
+
+def test_factors_of_added_losses_are_compared() -> None:
+    steps = iter(range(100))
+
+    def varying(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        total, scale = torch.zeros(()), 1.0 + next(steps)
+        for loss in _each(m, x, y):
+            total += loss * scale
+        return total
+
+    with pytest.raises(PrivacyError, match="multiplied by"):
+        steps_with(varying, make_model(), loss_reduction="sum")

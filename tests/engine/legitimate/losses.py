@@ -378,6 +378,19 @@ def _dict_of_losses(m: nn.Module, b: Any) -> Tensor:
 _TASKS = data(labels(), numbers())
 _SEQUENCE = data(labels(4))
 
+
+def _each(m: nn.Module, b: Any) -> list[Tensor]:
+    """The loss of each example, in a list."""
+    return [F.cross_entropy(z[None], y[None]) for z, y in zip(m(b[0]), b[1], strict=True)]
+
+
+def _one_by_one(m: nn.Module, b: Any) -> Tensor:
+    total = torch.zeros(())
+    for loss in _each(m, b):
+        total += loss
+    return total / len(b[0])
+
+
 WRITTEN: dict[str, Program] = {
     "class weights": Program(
         lambda m, b: F.cross_entropy(m(b[0]), b[1], WEIGHT, reduction="none").mean(),
@@ -458,6 +471,11 @@ WRITTEN: dict[str, Program] = {
     "tasks, stacked": Program(_multi_task_stacked, data=_TASKS),
     "tasks, list": Program(_sum_of_list, data=_TASKS),
     "tasks, dict": Program(_dict_of_losses, data=_TASKS),
+    "examples, list": Program(lambda m, b: sum(_each(m, b)) / len(b[0])),  # type: ignore[arg-type]
+    "examples, list of parts": Program(
+        lambda m, b: sum(v / EXPECTED for v in _each(m, b)), scale=EXPECTED  # type: ignore[arg-type,return-value]
+    ),
+    "examples, one by one": Program(_one_by_one),
     "constant factor": Program(lambda m, b: 0.5 * F.cross_entropy(m(b[0]), b[1])),
     "added constant": Program(lambda m, b: F.cross_entropy(m(b[0]), b[1]) + 1.0),
     "squeezed outputs": Program(

@@ -57,6 +57,8 @@ def _by_table(call: Call, outputs: Sequence[Any]) -> list[Found] | None:
                 assert family is not None
                 family(call, outputs)
             if any(other is not tag and other != tag for _, other in tagged):
+                if _adds_losses(call):
+                    return [Reduced("sum")] * len(outputs)
                 raise Lost("different examples meet")
             return [tag] * len(outputs)
     found = FAMILIES.get(call.name) or find(call.name)
@@ -69,6 +71,12 @@ def _by_table(call: Call, outputs: Sequence[Any]) -> list[Found] | None:
     if any(isinstance(r, Reduced) for r in results) and not all(complete(t) for _, t in tagged):
         raise Lost("rows that belong to no example are summed with the examples")
     return results
+
+
+def _adds_losses(call: Call) -> bool:
+    """Whether two losses are added, each of one example: ``sum(losses)`` of a list."""
+    plain = call.name == "add" and call.arg("alpha", 1) == 1
+    return plain and all(t.numel() == 1 and t.requires_grad for t, _ in call.tagged)
 
 
 def _opened(call: Call, outputs: Sequence[Any]) -> list[Found]:
@@ -184,7 +192,7 @@ class _Opening(TorchDispatchMode):
                 call.args,
                 call.kwargs,
                 [s for s in after if isinstance(s, Reduced)],
-                meets_examples=bool(call.tagged),
+                examples=call.tagged,
                 is_loss=lambda t: isinstance(t, Tensor) and isinstance(self.state(t), Reduced),
                 where=lambda: f"'{self._name}'",
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dptorch.tape.provenance.calls import words
 from dptorch.tape.provenance.public_number import PublicNumber
-from dptorch.tape.provenance.tags import Mixed, Reduced, State
+from dptorch.tape.provenance.tags import Mixed, Reduced, State, Tag
 
 __all__ = ["follow_loss", "plus_constant"]
 
@@ -27,7 +27,7 @@ def follow_loss(
     kwargs: Mapping[str, Any],
     reduced: Sequence[Reduced],
     *,
-    meets_examples: bool,
+    examples: Sequence[tuple[Tensor, Tag]],
     is_loss: Callable[[Any], bool],
     where: Callable[[], str],
 ) -> State:
@@ -36,7 +36,7 @@ def follow_loss(
     Args:
         name, args, kwargs: of the op.
         reduced: the states of its reduced operands, at least one.
-        meets_examples: whether another operand still has its examples apart.
+        examples: other operands, whose examples are still apart.
         is_loss: whether an operand is a reduced one.
         where: names the module, for messages.
     """
@@ -44,9 +44,14 @@ def follow_loss(
     def mixed(what: str) -> Mixed:
         return Mixed(f"{where()}: '{name}' {what}")
 
-    if meets_examples:
-        return mixed("joins a value reduced over the examples with single examples.")
     first = reduced[0]
+    if examples:
+        # ``sum(losses)`` of a list goes on: each is the loss of one example.
+        more = all(t.numel() == 1 and t.requires_grad and s.dim is None for t, s in examples)
+        plain = name == "add" and kwargs.get("alpha", 1) == 1
+        if more and plain and len(reduced) == 1 and first.kind == "sum":
+            return first
+        return mixed("joins a value reduced over the examples with single examples.")
     if len(reduced) > 1:
         if name not in ("add", "sub", "stack", "cat", "sum"):
             return mixed("multiplies losses that are reduced over the examples.")

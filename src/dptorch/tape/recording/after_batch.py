@@ -11,6 +11,7 @@ from dptorch.errors import ExamplesMixError, NotCoveredError
 from dptorch.tape.provenance.calls import Info, each_tensor
 from dptorch.tape.provenance.loss_reduction import follow_loss, plus_constant
 from dptorch.tape.provenance.tags import Mixed, Reduced, State, Tag
+from dptorch.tape.recording.places import way_out_of_experts
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["after_the_batch", "leaves"]
@@ -32,6 +33,7 @@ def after_the_batch(
         raise ExamplesMixError(
             f"{lost.reason} The result meets {recording.describe(next(iter(parameters.values())))} "
             f"in '{name}', so the gradient of one example depends on the others."
+            + way_out_of_experts()
         )
     if parameters:
         raise NotCoveredError(
@@ -51,7 +53,7 @@ def after_the_batch(
             args,
             kwargs,
             [s for s in states if isinstance(s, Reduced)],
-            meets_examples=bool(tagged),
+            examples=tagged,
             is_loss=lambda t: isinstance(t, Tensor) and isinstance(recording.state(t), Reduced),
             where=recording.module_path,
         )

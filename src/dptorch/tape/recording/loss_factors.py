@@ -58,7 +58,14 @@ def carry_factors(
     if name in ("add", "sub") and len(losses) == 2:
         second = factors_of(losses[1])
         alpha = float(kwargs.get("alpha", 1))
-        found = None if found is None or second is None else (*found, *(f * alpha for f in second))
+        if found != second or not isinstance(state, Reduced):
+            found = (
+                None if found is None or second is None else (*found, *(f * alpha for f in second))
+            )
+    elif name == "add" and isinstance(state, Reduced):  # one more example's joins those of others
+        others = out.__dict__.pop(_FACTORS, state.factors)
+        if found != others:
+            found = None if found is None or others is None else (*others, *found)
     elif name in ("mul", "div") and len(losses) == 1 and len(args) > 1:
         if name == "div" and args[0] is not losses[0]:
             return
