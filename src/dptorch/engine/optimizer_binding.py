@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from dptorch.errors import ConfigurationError
+from dptorch.errors import BudgetExhausted, ConfigurationError
 from dptorch.noise.noisy_gradient import NoisyGradient
 
 __all__ = ["OptimizerBinding", "check_parameters", "write_gradients"]
@@ -109,7 +109,14 @@ class OptimizerBinding:
 
         def private_closure() -> float:
             losses.append(closure())
-            self._take_step()  # each evaluation is a release of its own, and is accounted as a step
+            try:
+                self._take_step()  # each evaluation is a release of its own, and is accounted as a step
+            except BudgetExhausted as error:
+                calls = self.optimizer.param_groups[0]["max_eval"]
+                raise BudgetExhausted(
+                    f"{error} One step() of LBFGS evaluates its closure up to max_eval={calls} times, "
+                    "and each is a step of the plan: pass max_iter=1, or plan more steps."
+                ) from None
             # LBFGS would stop on the change of an exact loss. NaN compares false with everything.
             return float("nan")
 

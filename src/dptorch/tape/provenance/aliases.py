@@ -40,7 +40,7 @@ def storage_of(t: Tensor) -> int:
 
 def is_shared(t: Tensor, tensors: int) -> bool:
     """Whether more than `tensors` tensors are on the memory of `t`."""
-    if t.layout is not torch.strided:
+    if not torch._C._has_storage(t):
         return False
     memory = t.untyped_storage()  # counts too
     return bool(torch._C._storage_Use_Count(memory._cdata) > tensors + 1)
@@ -50,7 +50,7 @@ def others_on_memory_of(t: Tensor) -> list[Tensor]:
     """The tensors of Python that share the memory of `t`. Looks through all objects there are."""
     number = storage_of(t)
     found = [o for o in gc.get_objects() if type(o) is Tensor and o is not t]
-    return [o for o in found if o.layout is torch.strided and storage_of(o) == number]
+    return [o for o in found if torch._C._has_storage(o) and storage_of(o) == number]
 
 
 def owner_of_each(t: Tensor, state: State | None, batch_size: int) -> Tensor:

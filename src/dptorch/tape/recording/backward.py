@@ -23,7 +23,8 @@ Kwargs = Mapping[str, Any]
 
 _OWN_ROW = (
     "Compute each example's loss from its own row and from constants. Shapes that broadcast ([B, 1] "
-    "against [B]), statistics of the batch and pairs of examples mix them."
+    "against [B]), statistics of the batch and pairs of examples mix them. A mean over masked "
+    "values is each example's own: (l * mask).sum(1) / mask.sum(1), then mean()."
 )
 
 

@@ -13,7 +13,14 @@ from types import FrameType
 import torch
 from torch import nn
 
-__all__ = ["OUTSIDE", "module_path", "reading_modules", "user_line", "way_out_of_a_trainer"]
+__all__ = [
+    "OUTSIDE",
+    "module_path",
+    "reading_modules",
+    "user_line",
+    "way_out_of_a_trainer",
+    "way_out_of_experts",
+]
 
 #: Where code runs that is no module's forward.
 OUTSIDE = "outside the model"
@@ -58,6 +65,21 @@ def reading_modules() -> Iterator[str]:
         if not name.startswith("dptorch."):
             yield name
         frame = frame.f_back
+
+
+def way_out_of_experts() -> str:
+    """Return a sentence for a mixture of experts of transformers whose tokens are sorted by expert."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        config = getattr(owner, "config", None)
+        if type(owner).__name__.endswith("Experts") and hasattr(config, "_experts_implementation"):
+            return (
+                " A mixture of experts of transformers sorts the tokens of all examples, but for "
+                "model.set_experts_implementation('batched_mm')."
+            )
+        frame = frame.f_back
+    return ""
 
 
 def way_out_of_a_trainer() -> str:

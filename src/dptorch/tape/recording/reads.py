@@ -46,8 +46,9 @@ _trusted = 0
 def trusted_reads() -> Iterator[None]:
     """Let a model read values of the batch into Python.
 
-    This is a promise: what is read inside decides only between computations that give every example
-    the same result, and is not kept for the next batch. A wrong one voids the privacy guarantee.
+    This is a promise: what is read inside is only logged, or decides only between computations that
+    give every example the same result, and does not enter the next batch. A wrong one voids the
+    privacy guarantee.
 
     Example:
         >>> import torch, dptorch
@@ -102,8 +103,8 @@ def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
         f"{where}: '{name}' reads values of examples into Python. What the model computes for one "
         "example then depends on others, in this batch or in the next, where no gradient shows it. "
         "Decide for each example by itself (torch.where), use a public constant, and log outside "
-        "the model. If the value only chooses between computations that give the same result, read "
-        "it inside dptorch.tape.trusted_reads()."
+        "the model. If the value is only logged, or only chooses between computations that give the "
+        "same result, read it inside dptorch.tape.trusted_reads()."
     )
 
 

@@ -1,0 +1,114 @@
+"""Programs that are refused name a way out, and it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dptorch
+from dptorch.errors import BudgetExhausted, ExamplesMixError, PrivacyError
+from tests.engine.legitimate.models import mixtral
+from tests.engine.setup import SIZE, Loss, make_data, make_engine, make_model, steps_with
+
+pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+
+
+class Logging(nn.Module):
+    """Keeps the norm of its outputs for a log."""
+
+    def __init__(self, read: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.read = read
+        self.log: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x)
+        self.log.append(self.read(h))
+        return h
+
+
+def _trusted(h: Tensor) -> float:
+    with dptorch.tape.trusted_reads():
+        return h.norm().item()
+
+
+def _plain(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y)
+
+
+def test_a_log_inside_the_model() -> None:
+    with pytest.raises(ExamplesMixError, match=r"only logged.*trusted_reads\(\)"):
+        steps_with(_plain, Logging(lambda h: h.norm().item()))
+    model = Logging(_trusted)
+    assert steps_with(_plain, model) == 2
+    assert len(model.log) >= 2
+
+
+def _masked(mean: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    return lambda m, x, y: mean((m(x) - x[:, :3]).abs(), (x[:, 2:] > 0).float())
+
+
+def test_a_mean_over_masked_values() -> None:
+    with pytest.raises(ExamplesMixError, match=r"\(l \* mask\).sum\(1\) / mask.sum\(1\)"):
+        steps_with(_masked(lambda each, mask: (each * mask).sum() / mask.sum()), make_model())
+    own = _masked(lambda each, mask: ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean())
+    assert steps_with(own, make_model()) == 2
+
+
+def test_noise_that_is_drawn_once_for_pictures() -> None:
+    def pictures(public: bool) -> list[Tensor]:
+        model = make_model()
+        engine = make_engine(model, steps=2)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        noise, made = torch.randn(SIZE, 5), []
+        for _ in range(2):
+            for x, y in engine.loader(make_data()):
+                _plain(model, x, y).backward()
+                optimizer.step()
+                with engine.public() if public else nullcontext():
+                    made.append(model(noise))
+        return made
+
+    with pytest.raises(PrivacyError, match=r"noise that is drawn once.*engine\.public\(\)"):
+        pictures(public=False)
+    assert len(pictures(public=True)) == 2
+
+
+def test_lbfgs_with_many_evaluations() -> None:
+    def steps(**settings: Any) -> int:
+        model = make_model()
+        engine = make_engine(model, steps=3, noise_multiplier=1.0, target_delta=1e-5)
+        optimizer = engine.attach(torch.optim.LBFGS(model.parameters(), lr=0.1, **settings))
+        for _ in range(3):
+            for x, y in engine.loader(make_data()):
+
+                def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                    optimizer.zero_grad()
+                    loss = _plain(model, x, y)
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+        return engine.steps_done
+
+    with pytest.raises(BudgetExhausted, match=r"max_eval=25 times.*pass max_iter=1"):
+        steps()
+    assert steps(max_iter=1) == 3
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_of_transformers() -> None:
+    words = torch.randint(0, 30, (SIZE, 5))
+    loss: Loss = lambda m, x, y: m(input_ids=words[: len(x)], labels=words[: len(x)]).loss
+    assert steps_with(loss, mixtral()) == 2
+    model = mixtral()
+    model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+    with pytest.raises(ExamplesMixError, match=r"set_experts_implementation\('batched_mm'\)"):
+        steps_with(loss, model)
