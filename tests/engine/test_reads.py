@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import dptorch
 from dptorch.errors import PrivacyError
+from dptorch.tape.recording import batches as recorded
 
 B, C = 12, 0.05
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -324,7 +325,8 @@ def test_hooks_that_nothing_follows_are_refused(program: Program) -> None:
         sensitivity(program)
 
 
-def test_saved_tensor_hooks_around_the_model_are_refused() -> None:
+def test_saved_tensor_hooks_around_the_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "_latest", None)  # of an earlier refusal, whose step never ended
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
         pytest.raises(PrivacyError, match="saved_tensors_hooks"),

@@ -14,6 +14,7 @@ from dptorch.tape.provenance.tags import PER_EXAMPLE, Mixed, Reduced, Tag
 from dptorch.tape.recording.backward_pass import run_backward
 from dptorch.tape.recording.handlers import handler
 from dptorch.tape.recording.loss_factors import factors_of
+from dptorch.tape.recording.tensor_states import batch_of
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["backward", "differentiate", "gradient", "retain"]
@@ -114,6 +115,9 @@ def backward(
             raise NotCoveredError(
                 "backward(create_graph=True): the tape does not follow second derivatives."
             )
+        batch = batch_of(loss)
+        if batch is not None and batch.left:
+            batch.refuse_written()
         recording.spend_batch()
         for tape in (recording.tape, *recording.joined):
             tape.note_loss(_reduction(loss, state, None if isinstance(mixed, Tag) else weights))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dptorch.errors import ExamplesMixError
 from dptorch.tape.provenance.aliases import Aliases
 from dptorch.tape.provenance.tags import Mixed, Tag
 
@@ -17,6 +18,7 @@ __all__ = ["Batch", "latest_batch", "own_batch"]
 
 
 _LEFT = 16
+_COLUMNS = 8  # of a tensor that came back, whose scales are looked at
 _ERROR = 1e-6  # relative, of constants that are worked out from values in float32
 _WHOLE = (-2.0, -1.0, 1.0, 2.0)
 _SMALL = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
@@ -66,13 +68,31 @@ class Batch:
         self.widths: frozenset[tuple[int, int]] = frozenset()
         self.beside: Any = None
         self.cut_from: tuple[Batch, tuple[int, ...]] | None = None
-        self.left: deque[tuple[Tensor, Tag | Mixed]] = deque(maxlen=_LEFT)
+        self.left: deque[_Left] = deque(maxlen=_LEFT)
 
     def note_leaving(self, t: Tensor, state: object) -> None:
         """Note that values of `t`, of this state, go where nothing is followed."""
         if t.dim() and t.shape[0] == self.size and isinstance(state, (Tag, Mixed)):
             with torch._C.DisableTorchFunction():  # a plain tensor, which keeps no recording alive
-                self.left.append((t.detach(), state))
+                memory = t.detach()
+                self.left.append(_Left(memory.clone(), state, memory, memory._version))
+
+    def refuse_written(self) -> None:
+        """Raise if memory that left was written to by others than torch.
+
+        Raises:
+            ExamplesMixError: nobody knows what was written.
+        """
+        for i, (values, state, memory, version) in enumerate(self.left):
+            if memory is not None and memory._version == version:
+                with torch._C.DisableTorchFunction():
+                    if bool(((memory != values) & (values == values)).any()):
+                        raise ExamplesMixError(
+                            f"memory of a tensor of shape {tuple(memory.shape)} that holds values of "
+                            "the batch was written to through NumPy, where nothing is followed. "
+                            "Compute with torch, or write to a copy, t.numpy().copy()."
+                        )
+            self.left[i] = _Left(values, state, None, 0)
 
     def came_back(self, t: Tensor) -> Tag | Mixed | None:
         """What `t` was when it left, of the tensors that did; None if it is none of them.
@@ -81,14 +101,17 @@ class Batch:
         scaled by anything else (``y / y.max()``) is mixed.
         """
         mixed = None
-        for other, state in self.left:
+        for other, state, *_ in self.left:
             if other.numel() != t.numel():
                 continue
-            line = _line(other, t)
-            if line is None:
+            whole = _line(other, t)
+            lines = _lines_of_columns(other, t) if whole is None else [whole]
+            if not lines:
                 continue
-            if line.is_equal or (line.is_public and isinstance(state, Tag)):
+            public = isinstance(state, Tag) and all(line.is_public for line in lines)
+            if lines[0].is_equal or public:
                 return state
+            line = next((line for line in lines if not line.is_public), lines[0])
             mixed = Mixed(
                 f"a tensor of shape {tuple(t.shape)} holds values of the batch that left for where "
                 f"nothing is followed (NumPy, lists), times {line.slope:.6g} plus {line.shift:.6g}, "
@@ -103,6 +126,16 @@ class Batch:
             return self, tuple(range(self.size))
         base, rows = self.cut_from[0].origin()
         return base, tuple(rows[i] for i in self.cut_from[1])
+
+
+class _Left(NamedTuple):
+    """A tensor that left: its values and what they were; the memory that it left, which others may
+    write to, and torch's count of writes to it."""
+
+    values: Tensor
+    state: Tag | Mixed
+    memory: Tensor | None
+    version: int
 
 
 class _Line(NamedTuple):
@@ -129,6 +162,28 @@ def _line(a: Tensor, b: Tensor) -> _Line | None:
             return None
         by, shift = float(slope), float(y.mean() - slope * x.mean())
         return _Line(by, shift, False, _is_public(by, shift, y))
+
+
+def _lines_of_columns(a: Tensor, b: Tensor) -> list[_Line]:
+    """How each column of b [rows, ...] is a multiple of that of a plus a number, of the first columns
+    that vary; none if one column is not."""
+    if a.shape != b.shape or a.dim() < 2 or len(a) < 4:
+        return []
+    with torch._C.DisableTorchFunction():
+        x, y = (v.detach().flatten(1).to("cpu", torch.float64) for v in (a, b))
+        from_mean, away = x - x.mean(0), y - y.mean(0)
+        squares = from_mean.square().sum(0)
+        slopes = (from_mean * away).sum(0) / squares.clamp(min=1e-300)
+        off, size = (slopes * from_mean - away).abs().amax(0), away.abs().amax(0)
+        varies = ((squares > 0) & (size > 0)).nonzero()[:, 0]
+        if not len(varies) or not bool((off <= 1e-5 * size).all()):
+            return []
+        found = []
+        for i in varies[:_COLUMNS].tolist():
+            by = float(slopes[i])
+            shift = float(y[:, i].mean() - by * x[:, i].mean())
+            found.append(_Line(by, shift, False, _is_public(by, shift, y[:, i])))
+        return found
 
 
 def _is_public(slope: float, shift: float, y: Tensor) -> bool:

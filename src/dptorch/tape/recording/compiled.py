@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["run_as_written", "uncompiled"]
+__all__ = ["is_training", "run_as_written", "uncompiled"]
 
 
 class Attached(Protocol):
@@ -33,6 +33,11 @@ def uncompiled() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def is_training() -> bool:
+    """Whether a model is trained privately, and gradients are enabled."""
+    return torch.is_grad_enabled() and any(hooks.is_attached for hooks in _attached)
 
 
 def run_as_written(hooks: Attached) -> None:
@@ -69,7 +74,7 @@ def _patch() -> None:
     class _Stance(type(plain)):  # type: ignore[misc]
         @property
         def stance(self) -> str:
-            if torch.is_grad_enabled() and any(hooks.is_attached for hooks in _attached):
+            if is_training():
                 return "force_eager"
             found: str = vars(self)["stance"]
             return found

@@ -17,7 +17,7 @@ from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
-from dptorch.tape.recording.compiled import run_as_written, uncompiled
+from dptorch.tape.recording.compiled import is_training, run_as_written, uncompiled
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
@@ -25,7 +25,10 @@ from dptorch.tape.recording.patches import patch, unpatch
 from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
-from dptorch.tape.recording.unseen import refuse_saved_tensor_hooks
+from dptorch.tape.recording.unseen import (
+    refuse_saved_tensor_hooks,
+    refuse_saved_tensor_hooks_while,
+)
 
 __all__ = ["ModelHooks", "hooks_of"]
 
@@ -66,6 +69,7 @@ class ModelHooks:
         follow_constructors()
         patch()
         run_as_written(self)
+        refuse_saved_tensor_hooks_while(lambda: is_training() and latest_batch() is not None)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, ExamplesMixError
 from dptorch.tape.provenance.aliases import is_shared, others_on_memory_of
 from dptorch.tape.provenance.calls import each_tensor, info
 from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
@@ -28,7 +28,7 @@ from dptorch.tape.recording.handlers import SPECIAL
 from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
-from dptorch.tape.recording.tensor_states import FOLLOWED, GUESSED, is_followed
+from dptorch.tape.recording.tensor_states import FOLLOWED, GUESSED, batch_of, is_followed
 from dptorch.tape.recording.value_sizes import SIZES_MADE
 
 __all__ = [
@@ -223,6 +223,19 @@ def follow(t: Tensor, recording: Recording) -> None:
     _promote_one(t, _beside(recording.states.batch, recording.states.model))
 
 
+def _refuse_mixed(t: Tensor) -> None:
+    """Refuse what the data set or the collate function made of an earlier batch."""
+    recording: Recording = getattr(t, FOLLOWED)
+    with torch._C.DisableTorchFunctionSubclass():
+        state = recording.state(t)
+    if isinstance(state, (Mixed, Reduced)):
+        raise ExamplesMixError(
+            f"the data set or its collate function computes a tensor of shape {tuple(t.shape)} with "
+            "values of an earlier batch, or of several examples. Each row must come from one example "
+            "alone, and what one step's examples leave behind may not enter the next."
+        )
+
+
 def taint(value: Any, batch: Batch, model: nn.Module) -> None:
     """Say that the tensors in `value` with as many rows as `batch` hold its rows, in their order.
 
@@ -238,6 +251,8 @@ def taint(value: Any, batch: Batch, model: nn.Module) -> None:
     def visit(v: Any, depth: int = 0) -> None:
         if isinstance(v, Tensor):
             if v.dim() and v.shape[0] == batch.size and type(v) in (Tensor, RecordedTensor):
+                if type(v) is RecordedTensor and batch_of(v) is not batch:
+                    _refuse_mixed(v)
                 recording.mark(v, state)
                 setattr(v, GUESSED, "loader")
                 _promote_one(v, recording)

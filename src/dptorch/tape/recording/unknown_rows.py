@@ -25,7 +25,8 @@ __all__ = ["rows_of_unknown"]
 
 _LOSSES = words(
     """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div poisson_nll_loss
-    binary_cross_entropy_with_logits soft_margin_loss cosine_similarity pairwise_distance"""
+    binary_cross_entropy_with_logits soft_margin_loss cosine_similarity pairwise_distance copy
+    """
 )
 _PRODUCTS = words("""matmul mm __matmul__""")
 _ROW_LOSSES = words("""cross_entropy nll_loss multi_margin_loss""")

@@ -26,7 +26,12 @@ from dptorch.tape.recording.places import user_line
 from dptorch.tape.recording.reads import is_trusted, note_read
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["refuse_saved_tensor_hooks", "script", "watch"]
+__all__ = [
+    "refuse_saved_tensor_hooks",
+    "refuse_saved_tensor_hooks_while",
+    "script",
+    "watch",
+]
 
 _Innermost = Callable[[], Recorder | None]
 _depth = 0
@@ -174,6 +179,21 @@ def refuse_saved_tensor_hooks(where: str) -> None:
     active = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if active is not None:
         _refuse_hooks(active[0], where)
+
+
+def refuse_saved_tensor_hooks_while(training: Callable[[], bool]) -> None:
+    """Refuse hooks of the user's own that are set while `training`, around a loss for example."""
+    if saved_tensors_hooks.__enter__.__module__ == __name__:
+        return
+    plain: Any = saved_tensors_hooks.__enter__
+
+    def enter(self: saved_tensors_hooks) -> Any:
+        own = type(self) is saved_tensors_hooks or type(self).__module__.split(".")[0] != "torch"
+        if own and training():
+            _refuse_hooks(self.pack_hook, "around a loss")
+        return plain(self)
+
+    saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _refuse_hooks(pack: Any, where: str) -> None:
