@@ -48,6 +48,7 @@ _MECHANISMS = {"gaussian": "Gaussian noise", "discrete_gaussian": "discrete Gaus
 ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
     "dataset, the collate function or the loop",
+    "what the model is given in a step beside the batch is no other copy of the data (a second loader)",
     "what the loss and its terms are multiplied by is public: constants, and what the program says is "
     "public (public_number)",
     "no number that is read from a batch decides what is computed for another {unit}: in the loop (a "
@@ -55,7 +56,7 @@ ASSUMED = (
     "torchvision, peft, what runs in dptorch.tape.trusted_reads)",
     "no value of the batch leaves the model, or comes back, by what torch functions do not show: code "
     "that turns them off, threads that run already, extensions in other languages, writes to the .data "
-    "of a parameter, constructors of one type (torch.FloatTensor(t))",
+    "of a parameter, storages, constructors of one type (torch.FloatTensor(t))",
     "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows "
     "(the first batch is tested for both), nor on how long the others are (tested on the first batch "
     "that is padded to its longest row, of an own loader's once a second width is seen; where a mask "
@@ -65,8 +66,8 @@ ASSUMED = (
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"
 OWN_BATCHES = (
     "what the loop computes from a batch of its own loader before the batch meets the model, and in "
-    "passes without gradients, keeps the examples apart, and nothing that is trained computes the "
-    "input of the model from the batch: it is followed from the model on"
+    "passes without gradients, keeps the examples apart, and nothing that is trained on the data "
+    "computes from it what the model or its loss takes: it is followed from the model on"
 )
 
 

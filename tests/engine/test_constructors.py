@@ -15,7 +15,7 @@ from torch import Tensor, nn, tensor
 from torch.autograd import Variable
 
 from dptorch.errors import ExamplesMixError, NotCoveredError
-from dptorch.tape.recording import constructors, outputs, patches
+from dptorch.tape.recording import batches, constructors, outputs, patches
 from tests.engine.setup import make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -113,6 +113,7 @@ def test_without_the_replaced_methods_mixing_is_not_seen(
         monkeypatch.setattr(module, "made_from", lambda source, made: made)
     monkeypatch.setattr(patches, "_followed_type", lambda args, kwargs: None)
     monkeypatch.setattr(outputs, "others_on_memory_of", lambda t: [])
+    monkeypatch.setattr(batches, "_lines_of_columns", lambda a, b: [])
     assert steps_with(standardised(MAKERS[name]), make_model()) == 2
 
 

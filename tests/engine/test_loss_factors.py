@@ -100,6 +100,9 @@ ADDED: dict[str, Callable[[list[Tensor]], Any]] = {
     "weighed by another": lambda each: sum(
         v * w.detach() for v, w in zip(each, each[::-1], strict=True)
     ),
+    "over their sum": lambda each: (
+        lambda read: sum(v * (r / sum(read)) for v, r in zip(each, read, strict=True))
+    )([float(v) for v in each]),
     "root of two": lambda each: (each[0] + each[1]).sqrt() + sum(each[2:]),
     "times their number over 3": lambda each: sum(each) * sum(float(v) > 1 for v in each) / 30,
 }

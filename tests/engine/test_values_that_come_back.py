@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.data import Dataset
 
-from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError
+from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError, PrivacyWarning
 from dptorch.tape import trusted_reads
-from dptorch.tape.recording import batches, outputs
+from dptorch.tape.recording import backward, batches, outputs
 from tests.engine.setup import SIZE, Loss, make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -164,6 +164,37 @@ def test_a_data_set_that_keeps_a_statistic_is_refused(
         # Broken twin: what the loader hands out is one example a row, whatever it was.
         monkeypatch.setattr(outputs, "_refuse_mixed", lambda t: None)
     assert train() == 2
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_teacher_that_is_trained_without_an_engine_is_refused(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distilled(trained: bool) -> int:
+        torch.manual_seed(0)
+        teacher = nn.Linear(5, 3)
+        optimizer = torch.optim.SGD(teacher.parameters(), 1.0)
+
+        def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            out = teacher(x)
+            if trained:
+                F.cross_entropy(out, y).backward()
+                optimizer.step()
+            with torch.no_grad():
+                target = teacher(x) if before else out
+            return F.mse_loss(m(x), target.detach())
+
+        return steps_with(loss, make_model())
+
+    with (
+        pytest.warns(PrivacyWarning, match="a model without an engine is trained"),
+        pytest.raises(ExamplesMixError, match="a model without an engine trains"),
+    ):
+        distilled(trained=True)
+    assert distilled(trained=False) == 2
+    # Broken twin: what the teacher learns from one step's examples goes into the next step's loss.
+    monkeypatch.setattr(backward, "note_trained_beside", lambda loss, mark: None)
+    assert distilled(trained=True) == 2
 
 
 def around_the_loss(hooks: Callable[[], Any]) -> Loss:

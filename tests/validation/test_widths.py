@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import dptorch
-from dptorch.errors import ExamplesMixError
+from dptorch.errors import ExamplesMixError, PrivacyWarning
 from dptorch.validation.widths import WidthCheck
 
 BOUND = 0.1
@@ -167,6 +169,19 @@ def test_another_width_is_tested_once_and_its_first_padded_batch_ends_the_test()
     assert Counted.calls == 0
     assert check((batch(8),), {}) is True
     assert Counted.calls == 2
+
+
+def test_a_model_that_cannot_be_compared_is_warned_of_in_the_end() -> None:
+    class Drawing(Counted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x[:, 0]) + random.random()
+
+    check = WidthCheck(Drawing(), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [check((batch(width),), {}) for width in range(6, 10)] == [False] * 4
+    with pytest.warns(PrivacyWarning, match="could not be tested"):
+        assert check((batch(10),), {}) is True
 
 
 def test_the_test_leaves_no_trace() -> None:

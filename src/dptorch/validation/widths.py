@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dptorch.errors import ExamplesMixError
+from dptorch.errors import ExamplesMixError, warn
 from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.recording.batch_dims import (
     BatchDims,
@@ -104,6 +104,12 @@ class WidthCheck:
                     "attention mask that it uses, or pack the rows (pack_padded_sequence). If this "
                     "finding is wrong, pass self_check=False."
                 )
+        if self._failed >= _TRIES:
+            warn(
+                "the model could not be tested for what it makes of padding: it draws numbers of "
+                "Python or NumPy, or returns nothing to compare for fewer columns. That no result "
+                "depends on how far a batch is padded is your word. Pad to one fixed length instead."
+            )
         return self._failed >= _TRIES or not self._varying - self._tested
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[_Input]:

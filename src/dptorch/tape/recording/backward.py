@@ -14,6 +14,7 @@ from dptorch.tape.provenance.tags import PER_EXAMPLE, Mixed, Reduced, Tag
 from dptorch.tape.recording.backward_pass import run_backward
 from dptorch.tape.recording.handlers import handler
 from dptorch.tape.recording.loss_factors import factors_of
+from dptorch.tape.recording.parameter_graph import note_trained_beside
 from dptorch.tape.recording.tensor_states import batch_of
 from dptorch.tape.rules.recorder import Recorder
 
@@ -101,6 +102,12 @@ def backward(
     """
     loss = args[0]
     if not isinstance(loss, Tensor) or not recording.strict:
+        if (
+            isinstance(loss, Tensor)
+            and loss.grad_fn is not None
+            and recording.state(loss) is not None
+        ):
+            note_trained_beside(loss, recording.mark)
         return func(*args, **kwargs)
     state = recording.state(loss)
     if isinstance(state, Mixed):

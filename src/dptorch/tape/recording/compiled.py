@@ -8,24 +8,14 @@ from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-__all__ = ["is_training", "run_as_written", "uncompiled"]
+from dptorch.tape.recording.attached import is_training
 
-
-class Attached(Protocol):
-    """What is on a model that is trained privately."""
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether it still is."""
-
-
-_attached: weakref.WeakSet[Attached] = weakref.WeakSet()
+__all__ = ["run_as_written", "uncompiled"]
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -35,19 +25,13 @@ def uncompiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
-def is_training() -> bool:
-    """Whether a model is trained privately, and gradients are enabled."""
-    return torch.is_grad_enabled() and any(hooks.is_attached for hooks in _attached)
-
-
-def run_as_written(hooks: Attached) -> None:
-    """Let compiled code run as it was written where gradients are enabled, while `hooks` are attached.
+def run_as_written() -> None:
+    """Let compiled code run as it was written where a model is trained privately, from now on.
 
     A function of the loop may be compiled with the model inside, where no hook has run yet.
     """
-    if not _attached and torch.compile.__module__ != __name__:
+    if torch.compile.__module__ != __name__:
         torch.compile = _compile(torch.compile)
-    _attached.add(hooks)
     if "torch._dynamo" in sys.modules:
         _patch()
 

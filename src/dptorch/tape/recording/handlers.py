@@ -62,7 +62,7 @@ def read(
     return out
 
 
-_LEAVING = ("numpy", "tolist", "__array__", "__dlpack__", "untyped_storage", "storage")
+_LEAVING = ("numpy", "tolist", "__array__", "__dlpack__")
 
 
 @handler("_assert_async")

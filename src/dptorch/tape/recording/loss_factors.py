@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dptorch.tape.provenance.calls import each_tensor, words
 from dptorch.tape.provenance.public_number import PublicNumber
-from dptorch.tape.provenance.tags import Reduced, Tag
+from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["carry_factors", "factors_of", "forget_factors"]
@@ -58,14 +58,17 @@ def carry_factors(
     if name in ("add", "sub") and len(losses) == 2:
         second = factors_of(losses[1])
         alpha = float(kwargs.get("alpha", 1))
-        if found != second or not isinstance(state, Reduced):
+        if isinstance(state, Reduced):
+            if found != second:
+                return _refuse_weighted(recording, out)
+        else:
             found = (
                 None if found is None or second is None else (*found, *(f * alpha for f in second))
             )
     elif name == "add" and isinstance(state, Reduced):  # one more example's joins those of others
         others = out.__dict__.pop(_FACTORS, state.factors)
         if found != others:
-            found = None if found is None or others is None else (*others, *found)
+            return _refuse_weighted(recording, out)
     elif name in ("mul", "div") and len(losses) == 1 and len(args) > 1:
         if name == "div" and args[0] is not losses[0]:
             return
@@ -80,6 +83,17 @@ def carry_factors(
         recording.mark(out, Reduced(state.kind, found or (1.0,)))
     elif found != (1.0,):
         setattr(out, _FACTORS, found)
+
+
+def _refuse_weighted(recording: Recorder, out: Tensor) -> None:
+    recording.mark(
+        out,
+        Mixed(
+            f"{recording.module_path()}: losses of single examples are added that were multiplied by "
+            "different numbers, which may come from other examples. Multiply by a tensor of weights, "
+            "(torch.stack(losses) * weights).mean()."
+        ),
+    )
 
 
 def _number(recording: Recorder, value: Any) -> float | None:

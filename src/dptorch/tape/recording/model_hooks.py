@@ -15,9 +15,10 @@ from dptorch.errors import PrivacyError, warn
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
+from dptorch.tape.recording.attached import attach, is_training
 from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
-from dptorch.tape.recording.compiled import is_training, run_as_written, uncompiled
+from dptorch.tape.recording.compiled import run_as_written, uncompiled
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
@@ -67,9 +68,10 @@ class ModelHooks:
         from dptorch.tape.recording.constructors import follow_constructors
 
         follow_constructors()
-        patch()
-        run_as_written(self)
         refuse_saved_tensor_hooks_while(lambda: is_training() and latest_batch() is not None)
+        attach(self)
+        run_as_written()
+        patch()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),

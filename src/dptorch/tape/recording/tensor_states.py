@@ -23,6 +23,7 @@ from dptorch.tape.recording.places import (
 __all__ = [
     "FOLLOWED",
     "GUESSED",
+    "TRAINED",
     "TensorStates",
     "batch_of",
     "is_followed",
@@ -37,6 +38,8 @@ FOLLOWED = "_dptorch_recording"
 #: Set on a tensor that was taken for rows of the batch because of its shape: to "loader" on one that
 #: the loader handed out, to "loss" on one of unknown origin that met the batch in the loss.
 GUESSED = "_dptorch_guessed"
+#: The value of `GUESSED` on a parameter that a model without an engine trains on the batch.
+TRAINED = "trained"
 
 
 def is_followed(t: Tensor) -> bool:
@@ -112,6 +115,8 @@ class TensorStates:
     def _foreign(self, t: Tensor, entry: tuple[Any, ...]) -> State | None:
         """What a tensor that has a state in another batch is in this one."""
         state = entry[1]
+        if getattr(t, GUESSED, "") == TRAINED:
+            return state
         if isinstance(state, ParamOnly) or state is None or getattr(t, GUESSED, "") == "loss":
             return None
         other: Batch = entry[0].batch
