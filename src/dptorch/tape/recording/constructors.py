@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -84,8 +84,8 @@ def _function(plain: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(data, RecordedTensor):
             # Inside a recorded forward pass its function mode has seen the call.
             return made if made is data or innermost() is not None else made_from(data, made)
-        leaves = list(_leaves(data)) if isinstance(data, (list, tuple)) else [data]
-        if any(isinstance(v, RecordedTensor) for v in leaves) and innermost() is None:
+        leaves = _leaves(data) if isinstance(data, (list, tuple)) else [data]
+        if RecordedTensor in set(map(type, leaves)) and innermost() is None:
             numbers = [v.detach() if isinstance(v, Tensor) else plain(v) for v in leaves]
             stacked = torch.stack([v.reshape(()) for v in numbers]).reshape(made.shape)
             if isinstance(stacked, RecordedTensor):
@@ -97,7 +97,7 @@ def _function(plain: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-def _follow_numbers(made: Tensor, numbers: list[Any]) -> None:
+def _follow_numbers(made: Tensor, numbers: Sequence[Any]) -> None:
     """Say that a tensor was made of numbers that were read from a batch, if one of them was."""
     for number in numbers:
         batch, owner = read_numbers.owner_of(number) or (None, None)
@@ -111,13 +111,17 @@ def _follow_numbers(made: Tensor, numbers: list[Any]) -> None:
             return
 
 
-def _leaves(data: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+def _leaves(data: list[Any] | tuple[Any, ...]) -> Sequence[Any]:
     """The elements of a list, of lists inside it too, but for the elements of tensors."""
+    if not any(issubclass(kind, (list, tuple)) for kind in set(map(type, data))):
+        return data  # a list of numbers may be long
+    found: list[Any] = []
     for value in data:
         if isinstance(value, (list, tuple)):
-            yield from _leaves(value)
+            found += _leaves(value)
         else:
-            yield value
+            found.append(value)
+    return found
 
 
 def _method(plain: Callable[..., Any]) -> Callable[..., Any]:
