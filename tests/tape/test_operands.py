@@ -105,7 +105,8 @@ def torch_names() -> set[str]:
     for space in (torch._C._VariableFunctions, torch._C._nn, F, Tensor, torch):
         for raw in dir(space):
             found = inspect.getattr_static(space, raw, None)
-            names |= {canonical_name(f) for f in (found, getattr(space, raw, None)) if callable(f)}
+            both = [f for f in (found, getattr(space, raw, None)) if callable(f)]
+            names |= {canonical_name(inspect.unwrap(f)) for f in both}  # as torch has it
             names.add(f".{raw}" if isinstance(found, property) or hasattr(found, "__get__") else "")
     operators = torch._C._dispatch_get_all_op_names()
     names |= {n.removeprefix("aten::").partition(".")[0].rstrip("_") for n in operators}
