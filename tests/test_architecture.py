@@ -24,6 +24,7 @@ ROOMS = (
     "errors",
     "atomic_files",
     "randomness",
+    "risk",
     "native",
     "accounting.adjacency",
     "accounting.arguments",

@@ -44,6 +44,7 @@ ELSEWHERE = {
     "cli/release.py": ("training/test_release.py", "where there are runs to release"),
     "cli/generate.py": ("cli/test_train_text.py", "writes what was trained"),
     "cli/text_options.py": ("cli/test_train_text.py", "options of these commands alone"),
+    "cli/statement.py": ("training/test_claims.py", "where there are runs to state"),
     "cli/train_options.py": ("cli/test_options.py", "one table of all options"),
     "clipping/rounding.py": ("noise/test_discrete.py", "rounds for the discrete mechanism alone"),
     "clipping/sums.py": ("engine/test_privacy.py", "types; the bound is the engine's to keep"),

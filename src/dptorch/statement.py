@@ -7,7 +7,7 @@ import math
 import platform
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from dptorch.accounting import Adjacency, Event
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
+from dptorch.risk import in_words
 from dptorch.sampling.schemes import OWN_LOADER
 
 if TYPE_CHECKING:
@@ -42,7 +43,14 @@ NOT_COVERED = (
     "buffers of the model, and parameters written by anything but the optimizer's steps",
     "other engines and other runs on the same data: their epsilons add up, but for runs that go on "
     "from one checkpoint, which cost more than that together",
+    "releases of the same data without differential privacy, whoever makes them",
+    "how long steps take, memory and other side channels of the machine: a large batch takes longer",
+    "files: the data, and the checkpoint of an unfinished run, which holds the key of the noise",
 )
+TRUST: Final = "central: whoever trains sees the data, and nothing here protects it from them"
+RELEASE: Final = "not interactive: nobody asks questions of the data; each step is one release"
+VARIANT: Final = "approximate differential privacy, (epsilon, delta)"
+VERSION: Final = 1
 FLOATING_POINT = "attacks on floating-point arithmetic: noise and sums are floating-point numbers"
 _MECHANISMS = {"gaussian": "Gaussian noise", "discrete_gaussian": "discrete Gaussian noise"}
 ASSUMED = (
@@ -210,10 +218,19 @@ class Statement:
             )
         return f"one {plan.unit}"
 
+    @property
+    def in_words(self) -> list[str]:
+        """What the guarantee means for one person, in plain words; of a seeded run nothing."""
+        plan = self.plan
+        if not self.private:
+            return ["The noise came from a seed that is known, so that this run protects nobody."]
+        return in_words(self.epsilon, plan.target_delta, plan.unit, plan.sample_size)
+
     def to_dict(self) -> dict[str, Any]:
-        """The statement as plain values."""
+        """The statement as plain values, which `dptorch/statement.schema.json` describes."""
         plan = self.plan
         return {
+            "statement_version": VERSION,
             "epsilon": self.epsilon,
             "epsilon_exact": self.epsilon_exact,
             "epsilon_if_poisson_sampled": self.epsilon_if_poisson,
@@ -238,6 +255,10 @@ class Statement:
             "key_provenance": self.key_source.value,
             "private_randomness": self.private,
             "plan": json.loads(plan.to_json()),
+            "variant": VARIANT,
+            "trust_model": TRUST,
+            "release_type": RELEASE,
+            "in_words": self.in_words,
             "released": RELEASED,
             "public": self.public,
             "assumed": self.assumed,
@@ -263,6 +284,12 @@ class Statement:
                 else []
             ),
             "",
+            "In words:",
+            *(f"  {paragraph}" for paragraph in self.in_words),
+            "",
+            f"Variant              {VARIANT}",
+            f"Trust model          {TRUST}",
+            f"Releases             {RELEASE}",
             f"Unit of privacy      {self.unit_text}",
             f"Adjacency            {self.adjacency.value}: {adjacency}",
             f"delta                {plan.target_delta:g}",

@@ -60,6 +60,7 @@ def test_a_run_writes_everything(job: Job, tmp_path: Path) -> None:
         "model.safetensors",
         "plan.json",
         "statement.txt",
+        "statement.json",
         "metrics.csv",
         "report.html",
         "run.json",

@@ -24,6 +24,7 @@ FILES = {
     "model.safetensors",
     "plan.json",
     "statement.txt",
+    "statement.json",
     "metrics.csv",
     "run.json",
     "report.html",

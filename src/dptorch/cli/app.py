@@ -25,6 +25,7 @@ from dptorch.cli.predict import predict
 from dptorch.cli.release import release
 from dptorch.cli.schema import schema
 from dptorch.cli.serve import serve
+from dptorch.cli.statement import statement
 from dptorch.cli.train import train_group
 from dptorch.cli.train_text import TASK_COMMANDS
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
@@ -107,7 +108,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (schema, predict, generate, serve, check, release),
+    "Train": (schema, predict, generate, serve, check, release, statement),
     "Plan": (epsilon, calibrate, plan),
     "Measure": (bench, audit),
 }

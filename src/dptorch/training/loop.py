@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from dptorch.errors import DataError
 from dptorch.training.canaries import CANARY_FILE
+from dptorch.training.claims import for_machines
 from dptorch.training.digest import digest_of
 from dptorch.training.job import Setup
 from dptorch.training.run_folder import NOT_PRIVATE, SCHEMA_FILE, RunFolder
@@ -326,6 +327,7 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         f"guarantee is for the training examples; it does not cover those {n_test}.\n"
     )
     folder.write("statement.txt", f"{statement}\n{test_note}")
+    folder.write_json("statement.json", for_machines(statement.to_dict()))
     folder.write_metrics(rows)
     about["result"] = {k: v for k, v in rows[-1].items() if not k.startswith(NOT_PRIVATE)}
     about["statement"] = statement.to_dict()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dptorch.errors import ConfigurationError, DataError
+from dptorch.training.claims import for_machines
 from dptorch.training.run_folder import PRETRAINED, SCHEMA_FILE, RunFolder
 from dptorch.training.run_page import missing_packages, render
 
@@ -138,6 +139,7 @@ def release(
             part = RunFolder(Path(made) / "release")
             part.path.mkdir()
             part.write("statement.txt", statement)
+            part.write_json("statement.json", for_machines(about["statement"]))
             part.write("plan.json", (folder.path / "plan.json").read_text(encoding="utf-8"))
             part.write_json("run.json", public)
             if (folder.path / SCHEMA_FILE).exists():

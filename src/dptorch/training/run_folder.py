@@ -5,6 +5,7 @@
     model/              instead, in a task on texts: model and tokenizer as transformers saves them
     plan.json           the privacy plan
     statement.txt       what is guaranteed, and what is not
+    statement.json      the same for machines, as `dptorch/statement.schema.json` describes it
     metrics.csv         one row per epoch
     report.html         all of it on one page
     run.json            settings and versions

@@ -11,6 +11,7 @@ from typing import Any
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.randomness import KeySource
+from dptorch.risk import recognised
 from dptorch.training import run_charts
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 from dptorch.training.task import TESTED
@@ -93,7 +94,7 @@ def render(
         epsilon=epsilon,
         accuracy_low=low,
         accuracy_high=high,
-        detection=min(1.0, math.exp(min(epsilon, 700.0)) * 0.01 + plan["target_delta"]),
+        detection=recognised(epsilon, plan["target_delta"]),
         interrupted=about["status"] != "complete",
         seeded=not KeySource(claims["key_provenance"]).is_private,
         tested=tested,
