@@ -67,7 +67,7 @@ def test_words_follow_from_the_numbers() -> None:
     assert "recognise at most 20.1% of those who were" in text
     assert "right in at most 95.3% of cases" in text
     assert "0.024 times one over the number of persons (2400)" in text
-    assert "for 2 or more the guarantee prevents nothing" in text
+    assert "for 2 or more it rules out next to nothing" in text
     weaker = " ".join(in_words(1.0, 1e-5, "user", 2400))
     assert "for 2, epsilon is 2 and delta 3.7e-05, for 5, epsilon is 5 and delta 0.00086" in weaker
     assert "user" not in text

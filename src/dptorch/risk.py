@@ -118,7 +118,7 @@ def _groups_in_words(epsilon: float, delta: float, what: str) -> str:
     for members in _GROUPS:
         total, more = for_group(epsilon, delta, members)
         if more >= CERTAIN or recognised(total, more) >= CERTAIN:
-            parts.append(f"for {members} or more the guarantee prevents nothing")
+            parts.append(f"for {members} or more it rules out next to nothing")
             break
         parts.append(f"for {members}, epsilon is {_up(total)} and delta {more:.2g}")
     return (

@@ -81,6 +81,7 @@ def test_the_page_says_what_was_found_and_loads_nothing(result: AuditResult) -> 
         "The statement &lt;of&gt; the run.",
         "noise of single steps",
         "at most, if the claim is true",
+        "with chance on its side",
         "Belief before",
     ):
         assert needed in text

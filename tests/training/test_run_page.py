@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import html
 import math
 import re
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.browser import browser
 
 from dptorch.errors import DataError
 from dptorch.training import run_page
@@ -77,6 +81,37 @@ def test_the_page_loads_nothing(finished: RunFolder) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.browser
+def test_the_page_fits_a_narrow_screen_in_light_and_dark(
+    finished: RunFolder, tmp_path: Path
+) -> None:
+    """Measured by a browser in a frame of 400 pixels; dark colours are those of the style."""
+    about = finished.read_json("run.json")
+    assert about["groups"]
+    inner = html.escape((finished.path / "report.html").read_text())
+    script = (
+        "<script>addEventListener('load', () => { const d = frames[0].document;"
+        "document.title = [d.documentElement.scrollWidth, frames[0].innerWidth,"
+        "frames[0].getComputedStyle(d.body).backgroundColor, d.images.length].join('|') })</script>"
+    )
+    outer = tmp_path / "outer.html"
+    outer.write_text(f'<iframe width="400" height="900" srcdoc="{inner}"></iframe>{script}')
+    for scheme, colour in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 25, 31)")):
+        dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+        dom = subprocess.run(
+            [browser(), "--headless", "--no-sandbox", "--disable-gpu", *dark, "--dump-dom",
+             "--virtual-time-budget=5000", f"--user-data-dir={tmp_path}/{scheme}",
+             outer.as_uri()],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        found = re.search(r"<title>(\d+)\|(\d+)\|([^|]*)\|(\d+)</title>", dom)
+        assert found is not None
+        assert int(found[1]) <= int(found[2]) <= 400
+        assert found[3] == colour
+        assert int(found[4]) == 5
+
+
+@pytest.mark.slow
 def test_a_run_with_a_seed_protects_nobody_and_says_so(finished: RunFolder) -> None:
     text = Outline(page_of(finished)).text
     assert "This run is not private" in text
@@ -90,8 +125,8 @@ def test_a_run_with_a_seed_protects_nobody_and_says_so(finished: RunFolder) -> N
 def test_the_guarantee_in_words_follows_from_epsilon(finished: RunFolder) -> None:
     secret = {"key_provenance": "operating system"}
     strong = Outline(page_of(finished, statement={"epsilon": 1.0, **secret})).text
-    share = 100 * (math.exp(1.0) * 0.01 + 1e-5)
-    assert f"at most {share:.1f}% of cases" in strong
+    share = math.ceil(1000 * (math.exp(1.0) * 0.01 + 1e-5)) / 10  # a bound is rounded up
+    assert f"at most {share:.1f}% of those who were" in strong
     for weak in (8.0, math.inf):
         page = Outline(page_of(finished, statement={"epsilon": weak, **secret})).text
         assert "does not prevent it" in page

@@ -15,7 +15,7 @@ from dptorch.audit.evidence import Array
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import auc, auc_interval, tpr_at_fpr
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.training.run_page import missing_packages, page_template
+from dptorch.training.run_page import missing_packages, page_template, wilson_interval
 
 __all__ = ["Risk", "allowed_curve", "posterior", "render_audit", "risks", "write_report"]
 
@@ -83,6 +83,15 @@ def risks(result: AuditResult, fpr: float = 0.01) -> list[Risk]:
     return [Risk(p, posterior(p, most, fpr), posterior(p, found, fpr)) for p in _PRIORS]
 
 
+def _with_chance(result: AuditResult, fpr: float) -> float | None:
+    """The true positive rate that a true claim allows where chance favours the attack: at the largest
+    false positive rate that fits the measured one, as many canaries as fit that (95 % each)."""
+    evidence = result.evidence
+    possible = wilson_interval(fpr, len(evidence.others))[1]
+    curve = allowed_curve(result, np.array([possible]))
+    return None if curve is None else wilson_interval(float(curve[1][0]), len(evidence.members))[1]
+
+
 def render_audit(result: AuditResult) -> str:
     """The page as text.
 
@@ -110,6 +119,7 @@ def render_audit(result: AuditResult) -> str:
                     rate,
                     tpr_at_fpr(result.evidence, rate),
                     None if allowed is None else allowed[1][i],
+                    _with_chance(result, rate),
                 )
                 for i, rate in enumerate(_RATES)
             ],

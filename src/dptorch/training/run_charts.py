@@ -33,11 +33,11 @@ def accuracy_against_epsilon(points: Points, chance: float) -> str:
     axes.axhline(100 * chance, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
     axes.annotate(
         "always the largest class",
-        (1, 100 * chance),
+        (0, 100 * chance),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 4),
+        xytext=(4, 4),
         textcoords="offset points",
-        ha="right",
+        ha="left",
         color=MUTED,
         fontsize=9,
     )

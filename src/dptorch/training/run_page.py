@@ -11,7 +11,7 @@ from typing import Any
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.randomness import KeySource
-from dptorch.risk import recognised
+from dptorch.risk import in_words
 from dptorch.training import run_charts
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 from dptorch.training.task import TESTED
@@ -94,7 +94,7 @@ def render(
         epsilon=epsilon,
         accuracy_low=low,
         accuracy_high=high,
-        detection=recognised(epsilon, plan["target_delta"]),
+        in_words=in_words(epsilon, plan["target_delta"], claims["unit"], plan["sample_size"]),
         interrupted=about["status"] != "complete",
         seeded=not KeySource(claims["key_provenance"]).is_private,
         tested=tested,
