@@ -59,8 +59,17 @@ def test_the_commands_and_the_code_of_the_page(
         assert done.exit_code == 0, done.output
     assert len(Path("predictions.csv").read_text().splitlines()) == 11
     pandas = pytest.importorskip("pandas")
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     # The row of the page leaves out columns to be short.
     row = {name: value for name, value in rows(1)[0].items() if name != "outcome"}
     code = code.replace('[{"age"', '[{**row, "age"')
     exec(compile(code, "tables.md", "exec"), {"dataframe": pandas.DataFrame(rows(5)), "row": row})
+
+
+@pytest.mark.slow
+def test_the_estimators_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    X, y = datasets.load_digits(return_X_y=True)
+    code = blocks("python")[1].replace("epsilon=3.0", "noise_multiplier=2.0, epochs=1")
+    exec(compile(code, "tables.md", "exec"), {"X": X[:300], "y": y[:300], "X_new": X[300:310]})
+    assert "differentially private" in capsys.readouterr().out
