@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ import numpy as np
 import pytest
 import torch
 from tests.tables.patients import SCHEMA, rows, write, write_schema
+from typer.testing import CliRunner
 
 import dptorch
+from dptorch.cli.app import app
 from dptorch.errors import ConfigurationError, DataError
+from dptorch.tables import chunk_of, encode
+from dptorch.tables.faults import Faults
 from dptorch.training import run_folder
 from dptorch.training.data import ReadOptions
+from dptorch.training.export import export
 from dptorch.training.job import Job, prepare
 from dptorch.training.loop import train
 from dptorch.training.predictor import load
@@ -194,3 +201,33 @@ def test_arrays_and_recipes_are_prepared_as_in_training(job: Job, tmp_path: Path
         {"kind": "recipe", "name": "mnist-features"}, (images * 255).round().byte()
     )
     torch.testing.assert_close(as_bytes, found, atol=0.05, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_exported_model_predicts_the_same(patients: RunFolder, tmp_path: Path) -> None:
+    """In a process that cannot import dptorch, for another number of rows than it was traced with."""
+    done = CliRunner().invoke(app, ["export", str(patients.path), str(tmp_path / "m.pt2")])
+    assert done.exit_code == 0, done.output
+    assert "sex (1): 0 f, 1 m, 2 any other; NaN if the cell is empty" in done.output
+    model = load(patients.path)
+    assert model.schema is not None
+    raw = encode(model.schema, [chunk_of(unseen())], Faults("rows"), labelled=False).raw
+    np.save(tmp_path / "raw.npy", raw)
+    code = (
+        "import sys; sys.modules['dptorch'] = None\n"
+        "import json, numpy, torch\n"
+        "extra = {'inputs.json': ''}\n"
+        "program = torch.export.load('m.pt2', extra_files=extra).module()\n"
+        "with torch.no_grad(): found = program(torch.from_numpy(numpy.load('raw.npy')))\n"
+        "numpy.save('found.npy', found.numpy())\n"
+        "print(json.loads(extra['inputs.json'])['model_sha256'])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert ran.stdout.strip() == model.digest
+    np.testing.assert_allclose(
+        np.load(tmp_path / "found.npy"), model.predict_proba(unseen()), atol=1e-6
+    )
+    with pytest.raises(ConfigurationError, match=r"ends in \.pt2"):
+        export(model, tmp_path / "m.onnx")

@@ -17,6 +17,7 @@ from dptorch.cli.bench import bench
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
 from dptorch.cli.epsilon import epsilon
+from dptorch.cli.export import export
 from dptorch.cli.generate import generate
 from dptorch.cli.ledger import ledger
 from dptorch.cli.options import Command, Group, flag_of
@@ -108,7 +109,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (schema, predict, generate, serve, check, release, statement),
+    "Train": (schema, predict, generate, serve, check, release, statement, export),
     "Plan": (epsilon, calibrate, plan),
     "Measure": (bench, audit),
 }

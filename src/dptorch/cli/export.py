@@ -1,0 +1,37 @@
+"""`dptorch export`: a model with its preprocessing for programs without dptorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["export"]
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run or release.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="File to write, such as model.pt2.", show_default=False)
+    ],
+) -> None:
+    """Write a model with its preprocessing as one torch.export program.
+
+    It takes the numbers of a row and gives probabilities. What the numbers are is printed, and is in
+    the file: inputs.json.
+
+    [bold]Example[/]
+
+    [cyan]dptorch export runs/patients-1 patients.pt2[/]
+    """
+    from dptorch.training.export import export as write
+    from dptorch.training.predictor import load
+
+    described = write(load(run), path)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold green]Exported[/] to {path}. Input: {described['input']}", markup=True)
+    for column in described.get("columns", []):
+        console.print(f"  {column['column']} ({column['numbers']}): {column['are']}", markup=False)
+    console.print(f"Output: {', '.join(described['outputs'])}", markup=False)
