@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tests.cli.commands import refused, run
-from tests.prediction.serving.setup import make_run
+from tests.prediction.serving.setup import make_run, row, service_of
 
 from dptorch.prediction.serving.keys import client_of, read_keys
 
@@ -52,3 +53,19 @@ def test_what_cannot_be_served_is_refused(
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "is not the folder of a run" in refused(run("serve", str(tmp_path)))
+
+
+def test_the_ledgers_commands_know_answers(shards: Path, tmp_path: Path) -> None:
+    location = str(tmp_path / "ledger.db")
+    for mechanism, clip in (("gnmax", None), ("laplace", 1.0)):
+        service = service_of(shards, location, mechanism=mechanism, clip=clip, name=mechanism)
+        service.answer([row(1), row(2)])
+    shown = run("ledger", "show", "--json", "--ledger", location)
+    assert [each["steps"] for each in json.loads(shown.output)] == [2, 2]
+    table = run("ledger", "show", "--ledger", location)
+    assert table.output.count("answers") == 2
+    total = json.loads(run("ledger", "total", "--json", "--ledger", location).output)
+    assert total[0]["steps"] == 4
+    assert 0 < total[0]["planned"] < total[0]["committed"]
+    assert run("ledger", "close", "laplace", "--ledger", location).exit_code == 0
+    assert run("ledger", "verify", "--ledger", location).exit_code == 0
