@@ -22,12 +22,12 @@ The runner takes a checkout of the library, changes its import lines and nothing
 Nothing of theirs is in this repository. [migrating.md](migrating.md) says what each call means here.
 
 The examples run to the end of an epoch on tiny files in the formats of their data sets, with small
-random models in the place of published ones, and on the CPU where there is no GPU. Notebooks run as the
-script of their code cells. The text scripts were written for transformers 4. For names that
-transformers 5 has removed (`AdamW`, `EvaluationStrategy`, the readers of GLUE), and for the helpers of
-`ml_swissknife` and `fire`, the runner has stand-ins of its own (`tests/peers/former_names.py`). Tests
-that draw random cases (Hypothesis) draw at least {cases} each. dptorch's keys are drawn from a fixed
-seed, so that the page can be written again.
+random models in the place of published ones, without workers of loaders, and on the CPU where there is
+no GPU. Notebooks run as the script of their code cells. The text scripts were written for
+transformers 4. For names that transformers 5 has removed (`AdamW`, `EvaluationStrategy`, the readers of
+GLUE), and for the helpers of `ml_swissknife` and `fire`, the runner has stand-ins of its own
+(`tests/peers/former_names.py`). Tests that draw random cases (Hypothesis) draw at least {cases} each.
+dptorch's keys are drawn from a fixed seed, so that the page can be written again.
 
 - *passed*: as it stands.
 - *refused on purpose*: what it asks for is unsound, or has another meaning here, and an error or
