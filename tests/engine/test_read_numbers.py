@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import dptorch
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError
+from dptorch.tape.provenance.tags import Mixed
 from dptorch.tape.recording import recording
+from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.read_numbers import ReadNumbers
 from tests.engine.setup import Loss, make_model, steps_with
 
@@ -171,3 +173,14 @@ def test_a_weight_that_is_said_to_be_public_may_change(vector: bool) -> None:
 def test_only_numbers_are_said_to_be_public(value: Any) -> None:
     with pytest.raises(ConfigurationError, match="finite number"):
         dptorch.tape.public_number(value)
+
+
+@pytest.mark.parametrize(
+    "value", [5e-324, 8.508331967369505e-309, 1.7976931348623157e308, 1e-200 / 3]
+)
+def test_numbers_of_any_size_are_looked_up(value: float) -> None:
+    """Beside a number that was read, which the largest and the smallest are no functions of."""
+    numbers = ReadNumbers()
+    numbers.note(0.123456789123, Mixed("read"), Batch())
+    assert numbers.owner_of(0.123456789123 * 250) is not None
+    assert numbers.owner_of(value) is None

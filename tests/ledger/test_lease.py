@@ -181,10 +181,10 @@ def test_32_processes_that_resume_one_checkpoint(location: str) -> None:
 def test_32_processes_without_a_lease_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broken twin."""
+    """The broken twin, in several tries: how many processes run beside each other is chance."""
     monkeypatch.setattr(RunLedger, "_refuse_unless_owned", lambda self, transaction: None)
-    _, _, total = resumed_at_once(str(tmp_path / "ledger.db"))
-    assert not cap_holds(total)
+    tries = (resumed_at_once(str(tmp_path / f"{n}.db")) for n in range(10))
+    assert any(not cap_holds(total) for _, _, total in tries)
 
 
 # -- the ledger must be whole ----------------------------------------------------------------------

@@ -167,8 +167,8 @@ def _is_round(value: float) -> bool:
     """Whether a person writes a value with at most three decimal digits and an exponent."""
     if not math.isfinite(value) or not value:
         return False
-    scaled = abs(value) * 10.0 ** (_ROUND_DIGITS - 1 - math.floor(math.log10(abs(value))))
-    return abs(scaled - round(scaled)) < 1e-10 * scaled
+    nearest = float(f"{value:.{_ROUND_DIGITS - 1}e}")
+    return abs(value - nearest) < 1e-10 * abs(value)
 
 
 def _key(value: float) -> int:
