@@ -22,6 +22,7 @@ __all__ = [
     "RunOptions",
     "flag_of",
     "grouped",
+    "panel_option",
     "plan_option",
 ]
 
@@ -56,6 +57,13 @@ _DEFAULTS: Final[Mapping[str, str | bool]] = {
     "mechanism": True,
     "accountant": True,
 }
+
+
+def panel_option(
+    panel: str, *flags: str, help: str, default: str | bool = True, **more: Any
+) -> Any:
+    """Return an option that the help shows under the heading `panel`."""
+    return typer.Option(*flags, help=help, show_default=default, rich_help_panel=panel, **more)
 
 
 def plan_option(

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
-
+from dptorch.cli.options import panel_option as _option
 from dptorch.cli.options import plan_option
 
 __all__ = [
@@ -24,10 +23,6 @@ __all__ = [
 
 DATA, MODEL, TRAINING = "Data", "Model", "Training"
 RECIPE = "as the recipe, or "
-
-
-def _option(panel: str, *flags: str, help: str, default: str | bool = True, **more: Any) -> Any:
-    return typer.Option(*flags, help=help, show_default=default, rich_help_panel=panel, **more)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
-
+from dptorch.cli.options import panel_option as _option
 from dptorch.cli.options import plan_option
 from dptorch.training.hyperparameters import SUGGESTED
 
@@ -35,10 +34,6 @@ def _suggested(name: str) -> str:
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     return ", ".join(f"{recipe}: {value}" for recipe, value in values.items())
-
-
-def _option(panel: str, *flags: str, help: str, default: str | bool = True, **more: Any) -> Any:
-    return typer.Option(*flags, help=help, show_default=default, rich_help_panel=panel, **more)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import ConfigurationError, DataError, one_of
+from dptorch.errors import ConfigurationError, one_of
 from dptorch.plan import make_plan
 from dptorch.text import classification, language
 from dptorch.text.batches import Tokenized
@@ -19,7 +19,7 @@ from dptorch.text.models import load_pretrained
 from dptorch.text.recipes import PASSAGES, TASKS, defaults_of, get_recipe
 from dptorch.text.rows import Row, Split, read_split, require_columns, split_rows
 from dptorch.training.data import TrainTest, encode_labels
-from dptorch.training.job import PLAN_SETTINGS, Setup, device_of, style_of
+from dptorch.training.job import PLAN_SETTINGS, Setup, device_of, refuse_unknown_settings, style_of
 from dptorch.training.task import Task
 
 __all__ = ["TextJob", "prepare"]
@@ -116,9 +116,7 @@ class TextJob:
             >>> TextJob.from_dict(job.to_dict()) == job
             True
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise DataError(f"run.json has the unknown setting {unknown[0]!r}: another version's?")
+        refuse_unknown_settings(cls, values)
         return cls(**values)
 
 

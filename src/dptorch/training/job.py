@@ -24,7 +24,16 @@ from dptorch.training.readers import load_data
 from dptorch.training.table_tasks import task_of
 from dptorch.training.task import Classification, Task
 
-__all__ = ["PLAN_SETTINGS", "AnyJob", "Job", "Setup", "device_of", "prepare", "style_of"]
+__all__ = [
+    "PLAN_SETTINGS",
+    "AnyJob",
+    "Job",
+    "Setup",
+    "device_of",
+    "prepare",
+    "refuse_unknown_settings",
+    "style_of",
+]
 
 #: The fields of a job that are settings of its plan, but the style of clipping.
 PLAN_SETTINGS = (
@@ -112,15 +121,24 @@ class Job:
             >>> Job.from_dict(job.to_dict()) == job
             True
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise DataError(f"run.json has the unknown setting {unknown[0]!r}: another version's?")
+        refuse_unknown_settings(cls, values)
         reading = dict(values.get("reading", {}))
         if reading.get("bounds") is not None:
             reading["bounds"] = tuple(reading["bounds"])
         columns = reading.get("column_bounds", {})
         reading["column_bounds"] = {name: tuple(pair) for name, pair in columns.items()}
         return cls(**{**values, "reading": ReadOptions(**reading)})
+
+
+def refuse_unknown_settings(kind: type[Any], values: Mapping[str, Any]) -> None:
+    """Raise if `values` of a run.json has a key that is no field of the job's class `kind`.
+
+    Raises:
+        DataError: the run is of another version of dptorch.
+    """
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise DataError(f"run.json has the unknown setting {unknown[0]!r}: another version's?")
 
 
 class AnyJob(Protocol):
