@@ -20,6 +20,7 @@ if _TYPE_CHECKING:
     from dptorch.validation.conversion import preparation, prepare
     from dptorch.validation.gradient_check import CheckReport, check
 
+#: The installed version.
 __version__ = _version("dptorch")
 
 __all__ = [

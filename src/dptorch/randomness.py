@@ -20,6 +20,7 @@ from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["KEY_BYTES", "KeySource", "RootKey"]
 
+#: Bytes of a root key.
 KEY_BYTES: Final = 32
 
 # BLAKE2's personalisation field separates these hashes from every other use of BLAKE2 on the same

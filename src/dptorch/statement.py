@@ -30,10 +30,12 @@ _ADJACENCY_TEXT = {
     Adjacency.REPLACE_ONE: "replacing one {unit} by another",
 }
 
+#: What a run releases.
 RELEASED = (
     "the model's trained parameters after every step, and anything computed from them and from data "
     "that is not private"
 )
+#: What no statement covers.
 NOT_COVERED = (
     "values logged in training that are exact functions of private data: loss, gradient norms, "
     "the clipped fraction, batch sizes",
@@ -53,6 +55,7 @@ VARIANT: Final = "approximate differential privacy, (epsilon, delta)"
 VERSION: Final = 1
 FLOATING_POINT = "attacks on floating-point arithmetic: noise and sums are floating-point numbers"
 _MECHANISMS = {"gaussian": "Gaussian noise", "discrete_gaussian": "discrete Gaussian noise"}
+#: What every statement assumes; ``{unit}`` is the unit of privacy.
 ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
     "dataset, the collate function or the loop",

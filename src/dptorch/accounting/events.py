@@ -91,6 +91,7 @@ class Event(ABC):
         return kind(**given)
 
 
+#: What a run released: events, in any order.
 History = Sequence[Event]
 
 

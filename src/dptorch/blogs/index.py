@@ -20,6 +20,7 @@ from dptorch.errors import ConfigurationError, one_of
 
 __all__ = ["INDICES", "Index", "Index0121", "Index2024", "make_index"]
 
+#: The published formulas, by the year or the release of ForgetNet that has them.
 INDICES = ("2024", "0.1.21")
 
 

@@ -22,7 +22,7 @@ from dptorch.errors import ConfigurationError
 
 __all__ = ["COUNTS", "AdaptiveClipping", "noise_scales"]
 
-# Name of the counts among the values of a clipped sum; no parameter can have it.
+#: Name of the counts among the values of a clipped sum; no parameter can have it.
 COUNTS = "(examples within the clipping norm)"
 # One example moves a centred count, of +1/2 or -1/2, by this much when it joins or leaves.
 _COUNT_SENSITIVITY = 0.5

@@ -31,6 +31,7 @@ STABILITY = 0.01
 # Below this a float32 norm, the root of a sum of squares, is made of denormal numbers.
 _TINY = 1e-16
 
+#: The smallest clipping norm.
 LEAST_NORM = 1e-10
 """Smallest bound there is: a float32 norm is the root of a sum of squares, of which many that are each
 taken for zero must still be too short to matter."""
@@ -58,6 +59,7 @@ def global_clipping(norms: Tensor, max_grad_norm: float) -> Tensor:
     return (norms <= max_grad_norm).to(norms.dtype)
 
 
+#: Clipping functions by name: norms [B] and the clipping norm give coefficients [B].
 FUNCTIONS: dict[str, ClippingFunction] = {
     "abadi": abadi,
     "automatic": automatic,

@@ -271,6 +271,7 @@ def _blocks(model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]) 
     return _by(names, block)
 
 
+#: Clipping styles by name: which parameters are clipped together.
 STYLES: Final[Mapping[str, Callable[[nn.Module, Sequence[str], Sequence[GroupSpec]], Members]]] = {
     "all-layer": _whole,
     "layer-wise": _layers,

@@ -31,7 +31,9 @@ _MODES = {
 }
 _FUNCTIONS = {"Abadi": "abadi", "automatic": "automatic", "global": "global"}
 _STYLES = ("all-layer", "layer-wise", "param-wise")
+#: Stands in for fastDP's module: says on use what to call.
 lora_utils = stand_in("lora_utils", LORA)
+#: Stands in for fastDP's list: there is no list of layers here.
 supported_differentially_private_layers = stand_in(
     "supported_differentially_private_layers", NOT_BY_LAYER
 )

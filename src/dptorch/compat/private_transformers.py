@@ -39,7 +39,9 @@ _ISOLATED = (
 )
 
 
+#: Stands in for the module of this name: says on use what to call.
 lora_utils = stand_in("lora_utils", LORA)
+#: Stands in for the list of this name: there is no list of layers here.
 supported_layers_grad_samplers = stand_in("supported_layers_grad_samplers", NOT_BY_LAYER)
 
 

@@ -8,6 +8,7 @@ from dptorch.noise.gaussian import GaussianNoise
 
 __all__ = ["MECHANISMS", "DiscreteGaussianNoise", "GaussianNoise", "get_mechanism"]
 
+#: Mechanisms by the name that a plan gives them.
 MECHANISMS: Final[dict[str, type[GaussianNoise] | type[DiscreteGaussianNoise]]] = {
     "gaussian": GaussianNoise,
     "discrete_gaussian": DiscreteGaussianNoise,

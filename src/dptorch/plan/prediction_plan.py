@@ -34,7 +34,9 @@ __all__ = ["ANSWERS", "PURE_ANSWERS", "PredictionPlan"]
 
 #: Ways to answer with Gaussian noise, and those that are (ε, 0)-private.
 GAUSSIAN_ANSWERS: Final = ("gaussian", "gnmax", "confident-gnmax")
+#: Ways to answer that are (ε, 0)-private.
 PURE_ANSWERS: Final = ("laplace", "noisy-max", "mixing")
+#: Ways to answer a query, by name.
 ANSWERS: Final = GAUSSIAN_ANSWERS + PURE_ANSWERS
 _FORMAT: Final = 1
 _MOST_ANSWERS: Final = 2**20  # of pure ones, whose composition is a sum of so many terms

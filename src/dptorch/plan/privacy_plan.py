@@ -27,7 +27,9 @@ from dptorch.errors import ConfigurationError, one_of
 from dptorch.noise import get_mechanism
 from dptorch.sampling import Scheme, Terms, get_scheme
 
+#: What a loss does with a batch: "mean" divides the noisy sum by the expected batch size.
 LOSS_REDUCTIONS = ("mean", "sum")
+#: What a guarantee may protect: see docs/sampling.md, "Units".
 UNITS = ("example", "user", "packed sequence")
 _FORMAT = 1
 

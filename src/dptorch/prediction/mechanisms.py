@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+#: The label of an answer without one: no class had votes enough.
 NO_LABEL: Final = -1
 """The label of a query on which the models do not agree ("confident-gnmax")."""
 
@@ -176,6 +177,7 @@ def _log_softmax(logits: Array) -> Array:
     return np.maximum(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), -600.0)
 
 
+#: Ways to answer a query, by name.
 MECHANISMS: Final[dict[str, Mechanism]] = {
     "gaussian": Logits("l2", "normal"),
     "gnmax": Votes(),

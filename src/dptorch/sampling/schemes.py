@@ -16,6 +16,7 @@ __all__ = ["NOT_COVERED", "OWN_LOADER", "SCHEMES", "get_scheme"]
 #: Stands in place of a scheme's name for steps whose batch the engine did not draw.
 OWN_LOADER: Final = "the user's own loader"
 
+#: Sampling schemes by name.
 SCHEMES: Final[dict[str, Scheme]] = {
     each.name: each
     for each in (
@@ -28,6 +29,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
         FIXED_SIZE_WITH_REPLACEMENT,
     )
 }
+#: What is said of a sampler that no theorem known here covers.
 NOT_COVERED: Final = (
     "No accountant covers a sampler that is not among these. Either let the engine draw, with one of "
     "them; or take batches from a loader of your own, and the privacy statement then claims no "

@@ -22,6 +22,7 @@ from dptorch.errors import ConfigurationError, PrivacyError, one_of
 
 __all__ = ["RUN_LAWS", "RunLaw", "tuned_epsilon"]
 
+#: Laws of the random number of runs, of which the best is published.
 RUN_LAWS = ("logarithmic", "geometric", "poisson", "fixed")
 _SHAPES = {"logarithmic": 0.0, "geometric": 1.0}
 

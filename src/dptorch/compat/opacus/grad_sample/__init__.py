@@ -22,7 +22,7 @@ __all__ = [
     "wrap_model",
 ]
 
-# All of Opacus's modes give the same gradients here, so one class has all their names.
+#: All of Opacus's modes give the same gradients here, so one class has all their names.
 GradSampleModuleFastGradientClipping = GradSampleModule
 GradSampleModuleExpandedWeights = GradSampleModule
 GradSampleModuleFastGradientClippingFSDP = stand_in(
