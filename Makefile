@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reviews quick test lint format zoo bench peers clean
+.PHONY: help demo reviews quick test lint format docs zoo bench peers clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
@@ -40,6 +40,9 @@ lint: $(VENV)/.test  ## ruff and mypy
 format: $(VENV)/.test  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs  ## build the documentation as a site; fails on a dead link
+	$(BIN)/python -m website
 
 zoo: $(VENV)/.test  ## every image model of the zoo against a loop; writes docs/zoo.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo
@@ -68,7 +71,12 @@ $(VENV)/.reviews: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e '.[report,reviews]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing dptorch and the site's tools into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[report,docs]'
+	@touch $@ $(VENV)/.demo
+
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing dptorch and its test tools into $(VENV) (a few minutes the first time)"
-	$(PIP) -e '.[report,transformers,trl,text,vision,prv,bench,postgres,serve,dev]'
-	@touch $@ $(VENV)/.demo
+	$(PIP) -e '.[report,transformers,trl,text,vision,prv,bench,postgres,serve,docs,dev]'
+	@touch $@ $(VENV)/.demo $(VENV)/.docs

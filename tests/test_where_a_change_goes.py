@@ -38,7 +38,7 @@ def wrong_places(text: str) -> list[str]:
     paths, names = places(text)
     lost = [path for path in paths if not any((root / path).exists() for root in roots)]
     for name, file in names:
-        sources = [root / file for root in roots[:2] if (root / file).exists()]
+        sources = [root / file for root in roots if (root / file).exists()]
         if not any(re.search(rf"\b{name}\b", source.read_text()) for source in sources):
             lost.append(f"{name} in {file}")
     return sorted(lost)

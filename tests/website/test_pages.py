@@ -1,0 +1,98 @@
+"""The code on every page runs as printed, and the commands on it exist with their options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.source import REPOSITORY, TESTS
+from website.reference import commands
+
+import dptorch
+
+DOCS = REPOSITORY / "docs"
+#: Pages whose code other tests run, because it needs data, processes or other libraries.
+ELSEWHERE = {
+    "accounting.md": "accounting/test_docs.py",
+    "audit.md": "audit/test_audit_page.py",
+    "clipping.md": "test_readme.py",
+    "guides.md": "test_readme.py",
+    "migrating.md": "compat/test_several_forwards.py",
+    "prediction.md": "prediction/test_docs.py",
+    "scale.md": "distributed/test_scale.py",
+    "tables.md": "tables/test_docs.py",
+    "tasks.md": "cli/test_train_text.py",
+    "transformers.md": "integrations/transformers/test_docs.py",
+}
+
+#: What the code of a page takes for granted.
+GIVEN = {"sampling.md": lambda: {"dptorch": dptorch, "model": torch.nn.Linear(4, 2)}}
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def with_code() -> list[str]:
+    return sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if blocks(page))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in with_code() if name not in ELSEWHERE])
+def test_the_code_of_a_page_runs_as_printed(name, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    scope = GIVEN.get(name, lambda: {})()
+    for block in blocks(DOCS / name):
+        exec(compile(block, name, "exec"), scope)
+    capsys.readouterr()
+
+
+def test_pages_that_are_run_elsewhere_are_named_there() -> None:
+    assert set(ELSEWHERE) <= set(with_code())
+    for page, test in ELSEWHERE.items():
+        assert page in (TESTS / test).read_text()
+
+
+def shell_lines(text: str) -> list[str]:
+    """Commands of dptorch in blocks of code; a line that ends in a backslash goes on."""
+    lines = text.replace("\\\n", " ").splitlines()
+    starts = re.compile(r"(?:    |\$ )?\s*(dptorch [a-z].*)")
+    fenced, found = False, []
+    for line in lines:
+        fenced ^= line.startswith("```")
+        match = starts.fullmatch(line)
+        if match and (fenced or line.startswith("    ")):
+            found.append(match[1].split("  #")[0].split(" > ")[0].split(" >> ")[0])
+    return found
+
+
+def unknown(line: str, known: dict[str, Any]) -> list[str]:
+    """What a command line has that no command takes: a command, options, or arguments too many."""
+    words = shlex.split(line, comments=True)
+    name = words.pop(0)
+    while words and f"{name} {words[0]}" in known:
+        name = f"{name} {words.pop(0)}"
+    if name == "dptorch":
+        return words[:1]
+    command = known[name]
+    has = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+    options = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
+    wrong = sorted(options - has - {"--help"})
+    context = command.make_context(name, words, resilient_parsing=True)
+    return wrong or [*context.args, *getattr(context, "_protected_args", [])]
+
+
+def test_commands_on_pages_exist_with_their_options() -> None:
+    known = dict(commands())
+    pages = [REPOSITORY / "README.md", *DOCS.rglob("*.md")]
+    lines = [line for page in pages for line in shell_lines(page.read_text())]
+    assert len(lines) > 40
+    assert {line: lost for line in lines if (lost := unknown(line, known))} == {}
+    assert unknown("dptorch train --epsilom 3", known) == ["--epsilom"]  # the broken twins
+    assert unknown("dptorch train --resume runs/demo", known) == ["runs/demo"]
+    assert unknown("dptorch trian --epsilon 3", known) == ["trian"]

@@ -1,0 +1,29 @@
+"""Build the site into build/site: ``python -m website``. It fails on any dead link."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from website.links import built_faults
+from website.staging import ROOT, stage
+
+
+def build(folder: Path) -> list[str]:
+    """Write the pages below `folder` and the site to ``folder/site``; return what is wrong with it."""
+    stage(folder)
+    zensical = Path(sys.executable).with_name("zensical")
+    if not zensical.exists():
+        return ["zensical is not installed: pip install 'dptorch[docs]', on Python 3.11 or newer"]
+    command = [str(zensical), "build", "--strict", "--clean", "-f", str(folder / "mkdocs.yml")]
+    done = subprocess.run(command, cwd=folder)
+    if done.returncode:
+        return ["zensical build --strict failed"]
+    return list(built_faults(folder / "site"))
+
+
+if __name__ == "__main__":
+    faults = build(ROOT / "build" / "website")
+    print("\n".join(faults) or f"Open {ROOT / 'build/website/site/index.html'}")
+    sys.exit(bool(faults))

@@ -1,0 +1,99 @@
+"""The pictures of README.md and docs/: ``python -m website.figures``.
+
+Lines are told apart by their labels and dashes, so that they can be read without colours too.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dptorch.accounting import SampledGaussian, get_accountant
+from dptorch.risk import recognised
+from dptorch.training.run_charts import BLUE, INK, MUTED, canvas, data_uri
+
+DOCS = Path(__file__).parents[1] / "docs"
+DASHES: tuple[Any, ...] = ((0, (1, 2)), (0, (3, 2)), (0, (6, 2)), (0, (9, 2, 2, 2)), "solid")
+
+
+def svg(figure: Any) -> str:
+    """The figure as SVG on white, so that it is as readable on a dark page."""
+    figure.patch.set_facecolor("white")
+    text = base64.b64decode(data_uri(figure).split(",", 1)[1]).decode()
+    return re.sub(
+        r"(<svg[^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', text, count=1
+    )
+
+
+def trade_off() -> str:
+    """The most that an attack finds, for five values of ε, at δ = 1e-5."""
+    figure, axes = canvas(
+        "accused wrongly, of those not in the data", "found, of those in the data"
+    )
+    false_alarms = np.linspace(0, 1, 401)
+    labelled = {0.0: 0.55, 0.5: 0.5, 1.0: 0.4, 3.0: 0.1, 8.0: 0.01}  # ε: where along the line
+    for (epsilon, place), dashes in zip(labelled.items(), DASHES, strict=True):
+        found = [recognised(epsilon, 1e-5, float(a)) for a in false_alarms]
+        axes.plot(false_alarms, found, color=BLUE, linewidth=1.8, linestyle=dashes)
+        axes.annotate(
+            f"ε = {epsilon:g}", (place, recognised(epsilon, 1e-5, place)),
+            xytext=(4, 5 if epsilon == 8 else -14), textcoords="offset points",
+            color=INK, fontsize=9.5,
+        )  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.set(xlim=(-0.01, 1.01), ylim=(0, 1.1), yticks=np.linspace(0, 1, 6))
+    return svg(figure)
+
+
+def epsilon_by_steps() -> str:
+    """ε against steps at a sampling rate of 0.01 and δ = 1e-5, for three noise multipliers."""
+    figure, axes = canvas("training step", "privacy spent, ε")
+    accountant, steps = get_accountant("exact"), [1, 50, 200, 500, 1000, 2000, 3000, 4000, 5000]
+    for noise, dashes in zip((0.8, 1.0, 2.0), DASHES[::2], strict=True):
+        spent = [accountant.epsilon([SampledGaussian(noise, 0.01, n)], 1e-5) for n in steps]
+        axes.plot(steps, spent, color=BLUE, linewidth=2, linestyle=dashes)
+        axes.annotate(
+            f"noise {noise:g}", (steps[-1], spent[-1]), xytext=(4, -3),
+            textcoords="offset points", color=INK, fontsize=9.5,
+        )  # fmt: skip
+    axes.set(xlim=(0, 5900), ylim=(0, None), xticks=range(0, 5001, 1000))
+    axes.axhline(0, color=MUTED, linewidth=1)
+    return svg(figure)
+
+
+def report(folder: Path) -> None:
+    """Photograph the head of a report: a run of the default recipe, in a headless Chromium."""
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    )
+    with tempfile.TemporaryDirectory() as runs:
+        command = ["dptorch", "train", "--runs", runs, "--name", "demo"]
+        subprocess.run([*command, "--no-ledger"], check=True, stdout=subprocess.DEVNULL)
+        page = Path(runs) / "demo" / "report.html"
+        target = folder / "report.png"
+        subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+             "--window-size=880,1205", f"--screenshot={target}", page.as_uri()],
+            check=True, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    from PIL import Image
+
+    Image.open(target).convert("RGB").crop((0, 30, 880, 1205)).quantize(64).save(
+        target, optimize=True
+    )
+
+
+if __name__ == "__main__":
+    pictures = DOCS / "concepts" / "pictures"
+    pictures.mkdir(exist_ok=True)
+    (pictures / "trade_off.svg").write_text(trade_off())
+    (pictures / "epsilon_by_steps.svg").write_text(epsilon_by_steps())
+    report(DOCS / "pictures")
