@@ -49,7 +49,8 @@ def test_the_code_of_a_page_runs_as_printed(name, tmp_path, monkeypatch, capsys)
     scope = GIVEN.get(name, lambda: {})()
     for block in blocks(DOCS / name):
         exec(compile(block, name, "exec"), scope)
-    capsys.readouterr()
+    shown = capsys.readouterr().out or "assert" in "".join(blocks(DOCS / name))
+    assert shown or name in GIVEN, "a program on a page prints or asserts what it is for"
 
 
 def test_pages_that_are_run_elsewhere_are_named_there() -> None:
