@@ -275,7 +275,7 @@ def generic_ops(name: str) -> set[str]:
 
 
 FACTORED = """gpt2_tied bert vit llama t5_relative_bias swin_windows resnet_groupnorm timm_beit
-timm_convnext lora_on_gpt2"""
+timm_convnext lora_on_gpt2 lstm_and_gru rnn_cells packed_sequences"""
 
 
 @pytest.mark.slow

@@ -66,7 +66,10 @@ def our_engines() -> list[Engine]:
             what = f"clipping_style={style!r}, clipping_mode='auto'"
             found.append(Engine(f"dptorch/{style}", what, _ours("auto", style), False))
     for name in ("hooks", "ghost", "functorch"):
-        what = f"Opacus with grad_sample_mode={name!r}; in-place modules made ordinary{POSITIONS}"
+        what = (
+            f"Opacus with grad_sample_mode={name!r}; in-place modules made ordinary, recurrent ones "
+            f"replaced by its own{POSITIONS}"
+        )
         found.append(Engine(f"opacus/{name}", what, _opacus(name)))
     found.append(Engine("torch.func/vmap", "vmap(grad) of the whole model, then clipped", _vmap))
     return found
@@ -165,6 +168,22 @@ def give_positions(model: nn.Module) -> None:
     model.register_forward_pre_hook(add, with_kwargs=True)
 
 
+def _replace_recurrent(model: nn.Module) -> None:
+    """Put Opacus's recurrent layers, on the memory of the same weights, in place of torch's."""
+    from opacus.layers import DPGRU, DPLSTM
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            kind = {nn.LSTM: DPLSTM, nn.GRU: DPGRU}.get(type(child))
+            if kind is not None and isinstance(child, nn.RNNBase):
+                sizes = child.input_size, child.hidden_size, child.num_layers
+                made = kind(*sizes, batch_first=child.batch_first)
+                own = child.state_dict()
+                for weight, p in made.state_dict(keep_vars=True).items():
+                    p.data = own[weight]
+                setattr(parent, name, made)
+
+
 class _PerExample:
     """A criterion that is given the losses."""
 
@@ -180,6 +199,7 @@ def _opacus(mode: str) -> Callable[[Workload, Settings], Step]:
         from torch.utils.data import DataLoader, TensorDataset
 
         give_positions(work.model)
+        _replace_recurrent(work.model)
         for module in work.model.modules():
             if getattr(module, "inplace", False):
                 setattr(module, "inplace", False)  # noqa: B010

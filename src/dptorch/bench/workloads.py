@@ -279,6 +279,38 @@ def vgg11(size: Size) -> Workload:
     return Workload(nn.Sequential(*layers), _images(size), _classify)
 
 
+# -- recurrent networks ----------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """Two recurrent layers, and a head on what the last step gives."""
+
+    def __init__(self, layers: nn.RNNBase) -> None:
+        super().__init__()
+        self.layers, self.head = layers, nn.Linear(layers.hidden_size, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0][:, -1])
+
+
+def _recurrent(kind: type[nn.LSTM | nn.GRU], size: Size) -> Workload:
+    d = _width(size)
+    inputs = torch.randn(size.B, _length(size), d), torch.randint(0, 10, (size.B,))
+    return Workload(Recurrent(kind(d, d, 2, batch_first=True)), inputs, _classify)
+
+
+@_workload("LSTM of 2 layers", Size(32, 64, 128), Size(3, 4, 8))
+def lstm(size: Size) -> Workload:
+    """nn.LSTM."""
+    return _recurrent(nn.LSTM, size)
+
+
+@_workload("GRU of 2 layers", Size(32, 64, 128), Size(3, 4, 8))
+def gru(size: Size) -> Workload:
+    """nn.GRU."""
+    return _recurrent(nn.GRU, size)
+
+
 # -- transformers ----------------------------------------------------------------------------------
 
 

@@ -258,22 +258,22 @@ def unpack(call: Call, outputs: Sequence[Any]) -> list[Found]:
 @family("lstm gru rnn_tanh rnn_relu")
 def recurrent(call: Call, outputs: Sequence[Any]) -> list[Found]:
     """Sequences [T, B, D] or [B, T, D], or packed; the states are [layers, B, H]."""
-    x = call.args[0]
+    x, sizes, hx = call.first, call.arg("batch_sizes"), call.arg("hx")
     tag = call.tag_of(x)
     if tag is None or tag.dim is None:
         raise Lost("the input of the recurrent layer carries no examples")
-    sizes = call.args[1]
-    if isinstance(sizes, torch.Tensor) and sizes.dtype == torch.int64 and x.dim() == 2:
+    if sizes is not None:
         first = _packed_owners(tag, x, sizes, call.batch_size)
         state = _from_list(first, 1, call.batch_size)
     elif x.dim() == 3:
-        if tag.dim != (0 if call.args[-1] is True else 1):
+        if tag.dim != (0 if call.arg("batch_first") else 1):
             raise Lost("the recurrent layer runs along the examples")
         state = tag.at(1)
     else:
         raise Lost("an unbatched recurrent layer")
+    states = [hx] if isinstance(hx, torch.Tensor) else list(hx)
     for t, g in call.tagged:
-        if t is not x and g != state:
+        if t is not x and (g != state or not any(t is s for s in states)):
             raise Lost("the initial state carries the examples elsewhere")
     return [tag, *[state] * (len(outputs) - 1)]
 

@@ -9,7 +9,7 @@ alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from dptorch.errors import NotCoveredError
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.tensor_states import TensorStates, batch_of
 
-__all__ = ["refuse_leaf", "refuse_trained_in_front"]
+__all__ = ["refuse_leaf", "refuse_not_followed", "refuse_trained_in_front"]
 
 _LEAF = "torch::autograd::AccumulateGrad"
 
@@ -75,6 +75,32 @@ def refuse_leaf(states: TensorStates, name: str, t: Tensor) -> None:
         f"{tuple(t.shape)} that requires grad and is no parameter of the model. Its gradient would be "
         "of all examples, without noise. Make it an nn.Parameter of the module that the engine is made "
         "for, or detach() it; make a perturbation of each row with torch.zeros_like(x)."
+    )
+
+
+def refuse_not_followed(states: TensorStates, name: str, t: Tensor) -> NoReturn:
+    """Raise for a tensor that requires grad and that the recording of its use knows nothing of.
+
+    Args:
+        states: of the recording.
+        name: of the op.
+        t: a parameter, or no leaf.
+    """
+    shape = tuple(t.shape)
+    if isinstance(t, nn.Parameter):
+        raise NotCoveredError(
+            f"{states.module_path()}: '{name}' uses a trainable parameter of shape {shape} that is not "
+            "followed: it was unfrozen, replaced or added after the engine was made, or belongs to "
+            "another module (a loss with parameters, a separate head). Its gradient would have no "
+            "protection. Freeze it with requires_grad_(False), or make one module that holds "
+            "everything that is trained, and the engine after it."
+        )
+    raise NotCoveredError(
+        f"{states.module_path()}: '{name}' uses a tensor of shape {shape} that requires grad "
+        f"({t.grad_fn}) and was not computed in this forward pass from the inputs or the parameters "
+        "seen so far. If it is a cached value, compute it in forward; if it is an input, pass it as an "
+        "argument of the model; if it is a constant, detach it; if it is a penalty on the parameters, "
+        "use the optimizer's weight_decay."
     )
 
 

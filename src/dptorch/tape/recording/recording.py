@@ -44,17 +44,17 @@ from dptorch.tape.recording.composites import is_composite, without_checks
 from dptorch.tape.recording.escapes import judge_results, judge_slices, note_error
 from dptorch.tape.recording.finite_checks import CHECKS, note_check
 from dptorch.tape.recording.handlers import SPECIAL, reorder
-from dptorch.tape.recording.in_front import refuse_leaf
+from dptorch.tape.recording.in_front import refuse_leaf, refuse_not_followed
 from dptorch.tape.recording.parameter_graph import parameters_behind
 from dptorch.tape.recording.position_means import MEANS, note_mean
 from dptorch.tape.recording.read_numbers import read_numbers
-from dptorch.tape.recording.taps import lift, reduce_to, tap
+from dptorch.tape.recording.taps import lift, reduce_to, tap, tap_inside
 from dptorch.tape.recording.tensor_states import TensorStates
 from dptorch.tape.recording.unknown_rows import rows_of_unknown
 from dptorch.tape.recording.unseen import watch
 from dptorch.tape.recording.value_sizes import SIZES_MADE, follow_sizes, plain_sizes, read_size
 from dptorch.tape.rules import HALF, LOSSES, RULES, generic, mean_in_float32
-from dptorch.tape.rules.recorder import Gradients
+from dptorch.tape.rules.recorder import Gradients, Inside, WrittenOut
 
 __all__ = ["Recording", "active_modes", "innermost"]
 
@@ -199,6 +199,21 @@ class Recording(TorchFunctionMode):
         for t, tag in zip(tapped, tags, strict=True):
             self.mark(t, tag)
         return tapped
+
+    def tap_inside(
+        self, op: WrittenOut, inputs: Sequence[Tensor], gradients: Inside
+    ) -> tuple[Tensor, ...]:
+        """Run an op with gradients inside it, whose outputs the rule marks."""
+        tape = self.tape
+
+        def on_gradient(inner: Any) -> None:
+            for parameter, form in gradients(inner):
+                tape.add(parameter, form)
+
+        outputs = tap_inside(op, inputs, self.handle_of_taps, on_gradient)
+        for t in (*inputs, *outputs):
+            tape.note_size(t.nbytes)
+        return outputs
 
     def lift(self, p: Tensor, shape: Sequence[int], tag: Tag) -> Tensor:
         """Replace a parameter by a copy of `shape`, whose batch dimension is given by `tag`."""
@@ -389,14 +404,7 @@ class Recording(TorchFunctionMode):
         if not self.strict:
             return False
         if isinstance(t, nn.Parameter):
-            raise NotCoveredError(
-                f"{self.module_path()}: '{name}' uses a trainable parameter of shape "
-                f"{tuple(t.shape)} that is not followed: it was unfrozen, replaced or added after "
-                "the engine was made, or belongs to another module (a loss with parameters, a "
-                "separate head). Its gradient would have no protection. Freeze it with "
-                "requires_grad_(False), or make one module that holds everything that is trained, "
-                "and the engine after it."
-            )
+            refuse_not_followed(self.states, name, t)
         if t.is_leaf:
             return False  # of an op without examples; else see `refuse_leaf`
         behind = parameters_behind(t, self._followed)
@@ -404,13 +412,7 @@ class Recording(TorchFunctionMode):
             self.tape.note_derived(behind)
             self.mark(t, PARAM_ONLY)
             return True
-        raise NotCoveredError(
-            f"{self.module_path()}: '{name}' uses a tensor of shape {tuple(t.shape)} that requires "
-            f"grad ({t.grad_fn}) and was not computed in this forward pass from the inputs or the "
-            "parameters seen so far. If it is a cached value, compute it in forward; if it is an "
-            "input, pass it as an argument of the model; if it is a constant, detach it; if it is a "
-            "penalty on the parameters, use the optimizer's weight_decay."
-        )
+        refuse_not_followed(self.states, name, t)
 
     def _mark_param_only(self, name: str, args: tuple[Any, ...], out: Any) -> None:
         """Mark what was computed from parameters alone."""

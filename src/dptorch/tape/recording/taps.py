@@ -1,7 +1,8 @@
-"""The two autograd functions by which the tape sees gradients: a tap on an output, a lifted parameter.
+"""The autograd functions by which the tape sees gradients: a tap on an output, a lifted parameter, and
+an op whose backward is written out.
 
-Both are identities for the model. Their `handle` is an empty tensor that requires grad, so that the
-first layer of a model, whose input does not, is seen as well.
+The first two are identities for the model. Their `handle` is an empty tensor that requires grad, so
+that the first layer of a model, whose input does not, is seen as well.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.autograd import Function
 
 from dptorch.errors import NotCoveredError
 from dptorch.tape.provenance.tags import Tag, place, rows, separate
+from dptorch.tape.rules.recorder import WrittenOut
 
-__all__ = ["TAPS", "full_precision", "lift", "reduce_to", "tap"]
+__all__ = ["TAPS", "full_precision", "lift", "reduce_to", "tap", "tap_inside"]
 
 # Called in the backward with the outputs' gradients and the saved tensors.
 OnGradient = Callable[[Sequence[Tensor | None], Sequence[Tensor]], None]
@@ -116,6 +118,41 @@ def lift(
     return lifted
 
 
+class _Inside(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: WrittenOut,
+        on_gradient: Callable[[Any], None],
+        handle: Tensor,
+        *inputs: Tensor,
+    ) -> Any:
+        ctx.op, ctx.on_gradient = op, on_gradient
+        ctx.set_materialize_grads(False)
+        with full_precision():
+            outputs, saved = op.forward(*inputs)
+        ctx.n_saved = len(saved)
+        ctx.save_for_backward(*saved, *op.tensors)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse_second_derivatives()
+        saved = ctx.saved_tensors[: ctx.n_saved]  # raises where any was written to
+        with torch._C.DisableTorchFunction(), full_precision():
+            found, inner = ctx.op.backward(grads, saved, wants_inputs=ctx.needs_input_grad[3])
+            ctx.on_gradient(inner)
+        return None, None, None, *found
+
+
+def tap_inside(
+    op: WrittenOut, inputs: Sequence[Tensor], handle: Tensor, on_gradient: Callable[[Any], None]
+) -> tuple[Tensor, ...]:
+    """Run `op`; call ``on_gradient`` in the backward with the gradients that are inside it."""
+    outputs: tuple[Tensor, ...] = _apply_inside(op, on_gradient, handle, *inputs)
+    return outputs
+
+
 def _apply_of(cls: type[Function]) -> Callable[..., Any]:
     """``cls.apply``, bound before a recording patches it, without what it does for functorch: that
     takes as long as all the rest, at every site."""
@@ -132,7 +169,8 @@ def _apply_of(cls: type[Function]) -> Callable[..., Any]:
 
 _apply_tap = _apply_of(_Tap)
 _apply_lift = _apply_of(_Lift)
-TAPS = (_Tap, _Lift)
+_apply_inside = _apply_of(_Inside)
+TAPS = (_Tap, _Lift, _Inside)
 
 
 def reduce_to(g: Tensor, shape: torch.Size, tag: Tag, n: int) -> Tensor:

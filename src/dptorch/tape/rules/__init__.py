@@ -1,6 +1,13 @@
 """Rules: one file an op family. See `registry` for how to add one."""
 
-from dptorch.tape.rules import broadcast, contraction, convolution, embedding, normalisation
+from dptorch.tape.rules import (
+    broadcast,
+    contraction,
+    convolution,
+    embedding,
+    normalisation,
+    recurrent,
+)
 from dptorch.tape.rules.generic_rule import generic
 from dptorch.tape.rules.loss import HALF, LOSSES, mean_in_float32
 from dptorch.tape.rules.registry import RULES, rule
@@ -16,5 +23,6 @@ __all__ = [
     "generic",
     "mean_in_float32",
     "normalisation",
+    "recurrent",
     "rule",
 ]

@@ -18,12 +18,40 @@ from dptorch.tape.gradients.tape import Tape
 from dptorch.tape.provenance.calls import Call
 from dptorch.tape.provenance.tags import Mixed, State, Tag
 
-__all__ = ["Gradients", "Recorder"]
+__all__ = ["Gradients", "Inside", "Recorder", "WrittenOut"]
 
 #: (gradients of the outputs, saved tensors) -> (parameter, its per-example gradient), in the backward.
 Gradients = Callable[
     [Sequence[Tensor | None], Sequence[Tensor]], Iterable[tuple[Tensor, PerExampleGradient]]
 ]
+
+#: what `WrittenOut.backward` found inside -> (parameter, its per-example gradient).
+Inside = Callable[[Any], Iterable[tuple[Tensor, PerExampleGradient]]]
+
+
+class WrittenOut(Protocol):
+    """An op whose backward is written out, because gradients of parameters are taken inside it.
+
+    Attributes:
+        tensors: the weights, which must not be written to before the backward.
+    """
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    def forward(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return (outputs, what is kept for the backward)."""
+
+    def backward(
+        self, grads: Sequence[Tensor | None], saved: tuple[Tensor, ...], *, wants_inputs: bool
+    ) -> tuple[tuple[Tensor | None, ...], Any]:
+        """Return (the gradient of each input, what the gradients of parameters are made of).
+
+        Args:
+            grads: of the outputs.
+            saved: what `forward` kept.
+            wants_inputs: whether the gradient of the first input is wanted.
+        """
 
 
 class Recorder(AbstractContextManager[Any], Protocol):
@@ -66,6 +94,11 @@ class Recorder(AbstractContextManager[Any], Protocol):
         gradients: Gradients,
     ) -> tuple[Tensor, ...]:
         """Record a site: `gradients` gets the outputs' gradients and `saved`, in the backward."""
+
+    def tap_inside(
+        self, op: WrittenOut, inputs: Sequence[Tensor], gradients: Inside
+    ) -> tuple[Tensor, ...]:
+        """Run an op with gradients inside it, whose outputs the rule marks."""
 
     def lift(self, p: Tensor, shape: Sequence[int], tag: Tag) -> Tensor:
         """Replace a parameter by a copy of `shape`, whose batch dimension is given by `tag`."""
