@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c co
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reviews quick test lint format docs zoo bench peers clean
+.PHONY: help demo reviews quick test lint format dist docs zoo bench peers clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile
@@ -40,6 +40,9 @@ lint: $(VENV)/.test  ## ruff and mypy
 format: $(VENV)/.test  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+dist: $(VENV)/.test  ## wheel and sdist into dist/, each tried without a compiler
+	$(BIN)/python -m tests.dist
 
 docs: $(VENV)/.docs  ## build the documentation as a site; fails on a dead link
 	$(BIN)/python -m website
