@@ -138,14 +138,23 @@ def train(
     *,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     wrap_after: Callable[[nn.Module], nn.Module] = lambda model: model,
+    zero: dict[str, Any] | None = None,
     limit: int | None = None,
     lr: float = 0.5,
     each_step: Callable[[dptorch.PrivacyEngine], object] = lambda engine: None,
     **settings: Any,
 ) -> Trained:
-    """Train one of `MODELS`, on however many ranks there are; noise and sums are watched."""
+    """Train one of `MODELS`, on however many ranks there are; noise and sums are watched.
+
+    Args:
+        zero: a configuration of DeepSpeed to train it with.
+    """
     make, data = MODELS[name]
     model = wrap(make())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr)
+    if zero is not None:
+        model, optimizer = initialized(model, optimizer, zero)
     engine = dptorch.PrivacyEngine(model, **settings_of(**settings))
     model = wrap_after(model)
     found = Trained(torch.empty(0))
@@ -161,22 +170,39 @@ def train(
 
     GaussianNoise.privatize = privatize  # type: ignore[method-assign]
     try:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = engine.attach(torch.optim.SGD(trainable, lr))
+        engine.attach(optimizer)
         loader = engine.loader(data(), max_physical_batch_size=limit)
         while not engine.exhausted:
             for x, y in loader:
                 assert loader.current is not None
                 found.local.append(loader.current.examples)
-                loss_of(model(x), y).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                loss = loss_of(model(x), y)
+                if zero is not None:
+                    model.backward(loss)
+                    model.step()
+                else:
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
                 each_step(engine)
     finally:
         GaussianNoise.privatize = plain  # type: ignore[method-assign]
     found.values = _flat(_whole(p.detach()) for p in trainable)
     found.epsilon = engine.get_privacy_spent().epsilon
     return found
+
+
+def initialized(model: nn.Module, optimizer: Any, config: dict[str, Any]) -> tuple[Any, Any]:
+    """What ``deepspeed.initialize`` returns, on ranks that `on_ranks` started."""
+    import sys
+
+    import deepspeed
+
+    # It would compile an operator for shared memory, once for each machine and with a lock.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    found = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return found[0], found[1]
 
 
 def _places(clipped: ClippedSum, offsets: Any) -> Tensor:

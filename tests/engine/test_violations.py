@@ -529,5 +529,5 @@ def test_the_step_refuses_what_has_no_noise(kind: str) -> None:
     values = {n: torch.ones_like(p) for n, p in model.named_parameters()}
     given: Any = {"clipped sum": ClippedSum(values, 1.0), "dict": values, "tensor": torch.ones(3)}
     with pytest.raises(TypeError, match="NoisyGradient"):
-        write_gradients(dict(model.named_parameters()), given[kind])
+        write_gradients(dict(model.named_parameters()), given[kind], lambda *_: None)
     assert all(p.grad is None for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Where the parameters of a model are: all of them on every rank, or a shard on each (FSDP2).
+"""Where the parameters of a model are: all of them on every rank, or a part on each (FSDP2, ZeRO).
 
 `placement_of` finds out. The engine asks a placement for three things: what the model's forward passes
 use in place of each parameter, the sum over all ranks as far as this rank needs it, and where that
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dptorch.clipping.sums import ClippedSum
 from dptorch.distributed.ranks import Ranks
-from dptorch.distributed.sharded import ShardedParameters, is_sharded
+from dptorch.distributed.sharded import ShardedParameters, in_buckets, is_sharded
+from dptorch.distributed.zero import ZeroParameters, is_zero
 from dptorch.errors import ConfigurationError
 
 __all__ = ["Formed", "Placement", "Replicated", "Sharded", "placement_of"]
@@ -56,8 +57,8 @@ class Placement(Protocol):
         """Return the fingerprint of the whole sum, from that of this rank's part: one number for all
         ranks."""
 
-    def gradient(self, name: str, value: Tensor) -> Tensor:
-        """Return this rank's part of a gradient as what the optimizer takes for the parameter."""
+    def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
+        """Hand this rank's part of the gradient of parameter `p` to the optimizer."""
 
 
 class Replicated:
@@ -88,31 +89,30 @@ class Replicated:
         self._ranks.refuse_different_sums(fingerprint)
         return fingerprint
 
-    def gradient(self, name: str, value: Tensor) -> Tensor:
+    def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
         """See `Placement`."""
-        return value
+        p.grad = value.to(p.dtype)
 
 
 class Sharded:
-    """Each rank has a shard of every parameter that `fully_shard` took, and what it left out whole.
+    """Each rank steps on a part of every parameter that FSDP2 or ZeRO took, and on the others whole.
 
     The clipped sums of a rank's examples are formed, reduced and scattered some parameters at a time,
     after each physical batch: each rank keeps its shard of the sum, adds its slice of the noise and
     steps on it. No rank ever has the whole sum (`test_no_rank_has_the_whole_sum`).
     """
 
-    is_whole = False
-
-    def __init__(self, ranks: Ranks, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, ranks: Ranks, shards: ShardedParameters | ZeroParameters) -> None:
         self._ranks = ranks
-        self._shards = ShardedParameters(model, parameters, ranks)
-        self.followed = self._shards.followed
+        self._shards = shards
+        self.is_whole = isinstance(shards, ZeroParameters)
+        self.followed = shards.followed
         self.offsets: Mapping[str, int] | None = None
 
     def formed(self, names: Names, form: Form) -> dict[str, Tensor]:
         """See `Placement`."""
         found: dict[str, Tensor] = {}
-        for some in self._shards.buckets(list(self.followed if names is None else names)):
+        for some in in_buckets(list(self.followed if names is None else names), self.followed):
             whole = form(some)
             found |= {n: whole.pop(n) for n in some if n not in self._shards}
             found |= self._shards.reduced(whole)
@@ -133,18 +133,31 @@ class Sharded:
         parts = b"".join(part.to_bytes(8, "little") for part in self._ranks.gather(fingerprint))
         return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "little")
 
-    def gradient(self, name: str, value: Tensor) -> Tensor:
+    def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
         """See `Placement`."""
-        return self._shards.gradient(name, value) if name in self._shards else value
+        if name in self._shards:
+            self._shards.hand_over(name, p, value)
+        else:
+            p.grad = value.to(p.dtype)
 
 
-def placement_of(model: nn.Module, parameters: dict[str, Tensor], ranks: Ranks) -> Placement:
+def placement_of(
+    model: nn.Module, parameters: dict[str, Tensor], ranks: Ranks, given: nn.Module
+) -> Placement:
     """Return where the parameters of `model` are.
+
+    Args:
+        model: as `unwrapped` returned it.
+        parameters: its trainable parameters, by name.
+        ranks: the processes that train it.
+        given: what it was in.
 
     Raises:
         ConfigurationError: they are spread over processes in a way that is not covered.
     """
     spread: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if is_sharded(p)]
+    if any(map(is_zero, parameters.values())):
+        return Sharded(ranks, ZeroParameters(given, parameters, ranks))
     if not spread:
         return Replicated(ranks, parameters)
     name, p = spread[0]
@@ -154,4 +167,4 @@ def placement_of(model: nn.Module, parameters: dict[str, Tensor], ranks: Ranks) 
             f"ranks are {ranks.size}. Shard over all of them, or give the engine "
             "ranks=dptorch.distributed.Ranks.of(mesh.get_group())."
         )
-    return Sharded(ranks, model, parameters)
+    return Sharded(ranks, ShardedParameters(model, parameters, ranks))

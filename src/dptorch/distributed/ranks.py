@@ -232,6 +232,14 @@ class Ranks:
                 with _in_one(bucket) as flat, explained():
                     dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group)
 
+    def sum_on(self, rank: int, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors of all ranks, on `rank`; nothing of use on the others. Takes
+        the tensor over."""
+        if self.size > 1 and tensor.numel():
+            with explained():
+                dist.reduce(tensor, op=dist.ReduceOp.SUM, group=self._group, group_dst=rank)
+        return tensor
+
     def copy_from_first_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by that of rank 0."""
         if self.size > 1:

@@ -10,7 +10,7 @@ detaches parameters, and so FSDP has nothing to reduce: the clipped sums are red
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -20,7 +20,7 @@ from torch import distributed as dist
 from dptorch.distributed.ranks import Ranks, explained
 from dptorch.errors import ConfigurationError
 
-__all__ = ["ShardedParameters", "is_sharded", "local_part"]
+__all__ = ["ShardedParameters", "in_buckets", "is_sharded", "local_part"]
 
 #: Elements of sums that are reduced in one message.
 _BUCKET: Final = 2**23
@@ -104,26 +104,19 @@ class ShardedParameters:
             found[name] = part[: local.numel()].view(local.shape).clone()
         return found
 
-    def buckets(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Names in order, up to `_BUCKET` elements together; a larger parameter for itself."""
-        bucket: list[str] = []
-        for name in names:
-            if bucket and sum(self.followed[n].numel() for n in [*bucket, name]) > _BUCKET:
-                yield bucket
-                bucket = []
-            bucket.append(name)
-        if bucket:
-            yield bucket
-
-    def gradient(self, name: str, value: Tensor) -> Tensor:
-        """Return a shard of a gradient as a DTensor like the parameter."""
+    def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
+        """Make a shard of a gradient the parameter's gradient, a DTensor like it."""
         from torch.distributed.tensor import DTensor
 
-        p = self._shards[name]
-        made: Tensor = DTensor.from_local(
-            value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        like: Any = p
+        p.grad = DTensor.from_local(
+            value.to(p.dtype),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=p.shape,
+            stride=p.stride(),
         )
-        return made
 
     def _chunk_numel(self, name: str) -> int:
         rows, of_row = _chunk(self._shards[name])
@@ -134,6 +127,18 @@ class ShardedParameters:
         flat = value.reshape(-1)
         size = self._chunk_numel(name) * self._ranks.size
         return nn.functional.pad(flat, (0, size - flat.numel())).view(self._ranks.size, -1)
+
+
+def in_buckets(names: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names in order, up to `_BUCKET` elements together; a larger parameter for itself."""
+    bucket: list[str] = []
+    for name in names:
+        if bucket and sum(parameters[n].numel() for n in [*bucket, name]) > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(name)
+    if bucket:
+        yield bucket
 
 
 def _chunk(p: Any) -> tuple[int, int]:

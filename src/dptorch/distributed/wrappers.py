@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from dptorch.distributed.zero import unwrapped_from_deepspeed
 from dptorch.errors import ConfigurationError
 
 __all__ = ["silence", "silence_around", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, which then averages nothing any more.
+    """Return the model inside DistributedDataParallel, which then averages nothing any more, or inside
+    what ``deepspeed.initialize`` returned.
 
     Raises:
         ConfigurationError: for a wrapper whose gradients cannot be had one example at a time.
@@ -33,7 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         silence(model)
         inside: nn.Module = model.module
         return inside
-    return model
+    return unwrapped_from_deepspeed(model)
 
 
 def silence(wrapper: DistributedDataParallel) -> None:

@@ -39,6 +39,7 @@ from dptorch.distributed.full_state import (
     shards_of_optimizer,
 )
 from dptorch.distributed.sharded import local_part
+from dptorch.distributed.zero import refuse_whole_checkpoint
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.randomness import RootKey
 
@@ -81,6 +82,7 @@ def save_run(
 ) -> None:
     """See `PrivacyEngine.save_checkpoint`. The first rank writes. Where parameters are spread over
     ranks, all are needed to put them together."""
+    refuse_whole_checkpoint(engine.model)
     spread = is_spread(engine.model)
     if not spread and not engine.ranks.is_first:
         return
@@ -106,6 +108,7 @@ def load_run(
     others: Mapping[str, Stateful],
 ) -> Any:
     """See `PrivacyEngine.load_checkpoint`."""
+    refuse_whole_checkpoint(engine.model)
     with engine.ranks.together():
         state = read(path)
         # All that can be refused is refused before anything is changed.

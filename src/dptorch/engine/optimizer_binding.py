@@ -7,13 +7,14 @@ back. Learning-rate schedulers and anything else that calls ``optimizer.step`` k
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from dptorch.distributed.zero import held_by, not_stepped
 from dptorch.errors import BudgetExhausted, ConfigurationError
 from dptorch.noise.noisy_gradient import NoisyGradient
 
@@ -95,6 +96,8 @@ class OptimizerBinding:
                 loss = closure()
         if self._take_step():
             self._step()
+        else:
+            not_stepped(self.optimizer)
         return _plain(loss)
 
     def _lbfgs_step(self, closure: Closure | None) -> Any:
@@ -154,9 +157,10 @@ def _plain(loss: Any) -> Any:
 def write_gradients(
     parameters: dict[str, Tensor],
     noisy: NoisyGradient,
-    as_held: Callable[[str, Tensor], Tensor] = lambda name, value: value,
+    hand_over: Callable[[str, Tensor, Tensor], None],
 ) -> None:
-    """Hand a noisy gradient to the optimizer: the only place where ``.grad`` is written.
+    """Hand a noisy gradient to the optimizer, parameter by parameter: as `Placement.hand_over`, which
+    nothing else calls.
 
     Raises:
         TypeError: `noisy` is anything but a `NoisyGradient`, whose noise nobody vouches for.
@@ -168,7 +172,7 @@ def write_gradients(
         )
     with torch.no_grad():
         for name, p in parameters.items():
-            p.grad = as_held(name, noisy.values[name].to(p.dtype))
+            hand_over(name, p, noisy.values[name])
 
 
 def check_parameters(model_parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
@@ -179,9 +183,8 @@ def check_parameters(model_parameters: Mapping[str, Tensor], optimizer: Optimize
     """
     mine = {id(p): name for name, p in model_parameters.items()}
     seen: set[int] = set()
-    groups: Iterable[Any] = optimizer.param_groups
-    for i, group in enumerate(groups):
-        for j, p in enumerate(group["params"]):
+    for i, group in enumerate(held_by(optimizer)):
+        for j, p in enumerate(group):
             seen.add(id(p))
             if not p.requires_grad and p.grad is not None:
                 raise ConfigurationError(

@@ -125,11 +125,11 @@ class PrivacyEngine:
     ) -> None:
         ranks = Ranks.of() if ranks is None else ranks
         with ranks.together():
-            model = unwrapped(model)
+            given, model = model, unwrapped(model)
             plan = settled_plan(plan, settings)
             mode = get_mode(clipping_mode)
             parameters = trainable(model)
-            placement = placement_of(model, parameters, ranks)
+            placement = placement_of(model, parameters, ranks, given)
             self_check = self_check and placement.is_whole  # the others would not run it too
             check_mode(mode, plan, ranks)
             budget = checked_budget(memory_budget)

@@ -98,7 +98,7 @@ class PrivateStep:
         if not sampled:
             self._warn_of_own_loader()
         noisy = self._add_noise(clipped, step, context)
-        write_gradients(self._parameters, noisy, self._placement.gradient)
+        write_gradients(self._parameters, noisy, self._placement.hand_over)
         return True
 
     def _sum_over_ranks(self, optimizer: Optimizer, sampled: bool) -> ClippedSum:

@@ -102,7 +102,7 @@ def register_hook(
         version = g._version
         with recording:
             changed = hook(g)
-        if changed is not None or g._version != version:
+        if (changed is not None and changed is not g) or g._version != version:
             raise NotCoveredError(
                 "a hook on a loss changes its gradient, which multiplies the loss of every example. "
                 "Multiply the loss itself by a public constant."

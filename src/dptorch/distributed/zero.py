@@ -1,0 +1,214 @@
+"""Parameters that DeepSpeed's ZeRO has divided among ranks, as an engine sees them.
+
+Under ZeRO-1 and ZeRO-2 every rank has the parameters that forward passes use, and one part of their
+float32 copies, with the optimizer's state of it. The parts cut through one long vector of all
+parameters, so that a rank's *fragment* of one parameter is a range of it, at times an empty one. ZeRO's
+own reduction runs when autograd accumulates into a parameter. It never does under an engine, since the
+recording detaches parameters, and so ZeRO has nothing to reduce. The clipped sums are reduced here,
+each fragment to the rank that steps on it. What that rank has noised is put where ZeRO puts what it has
+reduced, in float32 whatever the type of the parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dptorch.distributed.ranks import Ranks
+from dptorch.errors import ConfigurationError, warn
+
+__all__ = [
+    "ZeroParameters",
+    "held_by",
+    "is_zero",
+    "not_stepped",
+    "refuse_whole_checkpoint",
+    "unwrapped_from_deepspeed",
+]
+
+
+def is_zero(p: Tensor) -> bool:
+    """Whether ZeRO has divided a parameter, or its optimizer's state, among ranks."""
+    return hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")
+
+
+def unwrapped_from_deepspeed(model: nn.Module) -> nn.Module:
+    """Return the model inside what ``deepspeed.initialize`` returned, or `model` itself.
+
+    Raises:
+        ConfigurationError: DeepSpeed trains it in a way that is not covered.
+    """
+    if not _is_of_deepspeed(model):
+        return model
+    engine: Any = model
+    if _has_class(model, "PipelineEngine"):
+        raise ConfigurationError(
+            "the model is in DeepSpeed's PipelineEngine: no rank sees an example's whole gradient, "
+            "and pipeline parallelism is not covered. Use ZeRO: deepspeed.initialize of a module."
+        )
+    if engine.zero_optimization_stage() not in (1, 2):
+        raise ConfigurationError(
+            f'"zero_optimization": {{"stage": {engine.zero_optimization_stage()}}}: only stages 1 and '
+            "2 are covered. Stage 0 is DistributedDataParallel: use that. In place of stage 3 use "
+            "torch.distributed.fsdp.fully_shard."
+        )
+    if engine.gradient_accumulation_steps() != 1:
+        raise ConfigurationError(
+            f'"gradient_accumulation_steps": {engine.gradient_accumulation_steps()} would step on '
+            "parts of a logical batch. Set it to 1, and use "
+            "engine.loader(data, max_physical_batch_size=...): a step then waits for the last part."
+        )
+    engine.enable_backward_allreduce = (
+        False  # there is nothing to reduce, and it does not expect that
+    )
+    inside: nn.Module = engine.module
+    return inside
+
+
+def held_by(optimizer: Any) -> list[list[Tensor]]:
+    """Return the parameters that an optimizer steps on, by group: those of the model under ZeRO too.
+
+    Raises:
+        ConfigurationError: it is an optimizer of DeepSpeed that is not covered.
+    """
+    if not _has_class(optimizer, "DeepSpeedOptimizer"):
+        return [list(group["params"]) for group in optimizer.param_groups]
+    if not hasattr(optimizer, "partition_gradients"):
+        raise ConfigurationError(
+            f"DeepSpeed's {type(optimizer).__name__} is not covered. It is what bfloat16 with float32 "
+            'accumulation takes in stage 1: use "zero_optimization": {"stage": 2}.'
+        )
+    if optimizer.dtype == torch.float16:
+        raise ConfigurationError(
+            '"fp16": {"enabled": true} multiplies the loss by a number that it changes by looking at '
+            "exact gradients, and gradients of single examples underflow in float16. Use "
+            '"bf16": {"enabled": true}.'
+        )
+    if optimizer.cpu_offload:
+        raise ConfigurationError(
+            '"offload_optimizer" moves gradients in the backward, where an engine has none yet, and is '
+            "not covered. Leave it out."
+        )
+    return [list(group) for group in optimizer.bit16_groups]
+
+
+def not_stepped(optimizer: Any) -> None:
+    """Tell DeepSpeed that its optimizer took no step, since the logical batch goes on, so that its
+    learning rate stays as well."""
+    if _has_class(optimizer, "DeepSpeedOptimizer"):
+        optimizer.overflow = True  # until the next step
+
+
+def refuse_whole_checkpoint(model: nn.Module) -> None:
+    """Check that a checkpoint of `model` can be one file.
+
+    Raises:
+        ConfigurationError: ZeRO has divided its optimizer's state, and writes checkpoints of its own.
+    """
+    if any(is_zero(p) for p in model.parameters()):
+        raise ConfigurationError(
+            "DeepSpeed keeps each rank's part of the optimizer. Save with "
+            'model_engine.save_checkpoint(folder, client_state={"privacy": engine.state_dict()}), and '
+            "go on with _, state = model_engine.load_checkpoint(folder) and "
+            'engine.load_state_dict(state["privacy"]), before engine.loader. The folder then holds '
+            "the key of the noise: keep it as safe as the data."
+        )
+
+
+class ZeroParameters:
+    """The trainable parameters of a model that ZeRO-1 or ZeRO-2 trains.
+
+    Args:
+        given: what ``deepspeed.initialize`` returned first.
+        parameters: of the model inside, by name.
+        ranks: the processes that they are divided among.
+
+    Attributes:
+        followed: parameter name -> the parameter, which every rank has.
+
+    Raises:
+        ConfigurationError: `given` is something else, or the fragments of the ranks are not the whole.
+    """
+
+    def __init__(self, given: Any, parameters: dict[str, Tensor], ranks: Ranks) -> None:
+        if not _is_of_deepspeed(given):
+            raise ConfigurationError(
+                "the model's parameters are divided by ZeRO. Give the engine what "
+                "deepspeed.initialize returned first, and not the module inside."
+            )
+        if (bound := given.gradient_clipping()) > 0:
+            warn(
+                f"DeepSpeed scales the noisy gradient to a norm of {bound}, by default too. That costs "
+                "no privacy, and makes steps shorter. Examples are clipped already: set "
+                '"gradient_clipping": 0.'
+            )
+        self._zero = given.optimizer
+        self._ranks = ranks
+        self.followed = parameters
+        mine = {name: _fragment(p) for name, p in parameters.items() if is_zero(p)}
+        #: parameter name -> the ranges [first, end) of each rank.
+        self._ranges: dict[str, list[tuple[int, int]]] = {
+            name: [theirs[name] for theirs in ranks.gather(mine)] for name in mine
+        }
+        for name, ranges in self._ranges.items():
+            if sum(end - first for first, end in ranges) != parameters[name].numel():
+                raise ConfigurationError(
+                    f"ZeRO divides the parameter {name!r} as {ranges} among the engine's "
+                    f"{ranks.size} ranks, which is not the whole of it. Train on all ranks that "
+                    "deepspeed.initialize knows of."
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ranges
+
+    def first_coordinate(self, name: str) -> int:
+        """Return where this rank's fragment begins in the parameter, in its flat form."""
+        return self._ranges[name][self._ranks.rank][0] if name in self._ranges else 0
+
+    def reduced(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's fragments of the sums over all ranks, in a message to each rank.
+
+        Args:
+            whole: parameter name -> this rank's sum, of the whole parameter; empty afterwards.
+        """
+        names = list(whole)
+        flat = {name: whole.pop(name).reshape(-1) for name in names}
+        found: dict[str, Tensor] = {}
+        for rank in range(self._ranks.size):
+            parts = [flat[name][slice(*self._ranges[name][rank])] for name in names]
+            total = self._ranks.sum_on(rank, torch.cat(parts)) if parts else None
+            if rank == self._ranks.rank and total is not None:
+                sizes = [part.numel() for part in parts]
+                found = dict(zip(names, total.split(sizes), strict=True))
+        return found
+
+    def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
+        """Put this rank's fragment of a gradient into the one that ZeRO's optimizer steps on."""
+        held: Any = p
+        if (place := held._hp_mapping) is None:
+            return  # other ranks step on it
+        group, gradients = place.param_group_index, self._zero.averaged_gradients
+        if gradients.get(group) is None:  # since the last step
+            part = self._zero.single_partition_of_fp32_groups[group]
+            gradients[group] = [torch.zeros_like(part)]
+        first = place.hp_fragment_address.start
+        gradients[group][0][first : first + value.numel()] = value
+
+
+def _fragment(p: Any) -> tuple[int, int]:
+    """[first, end): the coordinates of a parameter, in its flat form, that this rank steps on."""
+    if p._hp_mapping is None:
+        return 0, 0
+    where = p._hp_mapping.lp_fragment_address
+    return where.start, where.start + where.numel
+
+
+def _has_class(value: object, name: str) -> bool:
+    """Whether an object is of a class of this name, which need not be imported to know it is not."""
+    return any(c.__name__ == name for c in type(value).__mro__)
+
+
+def _is_of_deepspeed(model: object) -> bool:
+    return _has_class(model, "DeepSpeedEngine")
