@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,24 @@ import dptorch
 from dptorch.clipping.sums import ClippedSum
 from dptorch.noise import GaussianNoise
 from tests.engine.setup import make_data, make_model
+from tests.source import REPOSITORY
 
-__all__ = ["MODELS", "Trained", "close", "loss_of", "settings_of", "train"]
+__all__ = [
+    "MODELS",
+    "Trained",
+    "close",
+    "in_place",
+    "initialized",
+    "loss_of",
+    "programs",
+    "same_as_one",
+    "settings_of",
+    "train",
+]
 
 VOCABULARY = 13
 SIZE = 24
+EXACT = 1e-6
 
 
 def conv_net() -> nn.Module:
@@ -225,3 +239,29 @@ def _flat(tensors: Any) -> Tensor:
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether two vectors differ by at most `tolerance` of the length of the second."""
     return bool((a.double() - b.double()).norm() <= tolerance * b.double().norm())
+
+
+def same_as_one(ranks: list[Trained], alone: Trained) -> None:
+    """Assert that the ranks' shards are the parameters, sums and noise of one process."""
+    for found in ranks:
+        assert not isinstance(found, Exception), found
+        assert found.epsilon == alone.epsilon
+        assert close(found.values, alone.values, EXACT)
+    for step, whole in enumerate(alone.noise):
+        assert torch.equal(in_place(ranks, "noise", step), whole)
+        assert close(in_place(ranks, "sums", step), alone.sums[step], EXACT)
+
+
+def in_place(ranks: list[Trained], what: str, step: int) -> Tensor:
+    """The slices of all ranks at their places in the whole gradient."""
+    places = torch.cat([found.places[step] for found in ranks])
+    values = torch.cat([getattr(found, what)[step] for found in ranks])
+    whole = torch.full((int(places.max()) + 1,), torch.nan)
+    whole[places] = values
+    return whole
+
+
+def programs() -> list[str]:
+    """The Python programs of the page; `test_zero` runs the third."""
+    page = (REPOSITORY / "docs" / "scale.md").read_text()
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -16,17 +16,12 @@ from torch import distributed as dist
 
 import dptorch
 from tests.distributed.processes import on_ranks
+from tests.distributed.scenarios import programs
 from tests.source import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples" / "accelerate_loop.py"
 
 pytestmark = pytest.mark.slow
-
-
-def programs() -> list[str]:
-    """The Python programs of the page; `test_zero` runs the third."""
-    page = (REPOSITORY / "docs" / "scale.md").read_text()
-    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
 
 def test_the_first_program_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:

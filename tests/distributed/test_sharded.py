@@ -14,10 +14,17 @@ import dptorch
 from dptorch.distributed.sharded import ShardedParameters
 from dptorch.errors import ConfigurationError, PrivacyError
 from tests.distributed.processes import on_ranks
-from tests.distributed.scenarios import MODELS, Trained, close, loss_of, settings_of, train
+from tests.distributed.scenarios import (
+    MODELS,
+    Trained,
+    close,
+    in_place,
+    loss_of,
+    same_as_one,
+    settings_of,
+    train,
+)
 from tests.engine.setup import make_data, make_model
-
-EXACT = 1e-6
 
 pytestmark = pytest.mark.slow
 
@@ -50,26 +57,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "discrete": ("MLP", {"mechanism": "discrete_gaussian", "accountant": "rdp"}),
     "two passes": ("MLP", {"clipping_mode": "ghost"}),
 }
-
-
-def same_as_one(ranks: list[Trained], alone: Trained) -> None:
-    """Assert that the ranks' shards are the parameters, sums and noise of one process."""
-    for found in ranks:
-        assert not isinstance(found, Exception), found
-        assert found.epsilon == alone.epsilon
-        assert close(found.values, alone.values, EXACT)
-    for step, whole in enumerate(alone.noise):
-        assert torch.equal(in_place(ranks, "noise", step), whole)
-        assert close(in_place(ranks, "sums", step), alone.sums[step], EXACT)
-
-
-def in_place(ranks: list[Trained], what: str, step: int) -> torch.Tensor:
-    """The slices of all ranks at their places in the whole gradient."""
-    places = torch.cat([found.places[step] for found in ranks])
-    values = torch.cat([getattr(found, what)[step] for found in ranks])
-    whole = torch.full((int(places.max()) + 1,), torch.nan)
-    whole[places] = values
-    return whole
 
 
 @pytest.mark.parametrize("size", [2, 4])

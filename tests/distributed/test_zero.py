@@ -21,9 +21,17 @@ from dptorch.distributed.ranks import Ranks
 from dptorch.distributed.zero import ZeroParameters
 from dptorch.errors import ConfigurationError
 from tests.distributed.processes import on_ranks
-from tests.distributed.scenarios import Trained, close, initialized, loss_of, settings_of, train
-from tests.distributed.test_scale import programs
-from tests.distributed.test_sharded import in_place, same_as_one
+from tests.distributed.scenarios import (
+    Trained,
+    close,
+    in_place,
+    initialized,
+    loss_of,
+    programs,
+    same_as_one,
+    settings_of,
+    train,
+)
 from tests.engine.setup import make_data, make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
