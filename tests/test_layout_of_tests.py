@@ -44,6 +44,8 @@ ELSEWHERE = {
     "cli/progress.py": ("cli/test_train.py", "shows what a run tells"),
     "cli/release.py": ("training/test_release.py", "where there are runs to release"),
     "cli/generate.py": ("cli/test_train_text.py", "writes what was trained"),
+    "cli/train_vision.py": ("vision/test_command.py", "where there are pictures to train on"),
+    "cli/vision_options.py": ("vision/test_command.py", "options of this command alone"),
     "cli/text_options.py": ("cli/test_train_text.py", "options of these commands alone"),
     "cli/statement.py": ("training/test_claims.py", "where there are runs to state"),
     "cli/train_options.py": ("cli/test_options.py", "one table of all options"),
@@ -83,6 +85,7 @@ ELSEWHERE = {
     "training/table_tasks.py": ("training/test_table_data.py", "weights are a schema's"),
     "training/run_charts.py": ("training/test_run_page.py", "charts are looked at on the page"),
     "text/": ("text/test_job.py", "one task from rows to a trained model, in parts"),
+    "vision/": ("vision/test_job.py", "one task from files to a trained network, in parts"),
     "validation/": ("validation/test_gradient_check.py", "parts of the check"),
 }  # fmt: skip
 

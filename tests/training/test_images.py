@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dptorch.training.images import deskew, hog, standardise
+from dptorch.training.scattering import scattering
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -46,7 +47,10 @@ def normalise_by_data_set(images: Tensor) -> Tensor:
     return (images - images.mean()) / images.std()
 
 
-@pytest.mark.parametrize("transform", [deskew, standardise, hog, lambda x: hog(deskew(x))])
+@pytest.mark.parametrize(
+    "transform",
+    [deskew, standardise, hog, lambda x: hog(deskew(x)), lambda x: scattering(x[:, None])],
+)
 def test_each_output_depends_on_its_own_image_alone(transform: Transform) -> None:
     assert largest_influence_on_others(transform) < 1e-5
 

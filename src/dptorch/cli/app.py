@@ -29,6 +29,7 @@ from dptorch.cli.serve import serve
 from dptorch.cli.statement import statement
 from dptorch.cli.train import train_group
 from dptorch.cli.train_text import TASK_COMMANDS
+from dptorch.cli.train_vision import vision
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
 
 __all__ = ["app", "main"]
@@ -116,6 +117,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 app.add_typer(train_group, rich_help_panel="Train")
 for task in TASK_COMMANDS:
     train_group.command(cls=Command, rich_help_panel="Tasks on texts")(task)
+train_group.command(cls=Command, rich_help_panel="Tasks on pictures")(vision)
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(cls=Command, rich_help_panel=panel)(command)

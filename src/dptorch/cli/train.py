@@ -26,6 +26,7 @@ from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from dptorch.cli.text_options import TextTrainingOptions
+    from dptorch.cli.vision_options import VisionTrainingOptions
     from dptorch.training.job import Job, Setup
     from dptorch.training.loop import Outcome
     from dptorch.training.run_folder import RunFolder
@@ -73,7 +74,7 @@ def train(
 
     [cyan]dptorch train --resume --name mnist-1[/]
 
-    Texts have commands of their own, below.
+    Texts and pictures have commands of their own, below.
     """
     if ctx.invoked_subcommand is not None:
         if given := _given(ctx):
@@ -101,7 +102,7 @@ def run_task(
     ctx: typer.Context,
     prepared: Callable[[], Setup],
     stem: str,
-    training: TrainingOptions | TextTrainingOptions,
+    training: TrainingOptions | TextTrainingOptions | VisionTrainingOptions,
     output: OutputOptions,
     ledger: LedgerOptions,
 ) -> None:
@@ -182,7 +183,7 @@ def _begin(
     name = output.name or run_folder.next_name(output.runs, stem)
     run_folder.check_free(output.runs, name, overwrite=output.overwrite)
     setup = _introduced(prepared, console)
-    if not ledger.no_ledger:
+    if not ledger.no_ledger and setup.private:
         setup.engine.use_ledger(for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job))
         setup.engine.reserve_budget()
     folder = run_folder.create(output.runs, name, overwrite=output.overwrite)
@@ -233,7 +234,7 @@ def _shards(
 
 def _resume(
     ctx: typer.Context,
-    training: TrainingOptions | TextTrainingOptions,
+    training: TrainingOptions | TextTrainingOptions | VisionTrainingOptions,
     output: OutputOptions,
     ledger: LedgerOptions,
     console: Console,
@@ -268,6 +269,13 @@ def _resume(
 def _prepared_again(folder: RunFolder, changed: Mapping[str, Any]) -> Setup:
     """What a run is resumed with, by the record of it."""
     record = folder.read_json("run.json")["job"]
+    if record.get("task") == "vision":
+        from dptorch.vision.job import VisionJob
+        from dptorch.vision.job import prepare as prepare_vision
+
+        return prepare_vision(
+            replace(VisionJob.from_dict(record), **{**changed, "download": False})
+        )
     if "task" in record:
         from dptorch.text.job import TextJob
         from dptorch.text.job import prepare as prepare_text
@@ -322,7 +330,7 @@ def _conclude(outcome: Outcome, console: Console) -> None:
     from dptorch.training.run_page import missing_packages
 
     path = outcome.folder.path
-    of_texts = "task" in outcome.folder.read_json("run.json")["job"]
+    of_texts = outcome.folder.read_json("run.json")["job"].get("task", "vision") != "vision"
     console.print()
     if missing_packages():
         console.print("No report.html: pip install 'dptorch[report]' to have one.")

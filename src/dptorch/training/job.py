@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from dptorch.engine.checkpoint import Stateful
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
+from dptorch.postprocessing import WeightAverage
 from dptorch.randomness import RootKey
 from dptorch.tables import Schema
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
@@ -181,7 +184,8 @@ class Setup:
     """A job with every choice made and every object built; nothing has been written yet.
 
     `canaries` are those that the run plants, if it does; `data` has them in. `task` says what is
-    trained for.
+    trained for. `kept` has state of its own, which goes into the checkpoint; the weights that its
+    `WeightAverage` has are the run's result, where there is one.
     """
 
     job: AnyJob
@@ -192,6 +196,17 @@ class Setup:
     device: torch.device
     canaries: Canaries | None = None
     task: Task = field(default_factory=Classification)
+    kept: Mapping[str, Stateful] = field(default_factory=dict)
+
+    @property
+    def private(self) -> bool:
+        """Whether noise is added: False for a run to compare with."""
+        return self.engine.plan.noise_multiplier > 0
+
+    def with_result(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights that are tested and published."""
+        averages = [kept for kept in self.kept.values() if isinstance(kept, WeightAverage)]
+        return averages[0].applied() if averages else nullcontext()
 
 
 def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:

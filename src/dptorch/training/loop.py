@@ -141,7 +141,7 @@ def train(
     if resume:
         path = folder.require_checkpoint()
         _refuse_changed_data(folder, setup)
-        before = engine.load_checkpoint(path)
+        before = engine.load_checkpoint(path, **setup.kept)
         rows, seconds_before = before["rows"], before["seconds"]
     else:
         rows.append(_row(setup, epoch=0, seconds=0.0, epoch_stats={}))
@@ -188,7 +188,8 @@ def train(
                 rows.append(_row(setup, epoch, seconds(), measured))
                 observer.tested(rows[-1])
                 folder.write_metrics(rows)
-            engine.save_checkpoint(folder.checkpoint, extra={"rows": rows, "seconds": seconds()})
+            done = {"rows": rows, "seconds": seconds()}
+            engine.save_checkpoint(folder.checkpoint, extra=done, **setup.kept)
 
     interrupted = engine.steps_done < plan.steps
     _finish(setup, folder, rows, "interrupted" if interrupted else "complete")
@@ -235,7 +236,8 @@ class _EpochStats:
 
 def _row(setup: Setup, epoch: float, seconds: float, epoch_stats: Row) -> Row:
     engine = setup.engine
-    tested = setup.task.evaluate(setup.model, setup.data.test, setup.device)
+    with setup.with_result():
+        tested = setup.task.evaluate(setup.model, setup.data.test, setup.device)
     epsilon = engine.get_privacy_spent().epsilon if engine.steps_done else 0.0
     return {
         "epoch": round(epoch, 4),
@@ -310,10 +312,11 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         "delta": f"{rows[-1]['delta']:g}",
         "steps": str(rows[-1]["step"]),
     }
-    setup.task.write_model(folder, setup.model, {"format": "pt", **summary})
     about = _about(setup, status)
-    if status == "complete":  # it may take its time, for which Ctrl-C does not wait
-        about |= setup.task.finish(setup.model, setup.data.test, setup.device)
+    with setup.with_result():
+        setup.task.write_model(folder, setup.model, {"format": "pt", **summary})
+        if status == "complete":  # it may take its time, for which Ctrl-C does not wait
+            about |= setup.task.finish(setup.model, setup.data.test, setup.device)
     table = setup.data.table
     read = () if table is None else table.schema.read_from_data
     statement = replace(

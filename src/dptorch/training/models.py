@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dptorch.errors import ConfigurationError, one_of
+from dptorch.training.wide_resnet import WideResNet
+from dptorch.validation.conversion import prepare
 
 __all__ = ["BUILT_IN", "TanhCNN", "build_model", "linear", "mlp", "tanh_cnn"]
 
@@ -111,6 +113,7 @@ BUILT_IN: Mapping[str, Factory] = {
     "cnn": tanh_cnn,
     "mlp": mlp,
     "linear": linear,
+    "wrn-16-4": WideResNet,
     # a recipe's name stands for that recipe's network
     "mnist": tanh_cnn,
     "mnist-features": linear,
@@ -123,8 +126,9 @@ def build_model(
     """Build the model that `name` stands for.
 
     Args:
-        name: a built-in name (`cnn`, `mlp`, `linear`, or a recipe's), `torchvision:resnet18`,
-            `timm:vit_tiny_patch16_224`, or `package.module:factory`. A factory is any callable
+        name: a built-in name (`cnn`, `mlp`, `linear`, `wrn-16-4`, or a recipe's),
+            `torchvision:resnet18`, `timm:vit_tiny_patch16_224`, whose BatchNorm becomes GroupNorm
+            (`dptorch.prepare`), or `package.module:factory`. A factory is any callable
             that returns an `nn.Module`; it is given `input_shape` and `num_classes` if it has
             parameters of those names, and nothing otherwise. A module in the current directory
             is found.
@@ -150,9 +154,9 @@ def build_model(
     if not colon:
         return BUILT_IN[name](input_shape, num_classes)
     if source == "torchvision":
-        return _torchvision_model(rest, num_classes, pretrained)
+        return prepare(_torchvision_model(rest, num_classes, pretrained), report=None)
     if source == "timm":
-        return _timm_model(rest, input_shape, num_classes, pretrained)
+        return prepare(_timm_model(rest, input_shape, num_classes, pretrained), report=None)
     return _imported_model(source, rest, input_shape, num_classes)
 
 

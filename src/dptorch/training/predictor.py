@@ -58,7 +58,8 @@ class Predictor:
         return not self.classes
 
     def predict(self, rows: Any) -> NDArray[Any]:
-        """Predict the class name of each row (object [N]), or a number (float64 [N]).
+        """Predict the class name of each row (object [N]), or a number (float64 [N]). Where a picture
+        may have several attributes, their names with commas.
 
         Args:
             rows: of a table, what `dptorch.tables.chunk_of` takes: a DataFrame, columns, a list of
@@ -104,6 +105,8 @@ class Predictor:
 
     def probabilities(self, outputs: Tensor) -> NDArray[np.float64]:
         """Turn outputs [N, classes] into probabilities, float64 [N, classes]."""
+        if self.preparation.get("several"):
+            return np.asarray(outputs.double().sigmoid().numpy())
         return np.asarray(torch.softmax(outputs.double(), dim=1).numpy())
 
     def decide(self, outputs: Tensor) -> NDArray[Any]:
@@ -114,6 +117,12 @@ class Predictor:
             low, high = self.schema.label.bounds
             scaled = outputs[:, 0].double().clamp(-1, 1).numpy()
             return np.asarray(low + (scaled + 1) * ((high - low) / 2))
+        if self.preparation.get("several"):
+            found = [
+                ",".join(name for name, on in zip(self.classes, row, strict=True) if on)
+                for row in (outputs > 0).tolist()
+            ]
+            return np.array(found, dtype=object)
         names = np.array(self.classes, dtype=object)
         return np.asarray(names[outputs.argmax(1).numpy()])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dptorch.errors import DataError
 from dptorch.training.data import ReadOptions
+from dptorch.training.pictures import Look
 from dptorch.training.readers import IMAGE_SUFFIXES, ImageFiles, array_inputs
 from dptorch.training.recipes import get_recipe
 
@@ -42,9 +43,7 @@ def prepare_inputs(preparation: Mapping[str, Any], raw: Any) -> Tensor:
     kind = preparation.get("kind")
     if kind == "images":
         paths = image_files(raw)
-        files = ImageFiles(
-            tuple(paths), (0,) * len(paths), preparation["size"], preparation["channels"]
-        )
+        files = ImageFiles(tuple(paths), (0,) * len(paths), Look.from_dict(preparation))
         return torch.stack([files[i][0] for i in range(len(paths))])
     array = raw.numpy() if isinstance(raw, Tensor) else np.asarray(raw)
     if kind == "arrays":

@@ -31,6 +31,7 @@ from dptorch.training.data import (
     split_by_content,
 )
 from dptorch.training.images import standardise
+from dptorch.training.pictures import Look
 from dptorch.training.table_data import read_table
 
 __all__ = ["ImageFiles", "array_inputs", "load_data", "read_image_folder", "read_npz"]
@@ -79,14 +80,12 @@ class ImageFiles(Dataset[Example]):
     Attributes:
         paths: one file per example.
         labels: class of each.
-        size: side in pixels of the square that images are resized to.
-        channels: 1 or 3.
+        look: what is done to each image.
     """
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
-    size: int
-    channels: int
+    look: Look
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,13 +94,10 @@ class ImageFiles(Dataset[Example]):
         path = self.paths[index]
         try:
             with _pillow().open(path) as image:
-                picture = image.convert("L" if self.channels == 1 else "RGB")
-                picture = picture.resize((self.size, self.size))
-                pixels = np.asarray(picture, dtype=np.float32) / 255
+                pixels = self.look.pixels(image)
         except OSError as error:
             raise DataError(f"{path}: not a readable image ({error}).") from error
-        x_HWC = torch.from_numpy(pixels).reshape(self.size, self.size, self.channels)
-        return standardise(x_HWC.permute(2, 0, 1)[None])[0], self.labels[index]
+        return self.look.inputs(pixels[None])[0], self.labels[index]
 
 
 def read_image_folder(root: Path, options: ReadOptions) -> TrainTest:
@@ -133,12 +129,12 @@ def read_image_folder(root: Path, options: ReadOptions) -> TrainTest:
 
     def files(rows: list[tuple[Path, int]]) -> ImageFiles:
         paths, labels = zip(*rows, strict=True)
-        return ImageFiles(paths, labels, options.image_size, options.channels)
+        return ImageFiles(paths, labels, look)
 
-    shape = (options.channels, options.image_size, options.image_size)
-    prepared = {"kind": "images", "size": options.image_size, "channels": options.channels}
+    look = Look(options.image_size, options.channels)
+    prepared = {"kind": "images", **look.to_dict()}
     return TrainTest(
-        files(train), files(test), classes, shape, f"images in {root}", preparation=prepared
+        files(train), files(test), classes, look.shape, f"images in {root}", preparation=prepared
     )
 
 

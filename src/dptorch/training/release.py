@@ -58,6 +58,17 @@ _JOB: Final = (
     "head_learning_rate",
     "decay",
     "weight_decay",
+    "image_size",
+    "channels",
+    "scale",
+    "features",
+    "optimizer",
+    "warmup",
+    "augment",
+    "views",
+    "ema",
+    "tail",
+    "low_pass",
 )
 _DATA: Final = ("classes", "input_shape", "preparation", "train_examples")
 _TESTED: Final = ("groups", "majority")

@@ -33,7 +33,16 @@ TRAINING = (
     ("learning_rate", "Learning rate"),
     ("head_learning_rate", "Learning rate of the head"),
     ("decay", "Learning rate's decay"),
+    ("warmup", "Learning rate's rise, share of steps"),
+    ("optimizer", "Optimizer"),
     ("momentum", "Momentum"),
+    ("weight_decay", "Weight decay"),
+    ("features", "Fixed features"),
+    ("augment", "Augmentation"),
+    ("views", "Views of an example"),
+    ("ema", "Weights averaged with decay"),
+    ("tail", "Weights averaged over the last share"),
+    ("low_pass", "Low-pass filter of gradients"),
 )
 
 
@@ -81,6 +90,7 @@ def render(
     last = rows[-1]
     claims = about["statement"]
     epsilon, plan = claims["epsilon"], claims["plan"]
+    private = plan["noise_multiplier"] > 0
     tested = "test_accuracy" in last
     others = [(TESTED[c][0], f"{last[c]:{TESTED[c][1]}}") for c in TESTED if c in last]
     low = high = 0.0
@@ -94,21 +104,26 @@ def render(
         epsilon=epsilon,
         accuracy_low=low,
         accuracy_high=high,
-        in_words=in_words(epsilon, plan["target_delta"], claims["unit"], plan["sample_size"]),
+        private=private,
+        in_words=private
+        and in_words(epsilon, plan["target_delta"], claims["unit"], plan["sample_size"]),
         interrupted=about["status"] != "complete",
         seeded=not KeySource(claims["key_provenance"]).is_private,
         tested=tested,
         others=others[1:] if tested else others,
         perplexity_chart="test_perplexity" in last
+        and private
         and run_charts.perplexity_against_epsilon(
             [(row["epsilon"], row["test_perplexity"]) for row in rows]
         ),
         accuracy_chart=tested
+        and private
         and run_charts.accuracy_against_epsilon(
             [(row["epsilon"], row["test_accuracy"]) for row in rows],
             chance=about.get("majority", 1 / max(1, len(about["data"]["classes"]))),
         ),
-        epsilon_chart=run_charts.epsilon_against_steps(
+        epsilon_chart=private
+        and run_charts.epsilon_against_steps(
             [(row["step"], row["epsilon"]) for row in rows], plan["target_epsilon"]
         ),
         diagnostics=_diagnostics(rows),

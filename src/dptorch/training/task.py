@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from dptorch.training.data import Example
     from dptorch.training.run_folder import RunFolder
 
-__all__ = ["TESTED", "Classification", "Task", "evaluate", "headline", "outputs_of"]
+__all__ = [
+    "TESTED",
+    "Classification",
+    "Task",
+    "confusion_of",
+    "evaluate",
+    "headline",
+    "outputs_of",
+]
 
 #: Columns of test results that a run is judged by, with their names in words and how they are written.
 TESTED: Final[Mapping[str, tuple[str, str]]] = {
@@ -119,18 +127,30 @@ def evaluate(model: nn.Module, test: Dataset[Example], device: torch.device) -> 
 
 
 def outputs_of(
-    model: nn.Module, test: Dataset[Example], device: torch.device
+    model: nn.Module, test: Dataset[Example], device: torch.device, *, batch_size: int = 512
 ) -> tuple[Tensor, Tensor]:
     """(outputs [N, K], labels [N]) of a model in evaluation mode, on the CPU."""
     was_training = model.training
     model.eval()
     outputs, labels = [], []
     with torch.no_grad():
-        for x, y in DataLoader(test, batch_size=512):
+        for x, y in DataLoader(test, batch_size=batch_size):
             outputs.append(model(x.to(device)).cpu())
             labels.append(y)
     model.train(was_training)
     return torch.cat(outputs), torch.cat(labels)
+
+
+def confusion_of(outputs: Tensor, labels: Tensor, classes: int) -> list[list[int]]:
+    """How many examples of each class (row) the model takes for each class (column).
+
+    Example:
+        >>> confusion_of(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 0, 1]), 2)
+        [[1, 1], [0, 1]]
+    """
+    pairs = labels.long() * classes + outputs.argmax(1)
+    found: list[list[int]] = pairs.bincount(minlength=classes**2).reshape(classes, classes).tolist()
+    return found
 
 
 def headline(row: Mapping[str, Any]) -> str:

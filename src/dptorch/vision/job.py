@@ -1,0 +1,317 @@
+"""A job on pictures: everything that determines a run, and the objects it is run with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from dptorch.engine.checkpoint import Stateful
+from dptorch.engine.privacy_engine import PrivacyEngine
+from dptorch.errors import ConfigurationError, one_of
+from dptorch.plan import make_plan
+from dptorch.postprocessing import LowPassFilter, WeightAverage
+from dptorch.randomness import RootKey
+from dptorch.training.job import PLAN_SETTINGS, Setup, device_of, refuse_unknown_settings, style_of
+from dptorch.training.models import build_model
+from dptorch.training.pictures import Look
+from dptorch.training.schedules import Schedule
+from dptorch.vision.augmentation import Augmentation, Views
+from dptorch.vision.dataset import download, read_pictures
+from dptorch.vision.formats import LAYOUTS, find_format
+from dptorch.vision.methods import apply_method
+from dptorch.vision.recipes import defaults_of
+from dptorch.vision.task import ImageClassification
+
+__all__ = ["OPTIMIZERS", "TASK", "VisionJob", "prepare"]
+
+TASK: Final = "vision"
+OPTIMIZERS: Final = ("sgd", "adam", "adamw", "rmsprop")
+
+
+@dataclass(frozen=True)
+class VisionJob:
+    """What `dptorch train vision` was asked for. None means: as `dptorch.vision.recipes` says.
+
+    `prepare` returns a job with every None decided that has a default, and that is what `run.json`
+    records.
+
+    Attributes:
+        task: "vision".
+        recipe: a name in `dptorch.vision.recipes.RECIPES`.
+        data: folder or file of pictures.
+        format: of its files, a name in `dptorch.vision.formats.LAYOUTS`; None to look.
+        download: let torchvision download it if it is not there.
+        label: column of the class (Parquet); attributes, with commas, or "all" (CelebA).
+        test_fraction: held out where there is no test set.
+        image_size, channels, scale, features: see `dptorch.training.pictures.Look`.
+        model, pretrained: see `dptorch.training.models.build_model`.
+        method: what is trained, a name in `dptorch.vision.methods.METHODS`.
+        lora_rank: of LoRA.
+        optimizer: a name in `OPTIMIZERS`; momentum, weight_decay: of it.
+        decay, warmup: see `dptorch.training.schedules.Schedule`.
+        augment, views: see `dptorch.vision.augmentation.Augmentation`.
+        ema, tail: an exponential average of the weights, or an even one over the last share of the
+            steps; see `dptorch.postprocessing.WeightAverage`.
+        low_pass: coefficient of `dptorch.postprocessing.LowPassFilter`.
+
+    The rest is as in `dptorch.training.job.Job`, but that the clipping mode may be "non-private", for a
+    comparison.
+    """
+
+    task: str = TASK
+    recipe: str | None = None
+    data: str | None = None
+    format: str | None = None
+    download: bool = False
+    label: str | None = None
+    test_fraction: float = 0.2
+    image_size: int | None = None
+    channels: int | None = None
+    scale: str | None = None
+    features: str | None = None
+    model: str | None = None
+    pretrained: bool | None = None
+    method: str | None = None
+    lora_rank: int = 8
+    epochs: float | None = None
+    batch_size: float | None = None
+    sample_rate: float | None = None
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    target_delta: float | None = None
+    max_grad_norm: float | None = None
+    clipping_fn: str | None = None
+    clipping_mode: str = "auto"
+    clipping_style: str = "all-layer"
+    mechanism: str = "gaussian"
+    accountant: str = "pld"
+    sampling: str = "poisson"
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    decay: str | None = None
+    warmup: float | None = None
+    augment: str | None = None
+    views: int | None = None
+    ema: float | None = None
+    tail: float | None = None
+    low_pass: float | None = None
+    max_physical_batch_size: int = 64
+    num_workers: int = 0
+    device: str = "auto"
+    seed: int | None = None
+    diagnostics: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `run.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VisionJob:
+        """The job that `to_dict` described.
+
+        Raises:
+            DataError: a key is unknown, so the run is of another version of dptorch.
+
+        Example:
+            >>> job = VisionJob(data="photos", views=4)
+            >>> VisionJob.from_dict(job.to_dict()) == job
+            True
+        """
+        refuse_unknown_settings(cls, values)
+        return cls(**values)
+
+
+def prepare(job: VisionJob) -> Setup:
+    """Read the pictures, build the network and the engine; nothing is spent or written.
+
+    Raises:
+        ConfigurationError: options contradict each other or have impossible values.
+        DataError: the data cannot be read.
+        PrivacyError: the network cannot be trained privately.
+    """
+    _refuse_contradictions(job)
+    job = _decide(job)
+    device = device_of(job.device)
+    assert job.data
+    data = read_pictures(
+        job.data,
+        _look(job),
+        format=job.format,
+        label=job.label,
+        test_fraction=job.test_fraction,
+    )
+    size = data.records
+    if job.batch_size is not None:
+        if not 0 < job.batch_size <= size:
+            raise ConfigurationError(
+                f"batch_size={job.batch_size:g}: expected between 1 and the {size} training examples."
+            )
+        job = replace(job, batch_size=None, sample_rate=job.batch_size / size)
+    plan = make_plan(
+        sample_size=size,
+        loss_reduction="mean",
+        clipping_style=style_of(job.clipping_style),
+        **{name: getattr(job, name) for name in PLAN_SETTINGS},
+    )
+    if job.seed is not None:
+        torch.manual_seed(job.seed)
+    shape, outputs = data.input_shape, data.outputs
+    network = apply_method(_network(job, shape, outputs), job.method or "", rank=job.lora_rank)
+    augmentation = _augmentation(job, data.input_shape)
+    model = Views(network, dims=len(shape) + 1) if augmentation is not None else network
+    model = model.to(device)
+    engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
+    optimizer = _optimizer(model, job)
+    engine.attach(optimizer)
+    kept: dict[str, Stateful] = {}
+    if augmentation is not None:
+        kept["augmentation"] = augmentation
+    if job.low_pass is not None:
+        kept["low_pass"] = LowPassFilter(optimizer, job.low_pass)
+    if job.ema is not None or job.tail is not None:
+        left_out = 0 if job.tail is None else round((1 - job.tail) * plan.steps)
+        kept["average"] = WeightAverage(model, optimizer, decay=job.ema, first_step=left_out)
+    assert job.model
+    task = ImageClassification(
+        classes=data.classes,
+        schedule=Schedule(job.decay or "constant", plan.steps, job.warmup or 0.0),
+        augmentation=augmentation,
+        steps_done=lambda: engine.steps_done,
+        build=partial(build_model, job.model, shape, outputs),
+        several=bool(data.preparation.get("several")),
+        batch_size=2 * job.max_physical_batch_size,
+    )
+    return Setup(job, data, model, engine, optimizer, device, task=task, kept=kept)
+
+
+def _refuse_contradictions(job: VisionJob) -> None:
+    pairs = (
+        ("batch_size", "sample_rate", "one determines the other"),
+        ("target_epsilon", "noise_multiplier", "one determines the other"),
+        ("ema", "tail", "both average the weights"),
+    )
+    for first, second, why in pairs:
+        a, b = getattr(job, first), getattr(job, second)
+        if a is not None and b is not None:
+            raise ConfigurationError(f"{first}={a:g} and {second}={b:g} exclude each other: {why}.")
+    for name in ("epochs", "learning_rate", "max_physical_batch_size"):
+        value = getattr(job, name)
+        if value is not None and not value > 0:
+            raise ConfigurationError(f"{name}={value}: expected a positive number.")
+    if job.tail is not None and not 0 < job.tail <= 1:
+        raise ConfigurationError(f"tail={job.tail}: expected a share of the steps in (0, 1].")
+    if job.optimizer is not None:
+        one_of("optimizer", job.optimizer, OPTIMIZERS)
+    if job.target_epsilon is not None and not job.target_epsilon > 0:
+        raise ConfigurationError(
+            f"target_epsilon={job.target_epsilon:g}: expected a positive number. 1 is strong "
+            "protection, 3 to 8 is usual."
+        )
+
+
+def _decide(job: VisionJob) -> VisionJob:
+    """Fill in what was left open."""
+    suggested = defaults_of(job.recipe, job.optimizer)
+    if job.batch_size is not None or job.sample_rate is not None:
+        suggested["batch_size"] = suggested["sample_rate"] = None
+    if job.noise_multiplier is not None:
+        suggested["target_epsilon"] = None
+    if job.ema is not None or job.tail is not None:
+        suggested["ema"] = suggested["tail"] = None
+    filled = {name: value for name, value in suggested.items() if getattr(job, name) is None}
+    job = replace(job, **filled)
+    if job.data is None:
+        raise ConfigurationError(
+            "--data is missing: the folder with the pictures. dptorch train vision --help lists "
+            "formats; add --download to have cifar10, cifar100, mnist or celeba downloaded into it."
+        )
+    if job.format is not None:
+        one_of("format", job.format, LAYOUTS)
+    if job.download:
+        download(job.data, job.format)
+    found, _ = find_format(Path(job.data), job.format)
+    model = job.model or ("linear" if job.features is not None else "cnn")
+    native, imagenet = _made_for(model)
+    channels = job.channels or (found.channels if native is None else 3)
+    scale = (
+        "standardise" if native is None else "imagenet" if imagenet and channels == 3 else "half"
+    )
+    return replace(
+        job,
+        model=model,
+        format=found.name,
+        pretrained=bool(job.pretrained),
+        channels=channels,
+        scale=job.scale or scale,
+        image_size=job.image_size or native or found.size or 32,
+    )
+
+
+def _made_for(model: str) -> tuple[int | None, bool]:
+    """(side of the pictures that a published model was made for, whether by ImageNet's means)."""
+    source, _, name = model.partition(":")
+    if source == "torchvision":
+        return 224, True
+    if source != "timm":
+        return None, False
+    try:
+        import timm
+    except (ImportError, RuntimeError):
+        return 224, False  # build_model says what is missing
+    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if about is None:
+        return 224, False
+    return int(about.input_size[-1]), about.mean != (0.5, 0.5, 0.5)
+
+
+def _look(job: VisionJob) -> Look:
+    assert job.image_size
+    assert job.channels
+    assert job.scale
+    return Look(job.image_size, job.channels, job.scale, job.features)
+
+
+def _network(job: VisionJob, shape: tuple[int, ...], outputs: int) -> nn.Module:
+    assert job.model
+    try:
+        return build_model(job.model, shape, outputs, pretrained=bool(job.pretrained))
+    except OSError as error:
+        raise ConfigurationError(
+            f"the weights of {job.model} cannot be downloaded ({' '.join(str(error).split())[:200]}). "
+            "Leave out --pretrained to begin with random ones."
+        ) from error
+
+
+def _augmentation(job: VisionJob, shape: tuple[int, ...]) -> Augmentation | None:
+    if (job.augment or "none") == "none" and (job.views or 1) == 1:
+        return None
+    if len(shape) != 3:
+        raise ConfigurationError(
+            f"augment={job.augment!r}: views are of pictures, and features={job.features!r} are "
+            "computed before. Leave one out."
+        )
+    key = None if job.seed is None else RootKey.from_seed(job.seed)
+    return Augmentation(job.augment or "none", job.views or 1, key)
+
+
+def _optimizer(model: nn.Module, job: VisionJob) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    rate, weight_decay = job.learning_rate or 0.0, job.weight_decay or 0.0
+    momentum = job.momentum or 0.0
+    kind = one_of("optimizer", job.optimizer or "sgd", OPTIMIZERS)
+    if kind == "adamw":
+        return torch.optim.AdamW(trainable, lr=rate, weight_decay=weight_decay)
+    if kind == "adam":
+        return torch.optim.Adam(trainable, lr=rate, weight_decay=weight_decay)
+    settings: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
+    if kind == "rmsprop":
+        return torch.optim.RMSprop(trainable, lr=rate, **settings)
+    return torch.optim.SGD(trainable, lr=rate, **settings)
