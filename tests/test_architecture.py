@@ -29,6 +29,7 @@ ROOMS = (
     "accounting.adjacency",
     "accounting.arguments",
     "accounting.events",
+    "accounting.correlated_events",
     "accounting.correlated",
     "accounting.pairs",
     "accounting.composition",

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "accounting/accountants/": ("accounting/test_reference.py", "each against the same table"),
     "accounting/arguments.py": ("accounting/test_bad_input.py", "all it does is refuse"),
     "accounting/composition/": ("accounting/test_oracles.py", "each against the same integrals"),
+    "accounting/correlated_events.py": ("accounting/test_events.py", "all events in one table"),
     "accounting/pairs/": ("accounting/test_oracles.py", "each against the same integrals"),
     "accounting/planning/calibration.py": ("accounting/planning/test_solve.py", "solves for noise"),
     "audit/audit_charts.py": ("audit/test_audit_page.py", "charts are looked at on the page"),

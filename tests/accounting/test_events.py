@@ -9,6 +9,7 @@ import pytest
 from dptorch import accounting
 from dptorch.accounting import (
     CorrelatedGaussian,
+    CyclicGaussian,
     EpochwiseGaussian,
     Event,
     FixedSizeGaussian,
@@ -30,6 +31,7 @@ EVENTS = [
     CorrelatedGaussian(1.0, sensitivity=2.5),
     SampledDiscreteGaussian(1.0, 0.01, 1000),
     PureRelease(0.1, steps=100),
+    CyclicGaussian(1.0, 0.08, bands=8, steps=100),
 ]
 every_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 
@@ -89,6 +91,8 @@ def test_bad_fields_are_named(event, name, bad):
         (EVENTS[5], "sensitivity", math.inf),
         (EVENTS[7], "epsilon", 0.0),
         (EVENTS[7], "epsilon", math.inf),
+        (EVENTS[8], "sample_rate", 1.5),
+        (EVENTS[8], "bands", 0),
     ],
 )
 def test_bad_fields_of_one_kind_are_named(event, name, bad):

@@ -10,8 +10,8 @@ import pytest
 import dptorch
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
+from dptorch.accounting.correlated_events import CorrelatedGaussian
 from dptorch.accounting.events import (
-    CorrelatedGaussian,
     RandomAllocationGaussian,
     SampledDiscreteGaussian,
 )

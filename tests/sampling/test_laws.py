@@ -24,6 +24,7 @@ from dptorch.errors import ConfigurationError
 from dptorch.randomness import RootKey
 from dptorch.sampling import (
     SCHEMES,
+    CyclicPoissonSampler,
     FixedSizeSampler,
     PoissonSampler,
     RandomAllocationSampler,
@@ -112,6 +113,58 @@ def test_random_allocation_is_independent_and_uniform() -> None:
         sampler = RandomAllocationSampler(n, steps, KEY)
         drawn = epochs(sampler.draw, steps, 4000)
         assert p_value(allocation_law(n, steps), drawn) > FALSE_ALARM
+
+
+def cyclic_law(n: int, bands: int, steps: int, rate: float) -> dict[Hashable, float]:
+    """Of the batches of `steps` steps: a fair group for each example, and coins in its turns."""
+    one: Counter[tuple[int, ...]] = Counter()
+    for group in range(bands):
+        turns = range(group, steps, bands)
+        for coins in itertools.product((0, 1), repeat=len(turns)):
+            drawn = tuple(t for t, coin in zip(turns, coins, strict=True) if coin)
+            one[drawn] += math.prod(rate if c else 1 - rate for c in coins) / bands  # type: ignore
+    law: Counter[Hashable] = Counter()
+    for each in itertools.product(one, repeat=n):
+        batch = tuple(tuple(i for i in range(n) if t in each[i]) for t in range(steps))
+        law[batch] += math.prod(one[drawn] for drawn in each)  # type: ignore[assignment]
+    return dict(law)
+
+
+def drawn_with_many_keys(sampler: Callable[[RootKey], Sampler], steps: int) -> list[Any]:
+    keys = (RootKey.from_seed(seed) for seed in range(4000))
+    return [tuple(batches(sampler(key).draw, steps)) for key in keys]
+
+
+@pytest.mark.slow
+def test_cyclic_sampling_has_the_law_of_its_event() -> None:
+    """Over keys, as groups are dealt once for each; and a twin that forgets its groups."""
+    law = cyclic_law(2, 2, 4, 0.6)
+    found = drawn_with_many_keys(lambda key: CyclicPoissonSampler(2, 0.3, 2, key), 4)
+    assert p_value(law, found) > FALSE_ALARM
+    assert p_value(law, drawn_with_many_keys(lambda key: PoissonSampler(2, 0.3, key), 4)) == 0.0
+
+
+def too_soon(draw: Draw, bands: int, steps: int) -> int:
+    """How often an example is drawn again within `bands` steps."""
+    drawn = [set(draw(step).tolist()) for step in range(steps)]
+    return sum(
+        len(batch & later) for t, batch in enumerate(drawn) for later in drawn[t + 1 : t + bands]
+    )
+
+
+@pytest.mark.parametrize("bands", [2, 8])
+def test_cyclic_sampling_keeps_participations_apart(bands: int) -> None:
+    rate = 1 / (2 * bands)
+    sampler = CyclicPoissonSampler(300, rate, bands, KEY)
+    assert too_soon(sampler.draw, bands, 5 * bands) == 0
+    assert too_soon(PoissonSampler(300, rate, KEY).draw, bands, 5 * bands) > 0, (
+        "a twin without groups"
+    )
+
+
+def test_one_group_is_poisson_sampling_draw_by_draw() -> None:
+    one, poisson = CyclicPoissonSampler(300, 0.1, 1, KEY), PoissonSampler(300, 0.1, KEY)
+    assert batches(one.draw, 20) == batches(poisson.draw, 20)
 
 
 def shuffle_law(n: int, sizes: list[int]) -> dict[Hashable, float]:
@@ -346,6 +399,9 @@ def test_schemes_and_names_agree() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
+        lambda: CyclicPoissonSampler(10, 0.3, 4, KEY),
+        lambda: CyclicPoissonSampler(10, 0.3, 0, KEY),
+        lambda: CyclicPoissonSampler(10, 0.3, 2.5, KEY),  # type: ignore[arg-type]
         lambda: FixedSizeSampler(10, 11, KEY),
         lambda: FixedSizeSampler(10, 0, KEY),
         lambda: FixedSizeSampler(10, 2.5, KEY),  # type: ignore[arg-type]

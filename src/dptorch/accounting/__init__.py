@@ -11,8 +11,8 @@ from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.accounting.accountants.registry import accountant_names, get_accountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.correlated import strategy_sensitivity
+from dptorch.accounting.correlated_events import CorrelatedGaussian, CyclicGaussian
 from dptorch.accounting.events import (
-    CorrelatedGaussian,
     EpochwiseGaussian,
     Event,
     FixedSizeGaussian,
@@ -31,6 +31,7 @@ from dptorch.accounting.planning.calibration import noise_multiplier_for
 from dptorch.accounting.planning.solve import delta, epsilon, noise_multiplier, sample_rate, steps
 from dptorch.accounting.planning.tradeoff import GaussianFit, gaussian_fit, trade_off_curve
 from dptorch.accounting.planning.tuning import RUN_LAWS, RunLaw, tuned_epsilon
+from dptorch.accounting.toeplitz import Workload, workload_error
 
 __all__ = [
     "RUN_LAWS",
@@ -38,6 +39,7 @@ __all__ = [
     "Adjacency",
     "Choice",
     "CorrelatedGaussian",
+    "CyclicGaussian",
     "EpochwiseGaussian",
     "Event",
     "FixedSizeGaussian",
@@ -49,6 +51,7 @@ __all__ = [
     "SampledDiscreteGaussian",
     "SampledGaussian",
     "TruncatedPoissonGaussian",
+    "Workload",
     "accountant_names",
     "delta",
     "epsilon",
@@ -66,4 +69,5 @@ __all__ = [
     "strategy_sensitivity",
     "trade_off_curve",
     "tuned_epsilon",
+    "workload_error",
 ]

@@ -3,7 +3,8 @@
 A *history* is a sequence of events; it may mix events freely (schedules of noise, of rate, of
 mechanism), and its order does not change what it costs.
 
-Every event is a frozen dataclass. What it costs is not its business: `reduction` says which
+Every event is a frozen dataclass. Those of noise that is correlated over steps are in
+`correlated_events`. What it costs is not its business: `reduction` says which
 dominating pairs stand for it, and an accountant that does not know those refuses it by name, so
 adding an event cannot silently change a number. `noise_multiplier` is the noise's standard
 deviation over C = max_grad_norm, the bound on one record's contribution to one sum.
@@ -14,6 +15,7 @@ deviation over C = max_grad_norm, the bound on one record's contribution to one 
     RandomAllocationGaussian  each record in a random step of each epoch
     FixedSizeGaussian         batches of one size, drawn afresh at each step
     EpochwiseGaussian         each record once an epoch, in any order: shuffled, sequential
+    CyclicGaussian            Poisson sampling from groups that take turns; noise of bands, or white
     CorrelatedGaussian        a whole run with noise correlated over steps (DP-FTRL, banded matrices)
     PureRelease               anything that is ε-DP by itself: Laplace noise, report-noisy-max
 """
@@ -30,7 +32,6 @@ from dptorch.accounting.arguments import noise_of, number, positive, positive_in
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = [
-    "CorrelatedGaussian",
     "EpochwiseGaussian",
     "Event",
     "FixedSizeGaussian",
@@ -382,41 +383,6 @@ class EpochwiseGaussian(Event):
 
 
 @dataclass(frozen=True)
-class CorrelatedGaussian(Event):
-    """Whole runs of a matrix mechanism: noise C⁻¹z, correlated over a run's steps, z white.
-
-    With strategy matrix C, all of a run's releases are a function of Cx + z, a Gaussian mechanism
-    whose sensitivity is C's over all ways a record may take part (Denisov et al. 2022,
-    arXiv:2202.08312; banded C: Choquette-Choo et al. 2023, arXiv:2306.08153). No amplification by
-    sampling is claimed.
-
-    Attributes:
-        noise_multiplier: standard deviation of z over C_clip, the bound on one contribution.
-        sensitivity: the strategy's, in units of C_clip, under add/remove; `strategy_sensitivity`
-            computes it.
-        steps: number of whole runs, not of a run's steps: a run is one release.
-    """
-
-    noise_multiplier: float
-    sensitivity: float
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
-        sensitivity = number("sensitivity", self.sensitivity)
-        if not 0 < sensitivity < math.inf:
-            raise ConfigurationError(
-                f"sensitivity={self.sensitivity!r} must be finite and above 0."
-            )
-        object.__setattr__(self, "sensitivity", sensitivity)
-        object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
-
-    @property
-    def kind(self) -> str:
-        return "Gaussian with correlated noise"
-
-
-@dataclass(frozen=True)
 class PureRelease(Event):
     """`steps` releases, each (epsilon, 0)-differentially private by itself.
 
@@ -480,7 +446,7 @@ def _binomial_tail(event: TruncatedPoissonGaussian) -> float:
 
 def _alike(left: Event, right: Event) -> bool:
     # A part of an epoch costs the whole, and the next event need not go on with it.
-    if left.steps % getattr(left, "steps_per_epoch", 1):
+    if left.steps % getattr(left, "steps_per_epoch", getattr(left, "bands", 1)):
         return False
     return type(left) is type(right) and _with_steps(left, 1) == _with_steps(right, 1)
 

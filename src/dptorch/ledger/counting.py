@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from dptorch.accounting.correlated_events import CyclicGaussian
 from dptorch.accounting.events import (
     EpochwiseGaussian,
     Event,
@@ -39,6 +40,11 @@ class Attempts:
     arXiv:2106.08567, Theorem 11); that other steps come in between changes nothing (concurrent
     composition: Vadhan and Zhang 2023, arXiv:2207.08335). Where the steps of an epoch share one
     draw, all of an epoch is counted as often as the most often released of its steps.
+
+    Under banded noise a record's contribution to one step is in the noise of the next b - 1 too. A run
+    that goes on from a checkpoint has the noise of the steps before it, and new noise from there on:
+    rows of Cx + z are released again, with other z. A record's columns in them grow by the root of how
+    often, so that a turn counts as often as the most often released step of it and of the next.
 
     Example:
         >>> attempts = Attempts()
@@ -143,6 +149,8 @@ def _history(event: Event, times: Counter[int]) -> list[Event]:
     if isinstance(event, PureRelease):
         total = sum(times.values())  # each release is ε-DP, whatever came before
         return [replace(event, steps=total)] if total else []
+    if isinstance(event, CyclicGaussian):
+        return _turns(event, times)
     if isinstance(event, _BY_STEP):
         groups = Counter(n for n in times.values() if n)
     elif isinstance(event, _BY_EPOCH):
@@ -162,6 +170,22 @@ def _history(event: Event, times: Counter[int]) -> list[Event]:
         replace(event, noise_multiplier=event.noise_multiplier / math.sqrt(n), steps=steps)
         for n, steps in sorted(groups.items())
         if n
+    ]
+
+
+def _turns(event: CyclicGaussian, times: Counter[int]) -> list[Event]:
+    """A record that takes part in a turn is in rows of that turn and the next: both count for it as
+    often as the most often released of their rows."""
+    most: Counter[int] = Counter()
+    for step, n in times.items():
+        most[step // event.bands] = max(most[step // event.bands], n)
+    groups: Counter[int] = Counter()
+    for turn, n in most.items():
+        if n:
+            groups[max(n, most[turn + 1])] += event.bands
+    return [
+        replace(event, noise_multiplier=event.noise_multiplier / math.sqrt(n), steps=steps)
+        for n, steps in sorted(groups.items())
     ]
 
 

@@ -1,5 +1,6 @@
 """Which examples enter which step, and how they reach the training loop."""
 
+from dptorch.sampling.cyclic import CyclicPoissonSampler, most_bands
 from dptorch.sampling.epochs import RandomAllocationSampler, SequentialSampler, ShuffledSampler
 from dptorch.sampling.fixed_size import FixedSizeSampler
 from dptorch.sampling.loader import PrivateLoader, dataset_size
@@ -14,6 +15,7 @@ from dptorch.sampling.users import Users, UserSampler
 __all__ = [
     "NOT_COVERED",
     "SCHEMES",
+    "CyclicPoissonSampler",
     "FixedSizeSampler",
     "PhysicalBatch",
     "PoissonSampler",
@@ -29,4 +31,5 @@ __all__ = [
     "Users",
     "dataset_size",
     "get_scheme",
+    "most_bands",
 ]

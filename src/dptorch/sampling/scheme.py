@@ -28,12 +28,14 @@ class Terms:
         expected_batch_size: number of records that a step draws, in expectation.
         sample_size: number of records, if it is public.
         capacity: most records in a batch, for a scheme that has such a bound.
+        bands: groups that take turns, for a scheme that has groups.
     """
 
     sample_rate: float
     expected_batch_size: float
     sample_size: int | None = None
     capacity: int | None = None
+    bands: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,6 +98,11 @@ class Scheme:
         if terms.capacity is None and self.capacity is not None:
             raise ConfigurationError(
                 f"sampling={self.name!r} needs a capacity; dptorch.make_plan finds one."
+            )
+        if terms.bands is not None and self.settle(replace(terms, bands=None)).bands is None:
+            raise ConfigurationError(
+                f"bands={terms.bands!r} is for sampling='cyclic-poisson', which mechanism='banded' "
+                f"uses; sampling={self.name!r} has none. Leave it out."
             )
         if self.settle(terms) != terms:
             raise ConfigurationError(

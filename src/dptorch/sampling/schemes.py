@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from dptorch.errors import ConfigurationError, one_of
+from dptorch.sampling.cyclic import CYCLIC_POISSON
 from dptorch.sampling.epochs import RANDOM_ALLOCATION, SEQUENTIAL, SHUFFLED
 from dptorch.sampling.fixed_size import FIXED_SIZE, FIXED_SIZE_WITH_REPLACEMENT
 from dptorch.sampling.poisson import POISSON
@@ -21,6 +22,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
     each.name: each
     for each in (
         POISSON,
+        CYCLIC_POISSON,
         TRUNCATED_POISSON,
         RANDOM_ALLOCATION,
         SHUFFLED,

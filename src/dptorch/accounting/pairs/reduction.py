@@ -4,7 +4,7 @@ One case per event class; a history's cost is the largest over its directions, e
 
 | event | add/remove, zero-out | replace-one |
 |---|---|---|
-| SampledGaussian | `remove` and `add` | `replace` |
+| SampledGaussian, CyclicGaussian | `remove` and `add` | `replace` |
 | TruncatedPoissonGaussian | `truncated`, or as SampledGaussian and a chance of overflow | likewise |
 | SampledDiscreteGaussian | Rényi divergences only | the same, without sampling only |
 | EpochwiseGaussian, CorrelatedGaussian | a Gaussian | a Gaussian, sensitivity doubled |
@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from dptorch.accounting.adjacency import Adjacency
+from dptorch.accounting.correlated_events import CorrelatedGaussian, CyclicGaussian
 from dptorch.accounting.events import (
-    CorrelatedGaussian,
     EpochwiseGaussian,
     Event,
     FixedSizeGaussian,
@@ -53,6 +53,7 @@ _PAIRS: dict[type[Event], type] = {
     SampledDiscreteGaussian: DiscretePair,
     TruncatedPoissonGaussian: SampledPair,
     EpochwiseGaussian: SampledPair,
+    CyclicGaussian: SampledPair,
     CorrelatedGaussian: SampledPair,
     FixedSizeGaussian: FixedSizePair,
     RandomAllocationGaussian: AllocationPair,
@@ -160,6 +161,8 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
             # Known by its divergences alone: accountants that need more do not list it.
             noise, rate = event.noise_multiplier, event.sample_rate
             return DiscretePair(direction, noise, rate, event.steps)  # type: ignore[return-value]
+        case CyclicGaussian():
+            return SampledPair(direction, event.noise_multiplier, event.sample_rate, event.turns)
         case EpochwiseGaussian():
             return SampledPair(direction, event.noise_multiplier, 1.0, event.epochs)
         case PureRelease():
