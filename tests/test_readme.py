@@ -43,6 +43,15 @@ def test_the_clipping_page_runs_as_printed(capsys) -> None:
     assert printed.split()[-1].startswith("1.118")
 
 
+def test_the_noise_page_runs_as_printed(capsys) -> None:
+    page = (ROOT / "docs/noise.md").read_text()
+    scope: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "noise.md", "exec"), scope)
+    assert capsys.readouterr().out.split()[-1] == "True"
+    assert scope["plan"].mechanism == "banded"
+
+
 @pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 def test_the_guides_run_as_printed(capsys) -> None:
     page = (ROOT / "docs/guides.md").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -54,7 +54,11 @@ RELEASE: Final = "not interactive: nobody asks questions of the data; each step 
 VARIANT: Final = "approximate differential privacy, (epsilon, delta)"
 VERSION: Final = 1
 FLOATING_POINT = "attacks on floating-point arithmetic: noise and sums are floating-point numbers"
-_MECHANISMS = {"gaussian": "Gaussian noise", "discrete_gaussian": "discrete Gaussian noise"}
+_MECHANISMS = {
+    "gaussian": "Gaussian noise",
+    "discrete_gaussian": "discrete Gaussian noise",
+    "banded": "Gaussian noise correlated over {bands} steps",
+}
 #: What every statement assumes; ``{unit}`` is the unit of privacy.
 ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
@@ -154,6 +158,10 @@ class Statement:
         ]
         if plan.capacity is not None:
             numbers.append(f"capacity {plan.capacity}")
+        if plan.bands is not None:
+            numbers.append(f"groups that take turns {plan.bands}")
+        if plan.coefficients:
+            numbers.append("coefficients " + ", ".join(f"{c:.4g}" for c in plan.coefficients))
         if plan.sample_size is not None:
             numbers.append(f"number of {plan.unit}s {plan.sample_size}")
         return numbers
@@ -187,6 +195,11 @@ class Statement:
                 "what was read off the private data to prepare it says nothing of anyone, because no "
                 f"noise was added to it: {'; '.join(self.read_from_data)}"
             )
+        if plan.bands is not None:
+            assumed.append(
+                "the data set is the same, in the same order, whenever the run goes on: each "
+                f"{plan.unit} stays in its group (the number of records is compared)"
+            )
         if plan.mechanism == "discrete_gaussian":
             assumed.append(
                 "the gradient of one example, a floating-point number before it is rounded, is the "
@@ -195,9 +208,14 @@ class Statement:
         return assumed
 
     @property
+    def mechanism_text(self) -> str:
+        """The noise in words."""
+        return _MECHANISMS[self.plan.mechanism].format(bands=len(self.plan.coefficients))
+
+    @property
     def not_covered(self) -> list[str]:
         """What the guarantee says nothing of."""
-        floats = [FLOATING_POINT] if self.plan.mechanism == "gaussian" else []
+        floats = [FLOATING_POINT] if self.plan.mechanism != "discrete_gaussian" else []
         return [*NOT_COVERED, *floats]
 
     @property
@@ -296,13 +314,14 @@ class Statement:
             f"Unit of privacy      {self.unit_text}",
             f"Adjacency            {self.adjacency.value}: {adjacency}",
             f"delta                {plan.target_delta:g}",
-            f"Mechanism            {_MECHANISMS[plan.mechanism]}, multiplier "
+            f"Mechanism            {self.mechanism_text}, multiplier "
             f"{plan.noise_multiplier:.6g}, on sums of gradients clipped to "
             f"{plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})",
             f"Steps                {self.steps} of {plan.steps} planned, empty batches included"
             + (f"; resumed {self.resumed} times" if self.resumed else "")
             + (f"; {self.repeated} repeated after a kill, and counted" if self.repeated else ""),
             f"Sampling planned     {plan.sampling}: {plan.scheme.describe(plan.terms, plan.unit)}",
+            *([f"Theorem              {plan.scheme.theorem}"] if plan.coefficients else []),
             f"Sampling run         {run}",
             *self._epsilon_lines(),
             f"Randomness           key from the {self.key_source.value}",
@@ -417,7 +436,7 @@ def make_statement(
         adjacency = Adjacency.ZERO_OUT if adjacency is Adjacency.ADD_REMOVE else adjacency
     bound = accounting.get_accountant(plan.accountant).is_upper_bound
     accountant = plan.accountant if bound else "pld"
-    poisson = replace(plan, sampling="poisson", capacity=None)
+    poisson = plan.if_poisson()
     repeated = 0 if ledger is None else ledger.repeated_steps
     if ledger is not None and repeated:
         history = ledger.attempts.events()
@@ -425,7 +444,8 @@ def make_statement(
     else:
         history = plan.history(steps, own_loader_steps=own)
         if_poisson = poisson.history(steps)
-    unamplified = plan.history(steps + repeated, own_loader_steps=steps + repeated)
+    most = 1 if ledger is None else max(map(ledger.attempts.times, range(steps)), default=1)
+    unamplified = plan.unamplified(steps + repeated, most)
 
     def epsilon(history: list[Event], accountant: str) -> float:
         return accounting.get_accountant(accountant).epsilon(

@@ -19,7 +19,7 @@ from dptorch.audit.games.dirac import TiedTable, play_dirac
 from dptorch.audit.result import prove
 from dptorch.clipping import functions
 from dptorch.errors import ConfigurationError
-from dptorch.noise import GaussianNoise
+from dptorch.noise import GaussianNoise, banded
 from dptorch.plan import PrivacyPlan
 from dptorch.sampling import PoissonSampler
 from dptorch.tape.gradients.store import FormStore
@@ -193,3 +193,25 @@ def test_mistakes_and_words() -> None:
     assert values["ceiling"] is None
     assert math.isclose(values["confidence"], 0.95)
     assert values["steps"] == 7
+
+
+BANDED = {"mechanism": "banded", "bands": 4, "sample_rate": 0.1, "target_epsilon": 2.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adjacency", "steps"), [("zero-out", 40), ("replace-one", None)])
+def test_correlated_noise_is_not_refuted(adjacency: str, steps: int | None) -> None:
+    """Nearly tight: what steps show is put together over the bands first."""
+    plan = small_plan(**BANDED, adjacency=adjacency)
+    result = audit(plan, canaries=600, seed=3, steps=steps)
+    assert result.verdict == "NOT REFUTED"
+    assert 0.5 < result.epsilon_lower / plan.epsilon() < 1.0
+
+
+@pytest.mark.slow
+def test_a_matrix_whose_columns_are_too_long_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan(**BANDED)
+    with monkeypatch.context() as patch:
+        patch.setattr(banded, "column_norms", lambda c, steps: np.ones(steps))
+        result = audit(plan, canaries=2000, seed=3)
+    assert result.verdict == "REFUTED", str(result)

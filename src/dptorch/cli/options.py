@@ -45,8 +45,11 @@ _HELP: Final[Mapping[str, str]] = {
     "examples.",
     "max_grad_norm": "Clipping norm C: bound on the norm of one example's gradient.",
     "clipping_fn": "How gradients are clipped: abadi, automatic, ...",
-    "mechanism": "The noise: gaussian, or discrete_gaussian, which needs --accountant rdp: whole "
-    "numbers, added to gradients rounded to whole numbers. It is slower.",
+    "mechanism": "The noise: gaussian; banded, correlated over steps, which leaves less of it in the "
+    "model; or discrete_gaussian, which needs --accountant rdp: whole numbers, added to gradients "
+    "rounded to whole numbers. It is slower.",
+    "bands": "For --mechanism banded: over how many steps noise is correlated, or auto: the number "
+    "that leaves the least noise. See dptorch plan --mechanism banded.",
     "accountant": "Who computes ε: pld, exact, rdp, prv, gdp.",
     "adjacency": "Which data sets must be indistinguishable: add-remove, zero-out, replace-one.",
 }
@@ -56,6 +59,7 @@ _DEFAULTS: Final[Mapping[str, str | bool]] = {
     "sampling": True,
     "mechanism": True,
     "accountant": True,
+    "bands": "auto with a target ε, else at most 8",
 }
 
 
@@ -185,6 +189,7 @@ class RunOptions:
     steps: Annotated[int | None, plan_option("steps", LENGTH)] = None
     target_delta: Annotated[float | None, plan_option("target_delta")] = None
     mechanism: Annotated[str, plan_option("mechanism")] = "gaussian"
+    bands: Annotated[str | None, plan_option("bands")] = None
     accountant: Annotated[str, plan_option("accountant")] = "pld"
     adjacency: Annotated[
         str | None,

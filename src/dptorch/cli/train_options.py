@@ -191,6 +191,7 @@ class PrivacyOptions:
         ),
     ] = "all-layer"
     mechanism: Annotated[str, plan_option("mechanism", PRIVACY)] = "gaussian"
+    bands: Annotated[str | None, plan_option("bands", PRIVACY)] = None
     accountant: Annotated[str, plan_option("accountant", PRIVACY)] = "pld"
     sampling: Annotated[str, plan_option("sampling", PRIVACY)] = "poisson"
 

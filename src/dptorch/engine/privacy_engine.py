@@ -264,12 +264,12 @@ class PrivacyEngine:
                 max_physical_batch_size=max_physical_batch_size,
                 dataloader_kwargs=dataloader_kwargs,
             )
+        self._run.begin_loader(loader.sampler)
         self.reserve_budget()
         loader.on_batch(self._begin_part)
         loader.on_items(lambda _, items: self._hooks.taint(items, loader.alone))
         loader.on_start(self._begin_epoch)
         loader.on_end(lambda complete: self.end_epoch(complete=complete))
-        self._run.loaders += 1
         return loader
 
     def _begin_epoch(self, step: int) -> None:

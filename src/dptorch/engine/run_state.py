@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from dptorch import accounting
 from dptorch.distributed import Ranks
 from dptorch.engine.shared_ledger import SharedLedger
-from dptorch.errors import ConfigurationError, warn
+from dptorch.errors import ConfigurationError, PrivacyError, warn
+from dptorch.noise import BandedNoise
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
+from dptorch.sampling import Sampler
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import Statement, make_statement
 
@@ -34,6 +36,7 @@ class RunState:
         sampling_run: how many steps were on batches drawn by which scheme; batches that did not
             come from the engine's loader have a name of their own.
         loaders: how many loaders draw from the key.
+        noise: what keeps something from step to step; set by who takes the steps, if it is planned.
     """
 
     def __init__(self, plan: PrivacyPlan, key: RootKey, ranks: Ranks) -> None:
@@ -43,6 +46,8 @@ class RunState:
         self.steps_done = 0
         self.sampling_run: Counter[str] = Counter()
         self.loaders = 0
+        self.noise: BandedNoise | None = None
+        self._records: int | None = None
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
         self._run_ledger: SharedLedger | None = None
@@ -68,6 +73,22 @@ class RunState:
         self.steps_done += 1
         self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
         return step
+
+    def begin_loader(self, sampler: Sampler) -> None:
+        """Count a loader that draws from the key.
+
+        Raises:
+            PrivacyError: records belong to groups for the whole run, and the data set is another one.
+        """
+        size = sampler.sample_size
+        if self.plan.bands is not None and self._records not in (None, size):
+            raise PrivacyError(
+                f"the run has drawn from a data set of {self._records} records, and this one has "
+                f"{size}: a record would change its group, and could take part again too soon. Go on "
+                "with the same data set, in the same order."
+            )
+        self._records = size
+        self.loaders += 1
 
     # -- the ledger --------------------------------------------------------------------------------
 
@@ -139,6 +160,8 @@ class RunState:
         return {
             "plan": self.plan.to_json(),
             "steps_done": self.steps_done,
+            "records": self._records,
+            "noise": None if self.noise is None else self.noise.state(self.steps_done),
             "resumed": self._resumed,
             "sampling_run": dict(self.sampling_run),
             "run": None if self._run_ledger is None else self._run_ledger.run,
@@ -166,10 +189,13 @@ class RunState:
 
     def restore(self, values: Mapping[str, Any], key: RootKey) -> None:
         """Go on with the run that `values` and `key` came from."""
+        if self.noise is not None:
+            self.noise.restore(values.get("noise"), values["steps_done"])
         self._go_on_in_ledger(values, key)
         self.steps_done = values["steps_done"]
         self._resumed = values["resumed"] + 1
         self.sampling_run = Counter(values["sampling_run"])
+        self._records = values.get("records")
         self.key = key
 
     def _go_on_in_ledger(self, values: Mapping[str, Any], key: RootKey) -> None:

@@ -138,6 +138,23 @@ class GaussianNoise:
                 positive number for each parameter, or a tensor is of low precision, sparse or
                 shares memory. No tensor has been changed then.
         """
+        stddevs, spans = self.prepared(clipped, key, offsets, divisor)
+        with torch.no_grad():
+            self.add(spans, key, (step, context), divisor)
+        return divided(clipped, clipped.values, stddevs, divisor)
+
+    def prepared(
+        self,
+        clipped: ClippedSum,
+        key: RootKey,
+        offsets: Mapping[str, int] | None,
+        divisor: float,
+    ) -> tuple[dict[str, float], list[Span]]:
+        """Check what `privatize` was given: standard deviation of each parameter, and its place.
+
+        Raises:
+            as `privatize` does. No tensor has been changed then.
+        """
         if not isinstance(clipped, ClippedSum):
             raise TypeError(
                 f"noise is added to a ClippedSum, not to a {type(clipped).__name__}: without a "
@@ -151,10 +168,7 @@ class GaussianNoise:
         check_divisor(divisor)
         stddevs = self._stddevs(clipped)
         _check_tensors(clipped.values)
-        spans = place_spans(clipped.values, stddevs, offsets)
-        with torch.no_grad():
-            self._add(spans, key, (step, context), divisor)
-        return divided(clipped, clipped.values, stddevs, divisor)
+        return stddevs, place_spans(clipped.values, stddevs, offsets)
 
     def _stddevs(self, clipped: ClippedSum) -> dict[str, float]:
         _refuse_no_scale("max_norm", clipped.max_norm)
@@ -177,7 +191,8 @@ class GaussianNoise:
                 )
         return stddevs
 
-    def _add(self, spans: list[Span], key: RootKey, place: tuple[int, int], divisor: float) -> None:
+    def add(self, spans: list[Span], key: RootKey, place: tuple[int, int], divisor: float) -> None:
+        """Add the noise of (step, context) to `spans`, by their standard deviations, and divide."""
         groups: dict[tuple[torch.device, torch.dtype], list[Span]] = {}
         for span in spans:
             groups.setdefault((span.flat.device, span.flat.dtype), []).append(span)

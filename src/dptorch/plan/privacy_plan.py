@@ -7,14 +7,23 @@ memory lives elsewhere and cannot change a guarantee.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from dptorch import accounting
-from dptorch.accounting import Adjacency, Event, SampledDiscreteGaussian, SampledGaussian
+from dptorch.accounting import (
+    Adjacency,
+    CorrelatedGaussian,
+    CyclicGaussian,
+    Event,
+    SampledDiscreteGaussian,
+    SampledGaussian,
+)
 from dptorch.accounting.arguments import positive, positive_int
+from dptorch.accounting.toeplitz import column_norms, unbounded_sensitivity
 from dptorch.clipping import (
     LEAST_NORM,
     AdaptiveClipping,
@@ -70,8 +79,14 @@ class PrivacyPlan:
             enter a step; or "packed sequence", a row into which several texts were packed.
         target_epsilon: the ε that noise_multiplier was calibrated to, if it was.
         sample_size: number of records, where it was given and is treated as public.
-        mechanism: "gaussian", or "discrete_gaussian": contributions rounded to integers, with integer
-            noise; see docs/noise.md. It forms every example's gradient, and is accounted by "rdp".
+        mechanism: "gaussian"; "banded": noise that later steps take back in part, on batches of which
+            no record is in two of `bands` in a row; or "discrete_gaussian": contributions rounded to
+            integers, with integer noise, which forms every example's gradient and is accounted by
+            "rdp". See docs/noise.md.
+        bands: groups that take turns in cyclic Poisson sampling, and so the most steps over which
+            noise may be correlated.
+        coefficients: of banded noise: the first column of its matrix C, at most `bands` numbers.
+            noise_multiplier is that for columns of norm 1.
         clipping_fn, accountant, adjacency, loss_reduction, sampling, capacity, max_examples_per_user,
         adaptive_clipping: as in `PlanSettings`.
     """
@@ -96,6 +111,8 @@ class PrivacyPlan:
     clipping_groups: tuple[GroupSpec, ...] = ()
     adaptive_clipping: AdaptiveClipping | None = None
     mechanism: str = "gaussian"
+    bands: int | None = None
+    coefficients: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         get_clipping_function(self.clipping_fn)
@@ -119,6 +136,20 @@ class PrivacyPlan:
                 f"mechanism={self.mechanism!r} is for one fixed norm over all parameters: use "
                 "clipping_style='all-layer' without adaptive_clipping, or mechanism='gaussian'."
             )
+        object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
+        if (self.mechanism == "banded") != bool(self.coefficients):
+            raise ConfigurationError(
+                f"mechanism={self.mechanism!r} with {len(self.coefficients)} coefficients: 'banded', "
+                "and no other, has them. Use dptorch.make_plan, which finds them."
+            )
+        if self.coefficients:
+            column_norms(self.coefficients, self.steps)  # checks them
+            if len(self.coefficients) > (self.bands or 0):
+                raise ConfigurationError(
+                    f"{len(self.coefficients)} coefficients with bands={self.bands}: a record that "
+                    f"takes part every {self.bands} steps would overlap with itself. Give at most as "
+                    "many."
+                )
         if (self.unit == "user") != (self.max_examples_per_user is not None):
             raise ConfigurationError(
                 f"unit={self.unit!r} and max_examples_per_user={self.max_examples_per_user!r}: the "
@@ -159,7 +190,13 @@ class PrivacyPlan:
     @property
     def terms(self) -> Terms:
         """What the scheme has to know."""
-        return Terms(self.sample_rate, self.expected_batch_size, self.sample_size, self.capacity)
+        return Terms(
+            self.sample_rate,
+            self.expected_batch_size,
+            self.sample_size,
+            self.capacity,
+            self.bands,
+        )
 
     @property
     def max_example_norm(self) -> float:
@@ -176,15 +213,35 @@ class PrivacyPlan:
 
         Those are charged as releases in which any record may take part, once. What the scheme's own
         steps cost is bounded by what all steps would have: leaving releases out costs nothing.
+        Under banded noise a record may then overlap with itself in any way, and nothing is amplified.
         """
         if not own_loader_steps:
             return [self.event(steps)]
+        if self.coefficients:
+            worst = unbounded_sensitivity(self.coefficients, min(steps, self.steps))
+            return [CorrelatedGaussian(self.noise_multiplier, worst, 1)]
         own = _with_mechanism(
             self.mechanism,
             SampledGaussian(self.noise_multiplier, 1.0, own_loader_steps),
             "an own loader",
         )
         return [own] if own_loader_steps == steps else [self.event(steps), own]
+
+    def if_poisson(self) -> PrivacyPlan:
+        """The plan with independent noise on Poisson samples."""
+        mechanism = "gaussian" if self.coefficients else self.mechanism
+        poisson: dict[str, Any] = {"sampling": "poisson", "capacity": None, "bands": None}
+        return replace(self, mechanism=mechanism, coefficients=(), **poisson)
+
+    def unamplified(self, releases: int, most: int) -> list[Event]:
+        """What so many releases cost if any record may take part in each.
+
+        Steps of a correlated run are one release, which was repeated as often as the most often
+        released of them, `most`: two releases of one sum are one with noise smaller by the root of 2.
+        """
+        noise = self.noise_multiplier / (math.sqrt(most) if self.coefficients else 1.0)
+        plan = replace(self, noise_multiplier=noise)
+        return plan.history(releases, own_loader_steps=releases)
 
     def epsilon(
         self,
@@ -210,6 +267,8 @@ class PrivacyPlan:
     def to_json(self) -> str:
         """The plan as JSON; `from_json` restores it exactly."""
         values = asdict(self) | {"adjacency": self.adjacency.value}
+        # Left out where they say nothing, so that the hash of an older plan is what it was.
+        values = {n: v for n, v in values.items() if v or n not in ("bands", "coefficients")}
         return json.dumps({"format": _FORMAT, **values}, indent=2) + "\n"
 
     @classmethod
@@ -253,7 +312,7 @@ def _with_mechanism(mechanism: str, event: Event, sampling: str) -> Event:
     if found is None:
         raise ConfigurationError(
             f"mechanism={mechanism!r} with sampling={sampling!r}: no theorem here covers the two "
-            "together. Use sampling='poisson', or mechanism='gaussian'."
+            "together. Use sampling='poisson' (its cyclic form for 'banded'), or mechanism='gaussian'."
         )
     return found
 
@@ -268,4 +327,5 @@ def _discrete(event: Event) -> Event | None:
 _EVENTS: Final[dict[str, Callable[[Event], Event | None]]] = {
     "gaussian": lambda event: event,
     "discrete_gaussian": _discrete,
+    "banded": lambda event: event if isinstance(event, CyclicGaussian) else None,
 }

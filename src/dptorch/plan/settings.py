@@ -11,9 +11,11 @@ from typing_extensions import Unpack
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency
-from dptorch.accounting.arguments import number, positive
+from dptorch.accounting.arguments import number, positive, positive_int
+from dptorch.accounting.toeplitz import coefficients_of
 from dptorch.clipping import AdaptiveClipping, read_style
 from dptorch.errors import ConfigurationError, one_of, warn
+from dptorch.plan.bands import Coefficients, best_bands, compare_bands
 from dptorch.plan.privacy_plan import PrivacyPlan, event_of
 from dptorch.sampling import Terms, get_scheme
 
@@ -54,7 +56,14 @@ class PlanSettings(TypedDict, total=False):
         capacity: largest number of records in a batch of truncated Poisson sampling; by default
             B + 8 sqrt(B) for an expected B, or more where that would be exceeded too often.
         max_examples_per_user: largest number of one user's examples in a step, for unit="user".
-        mechanism: "gaussian" (the default) or "discrete_gaussian", see `PrivacyPlan`.
+        mechanism: "gaussian" (the default), "banded" or "discrete_gaussian", see `PrivacyPlan`.
+            "banded" makes Poisson sampling cyclic.
+        bands: for mechanism="banded", over how many steps noise is correlated: a number, or "auto"
+            (the default with target_epsilon): the number that leaves the least noise in the
+            parameters. `dptorch plan --mechanism banded` shows what others give.
+        coefficients: for mechanism="banded": "prefix-sum" (the default: optimised for SGD),
+            "square-root", a `dptorch.accounting.Workload` (optimised for momentum and a schedule of
+            learning rates), or the numbers themselves.
     """
 
     batch_size: float | None
@@ -77,6 +86,8 @@ class PlanSettings(TypedDict, total=False):
     capacity: int | None
     max_examples_per_user: int | None
     mechanism: str
+    bands: int | str | None
+    coefficients: Coefficients | None
 
 
 # The settings that are fields of the plan as they are, with the defaults that `PrivacyPlan` states.
@@ -87,7 +98,6 @@ _FIELDS: Final = (
     "unit",
     "target_epsilon",
     "sample_size",
-    "sampling",
     "max_examples_per_user",
     "mechanism",
 )
@@ -114,9 +124,22 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
     for name in settings:
         one_of("setting", name, PlanSettings.__annotations__)
     sample_size = settings.get("sample_size")
-    scheme = get_scheme(settings.get("sampling", "poisson"))
+    mechanism = settings.get("mechanism", PrivacyPlan.mechanism)
+    sampling = settings.get("sampling", "poisson")
+    scheme = get_scheme(
+        "cyclic-poisson" if (mechanism, sampling) == ("banded", "poisson") else sampling
+    )
     rate, batch_size = _rate(settings.get("batch_size"), settings.get("sample_rate"), sample_size)
-    terms = scheme.settle(Terms(rate, batch_size, sample_size, settings.get("capacity")))
+    bands = _bands(settings.get("bands"), mechanism, settings.get("target_epsilon"))
+    terms = scheme.settle(
+        Terms(
+            rate,
+            batch_size,
+            sample_size,
+            settings.get("capacity"),
+            bands if isinstance(bands, int) else None,
+        )
+    )
     rate = terms.sample_rate
     style, groups = read_style(settings.get("clipping_style", "all-layer"))
     adjacency = settings.get("adjacency")
@@ -137,11 +160,33 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
             f"target_epsilon={target_epsilon!r} and noise_multiplier={noise_multiplier!r}: give "
             "exactly one; the other follows."
         )
+    asked = settings.get("coefficients")
+    wanted: Coefficients = "prefix-sum" if asked is None else asked
+    if mechanism != "banded" and asked is not None:
+        raise ConfigurationError(
+            f"coefficients= is for mechanism='banded', and mechanism={mechanism!r}. Leave it out."
+        )
+    if bands == "auto":
+        assert target_epsilon is not None
+        found = compare_bands(
+            sample_rate=rate,
+            steps=steps,
+            target_epsilon=target_epsilon,
+            delta=delta,
+            accountant="exact",
+            adjacency=adjacency,
+            coefficients=wanted,
+            every=False,
+        )
+        terms = replace(terms, bands=best_bands(found).bands)
+    coefficients = None
+    event_of(scheme, mechanism, terms, 1.0, 0)  # refuses what no theorem covers together
+    if mechanism == "banded":
+        coefficients = coefficients_of(terms.bands or 1, steps, wanted)
     if noise_multiplier is None:
         assert target_epsilon is not None
         accountant = settings.get("accountant", PrivacyPlan.accountant)
         accounting.get_accountant(accountant)
-        mechanism = settings.get("mechanism", PrivacyPlan.mechanism)
         noise_multiplier = accounting.noise_multiplier_for(
             lambda noise: event_of(scheme, mechanism, terms, noise, steps),
             target_epsilon=target_epsilon,
@@ -162,6 +207,9 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
         adaptive_clipping=AdaptiveClipping.of(settings.get("adaptive_clipping")),
         adjacency=adjacency,
         capacity=terms.capacity,
+        sampling=scheme.name,
+        bands=terms.bands,
+        coefficients=() if coefficients is None else tuple(coefficients.tolist()),
         **fields_given,
     )
 
@@ -174,6 +222,30 @@ def default_delta(sample_size: int) -> float:
         (1e-06, 1e-08)
     """
     return min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
+
+
+def _bands(
+    wanted: int | str | None, mechanism: str, target_epsilon: float | None
+) -> int | str | None:
+    """The number of bands that is asked for, "auto", or None for the scheme's default.
+
+    Raises:
+        ConfigurationError: it is neither, or there is no budget to find it by.
+    """
+    if wanted is None:
+        return "auto" if mechanism == "banded" and target_epsilon is not None else None
+    if isinstance(wanted, str) and wanted.isdecimal():
+        wanted = int(wanted)
+    if wanted != "auto":
+        if isinstance(wanted, str):
+            raise ConfigurationError(f"bands={wanted!r} must be a whole number or 'auto'.")
+        return positive_int("bands", wanted)
+    if mechanism != "banded" or target_epsilon is None:
+        raise ConfigurationError(
+            "bands='auto' finds the number of bands for a budget: it needs mechanism='banded' and "
+            "target_epsilon. Give a number, for example 8."
+        )
+    return "auto"
 
 
 def _steps(epochs: float | None, steps: int | None, rate: float) -> int:

@@ -85,6 +85,7 @@ class TextJob:
     clipping_mode: str = "auto"
     clipping_style: str = "all-layer"
     mechanism: str = "gaussian"
+    bands: str | None = None
     accountant: str = "pld"
     sampling: str = "poisson"
     learning_rate: float | None = None

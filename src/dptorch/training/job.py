@@ -48,6 +48,7 @@ PLAN_SETTINGS = (
     "max_grad_norm",
     "clipping_fn",
     "mechanism",
+    "bands",
     "accountant",
     "sampling",
 )
@@ -67,8 +68,8 @@ class Job:
         epochs: passes over the data, in expectation.
         batch_size, sample_rate: how many examples a step draws in expectation, either way.
         target_epsilon, noise_multiplier: the budget or the noise, either way.
-        target_delta, max_grad_norm, clipping_fn, mechanism, accountant, sampling: see
-            `dptorch.plan.PrivacyPlan`.
+        target_delta, max_grad_norm, clipping_fn, mechanism, bands, accountant, sampling: see
+            `dptorch.plan.PlanSettings`.
         clipping_style: a style's name, or names and patterns of modules, comma separated, each of
             which is clipped on its own.
         clipping_mode: see `dptorch.PrivacyEngine`; no effect on the result, but no "non-private".
@@ -97,6 +98,7 @@ class Job:
     clipping_mode: str = "auto"
     clipping_style: str = "all-layer"
     mechanism: str = "gaussian"
+    bands: str | None = None
     accountant: str = "pld"
     sampling: str = "poisson"
     learning_rate: float | None = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from dptorch.accounting import Adjacency
+from dptorch.accounting.toeplitz import column_norms
 from dptorch.audit.evidence import Array, Evidence
 from dptorch.audit.result import FEWEST_CANARIES
 from dptorch.engine.privacy_engine import PrivacyEngine
@@ -108,7 +109,7 @@ def play_dirac(
     if not 1 <= wanted <= plan.steps:
         raise ConfigurationError(f"steps={steps!r}: the plan has {plan.steps} steps.")
     slots = canaries + canaries // 2
-    if plan.sampling == "poisson":
+    if plan.sampling in ("poisson", "cyclic-poisson"):
         # The rate is what is audited; how many records it is applied to is the game's affair.
         plan = replace(plan, sample_size=None)
     elif plan.sample_size is not None:
@@ -155,12 +156,48 @@ def play_dirac(
         chosen = np.unique(np.asarray(loader.sampler.draw(step)) // rows)
         drawn[step, chosen[chosen < canaries]] = True
     engine.detach()
+    counted = np.ones_like(drawn)
+    if len(plan.coefficients) > 1:
+        scores, counted = _whitened(scores, drawn, plan)
+        signal = np.where(counted, scores, 0.0).sum(axis=0)
     if plan.adjacency is Adjacency.REPLACE_ONE:
         # Every slot that was drawn shows one of the two records.
-        single = Evidence(scores[drawn], np.broadcast_to(member, drawn.shape)[drawn])
+        shown = drawn & counted
+        single = Evidence(scores[shown], np.broadcast_to(member, drawn.shape)[shown])
     else:
-        single = Evidence(scores.ravel(), (drawn & member).ravel())
+        single = Evidence(scores[counted], (drawn & member)[counted])
     return DiracGame(steps=single, run=Evidence(signal / wanted, member))
+
+
+def _whitened(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[Array, Array]:
+    """What steps show of each canary where noise is correlated, and which of it is independent.
+
+    All of a run is Cx + z for white z. What it shows of a participation in step t is the product with
+    column t of C, of norm 1: it is N(b, σ²) again, from the rows of the next steps too. The turns of a
+    group share no rows.
+
+    Args:
+        scores: [steps, canaries], of single steps; drawn: whether the canary was in the batch.
+
+    Returns:
+        scores of the same shape, and whether the step is a turn of the canary's group, which may be any
+        for a canary that was never drawn.
+    """
+    steps, bands = len(scores), len(plan.coefficients)
+    signs = np.where(np.arange(steps) % 2, -1.0, 1.0)[:, None]
+    columns = column_norms(plan.coefficients, plan.steps)[:steps, None]
+    c = np.asarray(plan.coefficients) / plan.coefficients[0]
+    rows = np.zeros_like(scores)
+    for i, value in enumerate(c[:steps]):
+        rows[i:] += value * (signs * scores / columns)[: steps - i]
+    found = np.zeros_like(scores)
+    for i, value in enumerate(c[:steps]):
+        found[: steps - i] += value * rows[i:]
+    group = np.where(drawn.any(axis=0), drawn.argmax(axis=0), np.arange(drawn.shape[1])) % bands
+    turns = np.arange(steps)[:, None] % bands == group
+    if steps < plan.steps:
+        turns[max(0, steps - bands + 1) :] = False  # their columns go on past what was seen
+    return signs * found / columns, turns
 
 
 def _records(member: Array, slots: int, rows: int, plan: PrivacyPlan) -> TensorDataset:

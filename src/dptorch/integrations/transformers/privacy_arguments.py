@@ -34,8 +34,8 @@ class PrivacyArguments:
         max_examples_per_user: most examples of a user in a step, for a user column.
         sample_size: number of records (of users, where the unit is the user); by default that of the
             data set. It is public.
-        adjacency, accountant, sampling, clipping_fn, clipping_style, adaptive_clipping, mechanism: as
-            in `PlanSettings`.
+        adjacency, accountant, sampling, clipping_fn, clipping_style, adaptive_clipping, mechanism,
+            bands: as in `PlanSettings`.
         clipping_mode, secure_rng, seed: as in `dptorch.PrivacyEngine`.
         eval_is_public: whether `eval_dataset` is public. Only then may it choose anything: the best
             checkpoint, a learning rate, when to stop. Metrics of private data are logged under names
@@ -64,7 +64,8 @@ class PrivacyArguments:
     clipping_fn: str = _help("how a gradient that is too long is shortened", "abadi")
     clipping_style: str = _help("what is clipped together", "all-layer")
     adaptive_clipping: float | None = _help("let the norm follow this quantile of the norms")
-    mechanism: str = _help("gaussian or discrete_gaussian", "gaussian")
+    mechanism: str = _help("gaussian, banded or discrete_gaussian", "gaussian")
+    bands: int | None = _help("steps over which banded noise is correlated; the best by default")
     clipping_mode: str = _help("how norms are computed", "auto")
     secure_rng: bool = _help("noise from the cryptographic keystream on a GPU too", False)
     seed: int | None = _help("for tests: randomness from a number, which protects nobody")
