@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.blogs_study.measure import Result, Study, Timing
 from benchmarks.blogs_study.methods import METHODS
+from dptorch.training.run_charts import INK, dress
 
 __all__ = ["write_page"]
 
@@ -102,8 +103,10 @@ def _markdown(study: Study) -> str:
         parts.append("*This is a quick run: too short to compare accuracies.*\n\n")
     parts += [
         "## What they learn, and what they leak\n\n",
-        "![Accuracy against the target](blogs/accuracy.svg)\n\n",
-        "![What is claimed and what is measured](blogs/leakage.svg)\n\n",
+        "![Accuracy on held-out records against the target, by method; a panel a task]"
+        "(blogs/accuracy.svg)\n\n",
+        "![ε that one step proves against what its method says, by method; a panel a task]"
+        "(blogs/leakage.svg)\n\n",
     ]
     for task, about in study.about.items():
         rows = [r for r in study.results if r.task == task]
@@ -182,7 +185,7 @@ def _accuracy_plot(study: Study) -> Any:
     """One panel a task: accuracy against target; the non-private one as a line."""
     figure, panels = _panels(len(study.about), "accuracy on held-out records")
     for axes, task in zip(panels, study.about, strict=True):
-        axes.set_title(task, loc="left", fontsize=11)
+        axes.set_title(task, loc="left", fontsize=11, color=INK)
         for method in METHODS.values():
             rows = [r for r in study.results if r.task == task and r.method == method.name]
             color = COLORS[method.name]
@@ -221,7 +224,7 @@ def _leakage_plot(study: Study) -> Any:
     top = 1.15 * max(r.step_ceiling for r in study.results)
     line = np.geomspace(low, high, 200)
     for axes, task in zip(panels, study.about, strict=True):
-        axes.set_title(task, loc="left", fontsize=11)
+        axes.set_title(task, loc="left", fontsize=11, color=INK)
         axes.fill_between(line, np.minimum(line, top), top, color="#b3261e", alpha=0.07)
         axes.plot(line, line, color="#66717e", linewidth=1)
         for method in METHODS.values():
@@ -254,10 +257,7 @@ def _panels(n: int, title: str) -> tuple[Any, list[Any]]:
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     panels = [figure.add_subplot(1, n, i + 1) for i in range(n)]
     for axes in panels:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.grid(axis="y", color="#e4e8ec")
-        axes.set_axisbelow(True)
+        dress(axes, "", "")
     return figure, panels
 
 

@@ -10,7 +10,18 @@ from dptorch.audit.evidence import Array, Evidence
 from dptorch.audit.result import AuditResult
 from dptorch.audit.roc import pointwise_band, roc_curve, uniform_band
 from dptorch.audit.sampling_attack import SamplingAttack
-from dptorch.training.run_charts import AMBER, BLUE, GRID, INK, MUTED, canvas, data_uri
+from dptorch.training.run_charts import (
+    AMBER,
+    BLUE,
+    DASHES,
+    GRID,
+    INK,
+    MARKS,
+    MUTED,
+    SERIES,
+    canvas,
+    data_uri,
+)
 
 __all__ = ["epsilon_bars", "every", "roc_chart", "sampling_chart", "score_histogram"]
 
@@ -64,7 +75,9 @@ def score_histogram(evidence: Evidence) -> str:
     if ends[0] == ends[1]:
         ends = ends + np.array([-0.5, 0.5])
     bins = np.linspace(ends[0], ends[1], 31)
-    for scores, color, label in ((evidence.members, BLUE, "in"), (evidence.others, AMBER, "out")):
+    for scores, color, label, dashes in (
+        (evidence.members, BLUE, "in", DASHES[0]), (evidence.others, AMBER, "out", DASHES[2]),
+    ):  # fmt: skip
         weights = np.full(len(scores), 100 / len(scores))
         axes.hist(
             np.clip(scores, *ends), bins, weights=weights, histtype="stepfilled", color=color,
@@ -72,7 +85,7 @@ def score_histogram(evidence: Evidence) -> str:
         )  # fmt: skip
         axes.hist(
             np.clip(scores, *ends), bins, weights=weights, histtype="step", color=color,
-            linewidth=1.6, label=label,
+            linewidth=1.6, linestyle=dashes, label=label,
         )  # fmt: skip
     axes.yaxis.set_major_formatter("{x:.0f}%")
     axes.legend(frameon=False, labelcolor=INK, fontsize=9.5)
@@ -103,9 +116,10 @@ def epsilon_bars(measured: float, claimed: float, ceiling: float) -> str:
 def sampling_chart(attack: SamplingAttack) -> str:
     """AUC against the number of labels asked for; dashed: the most that the guarantee allows."""
     figure, axes = canvas("labels asked for, of each example", "AUC of the attack", size=(8.6, 5.2))
-    colors = (BLUE, AMBER, "#3f8f5f", "#7a5aa6", "#a33a2c")
-    for curve, color in zip(attack.curves, colors, strict=False):
-        axes.plot(attack.queries, curve.auc, color=color, linewidth=2, marker="o", label=curve.name)
+    for curve, color, mark in zip(attack.curves, SERIES, MARKS, strict=False):
+        axes.plot(
+            attack.queries, curve.auc, color=color, linewidth=2, marker=mark, label=curve.name
+        )
         if curve.allowed is not None:
             axes.plot(
                 attack.queries, curve.allowed, color=color, linewidth=1.4, linestyle=(0, (6, 3))

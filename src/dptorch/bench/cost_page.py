@@ -21,6 +21,7 @@ from dptorch.bench.engines import NON_PRIVATE
 from dptorch.bench.exactness import WRONG
 from dptorch.bench.suite import AXES, Row
 from dptorch.bench.workloads import WORKLOADS
+from dptorch.training.run_charts import MARKS, MUTED, SERIES, dress
 
 __all__ = ["KINDS", "Measurements", "load", "page", "remarks", "save", "terminal_table"]
 
@@ -110,12 +111,12 @@ def page(runs: Sequence[Measurements]) -> str:
         rows = _in_order(of_kind)
         text += [_TITLES[kind], "", *_circumstances(of_kind), ""]
         if kind == "cost":
-            text += [*_summary(rows), "", f"![time of a step]({kind}.svg)", ""]
+            text += [*_summary(rows), "", f"![{_alternative(rows)}]({kind}.svg)", ""]
             text += _each_workload(rows)
         elif kind == "largest-batch":
             text += _largest(of_kind[-1], rows)
         else:
-            text += [*_sweep(kind, rows), "", f"![how cost grows]({kind}.svg)", ""]
+            text += [*_sweep(kind, rows), "", f"![how the cost of a step grows]({kind}.svg)", ""]
     about = {name: what for run in runs for name, what in run.about.items()}
     text += ["## Engines", "", *(f"- `{name}`: {what}" for name, what in about.items()), ""]
     return "\n".join(text)
@@ -336,19 +337,30 @@ def _plot(kind: str, all_rows: Sequence[Row], file: Path) -> bool:
 
     figure = _dots(Figure, rows) if kind == "cost" else _lines(Figure, rows, kind)
     with matplotlib.rc_context({"svg.hashsalt": "dptorch"}):  # the same file for the same numbers
-        figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(file, facecolor="white", metadata={"Date": None}, bbox_inches="tight")
     return True
 
 
+def _alternative(rows: Sequence[Row]) -> str:
+    """What the plot shows, for who does not see it."""
+    private = [r for r in rows if r.ratio is not None and r.engine != NON_PRIVATE and not _wrong(r)]
+    ours = sorted(r.ratio or 0 for r in private if r.engine == "dptorch/auto")
+    others = sorted(r.ratio or 0 for r in private if _family(r.engine) != "dptorch")
+    said = [
+        f"{name} {least[0]:.2f} to {least[-1]:.2f}"
+        for name, least in (("dptorch/auto", ours), ("other libraries", others))
+        if least
+    ]
+    return f"time of a private step as a multiple of the ordinary one: {'; '.join(said)}"
+
+
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """A colour for each family, a marker for each engine in it."""
-    families: dict[str, list[str]] = {}
-    for engine in dict.fromkeys(r.engine for r in rows):
-        families.setdefault(_family(engine), []).append(engine)
+    """A colour for each family, and a mark for each engine, which can be told in grey."""
+    engines = list(dict.fromkeys(r.engine for r in rows))
+    families = list(dict.fromkeys(map(_family, engines)))
     return {
-        engine: (f"C{i}", "osD^vP*X<>hpd"[j % 13])
-        for i, members in enumerate(families.values())
-        for j, engine in enumerate(members)
+        engine: (SERIES[families.index(_family(engine)) % len(SERIES)], MARKS[i % len(MARKS)])
+        for i, engine in enumerate(engines)
     }
 
 
@@ -364,12 +376,11 @@ def _dots(figure_class: Any, rows: Sequence[Row]) -> Any:
             [r.ratio for r in mine], y, marker=marker, edgecolors=colour, facecolors=face,
             label=engine, s=36, zorder=3,
         )  # fmt: skip
-    axes.axvline(1, color="0.6", linewidth=1)
+    dress(axes, "hollow: not the right gradient", "time of a step / non-private step", grid="x")
+    axes.axvline(1, color=MUTED, linewidth=1)
     _ratio_axis(axes, "x", rows)
     axes.set_yticks(range(len(workloads)), workloads)
     axes.invert_yaxis()
-    axes.grid(axis="x", color="0.9")
-    axes.set_xlabel("time of a step / non-private step (hollow: not the right gradient)")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     return figure
 
@@ -385,13 +396,13 @@ def _lines(figure_class: Any, rows: Sequence[Row], kind: str) -> Any:
             mine = sorted((getattr(r, axis), r.ratio) for r in shown if r.engine == engine)
             if mine:
                 panel.plot(*zip(*mine, strict=True), color=colour, marker=marker, label=engine)
-        panel.set(title=workload, xlabel=axis, xscale="log")
+        dress(panel, axis, f"{workload}: time / non-private")
+        panel.set(xscale="log")
         ticks = sorted({getattr(r, axis) for r in shown})
         panel.set_xticks(ticks, [str(t) for t in ticks])
         panel.minorticks_off()
         _ratio_axis(panel, "y", shown)
-        panel.axhline(1, color="0.6", linewidth=1)
-    panels[0].set_ylabel("time / non-private")
+        panel.axhline(1, color=MUTED, linewidth=1)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     return figure
 

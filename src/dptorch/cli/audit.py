@@ -145,7 +145,8 @@ def _sampling(run: Path, folder: Path, seed: int, as_json: bool) -> None:
     if not missing_packages():
         page = (
             "<!doctype html><meta charset='utf-8'><title>Sampling attack</title>"
-            f"<img alt='AUC against queries' src='{sampling_chart(found)}'><pre>{found}</pre>"
+            f"<img alt='AUC of the attack against labels asked for' src='{sampling_chart(found)}'>"
+            f"<pre>{found}</pre>"
         )
         with replacing(folder / "sampling_attack.html") as partial:
             partial.write_text(page, encoding="utf-8")

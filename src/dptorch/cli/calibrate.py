@@ -77,9 +77,8 @@ def _check_plot(path: Path) -> None:
 
 def _draw(plan: PrivacyPlan, target: float, path: Path) -> None:
     """ε after 1 .. 2T steps, for the noise found and for more and less of it."""
-    from matplotlib.figure import Figure
-
     from dptorch import accounting
+    from dptorch.training.run_charts import BLUE, DASHES, INK, MUTED, canvas
 
     last = 2 * plan.steps
     # Planning accuracy will do for a curve; where `exact` does not cover the event, the plan's own
@@ -96,9 +95,9 @@ def _draw(plan: PrivacyPlan, target: float, path: Path) -> None:
             [0.8, 1.0, 1.25],
         )
     counts = sorted({max(1, round(last * (k / points) ** 2)) for k in range(1, points + 1)})
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for factor in factors:
+    law = f"{plan.sampling} sampling, rate {plan.sample_rate:.4g}, {plan.adjacency.value}"
+    figure, axes = canvas("steps", f"ε at δ = {plan.target_delta:g}; {law}", size=(7, 4.5))
+    for factor, dashes in zip(factors, DASHES, strict=False):
         sigma = plan.noise_multiplier * factor
         costs = [
             accountant.epsilon(
@@ -106,20 +105,16 @@ def _draw(plan: PrivacyPlan, target: float, path: Path) -> None:
             )
             for n in counts
         ]
-        axes.plot(counts, costs, label=f"{sigma:.3g}", linewidth=2.5 if factor == 1 else 1.2)
-    axes.axhline(target, color="black", linestyle="--", linewidth=1)
-    axes.axvline(plan.steps, color="black", linestyle=":", linewidth=1)
+        axes.plot(
+            counts, costs, color=BLUE, linestyle="solid" if factor == 1 else dashes,
+            linewidth=2.5 if factor == 1 else 1.2, label=f"{sigma:.3g}",
+        )  # fmt: skip
+    axes.axhline(target, color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
+    axes.axvline(plan.steps, color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-    axes.annotate(f"target ε = {target:g}", (0.99, target), fontsize=9, **place)
-    axes.set(
-        xlabel="steps",
-        ylabel=f"ε at δ = {plan.target_delta:g}",
-        title=f"{plan.sampling} sampling, rate {plan.sample_rate:.4g}, {plan.adjacency.value}",
-        xlim=(0, last),
-        ylim=(0, None),
-    )
-    axes.legend(title="noise multiplier", frameon=False)
-    axes.grid(alpha=0.3)
+    axes.annotate(f"target ε = {target:g}", (0.99, target), color=MUTED, fontsize=9, **place)
+    axes.set(xlim=(0, last), ylim=(0, None))
+    axes.legend(title="noise multiplier", frameon=False, labelcolor=INK)
     figure.savefig(path, dpi=150)
 
 

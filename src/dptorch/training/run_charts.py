@@ -1,4 +1,7 @@
-"""Charts of the page about a run, as SVG images inside data URIs."""
+"""Charts of the page about a run, as SVG images inside data URIs, and the style of all charts.
+
+What colours tell apart, dashes or marks do too, so that a print in grey can be read.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ __all__ = [
     "canvas",
     "data_uri",
     "diagnostic",
+    "dress",
     "epsilon_against_steps",
     "perplexity_against_epsilon",
 ]
@@ -21,6 +25,10 @@ MUTED = "#66717e"
 GRID = "#e4e8ec"
 BLUE = "#1f5fa8"
 AMBER = "#a8641f"
+#: Colours, dashes and marks of several lines in one chart, in this order.
+SERIES = (BLUE, AMBER, "#3f8f5f", "#7a5aa6", "#a33a2c", "#5b8f99")
+DASHES: tuple[Any, ...] = ("solid", (0, (6, 2)), (0, (3, 2)), (0, (8, 2, 2, 2)), (0, (1, 1.5)))
+MARKS = "osD^vP*X<>hpd"
 BROWSER_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 Points = Sequence[tuple[float, float]]
@@ -96,15 +104,20 @@ def canvas(x_label: str, y_label: str, size: tuple[float, float] = (5.6, 3.5)) -
 
     figure = Figure(figsize=size, layout="constrained")
     axes: Any = figure.add_subplot()
+    dress(axes, x_label, y_label)
+    return figure, axes
+
+
+def dress(axes: Any, x_label: str, y_label: str, *, grid: str = "y") -> None:
+    """Give axes the reports' style: labelled below and above, grid lines across the values."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=1)
+    axes.grid(axis=grid, color=GRID, linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, labelsize=9.5, length=0, pad=6)
     axes.set_xlabel(x_label, color=MUTED, fontsize=10, labelpad=8)
     axes.set_title(y_label, loc="left", color=INK, fontsize=11, pad=12)
-    return figure, axes
 
 
 def _line(axes: Any, points: Points, color: str, label: str) -> None:

@@ -21,7 +21,7 @@ def save(folder: Path, result: dict[str, Any], evidence: Evidence) -> None:
         ConfigurationError: matplotlib is missing.
     """
     try:
-        from dptorch.training.run_charts import AMBER, BLUE, MUTED, canvas
+        from dptorch.training.run_charts import AMBER, BLUE, DASHES, MUTED, canvas
 
         folder.mkdir(parents=True, exist_ok=True)
         figure, axes = canvas("false positive rate", f"ROC, AUC {result['roc_auc']:.3f}")
@@ -36,10 +36,17 @@ def save(folder: Path, result: dict[str, Any], evidence: Evidence) -> None:
     axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.1))
     figure.savefig(folder / "roc_curve.png", dpi=150)
     figure, axes = canvas("probability of being a member", "scores")
-    for scores, color, label in (
-        (evidence.members, BLUE, "members"), (evidence.others, AMBER, "others"),
+    for scores, color, label, dashes in (
+        (evidence.members, BLUE, "members", DASHES[0]), (evidence.others, AMBER, "others", DASHES[2]),
     ):  # fmt: skip
-        axes.hist(scores, np.linspace(0, 1, 21), histtype="step", color=color, label=label)
+        axes.hist(
+            scores,
+            np.linspace(0, 1, 21),
+            histtype="step",
+            color=color,
+            linestyle=dashes,
+            label=label,
+        )
     axes.legend(frameon=False)
     figure.savefig(folder / "scores.png", dpi=150)
     figure, axes = canvas("AUC lost", "feature importance")
