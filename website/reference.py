@@ -26,7 +26,13 @@ MODULES = {
         "dptorch.randomness",
     ),
     "Budgets": ("dptorch.accounting", "dptorch.ledger", "dptorch.risk"),
-    "Data and tasks": ("dptorch.tables", "dptorch.text", "dptorch.training"),
+    "Data and tasks": (
+        "dptorch.tables",
+        "dptorch.text",
+        "dptorch.vision.augmentation",
+        "dptorch.training",
+        "dptorch.postprocessing",
+    ),
     "Other trainers": (
         "dptorch.integrations.transformers",
         "dptorch.integrations.estimators",

@@ -22,11 +22,13 @@ ELSEWHERE = {
     "clipping.md": "test_readme.py",
     "guides.md": "test_readme.py",
     "migrating.md": "compat/test_several_forwards.py",
+    "noise.md": "test_readme.py",
     "prediction.md": "prediction/test_docs.py",
     "scale.md": "distributed/test_scale.py",
     "tables.md": "tables/test_docs.py",
     "tasks.md": "cli/test_train_text.py",
     "transformers.md": "integrations/transformers/test_docs.py",
+    "vision.md": "vision/test_command.py",
 }
 
 #: What the code of a page takes for granted.

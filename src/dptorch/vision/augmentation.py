@@ -20,6 +20,7 @@ from dptorch.randomness import RootKey
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Views"]
 
+#: Ways to change a picture at random, by name.
 AUGMENTATIONS: Final = {
     "none": "pictures as they are",
     "flip": "mirrored with probability 1/2",
