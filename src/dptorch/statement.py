@@ -42,7 +42,8 @@ NOT_COVERED = (
     "choices made by looking at private data, inside the run or outside: hyper-parameters (tuning), "
     "learning-rate schedules that follow the loss, early stopping, which run to keep",
     "metrics computed on private data, and any preprocessing that used statistics of it",
-    "buffers of the model, and parameters written by anything but the optimizer's steps",
+    "buffers of the model, and parameters or gradients written by anything but the engine and the "
+    "optimizer's steps",
     "other engines and other runs on the same data: their epsilons add up, but for runs that go on "
     "from one checkpoint, which cost more than that together",
     "releases of the same data without differential privacy, whoever makes them",
@@ -66,16 +67,17 @@ ASSUMED = (
     "what the model is given in a step beside the batch is no other copy of the data (a second loader)",
     "what the loss and its terms are multiplied by is public: constants, and what the program says is "
     "public (public_number)",
-    "no number that is read from a batch decides what is computed for another {unit}: in the loop (a "
-    "loss, a norm, a text of them), or in the model by code that is trusted (transformers, timm, "
-    "torchvision, peft, what runs in dptorch.tape.trusted_reads)",
+    "no number that is read from a batch, no size that its values decide (how many rows a mask picks) "
+    "and no error that they raise decides what is computed for another {unit}: in the loop (a loss, a "
+    "norm, a text of them), or in the model by code that is trusted (transformers, timm, torchvision, "
+    "peft, what runs in dptorch.tape.trusted_reads)",
     "no value of the batch leaves the model, or comes back, by what torch functions do not show: code "
     "that turns them off, threads that run already, extensions in other languages, writes to the .data "
     "of a parameter, storages, constructors of one type (torch.FloatTensor(t))",
-    "what is computed for a {unit} depends neither on its place in the batch nor on the number of rows "
-    "(the first batch is tested for both), nor on how long the others are (tested on the first batch "
-    "that is padded to its longest row, of an own loader's once a second width is seen; where a mask "
-    "shows the padding, or the padding is 0)",
+    "what is computed for one {unit} depends neither on its place in the batch nor on the number of "
+    "rows (the first batch is tested for both), nor on how long the others are (tested on the first "
+    "batch that is padded to its longest row, of an own loader's once a second width is seen; where a "
+    "mask shows the padding, or the padding is 0)",
 )
 #: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"

@@ -218,6 +218,10 @@ def test_a_history_can_be_set_and_is_never_taken_back() -> None:
         engine.accountant.history = []
     assert engine.get_epsilon(1e-5) == before
     assert issubclass(PRVAccountant, IAccountant)
+    engine.accountant = PRVAccountant()  # Opacus then says 0
+    assert engine.get_epsilon(1e-5) == before > 0
+    with pytest.raises(ConfigurationError, match="create_accountant"):
+        engine.accountant = opacus.accountants.PRVAccountant()
 
 
 # -- the loader --------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Noise of answers: its laws, and that no number is given out twice."""
 
+import os
 import threading
 
 import numpy as np
+import pytest
 from scipy import stats
 
+from dptorch.errors import PrivacyError
 from dptorch.noise.draws import Draws, _exponential
 from dptorch.randomness import RootKey
 
@@ -60,3 +63,27 @@ def test_keys_and_kinds_have_streams_of_their_own():
     assert (
         Draws(RootKey.from_seed(3)).normal((5,)) == Draws(RootKey.from_seed(3)).normal((5,))
     ).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_fork_draws_no_number_of_its_parent():
+    draws = Draws(RootKey.from_seed(0))
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        try:
+            for draw in (draws.normal, draws.laplace):
+                try:
+                    draw((1,))
+                except PrivacyError:
+                    refused += 1
+            # Broken twin: the keys of the streams came along, and only the check refuses.
+            draws._process = os.getpid()
+            again = Draws(RootKey.from_seed(0))
+            refused += int((draws.normal((1,)) == again.normal((1,))).all())
+        finally:
+            os._exit(refused)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 3
+    assert draws.normal((1,)) == Draws(RootKey.from_seed(0)).normal((1,))

@@ -315,7 +315,7 @@ class PrivacyEngine:
     def public(self) -> AbstractContextManager[None]:
         """Make passes in this context ordinary and unprotected: for public data only. Gradients go to
         ``.grad`` as usual, and the engine's next private step overwrites them."""
-        return self._hooks.paused()
+        return self._hooks.public()
 
     # -- the ledger --------------------------------------------------------------------------------
 

@@ -8,12 +8,14 @@ once, by whichever thread comes next.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dptorch.errors import PrivacyError
 from dptorch.noise.keystream import CIPHER_BLOCK, Keystream
 from dptorch.noise.normal import KEYSTREAM_BLOCK, KeystreamNormals
 from dptorch.randomness import RootKey
@@ -33,7 +35,8 @@ class Draws:
 
     Guarantees:
         No two calls, of any threads, share a number of the stream
-        (`test_threads_never_share_a_number`).
+        (`test_threads_never_share_a_number`), nor do two processes
+        (`test_a_fork_draws_no_number_of_its_parent`).
 
     Not claimed: as for training, that the floating-point numbers are continuous (Mironov 2012).
 
@@ -44,6 +47,7 @@ class Draws:
     """
 
     def __init__(self, key: RootKey) -> None:
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._normals = KeystreamNormals(key.derive(PURPOSE, _NORMALS), np.dtype(np.float64))
         self._words = Keystream(key.derive(PURPOSE, _WORDS))
@@ -53,6 +57,7 @@ class Draws:
 
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
         """Standard normal numbers."""
+        self._refuse_fork()
         size, parts = math.prod(shape), list[NDArray[Any]]()
         with self._lock:
             while size:
@@ -79,7 +84,17 @@ class Draws:
         """Gumbel numbers of scale 1: the largest of scores with them is drawn by softmax."""
         return -np.log(self.exponential(shape))
 
+    def _refuse_fork(self) -> None:
+        """The keys of the streams are here already, so that the root key is not asked any more."""
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                f"this predictor was made in process {self._process} and is used in its fork "
+                f"{os.getpid()}: both would draw the same noise, and each would spend the budget. Make "
+                "the predictor after forking, in each process, with one ledger and one name for all."
+            )
+
     def _uniform_words(self, size: int) -> NDArray[np.uint64]:
+        self._refuse_fork()
         parts = list[NDArray[Any]]()
         with self._lock:
             while size:

@@ -72,6 +72,18 @@ def _padded_again(m: Any, x: Tensor, length: Tensor) -> Tensor:
     return m.head(out.sum(1))  # type: ignore[no-any-return]
 
 
+def _keeping(m: Any, x: Tensor) -> Tensor:
+    """A loss of each example's own is left in an attribute, as layers of experts do."""
+    h = torch.tanh(m.body(x))
+    m.beside = h.square().mean(1)
+    return m.head(h)  # type: ignore[no-any-return]
+
+
+def _with_what_was_kept(m: Any, b: Any) -> Tensor:
+    loss = F.cross_entropy(m(b[0]), b[1])
+    return loss + 0.5 * m.beside.mean()  # type: ignore[no-any-return]
+
+
 def _with_length(m: nn.Module, b: Any) -> Tensor:
     return F.cross_entropy(m(b[0], b[1]), b[2])
 
@@ -215,6 +227,9 @@ MODELS: dict[str, Program] = {
         loss_of, of(lambda m, x: m.head(m.rnn(x)[0].mean(1)),
             rnn=lambda: nn.LSTM(4, 5, batch_first=True, bidirectional=True),
             head=lambda: nn.Linear(10, 3)), sequences
+    ),
+    "a loss in an attribute": Program(
+        _with_what_was_kept, of(_keeping, body=lambda: nn.Linear(5, 6), head=lambda: nn.Linear(6, 3))
     ),
     "LSTM, packed": Program(
         _with_length, of(_packed, rnn=lambda: nn.LSTM(4, 5, batch_first=True),

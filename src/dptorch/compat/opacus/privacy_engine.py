@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from dptorch.accounting import Event
 from dptorch.compat.arguments import OPEN_END, known_arguments
-from dptorch.compat.opacus.accountants import create_accountant
+from dptorch.compat.opacus.accountants import IAccountant, create_accountant
 from dptorch.compat.opacus.clipping import clipping_arguments
 from dptorch.compat.opacus.data_loader import DPDataLoader, order_of, private_loader
 from dptorch.compat.opacus.grad_sample import GradSampleModule
@@ -48,7 +48,6 @@ class PrivacyEngine:
         secure_mode: accepted: noise always comes from a cryptographic generator.
 
     Attributes:
-        accountant: counts all that was made private here.
         runs: one for each ``make_private``.
 
     Example:
@@ -72,9 +71,29 @@ class PrivacyEngine:
 
     @known_arguments
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
-        self.accountant = create_accountant(accountant)
-        self.secure_mode = secure_mode
         self.runs: list[ScheduledRun] = []
+        self._accountant = create_accountant(accountant)
+        self.secure_mode = secure_mode
+
+    @property
+    def accountant(self) -> IAccountant:
+        """Who is asked by `get_epsilon`. One that is assigned counts what was counted before too.
+
+        Raises:
+            ConfigurationError: on assignment, for anything but an accountant of this library.
+        """
+        return self._accountant
+
+    @accountant.setter
+    def accountant(self, other: IAccountant) -> None:
+        if not isinstance(other, IAccountant):
+            raise ConfigurationError(
+                f"accountant={type(other).__name__} must be made by create_accountant, here or by "
+                "register_accountant from a class of yours."
+            )
+        if other is not self._accountant:
+            other.take_over(self._accountant)
+            self._accountant = other
 
     # -- making things private ---------------------------------------------------------------------
 

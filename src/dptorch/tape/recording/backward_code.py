@@ -54,10 +54,10 @@ def follow_backward(
         ExamplesMixError: if one example's gradient is computed from others'.
     """
     own = [g.view_as(g) if isinstance(g, Tensor) else g for g in grads]
-    for g, state in zip(own, states, strict=True):
-        if isinstance(g, Tensor) and isinstance(state, Tag):
-            recording.mark(g, state)
     with recording:
+        for g, state in zip(own, states, strict=True):
+            if isinstance(g, Tensor) and isinstance(state, Tag):
+                recording.mark(g, state)
         changed = code(*own)
     wrong = any(
         isinstance(g, Tensor) and isinstance(state, Tag) and recording.state(g) != state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ class Batch:
         beside: the recording of what is computed from it outside of models.
         left: the last tensors of its rows that left for where nothing is followed (NumPy, lists,
             copies), and what they were.
+        made: what code that a recording sees has made of it since the last such code ended.
         widths: (dimension, size) of collated tensors, but for their rows, where one example collated
             alone has another size: those that follow the longest example of the batch.
     """
@@ -55,6 +56,7 @@ class Batch:
         "cut_from",
         "handed_out",
         "left",
+        "made",
         "size",
         "spent",
         "widths",
@@ -69,6 +71,14 @@ class Batch:
         self.beside: Any = None
         self.cut_from: tuple[Batch, tuple[int, ...]] | None = None
         self.left: deque[_Left] = deque(maxlen=_LEFT)
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def kept(self) -> Iterator[Tensor]:
+        """What somebody still holds of what was made; empties `made`."""
+        made, self.made = self.made, []
+        for reference in made:
+            if (t := reference()) is not None:
+                yield t
 
     def note_leaving(self, t: Tensor, state: object) -> None:
         """Note that values of `t`, of this state, go where nothing is followed."""

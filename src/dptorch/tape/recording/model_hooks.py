@@ -27,6 +27,7 @@ from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
 from dptorch.tape.recording.unseen import (
+    refuse_modes,
     refuse_saved_tensor_hooks,
     refuse_saved_tensor_hooks_while,
 )
@@ -59,8 +60,8 @@ class ModelHooks:
         self.guard = ParameterGuard(parameters, strict=True)
         self._on_forward = on_forward
         self._checks = list(checks)
-        self._paused = False
-        self._warned = False
+        self._paused = self._public = False
+        self._warned = self._warned_of_public = False
         self._open: tuple[Recording, ExitStack] | None = None
         self._outer_error: BaseException | None = None  # that is handled around the forward
         self._batch_dims = batch_dims
@@ -86,6 +87,16 @@ class ModelHooks:
                 yield
         finally:
             self._paused = before
+
+    @contextmanager
+    def public(self) -> Iterator[None]:
+        """`paused`, for data that is not private."""
+        before, self._public = self._public, True
+        try:
+            with self.paused():
+                yield
+        finally:
+            self._public = before
 
     def begin_batch(self, rows: int) -> None:
         """The loader hands out a batch of `rows` rows; the forward passes to come are on it."""
@@ -133,6 +144,8 @@ class ModelHooks:
             self._open[1].close()
             self._open = None
         if self._paused or self._open is not None:
+            if self._public and torch.is_grad_enabled():
+                self._warn_of_private_rows(args, kwargs)
             return None
         training = torch.is_grad_enabled()
         leaves: list[tuple[Tensor, int]] = []
@@ -142,6 +155,7 @@ class ModelHooks:
         batch = self._batch_of(leaves)
         if training:
             refuse_saved_tensor_hooks("around the model")
+            refuse_modes("around the model")
             for t, _ in leaves:
                 refuse_trained_in_front(t)
             config, listener = self._on_forward()
@@ -203,6 +217,17 @@ class ModelHooks:
         elif (latest := latest_batch()) is not None and sizes == {latest.size}:
             return latest
         return own_batch()
+
+    def _warn_of_private_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches = (batch_of(t) for t in _tensors((args, kwargs)))
+        if not self._warned_of_public and any(b is not None and b.handed_out for b in batches):
+            self._warned_of_public = True
+            warn(
+                "rows of engine.loader go through the model inside engine.public(), where gradients "
+                "are neither clipped nor noised: nothing protects what they are used for. public() is "
+                "for data that is not private. To look at predictions of private rows, use "
+                "torch.no_grad()."
+            )
 
     def _warn_of_copy(self, module: nn.Module) -> None:
         if module.training and torch.is_grad_enabled() and not self._warned:
@@ -296,6 +321,7 @@ def _without_hooks() -> ModelHooks:
     hooks = ModelHooks.__new__(ModelHooks)
     hooks.parameters = {}
     hooks._paused = True
+    hooks._public = False
     hooks._warned = False
     hooks._open = None
     hooks._handles = []

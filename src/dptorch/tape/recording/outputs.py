@@ -29,11 +29,13 @@ from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import FOLLOWED, GUESSED, batch_of, is_followed
+from dptorch.tape.recording.unseen import refuse_modes
 from dptorch.tape.recording.value_sizes import SIZES_MADE
 
 __all__ = [
     "RecordedTensor",
     "follow",
+    "follow_kept",
     "leaving",
     "made_from",
     "outputs_of",
@@ -72,8 +74,11 @@ class RecordedTensor(torch.Tensor):
                     recording = other
             for t in recorded:
                 _adopt(t, recording)
+            if torch._C._len_torch_dispatch_stack() and torch.is_grad_enabled():
+                refuse_modes("around what is computed from the batch")
             with patched():
                 out = promote(recording.handle(func, args, kwargs), recording)
+            follow_kept(recording)
             if args and (known.in_place or out is None):
                 _follow_written(args[0], recording, all(t is not args[0] for t in recorded))
             if recording.strict:
@@ -163,8 +168,17 @@ def _adopt(t: Tensor, recording: Recording) -> None:
         recording.joined += [other.tape, *other.joined]
 
 
+def follow_kept(recording: Recording) -> None:
+    """`promote` what a forward pass, a hook or a custom Function has left behind, in an attribute, a
+    list or a closure: whoever reads it there gets values of the batch."""
+    for t in recording.states.batch.kept():
+        _promote_one(t, recording)
+
+
 def outputs_of(value: Any, recording: Recording) -> Any:
-    """`promote` what a model returned, and what its forward has kept the gradients of."""
+    """`promote` what a model returned, what its forward has left behind, and what it has kept the
+    gradients of."""
+    follow_kept(recording)
     promote(recording.retained, recording)
     recording.retained = []
     if recording.batch_size == 1:

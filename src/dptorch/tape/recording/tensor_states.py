@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,6 +144,8 @@ class TensorStates:
         if not isinstance(t, Tensor):
             return
         setattr(t, _STATE, (self, state, self._aliases.clock))
+        if self.depth:
+            self.batch.made.append(weakref.ref(t))
         if isinstance(state, Mixed) and self._strict and t.requires_grad and not t.is_leaf:
             reason = state.reason
 

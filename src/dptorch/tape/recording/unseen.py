@@ -1,4 +1,5 @@
-"""Catch what no torch function mode sees: other threads, TorchScript, DLPack, hooks on saved tensors.
+"""Catch what no torch function mode sees: other threads, TorchScript, DLPack, hooks on saved tensors,
+modes of the user's own.
 
 A mode is the thread's own, and TorchScript and DLPack take tensors without asking it. While a model is
 recorded these are replaced by functions that ask first; other threads are not affected.
@@ -27,6 +28,7 @@ from dptorch.tape.recording.reads import is_trusted, note_read
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = [
+    "refuse_modes",
     "refuse_saved_tensor_hooks",
     "refuse_saved_tensor_hooks_while",
     "script",
@@ -194,6 +196,27 @@ def refuse_saved_tensor_hooks_while(training: Callable[[], bool]) -> None:
         return plain(self)
 
     saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+def refuse_modes(where: str) -> None:
+    """Raise if a mode of the user's own changes what torch functions or operators compute.
+
+    Raises:
+        NotCoveredError: it sees all examples at once, below what is recorded.
+    """
+    modes = [
+        *torch.overrides._get_current_function_mode_stack(),
+        *torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+    ]
+    for mode in modes:
+        if type(mode).__module__.partition(".")[0] not in ("torch", "dptorch") and not is_trusted(
+            ()
+        ):
+            raise NotCoveredError(
+                f"{where}, {user_line()}: the mode {type(mode).__name__} may change what is computed "
+                "for all examples, and what it does is not followed. Leave it before the model is "
+                "called; if it only looks on, enter it inside dptorch.tape.trusted_reads()."
+            )
 
 
 def _refuse_hooks(pack: Any, where: str) -> None:

@@ -78,6 +78,12 @@ class IAccountant:
         others = [event for event in events if not isinstance(event, SampledGaussian)]
         return [*accounting.merge(sampled), *others]
 
+    def take_over(self, earlier: IAccountant) -> None:
+        """Count what `earlier` counts too."""
+        self.events += earlier.events
+        self.runs += [run for run in earlier.runs if run not in self.runs]
+        self.elsewhere |= earlier.elsewhere
+
     @property
     def history(self) -> list[Entry]:
         """(noise multiplier, sample rate, steps) of all releases.
