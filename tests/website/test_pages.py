@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tests.source import REPOSITORY, TESTS
+from tests.website.command_lines import shell_lines, unknown
 from website.reference import commands
 
 import dptorch
@@ -59,35 +58,6 @@ def test_pages_that_are_run_elsewhere_are_named_there() -> None:
     assert set(ELSEWHERE) <= set(with_code())
     for page, test in ELSEWHERE.items():
         assert page in (TESTS / test).read_text()
-
-
-def shell_lines(text: str) -> list[str]:
-    """Commands of dptorch in blocks of code; a line that ends in a backslash goes on."""
-    lines = text.replace("\\\n", " ").splitlines()
-    starts = re.compile(r"(?:    |\$ )?\s*(dptorch [a-z].*)")
-    fenced, found = False, []
-    for line in lines:
-        fenced ^= line.startswith("```")
-        match = starts.fullmatch(line)
-        if match and (fenced or line.startswith("    ")):
-            found.append(match[1].split("  #")[0].split(" > ")[0].split(" >> ")[0])
-    return found
-
-
-def unknown(line: str, known: dict[str, Any]) -> list[str]:
-    """What a command line has that no command takes: a command, options, or arguments too many."""
-    words = shlex.split(line, comments=True)
-    name = words.pop(0)
-    while words and f"{name} {words[0]}" in known:
-        name = f"{name} {words.pop(0)}"
-    if name == "dptorch":
-        return words[:1]
-    command = known[name]
-    has = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
-    options = {word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
-    wrong = sorted(options - has - {"--help"})
-    context = command.make_context(name, words, resilient_parsing=True)
-    return wrong or [*context.args, *getattr(context, "_protected_args", [])]
 
 
 def test_commands_on_pages_exist_with_their_options() -> None:
