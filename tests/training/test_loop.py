@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.distributed.processes import on_ranks
 
+from dptorch.distributed import Ranks
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import PrivacyPlan
 from dptorch.training import load_model, run_folder
@@ -159,7 +161,7 @@ def test_another_plan_cannot_be_resumed(job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_is_not_held_back() -> None:
-    with StopOnSignal() as stop:
+    with StopOnSignal(Ranks.alone()) as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
@@ -239,3 +241,26 @@ def test_the_sampling_of_a_job_is_its_plans(job: Job) -> None:
 def test_a_job_of_another_version_is_refused() -> None:
     with pytest.raises(DataError, match="unknown setting 'flux'"):
         Job.from_dict({"flux": 1})
+
+
+@pytest.mark.slow
+def test_a_run_that_two_ranks_interrupt_goes_on_on_one(
+    job: Job, finished: RunFolder, tmp_path: Path
+) -> None:
+    """Only the first rank is told to stop, and writes; both stop at the same step."""
+    folder = run_folder.create(tmp_path / "runs", "two")
+
+    def work(rank: int) -> tuple[bool, int]:
+        setup = prepare(job)
+        outcome = train(setup, folder, observer=InterruptAt(step=6))
+        return outcome.interrupted, setup.engine.steps_done
+
+    assert on_ranks(2, work) == [(True, 6)] * 2
+    assert "6 of 16 planned" in (folder.path / "statement.txt").read_text()
+    resumed = train(prepare(job), folder, resume=True)
+    assert not resumed.interrupted
+    for mine, alone in zip(weights(folder), weights(finished), strict=True):
+        torch.testing.assert_close(mine, alone, rtol=1e-5, atol=1e-6)
+    sizes = [row[f"{NOT_PRIVATE}mean_batch_size"] for row in folder.read_metrics()[1:]]
+    alone_sizes = [row[f"{NOT_PRIVATE}mean_batch_size"] for row in finished.read_metrics()[1:]]
+    assert sizes[0] == alone_sizes[0]  # an epoch on two ranks: the examples of both

@@ -23,6 +23,7 @@ from dptorch.cli.ledger import ledger
 from dptorch.cli.options import Command, Group, flag_of
 from dptorch.cli.plan import plan
 from dptorch.cli.predict import predict
+from dptorch.cli.processes import ARGUMENTS, place
 from dptorch.cli.release import release
 from dptorch.cli.schema import schema
 from dptorch.cli.serve import serve
@@ -38,6 +39,11 @@ __all__ = ["app", "main"]
 class ReadableErrors(Group):
     """Prints the errors that a user can act on in one line, without a traceback; exit code 2."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words as they are, for `--nproc`."""
+        ctx.meta[ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,7 +54,8 @@ class ReadableErrors(Group):
             except (ConfigurationError, DataError, PrivacyError) as error:
                 command = self.commands.get(ctx.invoked_subcommand or "")
                 text = with_flags(_one_line(error), _parameters(command))
-                console.print(f"[bold red]Error:[/] {escape(text)}")
+                if place()[0] == 0:  # the other processes have met the same, or were told of it
+                    console.print(f"[bold red]Error:[/] {escape(text)}")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 console.print("Interrupted.")
@@ -94,6 +101,8 @@ def _one_line(error: BaseException | Warning) -> str:
 def _show_with(console: Console, otherwise: Callable[..., None]) -> Callable[..., None]:
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, PrivacyWarning):
+            if place()[0] > 0:
+                return
             console.print(f"[bold yellow]Warning:[/] {escape(' '.join(str(message).split()))}")
         else:
             otherwise(message, category, *args, **kwargs)

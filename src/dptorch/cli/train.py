@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dptorch.cli.options import Group, flag_of, grouped
+from dptorch.cli.processes import joined, launch, place
 from dptorch.cli.release import conclude as conclude_release
 from dptorch.cli.train_options import (
     DataOptions,
@@ -27,6 +28,7 @@ from dptorch.errors import ConfigurationError
 if TYPE_CHECKING:
     from dptorch.cli.text_options import TextTrainingOptions
     from dptorch.cli.vision_options import VisionTrainingOptions
+    from dptorch.distributed import Ranks
     from dptorch.training.job import Job, Setup
     from dptorch.training.loop import Outcome
     from dptorch.training.run_folder import RunFolder
@@ -36,7 +38,7 @@ __all__ = ["run_task", "train", "train_group"]
 # What --resume may be combined with. Everything else is settled by the record of the run.
 WITH_RESUME = frozenset(
     {"name", "runs", "resume", "device", "num_workers", "clipping_mode", "release", "ledger"}
-    | {"no_ledger"}
+    | {"no_ledger", "nproc"}
 )
 
 
@@ -85,6 +87,10 @@ def train(
         return
 
     if source.shards is not None and not output.resume:
+        if output.nproc is not None or place()[1] > 1:
+            raise ConfigurationError(
+                "--shards trains one small model after the other, on one process. Leave --nproc out."
+            )
         job = _job(ctx, source, reading, model, privacy, training, output)
         console = Console(highlight=False, soft_wrap=True)
         return _shards(ctx, job, source, source.shards, output, ledger, console)
@@ -116,13 +122,18 @@ def run_task(
     """
     from dptorch.training.release import check_destination, release
 
-    console = Console(highlight=False, soft_wrap=True)
     if output.release is not None:
         check_destination(output.release)
-    if output.resume:
-        outcome = _resume(ctx, training, output, ledger, console)
-    else:
-        outcome = _begin(prepared, stem, output, ledger, console)
+    if launch(ctx, output.nproc, training.device):
+        return
+    with joined(training.device) as ranks:
+        console = Console(highlight=False, soft_wrap=True, quiet=not ranks.is_first)
+        if output.resume:
+            outcome = _resume(ctx, training, output, ledger, ranks, console)
+        else:
+            outcome = _begin(prepared, stem, output, ledger, ranks, console)
+    if not ranks.is_first:
+        return
     _conclude(outcome, console)
     if outcome.interrupted:
         raise typer.Exit(130)
@@ -174,19 +185,28 @@ def _begin(
     stem: str,
     output: OutputOptions,
     ledger: LedgerOptions,
+    ranks: Ranks,
     console: Console,
 ) -> Outcome:
-    """Begin a run and train it."""
+    """Begin a run and train it. The first rank names it, and keeps folder and ledger."""
     from dptorch.cli.ledger import for_new_run
     from dptorch.training import run_folder
 
-    name = output.name or run_folder.next_name(output.runs, stem)
-    run_folder.check_free(output.runs, name, overwrite=output.overwrite)
+    name = output.name or ranks.from_first(run_folder.next_name(output.runs, stem))
+    folder, account = run_folder.RunFolder(output.runs / name), None
+    with ranks.together():
+        if ranks.is_first:
+            run_folder.check_free(output.runs, name, overwrite=output.overwrite)
     setup = _introduced(prepared, console)
     if not ledger.no_ledger and setup.private:
-        setup.engine.use_ledger(for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job))
+        with ranks.together():
+            if ranks.is_first:
+                account = for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job)
+        setup.engine.use_ledger(account)
         setup.engine.reserve_budget()
-    folder = run_folder.create(output.runs, name, overwrite=output.overwrite)
+    with ranks.together():
+        if ranks.is_first:
+            folder = run_folder.create(output.runs, name, overwrite=output.overwrite)
     return _watched(setup, folder, console, resume=False)
 
 
@@ -237,9 +257,10 @@ def _resume(
     training: TrainingOptions | TextTrainingOptions | VisionTrainingOptions,
     output: OutputOptions,
     ledger: LedgerOptions,
+    ranks: Ranks,
     console: Console,
 ) -> Outcome:
-    """Continue a run."""
+    """Continue a run, on however many ranks it was begun."""
     from dptorch.cli.ledger import for_resumed_run
     from dptorch.training import run_folder
 
@@ -260,8 +281,12 @@ def _resume(
         changed["clipping_mode"] = training.clipping_mode
     setup = _introduced(partial(_prepared_again, folder, changed), console)
     if not ledger.no_ledger:
-        account = for_resumed_run(ctx, ledger.ledger, folder.read_json("run.json").get("ledger"))
-        if account is not None:
+        account = None
+        with ranks.together():
+            if ranks.is_first:
+                kept = folder.read_json("run.json").get("ledger")
+                account = for_resumed_run(ctx, ledger.ledger, kept)
+        if ranks.from_first(account is not None):
             setup.engine.use_ledger(account)
     return _watched(setup, folder, console, resume=True)
 

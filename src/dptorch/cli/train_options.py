@@ -290,6 +290,16 @@ class OutputOptions:
             help="Continue an interrupted run. Give its --name and no other setting.",
         ),
     ] = False
+    nproc: Annotated[
+        int | None,
+        _option(
+            OUTPUT,
+            help="Train with this many processes, each on its share of every batch, and on a GPU of "
+            "its own where there are any. The result is that of one process. Under torchrun leave it "
+            "out.",
+            default="1",
+        ),
+    ] = None
     release: Annotated[
         Path | None,
         _option(

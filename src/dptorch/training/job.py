@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dptorch.distributed import Ranks
 from dptorch.engine.checkpoint import Stateful
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.plan import make_plan
 from dptorch.postprocessing import WeightAverage
-from dptorch.randomness import RootKey
 from dptorch.tables import Schema
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.training import recipes
@@ -236,8 +236,7 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     if job.canaries and data.table is not None:
         _refuse_canaries(data.table.schema)
     if job.canaries and canaries is None:
-        key = RootKey.from_os() if job.seed is None else RootKey.from_seed(job.seed)
-        canaries = make_canaries(data, job.canaries, key)
+        canaries = make_canaries(data, job.canaries, Ranks.of().share_key(job.seed))
     # What the plan is told: with canaries, how many of them are in stays out of it.
     size = data.records + (len(canaries) // 2 if canaries is not None else 0)
     if canaries is not None:
@@ -363,7 +362,9 @@ def device_of(name: str) -> torch.device:
         ConfigurationError: it cannot be used here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():  # of several processes each has one of its own
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

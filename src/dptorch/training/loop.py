@@ -9,11 +9,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
+from dptorch.distributed import Ranks
 from dptorch.errors import DataError
 from dptorch.training.canaries import CANARY_FILE
 from dptorch.training.claims import for_machines
@@ -60,7 +61,7 @@ class Outcome:
 
     Attributes:
         folder: what it wrote.
-        last: the last row of `metrics.csv`.
+        last: the last row of `metrics.csv`; on several ranks the first has it.
         interrupted: whether it stopped before its plan was done; `--resume` continues it.
     """
 
@@ -78,7 +79,8 @@ class StopOnSignal:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -98,13 +100,14 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._requested:
+        # A launcher passes the signal on to processes that have had it from the terminal.
+        if self._requested and self._ranks.size == 1:
             raise KeyboardInterrupt
         self._requested = True
 
     def requested(self) -> bool:
-        """Whether to stop at the next chance."""
-        return self._requested
+        """Whether to stop at the next chance: on several ranks, whether the first is to."""
+        return self._ranks.from_first(self._requested)
 
 
 def train(
@@ -134,8 +137,9 @@ def train(
     Raises:
         DataError: there is nothing to resume, or the data has changed since.
     """
-    observer = observer or Silent()
     engine, plan = setup.engine, setup.engine.plan
+    first = engine.ranks.is_first  # which reports, and writes; the others only train
+    observer = observer if first and observer is not None else Silent()
     rows: list[Row] = []
     seconds_before = 0.0
     if resume:
@@ -143,7 +147,7 @@ def train(
         _refuse_changed_data(folder, setup)
         before = engine.load_checkpoint(path, **setup.kept)
         rows, seconds_before = before["rows"], before["seconds"]
-    else:
+    elif first:
         rows.append(_row(setup, epoch=0, seconds=0.0, epoch_stats={}))
         if setup.canaries is not None:
             setup.canaries.save(folder.path / CANARY_FILE)
@@ -152,10 +156,11 @@ def train(
     def seconds() -> float:
         return seconds_before + time.perf_counter() - began
 
-    folder.write("plan.json", plan.to_json())
-    folder.write_json("run.json", _about(setup, "running"))
-    if setup.data.table is not None:
-        folder.write(SCHEMA_FILE, setup.data.table.schema.to_json())
+    if first:
+        folder.write("plan.json", plan.to_json())
+        folder.write_json("run.json", _about(setup, "running"))
+        if setup.data.table is not None:
+            folder.write(SCHEMA_FILE, setup.data.table.schema.to_json())
     observer.started(setup, engine.steps_done)
     table = setup.data.table
     loader = engine.loader(
@@ -166,7 +171,7 @@ def train(
         user_ids=None if table is None or table.units is None else list(table.units),
     )
     steps_per_epoch = max(1, round(1 / plan.sample_rate))
-    with StopOnSignal() as stop:
+    with StopOnSignal(engine.ranks) as stop:
         while engine.steps_done < plan.steps and not stop.requested():
             stats = _EpochStats()
             setup.model.train()
@@ -182,7 +187,10 @@ def train(
                 stats.add_batch(float(loss.detach()), examples)
                 if engine.steps_done > steps_before:
                     observer.stepped(engine.steps_done, stats.end_step(engine.diagnostics))
-            if stats.steps or not stop.requested():
+            if setup.job.diagnostics:
+                stats = _EpochStats.over(engine.ranks.gather(stats))
+            stopping = stop.requested()
+            if first and (stats.steps or not stopping):
                 epoch = engine.steps_done / steps_per_epoch
                 measured = stats.row() if setup.job.diagnostics else {}
                 rows.append(_row(setup, epoch, seconds(), measured))
@@ -192,10 +200,11 @@ def train(
             engine.save_checkpoint(folder.checkpoint, extra=done, **setup.kept)
 
     interrupted = engine.steps_done < plan.steps
-    _finish(setup, folder, rows, "interrupted" if interrupted else "complete")
-    if not interrupted:
-        folder.checkpoint.unlink(missing_ok=True)
-    return Outcome(folder, rows[-1], interrupted)
+    if first:
+        _finish(setup, folder, rows, "interrupted" if interrupted else "complete")
+        if not interrupted:
+            folder.checkpoint.unlink(missing_ok=True)
+    return Outcome(folder, rows[-1] if first else {}, interrupted)
 
 
 class _EpochStats:
@@ -206,6 +215,15 @@ class _EpochStats:
         self._loss = self._examples = 0.0
         self._step_loss = self._step_examples = 0.0
         self._norm = self._clipped = self._batch = 0.0
+
+    @classmethod
+    def over(cls, ranks: Sequence[_EpochStats]) -> _EpochStats:
+        """Return those of all ranks, which took the same steps on different examples."""
+        found = cls()
+        for name in vars(found):
+            setattr(found, name, sum(getattr(each, name) for each in ranks))
+        found.steps = ranks[0].steps
+        return found
 
     def add_batch(self, mean_loss: float, examples: int) -> None:
         self._step_loss += mean_loss * examples
