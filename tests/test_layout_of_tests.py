@@ -40,6 +40,7 @@ ELSEWHERE = {
     "cli/calibrate.py": ("cli/test_plan_commands.py", "one test asks all planning commands"),
     "cli/check.py": ("validation/test_gradient_check.py", "where there are models to check"),
     "cli/export.py": ("training/test_predictor.py", "where there are predictions to compare"),
+    "cli/compare.py": ("training/test_comparison.py", "where there are runs to compare"),
     "cli/epsilon.py": ("cli/test_plan_commands.py", "one test asks all planning commands"),
     "cli/plan.py": ("cli/test_plan_commands.py", "one test asks all planning commands"),
     "cli/progress.py": ("cli/test_train.py", "shows what a run tells"),

@@ -16,6 +16,7 @@ from dptorch.cli.audit import audit
 from dptorch.cli.bench import bench
 from dptorch.cli.calibrate import calibrate
 from dptorch.cli.check import check
+from dptorch.cli.compare import compare
 from dptorch.cli.epsilon import epsilon
 from dptorch.cli.export import export
 from dptorch.cli.generate import generate
@@ -119,7 +120,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (schema, predict, generate, serve, check, release, statement, export),
+    "Train": (schema, predict, generate, serve, compare, check, release, statement, export),
     "Plan": (epsilon, calibrate, plan),
     "Measure": (bench, audit),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "dress",
     "epsilon_against_steps",
     "perplexity_against_epsilon",
+    "results_against_epsilon",
 ]
 
 INK = "#1d2733"
@@ -81,6 +82,30 @@ def epsilon_against_steps(points: Points, budget: float | None) -> str:
             fontsize=9,
         )
     axes.set_ylim(0, 1.12 * top if top > 0 else 1)
+    return data_uri(figure)
+
+
+def results_against_epsilon(
+    lines: Mapping[str, Points], levels: Mapping[str, float], label: str, *, percent: bool
+) -> str:
+    """A test result against ε for several runs by name; those without privacy are levels."""
+    figure, axes = canvas("privacy spent, ε", label, size=(7.6, 4.2))
+    scale = 100 if percent else 1
+    for number, (name, points) in enumerate(lines.items()):
+        x, y = [e for e, _ in points], [scale * value for _, value in points]
+        color, dashes = SERIES[number % len(SERIES)], DASHES[number % len(DASHES)]
+        axes.plot(x, y, color=color, linewidth=2, linestyle=dashes, label=name)
+        axes.plot(x[-1:], y[-1:], MARKS[number % len(MARKS)], color=color, markersize=6)
+    for name, value in levels.items():
+        axes.axhline(scale * value, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+        axes.annotate(
+            f"{name}, without privacy", (1, scale * value), xycoords=("axes fraction", "data"),
+            xytext=(-4, -13), textcoords="offset points", ha="right", color=MUTED, fontsize=9,
+        )  # fmt: skip
+    axes.set_xlim(left=0)
+    if percent:
+        axes.yaxis.set_major_formatter("{x:.0f}%")
+    axes.legend(frameon=False, loc="lower right", fontsize=9.5, labelcolor=INK)
     return data_uri(figure)
 
 

@@ -138,21 +138,23 @@ def render(
     )
 
 
-def page_template(package: str) -> Any:
-    """The template `report.html.j2` of a package, with the style and the filters of all reports."""
-    from jinja2 import Environment, StrictUndefined
+def page_template(package: str, name: str = "report.html.j2") -> Any:
+    """A template of a package, with the style, the parts and the filters of all reports."""
+    from jinja2 import DictLoader, Environment, StrictUndefined
     from markupsafe import Markup
 
+    def text(package: str, name: str) -> str:
+        return resources.files(package).joinpath(name).read_text("utf-8")
+
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=DictLoader({"parts.html.j2": text("dptorch.training", "parts.html.j2")}),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters.update(
         up=_rounded_up, percent=_percent, count=_count, plain=_plain, power=_power
     )
-    style = resources.files("dptorch.training").joinpath("page.css").read_text("utf-8")
-    environment.globals["style"] = Markup(style)
-    source = resources.files(package).joinpath("report.html.j2").read_text("utf-8")
-    return environment.from_string(source)
+    environment.globals["style"] = Markup(text("dptorch.training", "page.css"))
+    return environment.from_string(text(package, name))
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
