@@ -6,6 +6,8 @@ is given. Whoever reads them there, in this step or the next, gets values of the
 
 from __future__ import annotations
 
+import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dptorch.errors import NotCoveredError, PrivacyError, PrivacyWarning
 from dptorch.tape import trusted_reads
-from dptorch.tape.recording import batches, model_hooks, outputs
+from dptorch.tape.recording import batches, model_hooks, outputs, patches
 from tests.engine.setup import make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -137,6 +139,86 @@ def test_what_a_forward_pass_leaves_behind_is_followed(
     # Broken twin: only what a model returns is followed.
     monkeypatch.setattr(batches.Batch, "kept", forget)
     assert steps_with(loss, model(), own=own) == 2
+
+
+class _MixesBackwards(Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] + grads[0].mean(0)
+
+
+def _in_the_model(m: Model, h: Tensor) -> Tensor:
+    return _MixesBackwards.apply(h)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _scripted(m: Model, h: Tensor) -> Tensor:
+    return _centre(h)  # type: ignore[no-any-return]
+
+
+@torch.jit.script
+def _centre(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def _hooked(m: Model, h: Tensor) -> Tensor:
+    h.register_hook(lambda g: g - g.mean(0))
+    return h
+
+
+def _in_a_thread(m: Model, h: Tensor) -> Tensor:
+    made: list[Tensor] = []
+    thread = threading.Thread(target=lambda: made.append(h.detach().mean(0)))
+    thread.start()
+    thread.join()
+    return h - made[0]
+
+
+@pytest.mark.parametrize("change", [_in_the_model, _scripted, _hooked, _in_a_thread])
+def test_a_model_is_followed_after_the_engine_of_another_was_detached(
+    change: Callable[[Model, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps() -> int:
+        """As `steps_with`, with another engine detached before the first step."""
+        model = Model()
+        model.last = Changed(model, change)
+        other, engine = make_engine(make_model()), make_engine(model, steps=2, self_check=False)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        other.detach()
+        for _ in range(2):
+            for x, y in engine.loader(make_data()):
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return engine.steps_done
+
+    with pytest.raises(
+        PrivacyError, match=r"from others|was not computed in|a thread is given work"
+    ):
+        steps()
+    if change is _in_the_model:
+        # Broken twin: detaching takes the patch off custom Functions for all.
+        monkeypatch.setitem(patches._apply_function.__globals__, "_dptorch_apply", _plainly)
+        assert steps() == 2
+
+
+class Changed(nn.Module):
+    """A last layer of what `change` makes of its inputs."""
+
+    def __init__(self, model: Model, change: Callable[[Model, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.change = model.last, lambda h: change(model, h)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.layer(self.change(h))
+        return out
+
+
+def _plainly(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return types.MethodType(patches._plain_apply, cls)(*args, **kwargs)
 
 
 class _Mixing(TorchDispatchMode):

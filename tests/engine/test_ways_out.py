@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import dptorch
 from dptorch.errors import BudgetExhausted, ExamplesMixError, PrivacyError
@@ -79,6 +80,27 @@ def test_noise_that_is_drawn_once_for_pictures() -> None:
     with pytest.raises(PrivacyError, match=r"noise that is drawn once.*engine\.public\(\)"):
         pictures(public=False)
     assert len(pictures(public=True)) == 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_outputs_for_public_data(own: bool) -> None:
+    def steps(public: bool) -> int:
+        model, rows = make_model(), torch.randn(4, 5)
+        engine = make_engine(model, steps=2)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        for _ in range(2):
+            loader = DataLoader(make_data(), batch_size=24) if own else engine.loader(make_data())
+            for x, _y in loader:
+                with engine.public() if public else nullcontext():
+                    center = model(rows).detach().mean(0)
+                (model(x) - center).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return engine.steps_done
+
+    with pytest.raises(ExamplesMixError, match=r"of public data .*with engine\.public\(\):"):
+        steps(public=False)
+    assert steps(public=True) == 2
 
 
 def test_lbfgs_with_many_evaluations() -> None:

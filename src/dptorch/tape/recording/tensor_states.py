@@ -276,5 +276,6 @@ _FOREIGN = (
     "earlier step, or another model's output). What one step's examples leave behind may not enter "
     "the next. If it belongs to the same examples, pass it as an argument of the model; if it is a "
     "buffer that is filled anew for each batch, empty it with zero_() first. A memory bank may hold "
-    "public data, or parameters."
+    "public data, or parameters. What the model makes of public data is computed inside `with "
+    "engine.public():`, and detached."
 )
