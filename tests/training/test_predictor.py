@@ -230,4 +230,24 @@ def test_an_exported_model_predicts_the_same(patients: RunFolder, tmp_path: Path
         np.load(tmp_path / "found.npy"), model.predict_proba(unseen()), atol=1e-6
     )
     with pytest.raises(ConfigurationError, match=r"ends in \.pt2"):
-        export(model, tmp_path / "m.onnx")
+        export(model, tmp_path / "m.pth")
+
+
+@pytest.mark.slow
+def test_onnx_predicts_the_same(patients: RunFolder, tmp_path: Path) -> None:
+    """By a runtime without PyTorch, for another number of rows than it was traced with."""
+    import onnxruntime as runtime
+
+    done = CliRunner().invoke(app, ["export", str(patients.path), str(tmp_path / "m.onnx")])
+    assert done.exit_code == 0, done.output
+    model = load(patients.path)
+    assert model.schema is not None
+    raw = encode(model.schema, [chunk_of(unseen())], Faults("rows"), labelled=False).raw
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(["answers"], {"rows": raw})
+    np.testing.assert_allclose(found, model.predict_proba(unseen()), atol=1e-6)
+    inputs = session.get_modelmeta().custom_metadata_map["inputs.json"]
+    assert json.loads(inputs)["model_sha256"] == model.digest
+    # Other rows give other answers: the comparison sees it.
+    (wrong,) = session.run(["answers"], {"rows": raw[::-1]})
+    assert np.abs(wrong - found).max() > 1e-3

@@ -14,17 +14,23 @@ __all__ = ["export"]
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run or release.", show_default=False)],
     path: Annotated[
-        Path, typer.Argument(help="File to write, such as model.pt2.", show_default=False)
+        Path,
+        typer.Argument(
+            help="File to write: [bold]model.pt2[/] (torch.export) or [bold]model.onnx[/].",
+            show_default=False,
+        ),
     ],
 ) -> None:
-    """Write a model with its preprocessing as one torch.export program.
+    """Write a model with its preprocessing as one program of torch.export or ONNX.
 
     It takes the numbers of a row and gives probabilities. What the numbers are is printed, and is in
     the file: inputs.json.
 
-    [bold]Example[/]
+    [bold]Examples[/]
 
     [cyan]dptorch export runs/patients-1 patients.pt2[/]
+
+    [cyan]dptorch export runs/patients-1 patients.onnx[/]
     """
     from dptorch.training.export import export as write
     from dptorch.training.predictor import load

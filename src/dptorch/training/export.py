@@ -1,11 +1,14 @@
-"""A trained model with its preprocessing as one program of `torch.export`, which needs no dptorch."""
+"""A trained model with its preprocessing as one program that needs no dptorch: torch.export or ONNX."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +86,18 @@ def _meaning(column: Any) -> str:
 
 
 def export(model: Predictor, path: str | Path) -> dict[str, Any]:
-    """Write a model with its preprocessing as a file of `torch.export` (.pt2), for any number of rows.
+    """Write a model with its preprocessing as one file, for any number of rows.
 
-    ``torch.export.load(path, extra_files={"inputs.json": ""})`` gives the program and says what its
-    inputs are.
+    The name of the file says the format:
+
+    - ``.pt2``: `torch.export`. ``torch.export.load(path, extra_files={"inputs.json": ""})`` gives the
+      program and says what its inputs are.
+    - ``.onnx``: for runtimes without PyTorch. Input "rows", output "answers"; the model's metadata
+      has "inputs.json". Needs the extra `onnx`.
 
     Args:
         model: from `dptorch.load`.
-        path: ends in .pt2.
+        path: ends in .pt2 or .onnx.
 
     Guarantees:
         The program gives what `Predictor.predict_proba` gives, without dptorch.
@@ -100,36 +107,68 @@ def export(model: Predictor, path: str | Path) -> dict[str, Any]:
         What the inputs are, as `describe_inputs` says; it is in the file too.
 
     Raises:
-        ConfigurationError: the path ends otherwise, or the network cannot be exported.
+        ConfigurationError: the path ends otherwise, the network cannot be exported, or a package that
+            the format needs is missing.
     """
     path = Path(path)
-    if path.suffix != ".pt2":
+    if path.suffix not in _WRITERS:
         raise ConfigurationError(
-            f"{path}: expected a name that ends in .pt2, the format of torch.export."
+            f"{path}: expected a name that ends in .pt2 (torch.export) or .onnx."
         )
     described = describe_inputs(model)
+    try:
+        program = _trace(model)
+        with replacing(path) as partial:
+            _WRITERS[path.suffix](program, partial, json.dumps(described))
+    except ConfigurationError:
+        raise
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written ({error.strerror}).") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigurationError(
+            f"{type(model.network).__name__} cannot be written as {path.suffix} ({reason}). Its "
+            "weights are in model.safetensors, and dptorch.load runs it."
+        ) from error
+    return described
+
+
+def _trace(model: Predictor) -> torch.export.ExportedProgram:
     rows = 3
     if model.schema is None:
         example = torch.zeros(rows, *model.input_shape)
     else:
         example = torch.zeros(rows, Preprocessing(model.schema).width, dtype=torch.float64)
+    return torch.export.export(
+        Deployed(model).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("rows")},)
+    )
+
+
+def _write_pt2(program: torch.export.ExportedProgram, path: Path, described: str) -> None:
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={"inputs.json": described})
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, described: str) -> None:
     try:
-        program = torch.export.export(
-            Deployed(model).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("rows")},)
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        import onnx
+        import onnxscript  # noqa: F401  torch.onnx imports it, and would name no way out
+    except ImportError as error:
         raise ConfigurationError(
-            f"torch.export cannot trace {type(model.network).__name__} ({reason}). Its weights are in "
-            "model.safetensors, and dptorch.load runs it."
-        ) from error
-    _write(program, path, described)
-    return described
+            f"writing .onnx needs {error.name}: pip install 'dptorch[onnx]'."
+        ) from None
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it prints its progress
+        warnings.simplefilter("ignore")
+        made = torch.onnx.export(
+            program, (), dynamo=True, input_names=["rows"], output_names=["answers"], verbose=False
+        )
+    assert made is not None
+    proto = made.model_proto
+    onnx.helper.set_model_props(proto, {"inputs.json": described})
+    path.write_bytes(proto.SerializeToString())
 
 
-def _write(program: Any, path: Path, described: Mapping[str, Any]) -> None:
-    try:
-        with replacing(path) as partial, partial.open("wb") as file:
-            torch.export.save(program, file, extra_files={"inputs.json": json.dumps(described)})
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written ({error.strerror}).") from None
+_WRITERS: Final[Mapping[str, Callable[[torch.export.ExportedProgram, Path, str], None]]] = {
+    ".pt2": _write_pt2,
+    ".onnx": _write_onnx,
+}
