@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import dptorch
 from dptorch.cli.app import app
 from dptorch.errors import DataError
+from dptorch.ledger import open_ledger
 from dptorch.randomness import KeySource
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import make_statement
@@ -151,6 +152,42 @@ def test_every_form_of_a_run_and_its_release(private: RunFolder, tmp_path: Path)
         assert (done.exit_code, done.stdout) == (0, claim(private, form))
     done = CliRunner().invoke(app, ["statement", str(private.path), "--format", "yml"])
     assert "model-card" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_all_runs_on_the_data_cost_is_said_beside_what_this_one_did(
+    job: Job, tmp_path: Path
+) -> None:
+    account = open_ledger(tmp_path / "ledger.db", create=True).dataset("blobs")
+    for name in ("first", "second"):
+        setup = prepare(replace(job, seed=None, epochs=1))
+        setup.engine.use_ledger(account)
+        train(setup, run_folder.create(tmp_path / "runs", name))
+    run = tmp_path / "runs" / "first"
+
+    def ask(*options: str) -> Any:
+        return CliRunner().invoke(app, ["statement", str(run), *options])
+
+    own = json.loads((run / "statement.json").read_text())["epsilon"]
+    total = account.total()
+    text = f"All 2 runs on this data in its ledger: epsilon {math.ceil(total.adaptive * 1e4) / 1e4}"
+    assert total.adaptive > own
+    assert ask().stdout.startswith((run / "statement.txt").read_text())
+    for form in ("text", "model-card", "registry"):
+        assert text in ask("--format", form).stdout
+    assert list(faults(yaml.safe_load(ask("--format", "registry").stdout), REGISTRY)) == []
+    values = json.loads(ask("--format", "json").stdout)
+    assert list(faults(values, SCHEMA)) == []
+    assert values["epsilon"] == own
+    assert values["all_runs"]["epsilon"] == total.adaptive
+    # A recipient of the release has no ledger, and may not be told what it was.
+    shared = release(RunFolder(run), tmp_path / "shared")
+    assert "All 2 runs" not in claim(shared)
+    # A ledger that is gone: the statement still stands, and it is said that the total is not known.
+    (tmp_path / "ledger.db").unlink()
+    alone = ask()
+    assert (alone.exit_code, alone.stdout) == (0, (run / "statement.txt").read_text())
+    assert "cost together is not known" in alone.stderr
 
 
 def point_by_point() -> dict[str, str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dptorch.errors import one_of
+
+if TYPE_CHECKING:
+    from dptorch.ledger import Total
 
 __all__ = ["statement"]
 
@@ -22,11 +26,20 @@ def statement(
             "of NIST and OpenDP) or [bold]model-card[/] (a section for Hugging Face).",
         ),
     ] = "text",
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            help="Ledger that knows of other runs on the data: a file, or "
+            "[bold]postgresql://user@host/database[/].",
+            envvar="DPTORCH_LEDGER",
+            show_default="the one that the run wrote to",
+        ),
+    ] = None,
 ) -> None:
     """Print the privacy statement of a run: for a layperson, for an expert, and what it rests on.
 
-    A run says what it spent itself. What all runs on its data cost together is in the ledger:
-    [bold]dptorch ledger total[/].
+    A run says what it spent itself. After it comes what all runs on its data have cost together by
+    now, if their ledger can be read.
 
     [bold]Examples[/]
 
@@ -38,4 +51,23 @@ def statement(
     from dptorch.training.run_folder import reopen
 
     one_of("format", form, FORMATS)
-    typer.echo(claim(reopen(run.parent, run.name), form), nl=False)
+    folder = reopen(run.parent, run.name)
+    typer.echo(claim(folder, form, _total(folder.read_json("run.json"), ledger)), nl=False)
+
+
+def _total(about: Mapping[str, Any], location: str | None) -> Total | None:
+    """What all runs on the data of a run cost together; None, and a word, if no ledger says it."""
+    from dptorch.cli.ledger import key_from_environment
+    from dptorch.errors import ConfigurationError, DataError, LedgerError
+    from dptorch.ledger import open_ledger
+
+    stated = about.get("statement", {}).get("ledger")
+    location = location or (about.get("ledger") or {}).get("location")
+    if stated is None or location is None:
+        return None
+    try:
+        opened = open_ledger(location, create=False, key_file=key_from_environment())
+        return opened.dataset(stated["dataset"]).total()
+    except (ConfigurationError, DataError, LedgerError) as error:
+        typer.echo(f"What all runs on the data cost together is not known: {error}", err=True)
+        return None

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from dptorch.errors import DataError
+from dptorch.ledger import Total
 from dptorch.training.run_folder import RunFolder
 
 __all__ = ["FORMATS", "claim", "for_machines"]
@@ -29,13 +30,17 @@ _FILL_IN: Final = "FILL IN"
 Claims = Mapping[str, Any]
 
 
-def claim(folder: RunFolder, form: str = "text") -> str:
+def claim(folder: RunFolder, form: str = "text", total: Total | None = None) -> str:
     """The statement of a run or release, in one of `FORMATS`.
+
+    Args:
+        total: what all runs on its data cost together, from the ledger: it is said beside what this
+            run cost.
 
     Raises:
         DataError: the run has no statement yet.
     """
-    return FORMATS[form](folder)
+    return FORMATS[form](folder, total)
 
 
 def _claims(folder: RunFolder) -> tuple[Claims, Mapping[str, Any]]:
@@ -48,17 +53,46 @@ def _claims(folder: RunFolder) -> tuple[Claims, Mapping[str, Any]]:
     return about["statement"], about
 
 
-def _text(folder: RunFolder) -> str:
+def _text(folder: RunFolder, total: Total | None) -> str:
     _claims(folder)
     try:
-        return (folder.path / "statement.txt").read_text(encoding="utf-8")
+        text = (folder.path / "statement.txt").read_text(encoding="utf-8")
+        return text if total is None else f"{text}\n{_together(total)}\n"
     except OSError as error:
         raise DataError(f"{folder.path}/statement.txt cannot be read ({error.strerror}).") from None
 
 
-def _json(folder: RunFolder) -> str:
+def _together(total: Total) -> str:
+    runs = "The one run" if total.runs == 1 else f"All {total.runs} runs"
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in total.notes)
+    return (
+        f"{runs} on this data in its ledger: epsilon {_shown(total.adaptive)} at delta "
+        f"{total.delta:g} ({total.adjacency.value}) together, for {total.steps} steps, however later "
+        f"runs were chosen; {_shown(total.planned)} if no run's settings depended on what others had "
+        f"shown.{notes}"
+    )
+
+
+def _shown(epsilon: float) -> str:
+    # Rounded up: a stated bound may not be below the computed one.
+    return "infinity" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
+
+
+def _json(folder: RunFolder, total: Total | None) -> str:
     claims, _ = _claims(folder)
-    return json.dumps(for_machines(claims), indent=2, ensure_ascii=False) + "\n"
+    values = for_machines(claims)
+    if total is not None:
+        together = {
+            "runs": total.runs,
+            "steps": total.steps,
+            "epsilon": total.adaptive,
+            "epsilon_if_planned": total.planned,
+            "delta": total.delta,
+            "adjacency": total.adjacency.value,
+            "notes": total.notes,
+        }
+        values["all_runs"] = for_machines(together)
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def for_machines(claims: Claims) -> dict[str, Any]:
@@ -74,7 +108,7 @@ def for_machines(claims: Claims) -> dict[str, Any]:
 # -- the registry ----------------------------------------------------------------------------------
 
 
-def _registry(folder: RunFolder) -> str:
+def _registry(folder: RunFolder, total: Total | None) -> str:
     """An entry of tier 3 for `schemas/deployments-schema.yaml` of opendp/deployments-registry-data."""
     claims, about = _claims(folder)
     plan, data = claims["plan"], about["data"]
@@ -134,7 +168,7 @@ def _registry(folder: RunFolder) -> str:
                 "composition": f"{claims['sampling_law']}, accounted by: {claims['sampling_theorem']}. "
                 + (
                     f"Every step is in a ledger of the data set ({dataset['dataset']}), in which all "
-                    "runs add up."
+                    f"runs add up. {'' if total is None else _together(total)}".rstrip()
                     if dataset
                     else "No ledger was kept: other runs on this data are not counted."
                 ),
@@ -207,12 +241,10 @@ def _yaml(value: Any, indent: int = 0) -> str:
 # -- a model card ----------------------------------------------------------------------------------
 
 
-def _model_card(folder: RunFolder) -> str:
+def _model_card(folder: RunFolder, total: Total | None) -> str:
     claims, about = _claims(folder)
-    epsilon = claims["epsilon"]
-    shown = "infinity" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
     rows = [
-        ("epsilon", shown),
+        ("epsilon", _shown(claims["epsilon"])),
         ("delta", f"{claims['delta']:g}"),
         ("unit of privacy", claims["unit_text"]),
         ("adjacency", f"{claims['adjacency']}: {claims['adjacency_text']}"),
@@ -223,6 +255,7 @@ def _model_card(folder: RunFolder) -> str:
         ("accountant", f"{claims['accountant']}, an upper bound"),
         ("randomness", f"key from the {claims['key_provenance']}"),
         ("model", f"sha256 `{claims['model_digest']}`"),
+        *([] if total is None else [("all runs", _together(total))]),
     ]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
     words = "\n\n".join(claims["in_words"])
@@ -244,7 +277,7 @@ def _model_card(folder: RunFolder) -> str:
     )
 
 
-FORMATS: Final[Mapping[str, Callable[[RunFolder], str]]] = {
+FORMATS: Final[Mapping[str, Callable[[RunFolder, Total | None], str]]] = {
     "text": _text,
     "json": _json,
     "registry": _registry,
