@@ -85,6 +85,7 @@ ELSEWHERE = {
     "training/task.py": ("training/test_loop.py", "what a run trains for"),
     "training/preparation.py": ("training/test_predictor.py", "what a predictor does first"),
     "training/table_tasks.py": ("training/test_table_data.py", "weights are a schema's"),
+    "training/pretrained_files.py": ("text/test_predictor.py", "where a model is published"),
     "training/run_charts.py": ("training/test_run_page.py", "charts are looked at on the page"),
     "text/": ("text/test_job.py", "one task from rows to a trained model, in parts"),
     "vision/": ("vision/test_job.py", "one task from files to a trained network, in parts"),

@@ -16,7 +16,7 @@ if _TYPE_CHECKING:
     from dptorch.plan import PrivacyPlan, PrivacySpent, make_plan
     from dptorch.statement import Statement
     from dptorch.tape import Tape, record
-    from dptorch.training.predictor import load
+    from dptorch.text.predictor import load
     from dptorch.validation.conversion import preparation, prepare
     from dptorch.validation.gradient_check import CheckReport, check
 
@@ -52,7 +52,7 @@ _HOME = {
     "StepDiagnostics": "engine.diagnostics",
     "Tape": "tape",
     "check": "validation.gradient_check",
-    "load": "training.predictor",
+    "load": "text.predictor",
     "make_plan": "plan",
     "make_private": "engine.make_private",
     "preparation": "validation.conversion",

@@ -71,6 +71,9 @@ def test_no_private_value_is_in_a_release(
     private_run: tuple[RunFolder, list[float]], tmp_path: Path
 ) -> None:
     folder, losses = private_run
+    # The clock's own numbers may be those of anything: these are no other's.
+    timed = [{**row, "seconds": 71934.8211 + i} for i, row in enumerate(folder.read_metrics())]
+    folder.write_metrics(timed)
     values = private_values(folder, losses)
     names = set(values.values())
     assert {"loss of a step", "test_accuracy", "seconds"} <= names

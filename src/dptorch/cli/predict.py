@@ -14,6 +14,7 @@ from rich.console import Console
 from dptorch.errors import ConfigurationError, one_of
 
 if TYPE_CHECKING:
+    from dptorch.text.predictor import TextPredictor
     from dptorch.training.predictor import Predictor
 
 __all__ = ["predict"]
@@ -24,8 +25,8 @@ def predict(
     rows: Annotated[
         Path,
         typer.Argument(
-            help="What to predict from: a table with the columns of the schema, a folder of images, "
-            "or [bold].npz[/] (array x).",
+            help="What to predict from: a table with the columns of the schema, rows of texts, a "
+            "folder of images, or [bold].npz[/] (array x).",
             show_default=False,
         ),
     ],
@@ -62,19 +63,25 @@ def predict(
 
     [cyan]dptorch predict runs/patients-1 new.csv --out predictions.csv --keep patient_id[/]
 
+    [cyan]dptorch predict runs/letters-1 new.jsonl --probabilities[/]
+
     [cyan]dptorch predict released-model photos/[/]
     """
-    from dptorch.training.predictor import load
+    from dptorch.text.predictor import TextPredictor, load
 
     one_of("on_bad_row", on_bad_row, ("error", "skip"))
     model = load(run, digest=digest)
-    if probabilities and model.is_number:
+    if probabilities and not model.classes:
         raise ConfigurationError(
             "--probabilities are of classes, and this model predicts a number. Leave it out."
         )
     kept = [name.strip() for name in (keep or "").split(",") if name.strip()]
-    if model.schema is not None:
-        place, numbers, columns, inputs, skipped = _table(model, rows, kept, on_bad_row == "skip")
+    skip = on_bad_row == "skip"
+    inputs: Any
+    if isinstance(model, TextPredictor):
+        place, numbers, columns, inputs, skipped = _texts(model, rows, kept, skip)
+    elif model.schema is not None:
+        place, numbers, columns, inputs, skipped = _table(model, rows, kept, skip)
     elif kept:
         raise ConfigurationError("--keep names columns of a table, and this model is for others.")
     else:
@@ -116,6 +123,32 @@ def _table(
     faults = Faults(str(path), table.place)
     rows = encode(model.schema, table.chunks(faults), faults, labelled=False, keep=keep, skip=skip)
     return table.place, rows.numbers, rows.kept, model.inputs(rows), rows.skipped
+
+
+def _texts(
+    model: TextPredictor, path: Path, keep: list[str], skip: bool
+) -> tuple[str, Sequence[Any], dict[str, list[str]], Any, int]:
+    """The same of rows of texts."""
+    from dptorch.errors import DataError
+    from dptorch.text.rows import read_rows
+
+    rows = read_rows(str(path))
+    found: list[Any] = []
+    numbers: list[int] = []
+    for number, row in enumerate(rows):
+        try:
+            (tokens,) = model.inputs([row])
+        except DataError as error:
+            if skip:
+                continue
+            raise DataError(f"{path}: {str(error).replace('row 0', f'row {number}')}") from None
+        found.append(tokens)
+        numbers.append(number)
+    absent = [name for name in keep if rows and name not in rows[0]]
+    if absent:
+        raise DataError(f"{path} has no column {absent[0]!r} to keep. Found: {', '.join(rows[0])}.")
+    kept = {name: [str(rows[number][name]) for number in numbers] for name in keep}
+    return "row", numbers, kept, found, len(rows) - len(found)
 
 
 def _others(model: Predictor, path: Path) -> tuple[str, Sequence[Any], Any]:

@@ -17,7 +17,14 @@ from dptorch.text.batches import Padded
 from dptorch.text.models import save_trained
 from dptorch.training.run_folder import RunFolder
 
-__all__ = ["PromptedModel", "TextClassification", "prompt_tokens", "tokenize_rows"]
+__all__ = [
+    "PromptedModel",
+    "TextClassification",
+    "logits_of",
+    "prompt_tokens",
+    "tokenize_rows",
+    "word_tokens",
+]
 
 _BATCH: Final = 64
 
@@ -43,7 +50,7 @@ class TextClassification:
         """Return the mean cross-entropy and the number of examples."""
         inputs = {name: value.to(device) for name, value in batch.items()}
         labels = inputs.pop("labels")
-        return F.cross_entropy(_logits(model(**inputs)), labels), len(labels)
+        return F.cross_entropy(logits_of(model(**inputs)), labels), len(labels)
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rates of this step."""
@@ -61,7 +68,7 @@ class TextClassification:
             for batch in DataLoader(test, batch_size=_BATCH, collate_fn=self.collate):
                 inputs = {name: value.to(device) for name, value in batch.items()}
                 labels = inputs.pop("labels")
-                logits = _logits(model(**inputs))
+                logits = logits_of(model(**inputs))
                 loss += float(F.cross_entropy(logits, labels, reduction="sum"))
                 correct += int((logits.argmax(1) == labels).sum())
                 total += len(labels)
@@ -85,7 +92,8 @@ def scale_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["initial_lr"] * share
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a model returned: a tensor, or an output of transformers."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.training.data import is_held_out, refuse_empty
 
-__all__ = ["Split", "read_split", "require_columns", "split_rows"]
+__all__ = ["Split", "read_rows", "read_split", "require_columns", "split_rows"]
 
 Row = Mapping[str, Any]
 HUB: Final = "hub:"
@@ -81,6 +81,17 @@ def split_rows(rows: Sequence[Row], source: str, *, fraction: float, key: Sequen
     rest = [row for row, held in zip(rows, out, strict=True) if held]
     refuse_empty(len(train), len(rest), source)
     return Split(train, rest, source)
+
+
+def read_rows(source: str) -> Sequence[Row]:
+    """Read all rows of a file; of several parts, the test part.
+
+    Raises:
+        DataError: naming the file, and the row where one is at fault.
+    """
+    parts = _read(source)
+    names = [name for name in _TEST_NAMES if name in parts]
+    return parts[names[0]] if names else next(iter(parts.values()))
 
 
 def require_columns(rows: Sequence[Row], columns: Sequence[str], source: str) -> None:

@@ -6,21 +6,27 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from dptorch.errors import DataError
-from dptorch.training.run_folder import SCHEMA_FILE, RunFolder
+from dptorch.training.pretrained_files import without_places
+from dptorch.training.run_folder import PRETRAINED, SCHEMA_FILE, RunFolder
 
 __all__ = ["digest_of", "verify"]
+
+#: What of a job says how a text becomes tokens.
+_OF_TEXTS: Final = ("task", "text", "pair", "template", "label_words", "prompt", "max_length")
 
 
 def digest_of(folder: RunFolder, about: Mapping[str, Any]) -> str:
     """SHA-256 of all that a prediction depends on: weights, architecture, classes, preprocessing.
 
+    Of adapters, the weights are the adapters': not those of the pretrained model that they adapt.
+
     Args:
-        folder: holds the weights and, of a table, `schema.json`.
+        folder: holds the weights, of a table `schema.json`, of texts the tokenizer.
         about: what `run.json` says.
 
     Guarantees:
@@ -28,15 +34,19 @@ def digest_of(folder: RunFolder, about: Mapping[str, Any]) -> str:
         classes or the preprocessing changes it.
         Held by `test_whatever_a_prediction_depends_on_changes_the_digest`.
     """
-    data = about["data"]
+    data, job = about["data"], about["job"]
     described = {
-        "model": about["job"]["model"],
+        # A pretrained model may have been a folder here, which is not told to others.
+        "model": Path(job["model"]).name if "task" in job else job["model"],
         "classes": data["classes"],
         "input_shape": data["input_shape"],
         "preparation": data["preparation"],
     }
     if (folder.path / SCHEMA_FILE).exists():
         described["schema"] = folder.read_json(SCHEMA_FILE)
+    described |= {name: job[name] for name in _OF_TEXTS if name in job}
+    if (folder.path / PRETRAINED).is_dir():
+        described["files"] = dict(without_places(folder.path / PRETRAINED))
     digest = hashlib.sha256(b"dptorch model 1\n")
     digest.update(json.dumps(described, sort_keys=True).encode() + b"\n")
     for path in sorted(folder.path.rglob("*.safetensors")):

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, DataError
 from dptorch.tables import Encoded, Preprocessing, Schema, chunk_of, encode
 from dptorch.tables.faults import Faults
 from dptorch.training.digest import verify
 from dptorch.training.preparation import prepare_inputs
-from dptorch.training.run_folder import SCHEMA_FILE, RunFolder, load_model
+from dptorch.training.run_folder import PRETRAINED, SCHEMA_FILE, RunFolder, load_model
 
 __all__ = ["Predictor", "load"]
 
@@ -128,16 +128,11 @@ class Predictor:
 
 
 def load(folder: str | Path, *, digest: str | None = None) -> Predictor:
-    """Load a model with its preprocessing from a run or a release.
+    """Load the model of a run or a release on images, arrays or a table; see `dptorch.load`.
 
     Args:
         folder: such as "runs/demo", or what `dptorch release` wrote.
-        digest: SHA-256 that the model must have, as its statement says; None trusts the statement in
-            the folder, which finds damage, but not somebody who changed both.
-
-    Guarantees:
-        A release predicts what its run predicts, to the last bit.
-        Held by `test_a_release_predicts_what_its_run_does`.
+        digest: SHA-256 that the model must have; None trusts the statement in the folder.
 
     Raises:
         DataError: the folder is incomplete, or its model is not the one that is stated.
@@ -145,6 +140,11 @@ def load(folder: str | Path, *, digest: str | None = None) -> Predictor:
     """
     run = RunFolder(Path(folder))
     about = run.read_json("run.json")
+    if "task" in about["job"]:
+        raise DataError(
+            f"{run.path} is a run on texts: its model is in {run.path / PRETRAINED}, in transformers' "
+            "own format. dptorch.load runs it."
+        )
     found = verify(run, about, digest)
     schema = None
     if about["data"]["preparation"].get("kind") == "table":

@@ -9,7 +9,6 @@ later version adds to the folder stays there until somebody lists it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, Final
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.training.claims import for_machines
+from dptorch.training.pretrained_files import without_places
 from dptorch.training.run_folder import PRETRAINED, SCHEMA_FILE, RunFolder
 from dptorch.training.run_page import missing_packages, render
 
@@ -54,6 +54,8 @@ _JOB: Final = (
     "template",
     "label_words",
     "prompt",
+    "text",
+    "pair",
     "max_length",
     "head_learning_rate",
     "decay",
@@ -73,19 +75,6 @@ _JOB: Final = (
 _DATA: Final = ("classes", "input_shape", "preparation", "train_examples")
 _TESTED: Final = ("groups", "majority")
 _METADATA: Final = ("format", "epsilon", "delta", "steps")
-_PRETRAINED_JSON: Final = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "model.safetensors.index.json",
-    "vocab.json",
-)
-_PRETRAINED_TEXT: Final = ("vocab.txt", "merges.txt", "chat_template.jinja")
-_PATHS: Final = frozenset({"base_model_name_or_path", "name_or_path", "_name_or_path"})
 _OWN_DATA: Final = "data that is not published"
 
 
@@ -192,16 +181,10 @@ def _public(about: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any
 def _copy_pretrained(source: Path, target: Path) -> None:
     """A folder of transformers: the files that are listed, without where the model lay here."""
     target.mkdir()
-    for path in sorted(source.iterdir()):
-        if path.suffix == ".safetensors":
-            _copy_model(path, target / path.name)
-        elif path.name in _PRETRAINED_TEXT:
-            shutil.copyfile(path, target / path.name)
-        elif path.name in _PRETRAINED_JSON:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            for key in _PATHS & values.keys():
-                values[key] = Path(values[key] or "").name
-            (target / path.name).write_text(json.dumps(values, indent=2), encoding="utf-8")
+    for path in sorted(source.glob("*.safetensors")):
+        _copy_model(path, target / path.name)
+    for name, text in without_places(source):
+        (target / name).write_text(text, encoding="utf-8")
 
 
 def _copy_model(source: Path, target: Path) -> None:
