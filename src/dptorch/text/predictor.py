@@ -23,6 +23,7 @@ from dptorch.text.classification import (
 )
 from dptorch.text.job import as_text
 from dptorch.text.models import load_run
+from dptorch.text.recipes import TASKS
 from dptorch.training import predictor
 from dptorch.training.digest import verify
 from dptorch.training.run_folder import RunFolder
@@ -153,7 +154,7 @@ def load(folder: str | Path, *, digest: str | None = None) -> predictor.Predicto
     run = RunFolder(Path(folder))
     about = run.read_json("run.json")
     job = about["job"]
-    if "task" not in job:
+    if job.get("task") not in TASKS:
         return predictor.load(folder, digest=digest)
     if job["task"] != "text-classification":
         raise ConfigurationError(

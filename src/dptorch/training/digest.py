@@ -35,18 +35,19 @@ def digest_of(folder: RunFolder, about: Mapping[str, Any]) -> str:
         Held by `test_whatever_a_prediction_depends_on_changes_the_digest`.
     """
     data, job = about["data"], about["job"]
+    pretrained = folder.path / PRETRAINED
     described = {
         # A pretrained model may have been a folder here, which is not told to others.
-        "model": Path(job["model"]).name if "task" in job else job["model"],
+        "model": Path(job["model"]).name if pretrained.is_dir() else job["model"],
         "classes": data["classes"],
         "input_shape": data["input_shape"],
         "preparation": data["preparation"],
     }
     if (folder.path / SCHEMA_FILE).exists():
         described["schema"] = folder.read_json(SCHEMA_FILE)
-    described |= {name: job[name] for name in _OF_TEXTS if name in job}
-    if (folder.path / PRETRAINED).is_dir():
-        described["files"] = dict(without_places(folder.path / PRETRAINED))
+    if pretrained.is_dir():
+        described |= {name: job[name] for name in _OF_TEXTS if name in job}
+        described["files"] = dict(without_places(pretrained))
     digest = hashlib.sha256(b"dptorch model 1\n")
     digest.update(json.dumps(described, sort_keys=True).encode() + b"\n")
     for path in sorted(folder.path.rglob("*.safetensors")):

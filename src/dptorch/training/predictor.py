@@ -140,7 +140,7 @@ def load(folder: str | Path, *, digest: str | None = None) -> Predictor:
     """
     run = RunFolder(Path(folder))
     about = run.read_json("run.json")
-    if "task" in about["job"]:
+    if (run.path / PRETRAINED).is_dir():
         raise DataError(
             f"{run.path} is a run on texts: its model is in {run.path / PRETRAINED}, in transformers' "
             "own format. dptorch.load runs it."
