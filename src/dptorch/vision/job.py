@@ -90,6 +90,7 @@ class VisionJob:
     clipping_mode: str = "auto"
     clipping_style: str = "all-layer"
     mechanism: str = "gaussian"
+    bands: str | None = None
     accountant: str = "pld"
     sampling: str = "poisson"
     optimizer: str | None = None
