@@ -6,14 +6,17 @@ back. Learning-rate schedulers and anything else that calls ``optimizer.step`` k
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from dptorch.distributed.sharded import local_part
 from dptorch.distributed.zero import held_by, not_stepped
 from dptorch.errors import BudgetExhausted, ConfigurationError
 from dptorch.noise.noisy_gradient import NoisyGradient
@@ -86,6 +89,8 @@ class OptimizerBinding:
     def _private_step(self, closure: Closure | None = None) -> Any:
         if not self._attached:  # a scheduler wrapped this method and still calls it
             return self._step() if closure is None else self._step(closure)
+        if _only_makes_state(self.optimizer):
+            return self._step()
         if hasattr(self.optimizer, "grad_scale"):
             raise ConfigurationError(_NO_SCALER)
         if isinstance(self.optimizer, LBFGS):
@@ -144,6 +149,19 @@ class OptimizerBinding:
             self.optimizer.__dict__.pop(name, None)
         if self._own[_SCALES] is not None:
             setattr(self.optimizer, _SCALES, self._own[_SCALES])
+
+
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether this step is torch.distributed.checkpoint's: on zeros, for the state that it will load."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(12):  # wrappers of schedulers and of accelerate are between
+        if frame is None or frame.f_code.co_name == "_init_optim_state":
+            break
+        frame = frame.f_back
+    else:
+        return False
+    held = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return frame is not None and not any(g is not None and local_part(g).any() for g in held)
 
 
 def _plain(loss: Any) -> Any:

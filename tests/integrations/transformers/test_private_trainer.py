@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+from accelerate import Accelerator, DistributedType
 from transformers import Trainer, TrainerCallback
 
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 from dptorch.integrations.transformers.private_trainer import PRIVATE_FOLDER
+from dptorch.integrations.transformers.sharding import sharded
 from dptorch.ledger import open_ledger
 from tests.distributed.processes import on_ranks
 from tests.integrations.transformers import setup
@@ -438,3 +441,80 @@ def test_two_processes_train_the_model_of_one(tmp_path):
         assert epsilon > alone.get_privacy_spent().epsilon
     total = open_ledger(tmp_path / "ledger.db").dataset("reviews").total()
     assert (total.runs, total.steps) == (1, 5)
+
+
+def parameters_in_full(trainer):
+    values = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().flatten() for p in values])
+
+
+def shard_on_cpus():
+    """Make accelerate shard where there is no GPU, which it leaves out in silence."""
+    plain = Accelerator.__init__
+
+    def init(self, *args, fsdp_plugin=None, **more):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **more)
+        self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    Accelerator.__init__ = init
+
+
+@pytest.mark.slow
+def test_two_processes_with_shards_train_the_model_of_one(tmp_path):
+    """FSDP2 by accelerate, with AdamW, noise, and a checkpoint gone on from; and what is refused."""
+    dataset = data("gpt2", [3 + i % 6 for i in range(32)])
+    settings = {
+        "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-2,
+        "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    config = {
+        "transformer_layer_cls_to_wrap": ["GPT2Block"],
+        # Gloo mixes up the messages of whole ones, without an engine too.
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+
+    def make(folder, rows, **more):
+        return trainer_of(
+            build("gpt2"), "gpt2", folder, dataset=dataset, privacy={"noise_multiplier": 0.5},
+            per_device_train_batch_size=rows, **settings, **more,
+        )  # fmt: skip
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
+        on = {"fsdp": True, "fsdp_config": dict(config)}
+        with pytest.raises(ConfigurationError, match="on several GPUs only"):
+            make(tmp_path / "none", 4, **on)
+        shard_on_cpus()
+        on = {"fsdp": True, "fsdp_config": dict(config)}
+        killed = make(tmp_path / "two", 4, given={"callbacks": [Kill(3)]}, **on)
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+        again = make(tmp_path / "two", 4, fsdp=True, fsdp_config=dict(config))
+        again.train(resume_from_checkpoint=True)
+        places = {str(getattr(p, "placements", "whole")) for p in again.model.parameters()}
+        return parameters_in_full(again), again.get_privacy_spent().epsilon, places
+
+    alone = ran(make(tmp_path / "one", 8))
+    ranks = on_ranks(2, work)
+    assert not any(isinstance(found, Exception) for found in ranks), ranks
+    for values, epsilon, places in ranks:
+        assert places == {"(Shard(dim=0),)"}
+        torch.testing.assert_close(values, parameters_in_full(alone), rtol=0, atol=1e-5)
+        assert epsilon == alone.get_privacy_spent().epsilon
+
+
+@pytest.mark.parametrize(
+    ("version", "checkpointing", "chunk", "way_out"),
+    [
+        (1, False, None, "Use version 2"),
+        (2, True, None, r"activation_checkpointing=True\)"),
+        (2, False, 8, "loss_chunk=8"),
+    ],
+)
+def test_other_ways_of_sharding_are_refused(version, checkpointing, chunk, way_out):
+    plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=checkpointing)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(model=None, is_fsdp_enabled=True, accelerator=accelerator)
+    with pytest.raises(ConfigurationError, match=way_out):
+        sharded(trainer, loss_chunk=chunk)

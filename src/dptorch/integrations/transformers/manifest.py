@@ -80,6 +80,7 @@ KEPT: Final = frozenset({
     "generation_num_beams", "generation_config", "model_init_kwargs", "trust_remote_code",
     "chat_template_path", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "eos_token",
     "max_length", "truncation_mode", "shuffle_dataset", "pad_to_multiple_of", "eval_packing",
+    "fsdp", "fsdp_config",  # accelerate's FSDP2: see `sharding`
     "completion_only_loss", "assistant_only_loss", "activation_offloading", "pad_token",
 })  # fmt: skip
 
@@ -116,9 +117,9 @@ _SCHEDULES: Final = (
 )  # fmt: skip
 
 _WHOLE_MODEL: Final = (
-    "shards or averages gradients, which have to be clipped one by one and added up before noise is, "
-    "once. Leave it out: torchrun or `accelerate launch` alone trains on several processes, each with "
-    "the whole model, and gradient_accumulation_steps makes large batches fit."
+    "is not covered: its gradients would be averaged before they are clipped one by one. Leave it out: "
+    "torchrun or `accelerate launch` trains on several processes, each with the whole model, or with a "
+    "shard of it under fsdp=True. gradient_accumulation_steps makes large batches fit."
 )
 _SELECTS: Final = (
     "chooses by looking at the evaluation data, which no epsilon here covers. Leave it out, or say "
@@ -160,7 +161,6 @@ REFUSED: Final = {
         "uploads checkpoints, with the exact losses in trainer_state.json. Use 'every_save' or 'end'.",
     ),
     "parallelism_config": Refusal(_OFF, _WHOLE_MODEL),
-    "fsdp": Refusal((*_OFF, []), _WHOLE_MODEL),
     "deepspeed": Refusal(_OFF, _WHOLE_MODEL),
     "dataloader_in_order": Refusal(
         (True,), "parts of different batches would arrive mixed. Leave it True."
@@ -190,7 +190,6 @@ IGNORED: Final = {
     "accelerator_config": "batches come from the engine's loader, which accelerate does not re-shard",
     "sortish_sampler": "lengths order nothing",
     "length_column_name": "lengths order nothing",
-    "fsdp_config": "fsdp is refused",
     "packing_strategy": "packing is refused, or the packed row is the unit",
     "ddp_find_unused_parameters": "DistributedDataParallel averages nothing: the engine adds up",
     "ddp_bucket_cap_mb": "DistributedDataParallel averages nothing: the engine adds up",

@@ -37,6 +37,7 @@ from dptorch.integrations.transformers.reporting import (
     not_private_files,
     renamed,
 )
+from dptorch.integrations.transformers.sharding import sharded
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.sampling import Terms, Users, get_scheme
 from dptorch.statement import Statement
@@ -123,6 +124,7 @@ class PrivateTrainer(Trainer):
         if self.train_dataset is None:
             raise ConfigurationError("train_dataset is missing: give the private data set.")
         check_data(self)
+        self.model = self.model_wrapped = sharded(self, loss_chunk=loss_chunk)
         self._chunked = None if loss_chunk is None else self._chunked_loss(loss_chunk)
         settings: dict[str, Any] = {
             **privacy.plan_settings(),
