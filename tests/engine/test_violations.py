@@ -531,3 +531,25 @@ def test_the_step_refuses_what_has_no_noise(kind: str) -> None:
     with pytest.raises(TypeError, match="NoisyGradient"):
         write_gradients(dict(model.named_parameters()), given[kind], lambda *_: None)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_for_the_state_of_a_checkpoint_is_on_zeros_only() -> None:
+    """torch.distributed.checkpoint steps once on zeros; with a gradient a step is another one."""
+    model = make_model()
+    engine = dptorch.PrivacyEngine(
+        model, sample_rate=0.5, sample_size=8, steps=1, noise_multiplier=1.0, target_delta=1e-3
+    )
+    optimizer = engine.attach(torch.optim.Adam(model.parameters(), lr=0.0))
+
+    def _init_optim_state(value: float) -> None:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.step()
+
+    _init_optim_state(0.0)
+    assert engine.steps_done == 0
+    assert all(
+        set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values()
+    )
+    with pytest.raises(PrivacyError, match="without a backward"):
+        _init_optim_state(1.0)

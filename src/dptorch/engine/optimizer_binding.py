@@ -152,7 +152,7 @@ class OptimizerBinding:
 
 
 def _only_makes_state(optimizer: Optimizer) -> bool:
-    """Whether this step is torch.distributed.checkpoint's: on zeros, for the state that it will load."""
+    """Whether this step is torch.distributed.checkpoint's, on zeros, for the state it will load."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(12):  # wrappers of schedulers and of accelerate are between
         if frame is None or frame.f_code.co_name == "_init_optim_state":
