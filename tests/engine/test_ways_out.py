@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 
 import dptorch
 from dptorch.errors import BudgetExhausted, ExamplesMixError, PrivacyError
-from tests.engine.legitimate.models import mixtral
+from dptorch.validation.all_experts import AllExperts
+from tests.engine.legitimate.models import mixtral, switch
 from tests.engine.setup import SIZE, Loss, make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -123,6 +125,39 @@ def test_lbfgs_with_many_evaluations() -> None:
     with pytest.raises(BudgetExhausted, match=r"max_eval=25 times.*pass max_iter=1"):
         steps()
     assert steps(max_iter=1) == 3
+
+
+@pytest.mark.slow
+def test_models_of_transformers_that_mix_and_need_not() -> None:
+    """The legitimate programs "Switch Transformer" and "Longformer" take the ways out."""
+    from transformers import LongformerConfig, LongformerForSequenceClassification
+    from transformers.models.switch_transformers import modeling_switch_transformers as switches
+
+    words = torch.randint(1, 30, (SIZE, 6))
+    prepared = switch()
+    experts = [m for m in prepared.modules() if isinstance(m, AllExperts)]
+    assert len(experts) == 2
+    outputs = []
+    for forward in (AllExperts.forward, switches.SwitchTransformersExperts.forward):
+        for layer in experts:
+            layer.num_experts, layer.forward = 3, types.MethodType(forward, layer)  # type: ignore
+        outputs.append(prepared(input_ids=words, labels=words).logits)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    loss: Loss = lambda m, x, y: m(input_ids=words[: len(x)], labels=words[: len(x)]).loss
+    with pytest.raises(ExamplesMixError, match=r"dptorch\.prepare\(model\) lets every expert run"):
+        steps_with(loss, switch(prepare=False), self_check=False)
+    config = LongformerConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+        attention_window=[4],
+    )
+    loss = lambda m, x, y: m(input_ids=words[: len(x)], labels=y % 2).loss
+    with pytest.raises(PrivacyError, match=r"LongformerModel\(config, add_pooling_layer=False\)"):
+        steps_with(loss, LongformerForSequenceClassification(config), self_check=False)
 
 
 @pytest.mark.slow

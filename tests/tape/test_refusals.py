@@ -149,6 +149,9 @@ CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
     "unfolded without a batch": lambda x: F.unfold(x.view(B, 2, 3), (1, 1)).reshape(B, D).flip(0),
     "dynamic convolution": lambda x: F.conv1d(x[:, :, None], x[:, :, None]).flatten(1).mean(1)[:, None],
     "strided": lambda x: torch.as_strided(x, (B, D), (1, B)),
+    "windows that end in the next row": lambda x: F.pad(
+        x, (0, 1, 0, 1)).as_strided((B, 2, D), (D + 1, 2, 1)).sum(1),
+    "windows over gaps": lambda x: x.repeat(1, 2)[:, ::2].as_strided((B, D), (2 * D, 1)),
     "boolean any": lambda x: (x > 1).any(0).double(),
     "nonzero count": lambda x: torch.full((D,), (x > 0).sum() * 1.0),
     "attention over examples": lambda x: F.scaled_dot_product_attention(x, x, x),

@@ -1,4 +1,4 @@
-"""Convert what mixes examples: BatchNorm and tracked InstanceNorm.
+"""Convert what mixes examples: BatchNorm, tracked InstanceNorm, experts of Switch Transformers.
 
 Shape legend: N examples, C channels, G groups of channels, ... space.
 """
@@ -20,6 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from dptorch.errors import ConfigurationError, one_of
+from dptorch.validation.all_experts import AllExperts, asks_who_is_hit
 
 __all__ = ["Change", "FrozenBatchNorm", "Preparation", "preparation", "prepare"]
 
@@ -158,8 +159,9 @@ def prepare(
     """Convert, in place, the modules of `model` that mix examples; returns the model.
 
     BatchNorm of every kind, frozen and affine-free ones too, becomes GroupNorm or a
-    `FrozenBatchNorm`; InstanceNorm stops tracking running statistics. All else is left alone:
-    `dptorch.check` finds what mixes examples in other ways.
+    `FrozenBatchNorm`; InstanceNorm stops tracking running statistics; the experts of a Switch
+    Transformer all run (`AllExperts`). All else is left alone: `dptorch.check` finds what mixes
+    examples in other ways.
 
     BatchNorm normalises a channel by its running mean and variance, GroupNorm by those of the
     channel's group within one example. Folding scales and moves GroupNorm's result by what would
@@ -283,7 +285,9 @@ def _plan(model: nn.Module, batchnorm: str, groups_of: GroupsOf, fold: bool) -> 
     uses = Counter(id(p) for m in norms for p in m.parameters(recurse=False))
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, _InstanceNorm):
+        if asks_who_is_hit(module):
+            yield _Step(module, Change(name, kind, "AllExperts", "every expert runs"), AllExperts)
+        elif isinstance(module, _InstanceNorm):
             if module.track_running_stats or module.running_mean is not None:
                 detail = "running statistics off, in eval mode too"
                 yield _Step(module, Change(name, kind, kind, detail), partial(_untrack, module))

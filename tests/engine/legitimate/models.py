@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.data import TensorDataset
 
+import dptorch
 from tests.engine.legitimate.harness import N, Program, linear
 from tests.engine.legitimate.loops import loss_of
 
@@ -228,6 +229,11 @@ MODELS: dict[str, Program] = {
             rnn=lambda: nn.LSTM(4, 5, batch_first=True, bidirectional=True),
             head=lambda: nn.Linear(10, 3)), sequences
     ),
+    "overlapping windows": Program(
+        loss_of, of(
+            lambda m, x: m.head(F.pad(x, (0, 1)).as_strided((len(x), 4, 3), (6, 1, 1)).flatten(1)),
+            head=lambda: nn.Linear(12, 3))
+    ),
     "a loss in an attribute": Program(
         _with_what_was_kept, of(_keeping, body=lambda: nn.Linear(5, 6), head=lambda: nn.Linear(6, 3))
     ),
@@ -421,6 +427,54 @@ def t5() -> nn.Module:
     )
 
 
+def switch(prepare: bool = True) -> nn.Module:
+    """A Switch Transformer; if it is prepared, all of its experts run."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    model = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(
+            vocab_size=30,
+            d_model=8,
+            d_kv=4,
+            d_ff=8,
+            num_layers=1,
+            num_sparse_encoder_layers=1,
+            num_decoder_layers=1,
+            num_sparse_decoder_layers=1,
+            num_heads=2,
+            num_experts=3,
+            dropout_rate=0.0,
+            router_jitter_noise=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
+    )
+    return dptorch.prepare(model, report=None) if prepare else model
+
+
+def longformer() -> nn.Module:
+    """A Longformer without global attention under a head of one's own."""
+    from transformers import LongformerConfig, LongformerModel
+
+    config = LongformerConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+        attention_window=[4],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    body = LongformerModel(config, add_pooling_layer=False)
+
+    def forward(m: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        return m.head(m.body(ids, attention_mask=mask).last_hidden_state[:, 0])  # type: ignore[no-any-return]
+
+    return Made(forward, body=body, head=nn.Linear(8, 3))
+
+
 def timm_model(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import timm
@@ -457,6 +511,13 @@ SLOW: dict[str, Program] = {
         loss_of, lambda: torch.compile(linear(), backend="eager"),  # type: ignore[arg-type,return-value]
     ),
     "compiled with the loss": Program(_compiled_loss),
+    "Switch Transformer": Program(
+        lambda m, b: m(input_ids=b[0], attention_mask=b[1], labels=_labels_of(b)).loss,
+        switch, _sentences,
+    ),
+    "Longformer": Program(
+        lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), longformer, _sentences,
+    ),
     "Mixtral": Program(
         lambda m, b: m(input_ids=b[0], attention_mask=b[1], labels=_labels_of(b)).loss,
         mixtral, _sentences,

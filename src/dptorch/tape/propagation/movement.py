@@ -31,6 +31,9 @@ from dptorch.tape.provenance.tags import (
 
 __all__ = ["region"]
 
+_LARGEST = 2**24  # elements of memory that are looked at one by one
+_ELSEWHERE = -2
+
 
 @family(
     """view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel _reshape_alias
@@ -47,6 +50,38 @@ def view(call: Call, outputs: Sequence[Any]) -> Found:
             raise Lost("elements are reinterpreted at another size")
         return tag
     return tag_after_view(x.shape, tag, outputs[0].shape, call.batch_size)
+
+
+@family("as_strided")
+def as_strided(call: Call, outputs: Sequence[Any]) -> Found:
+    """Overlapping windows, say: whose each element is, is read off the memory of the operand."""
+    x, tag, out = call.first, call.tag_of(call.first), outputs[0]
+    if tag is None:
+        return None
+    owner = owner_of_each(x, tag, call.batch_size)
+    places = [(x.shape, x.stride()), (out.shape, out.stride())]
+    start = out.storage_offset() - x.storage_offset()
+    if all(shape[-1:] == x.shape[-1:] and stride[-1:] == (1,) for shape, stride in places):
+        width = x.shape[-1]  # of blocks that both keep whole, and that are one example's
+        others = [s for _, stride in places for s in stride[:-1]]
+        if tag.dim != x.dim() - 1 and all(s % width == 0 for s in (*others, start)):
+            places = [(shape[:-1], [s // width for s in stride[:-1]]) for shape, stride in places]
+            owner, start = owner[..., 0], start // width
+    reach = [
+        sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) for shape, stride in places
+    ]
+    if start < 0 or start + reach[1] > reach[0] or not x.numel() or reach[0] > _LARGEST:
+        raise Lost("it reads memory by strides")
+    if any(n > 1 and not s for n, s in zip(*places[0], strict=True)):
+        raise Lost("it reads memory of an expanded tensor by strides")
+    memory = torch.full((reach[0] + 1,), _ELSEWHERE, dtype=owner.dtype)
+    memory.as_strided(*places[0]).copy_(owner)
+    found = memory.as_strided(*places[1], start)
+    if bool((found == _ELSEWHERE).any()):
+        raise Lost("it reads memory between the elements of its operand")
+    return read_owners(
+        found.reshape(*found.shape, *([1] * (out.dim() - found.dim()))), call.batch_size
+    )
 
 
 @family("view_as_real")

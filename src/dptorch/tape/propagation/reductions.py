@@ -125,7 +125,6 @@ MIXING = {
     "cov": "it is a statistic over the examples",
     "corrcoef": "it is a statistic over the examples",
     "put": "it writes into the flattened batch",
-    "as_strided": "it reads memory by strides",
     "as_strided_scatter": "it writes into memory by strides",
     "segment_reduce": "the segments are counted over the batch",
 }

@@ -11,7 +11,7 @@ from dptorch.errors import ExamplesMixError, NotCoveredError
 from dptorch.tape.provenance.calls import Info, each_tensor
 from dptorch.tape.provenance.loss_reduction import follow_loss, plus_constant
 from dptorch.tape.provenance.tags import Mixed, Reduced, State, Tag
-from dptorch.tape.recording.places import way_out_of_experts
+from dptorch.tape.recording.places import way_out_of_a_known_module
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["after_the_batch", "leaves"]
@@ -33,7 +33,7 @@ def after_the_batch(
         raise ExamplesMixError(
             f"{lost.reason} The result meets {recording.describe(next(iter(parameters.values())))} "
             f"in '{name}', so the gradient of one example depends on the others."
-            + way_out_of_experts()
+            + way_out_of_a_known_module()
         )
     if parameters:
         raise NotCoveredError(

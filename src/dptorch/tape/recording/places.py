@@ -18,14 +18,20 @@ __all__ = [
     "module_path",
     "reading_modules",
     "user_line",
+    "way_out_of_a_known_module",
     "way_out_of_a_trainer",
-    "way_out_of_experts",
 ]
 
 #: Where code runs that is no module's forward.
 OUTSIDE = "outside the model"
 _TRAINERS = ("transformers.trainer", "trl.trainer")
 _PRIVATE_TRAINERS = "dptorch.integrations.transformers"
+_WAYS_OUT = {
+    "SwitchTransformersExperts": "dptorch.prepare(model) lets every expert run, with the same result.",
+    "LongformerSelfAttention": "Global attention of a Longformer is padded to the example that has "
+    "most of it. Train the body without it, LongformerModel(config, add_pooling_layer=False), under a "
+    "head of your own.",
+}
 _LIBRARIES = (
     str(Path(__file__).parents[2]),
     str(Path(torch.__file__).parent),
@@ -67,13 +73,16 @@ def reading_modules() -> Iterator[str]:
         frame = frame.f_back
 
 
-def way_out_of_experts() -> str:
-    """Return a sentence for a mixture of experts of transformers whose tokens are sorted by expert."""
+def way_out_of_a_known_module() -> str:
+    """Return a sentence for a module of transformers that mixes examples, and need not."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
+        kind = type(owner).__name__
+        if kind in _WAYS_OUT:
+            return f" {_WAYS_OUT[kind]}"
         config = getattr(owner, "config", None)
-        if type(owner).__name__.endswith("Experts") and hasattr(config, "_experts_implementation"):
+        if kind.endswith("Experts") and hasattr(config, "_experts_implementation"):
             return (
                 " A mixture of experts of transformers sorts the tokens of all examples, but for "
                 "model.set_experts_implementation('batched_mm')."
