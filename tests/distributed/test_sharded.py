@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import dptorch
 from dptorch.distributed.sharded import ShardedParameters
+from dptorch.engine import load_shards, save_shards
 from dptorch.errors import ConfigurationError, PrivacyError
 from tests.distributed.processes import on_ranks
 from tests.distributed.scenarios import (
@@ -149,34 +150,44 @@ def test_bfloat16_is_summed_and_noised_in_float32() -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1), (1, 2)])
 def test_a_sharded_checkpoint_goes_on_on_another_number_of_ranks(before, after, tmp_path) -> None:
-    """Of Adam, whose moments are sharded too; one process has the whole model, not sharded."""
-    path = tmp_path / "run.pt"
+    """Of Adam, whose moments are sharded too; one process has the whole model, not sharded. In one
+    file, put together on rank 0, and in a folder, to which each rank writes its shards."""
+    path, folder = tmp_path / "run.pt", tmp_path / "run"
 
-    def run(size: int, *, load: bool) -> tuple[torch.Tensor, float]:
+    def run(size: int, *, load: str | None) -> tuple[torch.Tensor, float]:
         model = make_model()
         if size > 1:
             model = sharded()(model)
         engine = dptorch.PrivacyEngine(model, **settings_of(steps=4))
         optimizer = engine.attach(torch.optim.Adam(model.parameters(), 0.01))
-        if load:
+        if load == "file":
             engine.load_checkpoint(path)
+        elif load == "folder":
+            assert load_shards(folder, engine) == {"told": 1}
         for x, y in engine.loader(make_data()):
             loss_of(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if engine.steps_done == 2 and not load and path.parent.exists():
+            if load is None and engine.steps_done in (1, 2):
                 engine.save_checkpoint(path)
+                save_shards(folder, engine, extra={"told": 1})  # the second replaces the first
         values = [p.detach() for p in model.parameters()]
         whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in values]
         return torch.cat([p.flatten() for p in whole]), engine.get_privacy_spent().epsilon
 
-    first = (
-        [run(1, load=False)] if before == 1 else on_ranks(before, lambda r: run(before, load=False))
-    )
-    later = [run(1, load=True)] if after == 1 else on_ranks(after, lambda r: run(after, load=True))
-    for values, epsilon in later:
-        torch.testing.assert_close(values, first[0][0], rtol=1e-5, atol=1e-6)
-        assert epsilon == first[0][1]
+    def on(size: int, *ways: str | None) -> list[Any]:
+        def work(rank: int) -> list[Any]:
+            return [run(size, load=way) for way in ways]
+
+        found = [work(0)] if size == 1 else on_ranks(size, work)
+        assert not any(isinstance(each, Exception) for each in found), found
+        return [each for of_rank in found for each in of_rank]
+
+    values, epsilon = on(before, None)[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"run.pt", "run"}
+    for later, told in on(after, "file", "folder"):
+        torch.testing.assert_close(later, values, rtol=1e-5, atol=1e-6)
+        assert told == epsilon
 
 
 # -- bad input -------------------------------------------------------------------------------------

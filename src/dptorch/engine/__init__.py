@@ -6,5 +6,6 @@ batch and writes the noisy gradient that the optimizer steps with.
 
 from dptorch.engine.diagnostics import StepDiagnostics
 from dptorch.engine.privacy_engine import PrivacyEngine
+from dptorch.engine.sharded_checkpoint import load_shards, save_shards
 
-__all__ = ["PrivacyEngine", "StepDiagnostics"]
+__all__ = ["PrivacyEngine", "StepDiagnostics", "load_shards", "save_shards"]
