@@ -112,6 +112,7 @@ class Statement:
         ledger: the run's id and data set in the ledger that its steps were written to beforehand.
         model_digest: SHA-256 of the model that a run released, weights and preprocessing.
         read_from_data: what of the preprocessing was read off the private data, in words.
+        notes: what else a reader has to know, in words: what weights training began from.
     """
 
     plan: PrivacyPlan
@@ -130,6 +131,7 @@ class Statement:
     ledger: dict[str, str] | None = None
     model_digest: str | None = None
     read_from_data: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def sampling_holds(self) -> bool:
@@ -270,6 +272,7 @@ class Statement:
             "ledger": self.ledger,
             "model_digest": self.model_digest,
             "read_from_data": list(self.read_from_data),
+            "notes": list(self.notes),
             "sampling_planned": plan.sampling,
             "sampling_law": plan.scheme.describe(plan.terms, plan.unit),
             "sampling_theorem": plan.scheme.theorem,
@@ -368,7 +371,7 @@ class Statement:
         return lines
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes = [f"NOTE: {note}" for note in self.notes]
         if not self.sampling_holds:
             notes.append(
                 f"NOTE: not every batch was drawn by the engine as planned ({self.plan.sampling}). The "

@@ -77,6 +77,21 @@ def test_a_run_writes_everything(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_mean_of_the_last_steps_is_the_result(job: Job, tmp_path: Path) -> None:
+    setup = prepare(replace(job, epochs=1, tail=0.5))
+    passed: list[torch.Tensor] = []
+    setup.optimizer.register_step_post_hook(
+        lambda *_: passed.append(next(setup.model.parameters()).detach().clone())
+    )
+    folder = run_folder.create(tmp_path / "runs", "mean")
+    train(setup, folder)
+    mean = torch.stack(passed[2:]).mean(0)
+    assert len(passed) == 4
+    assert torch.allclose(weights(folder)[0], mean, atol=1e-6)
+    assert not torch.allclose(passed[-1], mean, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_what_comes_from_private_data_says_so(finished: RunFolder) -> None:
     columns = set(finished.read_metrics()[-1])
     public = {"epoch", "step", "epsilon", "delta", "test_accuracy", "test_loss", "seconds"}
@@ -220,6 +235,7 @@ def test_what_was_left_open_is_decided(job: Job) -> None:
         ({"epochs": 0}, "epochs=0: expected a positive number"),
         ({"learning_rate": -1}, "learning_rate=-1"),
         ({"momentum": 1.0}, "momentum=1.0"),
+        ({"tail": 1.5}, r"tail=1\.5: expected a share"),
         ({"clipping_fn": "abbadi"}, "'abadi'"),
         ({"accountant": "pdl"}, "'pld'"),
         ({"sampling": "shufled"}, "'shuffled'"),

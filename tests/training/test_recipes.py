@@ -49,7 +49,7 @@ def test_unknown_recipe_lists_the_known() -> None:
 
 @pytest.mark.slow
 def test_the_features_recipe_reaches_its_number() -> None:
-    """ε <= 3 and 0.945; over many runs the mean is 0.968 and the standard deviation 0.003."""
+    """ε <= 3 and 0.957; of three runs the mean is 0.969 and the standard deviation 0.002."""
     setup = prepare(Job(recipe="mnist-features", seed=0))
     assert setup.engine.plan.epsilon() <= 3
     assert setup.engine.plan.target_delta == 1e-5
@@ -59,8 +59,9 @@ def test_the_features_recipe_reaches_its_number() -> None:
             torch.nn.functional.cross_entropy(setup.model(x), y).backward()
             setup.optimizer.step()
             setup.optimizer.zero_grad()
-    accuracy, _ = evaluate(setup.model, setup.data.test, setup.device)
-    assert accuracy >= 0.945
+    with setup.with_result():
+        accuracy, _ = evaluate(setup.model, setup.data.test, setup.device)
+    assert accuracy >= 0.957
 
 
 @pytest.mark.slow

@@ -232,6 +232,15 @@ class TrainingOptions:
     momentum: Annotated[
         float | None, _option(TRAINING, help="Momentum of SGD.", default=_suggested("momentum"))
     ] = None
+    tail: Annotated[
+        float | None,
+        _option(
+            TRAINING,
+            help="Take the mean of the weights over this last share of the steps: it has less noise. 0 "
+            "takes the last weights.",
+            default=_suggested("tail"),
+        ),
+    ] = None
     max_physical_batch_size: Annotated[
         int,
         _option(

@@ -116,6 +116,28 @@ class VisionModelOptions:
             default=RECIPE + "no",
         ),
     ] = None
+    init: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            help="Weights to begin from: a [bold].safetensors[/] or [bold].pt[/] file of this model, "
+            "or the folder of a run. The statement names them.",
+            default=False,
+        ),
+    ] = None
+    init_data: Annotated[
+        str | None,
+        _option(MODEL, help="What the file of --init was trained on, in words.", default=False),
+    ] = None
+    init_epsilon: Annotated[
+        float | None,
+        _option(
+            MODEL,
+            help="ε that the maker of that file states for that data.",
+            default="trained without privacy, on public data",
+        ),
+    ] = None
+    init_delta: Annotated[float | None, _option(MODEL, help="δ of it.", default=False)] = None
     features: Annotated[
         str | None,
         _option(

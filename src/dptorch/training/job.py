@@ -33,6 +33,7 @@ __all__ = [
     "Job",
     "Setup",
     "device_of",
+    "left_out",
     "prepare",
     "refuse_unknown_settings",
     "style_of",
@@ -74,6 +75,8 @@ class Job:
             which is clipped on its own.
         clipping_mode: see `dptorch.PrivacyEngine`; no effect on the result, but no "non-private".
         learning_rate, momentum: of SGD.
+        tail: the result is the mean of the weights over this last share of the steps; 0 for the last
+            weights.
         max_physical_batch_size: most examples in memory at once; no effect on the result.
         num_workers: processes that load data.
         device: "auto", or any torch device.
@@ -103,6 +106,7 @@ class Job:
     sampling: str = "poisson"
     learning_rate: float | None = None
     momentum: float | None = None
+    tail: float | None = None
     max_physical_batch_size: int = 512
     num_workers: int = 0
     device: str = "auto"
@@ -187,7 +191,8 @@ class Setup:
 
     `canaries` are those that the run plants, if it does; `data` has them in. `task` says what is
     trained for. `kept` has state of its own, which goes into the checkpoint; the weights that its
-    `WeightAverage` has are the run's result, where there is one.
+    `WeightAverage` has are the run's result, where there is one. `notes` go into the statement, and
+    `began_from` into `run.json`: what is known of the weights that training began from.
     """
 
     job: AnyJob
@@ -199,6 +204,8 @@ class Setup:
     canaries: Canaries | None = None
     task: Task = field(default_factory=Classification)
     kept: Mapping[str, Stateful] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    began_from: Mapping[str, Any] | None = None
 
     @property
     def private(self) -> bool:
@@ -270,7 +277,21 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
         momentum=job.momentum or 0.0,
     )
     engine.attach(optimizer)
-    return Setup(job, data, model, engine, optimizer, device, canaries, task_of(data))
+    kept: dict[str, Stateful] = {}
+    if job.tail:
+        kept["average"] = WeightAverage(model, optimizer, first_step=left_out(job.tail, plan.steps))
+    return Setup(job, data, model, engine, optimizer, device, canaries, task_of(data), kept)
+
+
+def left_out(tail: float, steps: int) -> int:
+    """Number of steps before the last share `tail` of them.
+
+    Raises:
+        ConfigurationError: it is no share.
+    """
+    if not 0 < tail <= 1:
+        raise ConfigurationError(f"tail={tail}: expected a share of the steps in (0, 1].")
+    return round((1 - tail) * steps)
 
 
 def _refuse_contradictions(job: Job) -> None:
@@ -349,6 +370,7 @@ def _decide(job: Job, model: str, suggested: Hyperparameters, *, sample_size: in
         "clipping_fn",
         "learning_rate",
         "momentum",
+        "tail",
     ):
         value = getattr(job, name)
         filled[name] = getattr(suggested, name) if value is None else value

@@ -286,6 +286,7 @@ def _about(setup: Setup, status: str) -> Row:
         },
         "model": {
             "class": type(setup.model).__name__,
+            **({"began_from": dict(setup.began_from)} if setup.began_from else {}),
             "parameters": sum(p.numel() for p in setup.model.parameters()),
             "trainable_parameters": sum(
                 p.numel() for p in setup.model.parameters() if p.requires_grad
@@ -341,6 +342,7 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         setup.engine.statement(),
         model_digest=digest_of(folder, about),
         read_from_data=read,
+        notes=setup.notes,
     )
     n_test = setup.data.sizes[1]
     test_note = (

@@ -17,7 +17,14 @@ from dptorch.errors import ConfigurationError, one_of
 from dptorch.plan import make_plan
 from dptorch.postprocessing import LowPassFilter, WeightAverage
 from dptorch.randomness import RootKey
-from dptorch.training.job import PLAN_SETTINGS, Setup, device_of, refuse_unknown_settings, style_of
+from dptorch.training.job import (
+    PLAN_SETTINGS,
+    Setup,
+    device_of,
+    left_out,
+    refuse_unknown_settings,
+    style_of,
+)
 from dptorch.training.models import build_model
 from dptorch.training.pictures import Look
 from dptorch.training.schedules import Schedule
@@ -27,6 +34,7 @@ from dptorch.vision.formats import LAYOUTS, find_format
 from dptorch.vision.methods import apply_method
 from dptorch.vision.recipes import defaults_of
 from dptorch.vision.task import ImageClassification
+from dptorch.vision.weights import Origin, load_weights, origin_of
 
 __all__ = ["OPTIMIZERS", "TASK", "VisionJob", "prepare"]
 
@@ -51,6 +59,8 @@ class VisionJob:
         test_fraction: held out where there is no test set.
         image_size, channels, scale, features: see `dptorch.training.pictures.Look`.
         model, pretrained: see `dptorch.training.models.build_model`.
+        init: weights to begin from: a file, or the folder of a run; init_data, init_epsilon,
+            init_delta: what their maker says of them. See `dptorch.vision.weights`.
         method: what is trained, a name in `dptorch.vision.methods.METHODS`.
         lora_rank: of LoRA.
         optimizer: a name in `OPTIMIZERS`; momentum, weight_decay: of it.
@@ -77,6 +87,10 @@ class VisionJob:
     features: str | None = None
     model: str | None = None
     pretrained: bool | None = None
+    init: str | None = None
+    init_data: str | None = None
+    init_epsilon: float | None = None
+    init_delta: float | None = None
     method: str | None = None
     lora_rank: int = 8
     epochs: float | None = None
@@ -165,7 +179,9 @@ def prepare(job: VisionJob) -> Setup:
     if job.seed is not None:
         torch.manual_seed(job.seed)
     shape, outputs = data.input_shape, data.outputs
-    network = apply_method(_network(job, shape, outputs), job.method or "", rank=job.lora_rank)
+    network = _network(job, shape, outputs)
+    origin = _begin(network, job)
+    network = apply_method(network, job.method or "", rank=job.lora_rank)
     augmentation = _augmentation(job, data.input_shape)
     model = Views(network, dims=len(shape) + 1) if augmentation is not None else network
     model = model.to(device)
@@ -178,8 +194,8 @@ def prepare(job: VisionJob) -> Setup:
     if job.low_pass is not None:
         kept["low_pass"] = LowPassFilter(optimizer, job.low_pass)
     if job.ema is not None or job.tail is not None:
-        left_out = 0 if job.tail is None else round((1 - job.tail) * plan.steps)
-        kept["average"] = WeightAverage(model, optimizer, decay=job.ema, first_step=left_out)
+        first = 0 if job.tail is None else left_out(job.tail, plan.steps)
+        kept["average"] = WeightAverage(model, optimizer, decay=job.ema, first_step=first)
     assert job.model
     task = ImageClassification(
         classes=data.classes,
@@ -190,7 +206,11 @@ def prepare(job: VisionJob) -> Setup:
         several=bool(data.preparation.get("several")),
         batch_size=2 * job.max_physical_batch_size,
     )
-    return Setup(job, data, model, engine, optimizer, device, task=task, kept=kept)
+    return Setup(
+        job, data, model, engine, optimizer, device, task=task, kept=kept,
+        notes=() if origin is None else (origin.note,),
+        began_from=None if origin is None else origin.to_dict(),
+    )  # fmt: skip
 
 
 def _refuse_contradictions(job: VisionJob) -> None:
@@ -203,12 +223,12 @@ def _refuse_contradictions(job: VisionJob) -> None:
         a, b = getattr(job, first), getattr(job, second)
         if a is not None and b is not None:
             raise ConfigurationError(f"{first}={a:g} and {second}={b:g} exclude each other: {why}.")
+    if job.pretrained and job.init is not None:
+        raise ConfigurationError("pretrained=True and init exclude each other: both give weights.")
     for name in ("epochs", "learning_rate", "max_physical_batch_size"):
         value = getattr(job, name)
         if value is not None and not value > 0:
             raise ConfigurationError(f"{name}={value}: expected a positive number.")
-    if job.tail is not None and not 0 < job.tail <= 1:
-        raise ConfigurationError(f"tail={job.tail}: expected a share of the steps in (0, 1].")
     if job.optimizer is not None:
         one_of("optimizer", job.optimizer, OPTIMIZERS)
     if job.target_epsilon is not None and not job.target_epsilon > 0:
@@ -289,6 +309,25 @@ def _network(job: VisionJob, shape: tuple[int, ...], outputs: int) -> nn.Module:
             f"the weights of {job.model} cannot be downloaded ({' '.join(str(error).split())[:200]}). "
             "Leave out --pretrained to begin with random ones."
         ) from error
+
+
+def _begin(network: nn.Module, job: VisionJob) -> Origin | None:
+    """Load the weights to begin from, and say what is known of them."""
+    assert job.data
+    if job.init is None:
+        if any(v is not None for v in (job.init_data, job.init_epsilon, job.init_delta)):
+            raise ConfigurationError(
+                "init_data, init_epsilon and init_delta say what is known of the weights of --init. "
+                "Give those too."
+            )
+        if not job.pretrained:
+            return None
+        about: Any = getattr(network, "pretrained_cfg", None)  # of timm
+        tag = about.get("tag") if isinstance(about, dict) else getattr(about, "tag", None)
+        return Origin(f"{job.model} ({tag or 'default'})", "the data that their publisher names")
+    origin = origin_of(job.init, job.init_data, job.init_epsilon, job.init_delta, job.data)
+    load_weights(network, job.init)
+    return origin
 
 
 def _augmentation(job: VisionJob, shape: tuple[int, ...]) -> Augmentation | None:
