@@ -7,6 +7,7 @@ one example moves the step by many times the clipping norm.
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dptorch
-from dptorch.errors import PrivacyError
+from dptorch.errors import PrivacyError, PrivacyWarning
 from dptorch.tape.recording import batches as recorded
 from dptorch.tape.recording import patches
+from tests.engine.legitimate import models
+from tests.engine.setup import make_engine
 
 B, C = 12, 0.05
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -450,3 +453,40 @@ def test_what_is_asked_beside_the_mode_is_put_back() -> None:
     assert all(a is not b for a, b in zip(during, before, strict=True))
     for _ in range(others):
         patches.patch()
+
+
+def _read_by(module: str) -> Program:
+    """A program that asks whether an example is large, in code of a module of that name."""
+    names: dict[str, Any] = {"__name__": module}
+    exec("def looks(h):\n    return bool((h > 1e3).any())", names)
+
+    def program(model: nn.Module, h: Tensor) -> Tensor:
+        names["looks"](h)
+        return h
+
+    return program
+
+
+@pytest.mark.filterwarnings("error::dptorch.errors.PrivacyWarning")
+@pytest.mark.filterwarnings("ignore:a batch did not come:dptorch.errors.PrivacyWarning")
+@pytest.mark.filterwarnings("ignore:.*seed:dptorch.errors.PrivacyWarning")
+def test_reads_of_library_code_are_warned_of_but_for_those_of_masks() -> None:
+    sensitivity(_read_by("transformers.masking_utils"))
+    sensitivity(_read_by("anybodys"), trusted=True)  # who calls it has promised
+    with pytest.warns(PrivacyWarning, match=r"__bool__\(\) in transformers\.models\.x, 1 time\)"):
+        sensitivity(_read_by("transformers.models.x"))
+    with pytest.raises(PrivacyError, match="trusted_reads"):
+        sensitivity(_read_by("transformers_of_mine"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [models.bert, models.gpt2])
+def test_masks_of_transformers_are_not_warned_of(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    engine = make_engine(model, sample_size=models.N)
+    engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    words, mask, _ = next(iter(engine.loader(models._sentences(), max_physical_batch_size=4)))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model(input_ids=words, attention_mask=mask)
+    assert not [w for w in seen if issubclass(w.category, PrivacyWarning)]

@@ -248,11 +248,15 @@ class ModelHooks:
         refuse_swallowed(recording)
         if recording.strict and recording.escaped and not self._warned:
             self._warned = True
-            reads = ", ".join(f"{op}() {n} times" for op, n in recording.escaped.items())
+            reads = ", ".join(
+                f"{op}, {n} time{'s' if n > 1 else ''}" for op, n in recording.escaped.items()
+            )
             warn(
-                f"the model reads values of the batch into Python in its forward pass ({reads}). If "
-                "one that depends on several examples enters the computation again, their "
-                "gradients mix and the guarantee is void. dptorch.check names the module."
+                f"library code of the model reads values of the batch into Python ({reads}). It is "
+                "taken to choose between computations that give every example the same result, and "
+                "the statement assumes so. If one example could decide there what is computed for "
+                "another, the guarantee would not hold: dptorch.check(model, batch, loss) measures "
+                "whether it does, on your batch."
             )
         return outputs_of(output, recording)
 

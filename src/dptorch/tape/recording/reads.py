@@ -7,8 +7,8 @@ judges it: torch functions that return anything but tensors, sizes that depend o
 given for numbers, and what `dptorch.tape.recording.escapes` finds.
 
 Some code reads only to choose between computations that give the same result: whether a mask hides
-anything, which experts got a token. Code of `TRUSTED` packages is taken to do so and is warned of.
-Other code says so with `trusted_reads`.
+anything, which experts got a token. Code of `TRUSTED` packages is taken to do so and is warned of, but
+for the little of it that is known to (`EQUAL`). Other code says so with `trusted_reads`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
 from dptorch.tape.recording.places import reading_modules, user_line
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["TRUSTED", "is_trusted", "note_read", "trusted_reads"]
+__all__ = ["EQUAL", "TRUSTED", "is_trusted", "note_read", "trusted_reads"]
 
 #: Packages whose models read values of a batch only to choose between equal computations: torch's
 #: layers and its validation of arguments, masks and experts of transformers.
@@ -38,6 +38,10 @@ TRUSTED = (
     "torchvision",
     "peft",
 )
+
+#: Modules that read whether a mask hides anything, or a row is packed, and leave out a mask that hides
+#: nothing: attention without it is the same, but for rounding.
+EQUAL = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
 
 _trusted = 0
 
@@ -82,9 +86,9 @@ def is_trusted(packages: Iterable[str] = TRUSTED) -> bool:
 def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
     """Judge that `name` hands values of tensors with these states to Python.
 
-    What examples went into is counted, and refused where a model is recorded and the code that reads
-    is not trusted, whether the value is of one example or of several: a part of a batch may have one
-    row, and what is read from it can be kept for the next.
+    What examples went into is refused where a model is recorded and the code that reads is not trusted,
+    and counted where it is, whether the value is of one example or of several: a part of a batch may
+    have one row, and what is read from it can be kept for the next.
 
     Raises:
         ExamplesMixError: naming the line of the user's code.
@@ -93,8 +97,10 @@ def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
         return
     if not recording.refuses_reads:
         return
-    recording.escaped[name] += 1
     if is_trusted():
+        reader = next((n for n in reading_modules() if not _is_intermediate(n)), "torch")
+        if not _trusted and reader not in EQUAL:
+            recording.escaped[f"{name}() in {reader}"] += 1
         return
     where, line = recording.module_path(), user_line()
     if line not in where:

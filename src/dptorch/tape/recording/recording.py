@@ -81,7 +81,7 @@ class Recording(TorchFunctionMode):
         states: what is known of each tensor.
         generic_ops: how often each op went through the generic rule, by (op, parameter names).
         sites: how often an op met a parameter.
-        escaped: how often values of the batch were read into Python, by op.
+        escaped: how often trusted code read values of the batch into Python, by op and module.
         handle_of_taps: differentiating an output with respect to it reaches every tap.
         joined: tapes of other models whose outputs entered the same loss.
         retained: activations that keep their gradient, until the model returns.

@@ -61,7 +61,7 @@ class Recorder(AbstractContextManager[Any], Protocol):
         batch_size: number of examples B.
         tape: filled when gradients arrive.
         joined: tapes of other models whose outputs entered the same loss.
-        escaped: how often values of the batch were read into Python, by op.
+        escaped: how often trusted code read values of the batch into Python, by op and module.
         retained: activations that keep their gradient, until the model returns.
         error: the first that the forward pass met, which the model may have caught.
         strict: whether a model that is trained privately is recorded.
