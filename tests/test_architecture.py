@@ -29,7 +29,7 @@ ROOMS = (
     "accounting.adjacency",
     "accounting.arguments",
     "accounting.events",
-    "accounting.correlated_events",
+    "accounting.toeplitz",
     "accounting.correlated",
     "accounting.pairs",
     "accounting.composition",

@@ -48,8 +48,9 @@ def test_the_noise_page_runs_as_printed(capsys) -> None:
     scope: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "noise.md", "exec"), scope)
-    assert capsys.readouterr().out.split()[-1] == "True"
-    assert scope["plan"].mechanism == "banded"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("True")
+    assert printed[1] == "sequential 16"
 
 
 @pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")

@@ -59,7 +59,13 @@ _MECHANISMS = {
     "gaussian": "Gaussian noise",
     "discrete_gaussian": "discrete Gaussian noise",
     "banded": "Gaussian noise correlated over {bands} steps",
+    "inverse-banded": "Gaussian noise made of that of {bands} steps",
 }
+_SEPARATED: Final = (
+    "one Gaussian mechanism of the sensitivity of C over participations so far apart (Choquette-Choo "
+    "et al. 2023, arXiv:2306.08153; Kalinin and Lampert 2024, arXiv:2405.13763, Theorem 2; adaptively: "
+    "Denisov et al. 2022, arXiv:2202.08312); no amplification by sampling is claimed"
+)
 #: What every statement assumes; ``{unit}`` is the unit of privacy.
 ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
@@ -199,10 +205,10 @@ class Statement:
                 "what was read off the private data to prepare it says nothing of anyone, because no "
                 f"noise was added to it: {'; '.join(self.read_from_data)}"
             )
-        if plan.bands is not None:
+        if plan.bands is not None or plan.coefficients:
             assumed.append(
                 "the data set is the same, in the same order, whenever the run goes on: each "
-                f"{plan.unit} stays in its group (the number of records is compared)"
+                f"{plan.unit} keeps its turns (the number of records is compared)"
             )
         if plan.mechanism == "discrete_gaussian":
             assumed.append(
@@ -215,6 +221,12 @@ class Statement:
     def mechanism_text(self) -> str:
         """The noise in words."""
         return _MECHANISMS[self.plan.mechanism].format(bands=len(self.plan.coefficients))
+
+    @property
+    def theorem(self) -> str:
+        """Why the event covers what ran."""
+        separated = self.plan.mechanism == "inverse-banded"
+        return _SEPARATED if separated else self.plan.scheme.theorem
 
     @property
     def not_covered(self) -> list[str]:
@@ -275,7 +287,7 @@ class Statement:
             "notes": list(self.notes),
             "sampling_planned": plan.sampling,
             "sampling_law": plan.scheme.describe(plan.terms, plan.unit),
-            "sampling_theorem": plan.scheme.theorem,
+            "sampling_theorem": self.theorem,
             "sampling_run": dict(self.sampling_run),
             "sampling_holds": self.sampling_holds,
             "key_provenance": self.key_source.value,
@@ -326,7 +338,7 @@ class Statement:
             + (f"; resumed {self.resumed} times" if self.resumed else "")
             + (f"; {self.repeated} repeated after a kill, and counted" if self.repeated else ""),
             f"Sampling planned     {plan.sampling}: {plan.scheme.describe(plan.terms, plan.unit)}",
-            *([f"Theorem              {plan.scheme.theorem}"] if plan.coefficients else []),
+            *([f"Theorem              {self.theorem}"] if plan.coefficients else []),
             f"Sampling run         {run}",
             *self._epsilon_lines(),
             f"Randomness           key from the {self.key_source.value}",

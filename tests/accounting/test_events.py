@@ -17,6 +17,7 @@ from dptorch.accounting import (
     RandomAllocationGaussian,
     SampledDiscreteGaussian,
     SampledGaussian,
+    SeparatedGaussian,
     TruncatedPoissonGaussian,
 )
 from dptorch.accounting.pairs.sampled import gaussian_epsilon
@@ -32,6 +33,7 @@ EVENTS = [
     SampledDiscreteGaussian(1.0, 0.01, 1000),
     PureRelease(0.1, steps=100),
     CyclicGaussian(1.0, 0.08, bands=8, steps=100),
+    SeparatedGaussian(1.0, (1.0, -0.5), separation=10, steps=30),
 ]
 every_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 
@@ -93,6 +95,7 @@ def test_bad_fields_are_named(event, name, bad):
         (EVENTS[7], "epsilon", math.inf),
         (EVENTS[8], "sample_rate", 1.5),
         (EVENTS[8], "bands", 0),
+        (EVENTS[9], "separation", 0),
     ],
 )
 def test_bad_fields_of_one_kind_are_named(event, name, bad):

@@ -198,11 +198,19 @@ def test_mistakes_and_words() -> None:
 BANDED = {"mechanism": "banded", "bands": 4, "sample_rate": 0.1, "target_epsilon": 2.0}
 
 
+INVERSE = {"mechanism": "inverse-banded", "bands": 4, "sample_rate": 0.1, "target_epsilon": 10.0}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("adjacency", "steps"), [("zero-out", 40), ("replace-one", None)])
-def test_correlated_noise_is_not_refuted(adjacency: str, steps: int | None) -> None:
+@pytest.mark.parametrize(
+    ("settings", "adjacency", "steps"),
+    [(BANDED, "zero-out", 40), (BANDED, "replace-one", None), (INVERSE, "zero-out", 20)],
+)
+def test_correlated_noise_is_not_refuted(
+    settings: dict[str, Any], adjacency: str, steps: int | None
+) -> None:
     """Nearly tight: what steps show is put together over the bands first."""
-    plan = small_plan(**BANDED, adjacency=adjacency)
+    plan = small_plan(**settings, adjacency=adjacency)
     result = audit(plan, canaries=600, seed=3, steps=steps)
     assert result.verdict == "NOT REFUTED"
     assert 0.5 < result.epsilon_lower / plan.epsilon() < 1.0

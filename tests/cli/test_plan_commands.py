@@ -156,9 +156,43 @@ def test_plan_shows_the_best_first() -> None:
     assert found["delta"] == 1e-6
 
 
+NOISE = ("plan", "--sample-size", "320", "--batch-size", "20", "--epochs", "4", "--epsilon", "4")
+
+
+@pytest.mark.slow
+def test_plan_says_what_bands_and_mechanisms_give(tmp_path: Path) -> None:
+    code, out, err = run(*NOISE, "--mechanism", "banded")
+    assert code == 0, err
+    assert [line.split()[1] for line in out.splitlines() if "%" in line] == [
+        "1",
+        "2",
+        "4",
+        "8",
+        "16",
+    ]
+    found = json.loads(run(*NOISE, "--mechanism", "banded", "--bands", "4", "--json")[1])
+    assert list(found["choices"]) == ["1", "4"]
+    assert found["best"] == "4"
+    plot = tmp_path / "noise.svg"
+    code, out, err = run(*NOISE, "--mechanism", "all", "--plot", str(plot))
+    assert code == 0, err
+    assert plot.stat().st_size > 1000
+    for mechanism in ("gaussian", "banded", "inverse-banded"):
+        assert mechanism in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ((*NOISE, "--mechanism", "band"), "Did you mean 'banded'"),
+        ((*NOISE, "--mechanism", "banded", "--bands", "many"), "--bands 'many'"),
+        ((*NOISE, "--mechanism", "banded", "--bands", "17"), "at most 16 groups"),
+        (
+            (*NOISE, "--mechanism", "banded", "--plot", "x.png"),
+            "--plot 'x.png' is for",
+        ),
+        ((*NOISE, "--mechanism", "all", "--batch-size", "40"), "--batch-size [20, 40]"),
+        ((*NOISE[:5], *NOISE[7:], "--mechanism", "all"), "--epochs (not given)"),
         (
             ("epsilon", "--noise-multiplier", "1", "--sample-rate", "7", *RUN[2:]),
             "--sample-rate 7.0",

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import dptorch
+from dptorch.accounting.pairs.sampled import gaussian_epsilon
 from dptorch.accounting.toeplitz import square_root
 from dptorch.engine.checkpoint import seal, unseal
 from dptorch.errors import ConfigurationError, PrivacyError
@@ -23,6 +24,13 @@ BANDED: dict[str, Any] = {
     "mechanism": "banded",
     "bands": 4,
     "coefficients": "square-root",
+    "sample_rate": 0.25,
+    "noise_multiplier": 0.7,
+    "max_grad_norm": 0.5,
+}
+INVERSE: dict[str, Any] = {
+    "mechanism": "inverse-banded",
+    "bands": 3,
     "sample_rate": 0.25,
     "noise_multiplier": 0.7,
     "max_grad_norm": 0.5,
@@ -72,8 +80,10 @@ def test_parts_of_a_batch_are_the_batch() -> None:
     torch.testing.assert_close(run(physical=2)[0], run()[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, None], ids=["seed", "private key"])
-def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(seed: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mechanism", [BANDED, INVERSE], ids=["banded", "inverse"])
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(
+    mechanism: dict[str, Any], tmp_path: Path
+) -> None:
     def steps(engine: Any, model: Any, optimizer: Any, until: int) -> None:
         while engine.steps_done < until:
             for x, y in engine.loader(make_data()):
@@ -85,7 +95,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(seed: int | None, tmp_path:
 
     def begin() -> Any:
         model = make_model()
-        engine = make_engine(model, **BANDED, seed=seed)
+        engine = make_engine(model, **mechanism, seed=None)
         return engine, model, engine.attach(torch.optim.SGD(model.parameters(), 0.1))
 
     whole = begin()
@@ -104,11 +114,12 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(seed: int | None, tmp_path:
             begin()[0].load_state_dict(state)
 
 
-def test_another_loader_is_refused_and_the_way_out_works() -> None:
+@pytest.mark.parametrize("mechanism", [BANDED, INVERSE], ids=["banded", "inverse"])
+def test_another_loader_is_refused_and_the_way_out_works(mechanism: dict[str, Any]) -> None:
     model = make_model()
-    engine = make_engine(model, **BANDED)
+    engine = make_engine(model, **mechanism)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.raises(PrivacyError, match="no record takes part twice"):
+    with pytest.raises(PrivacyError, match="does not take part again too soon"):
         train(model, optimizer, DataLoader(make_data(), batch_size=6))
     assert engine.steps_done == 0
     optimizer.zero_grad()
@@ -168,9 +179,27 @@ def test_the_ledger_counts_turns(tmp_path: Path) -> None:
     assert "Gaussian noise correlated over 4 steps" in str(statement)
     assert "no example takes part twice in 4 steps in a row" in str(statement)
     assert "arXiv:2306.08153, Theorem 4" in str(statement)
-    assert any("stays in its group" in each for each in statement.assumed)
+    assert any("keeps its turns" in each for each in statement.assumed)
     assert statement.epsilon < statement.epsilon_unamplified
     assert statement.epsilon_if_poisson < statement.epsilon
+
+
+def test_a_run_without_sampling_is_one_gaussian_mechanism(tmp_path: Path) -> None:
+    """Inverse-banded: its sensitivity from a dense matrix, over the steps that were taken."""
+    _, engine = run(**{**INVERSE, "noise_multiplier": 3.0, "coefficients": None}, steps=10)
+    assert engine.plan.sampling == "sequential"
+    c = np.linalg.inv(sum(u * np.eye(10, k=-i) for i, u in enumerate([1, -1 / 2, -1 / 8])))
+    for steps, turns in ((3, [0]), (6, [0, 4]), (10, [0, 4, 8])):
+        sensitivity = np.linalg.norm(c[:steps, turns].sum(axis=1))
+        wanted = gaussian_epsilon(1e-3, sensitivity / 3.0)
+        assert engine.plan.epsilon(steps, accountant="exact") == pytest.approx(wanted, rel=1e-6)
+    text = str(engine.statement())
+    assert "Gaussian noise made of that of 3 steps" in text
+    assert "Denisov" in text
+    patients = open_ledger(tmp_path / "ledger.db").dataset("patients")
+    run(**INVERSE, coefficients=None, seed=None, ledger=patients)
+    (kept,) = patients.runs()
+    assert [type(event).__name__ for event in kept.history] == ["SeparatedGaussian"]
 
 
 def test_a_run_stopped_early_has_spent_less() -> None:
@@ -206,6 +235,10 @@ def test_noise_is_drawn_after_the_step_is_counted(monkeypatch: pytest.MonkeyPatc
         ({"mechanism": "gaussian"}, "bands=4 is for sampling='cyclic-poisson'"),
         ({"mechanism": "gaussian", "bands": None, "coefficients": [1.0]}, "Leave it out"),
         ({"coefficients": [1.0] * 5}, "Give at most 4"),
+        ({**INVERSE, "sampling": "shuffled"}, "no theorem here covers the two together"),
+        ({**INVERSE, "coefficients": [1.0, 0.5]}, "must be at most 0"),
+        ({**INVERSE, "coefficients": "prefix-sum"}, "must be 'square-root' for mechanism='inverse"),
+        ({**INVERSE, "coefficients": dptorch.accounting.Workload()}, "a Workload is for"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(settings: dict[str, Any], message: str) -> None:

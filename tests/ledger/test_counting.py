@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dptorch import accounting
-from dptorch.accounting import CyclicGaussian
+from dptorch.accounting import CyclicGaussian, SeparatedGaussian
 from dptorch.accounting.toeplitz import square_root
 from dptorch.ledger.counting import Attempts
 
@@ -34,6 +34,17 @@ def test_a_turn_counts_as_often_as_its_rows_were_released() -> None:
         CyclicGaussian(NOISE, RATE, BANDS, 6),
         CyclicGaussian(NOISE / 2**0.5, RATE, BANDS, 4),
     ]
+
+
+def test_a_run_without_sampling_counts_its_last_step_and_the_most_repeated() -> None:
+    one = SeparatedGaussian(NOISE, (1.0, -0.5), 4, 1)
+    found = Attempts()
+    found.add(one, first=0, steps=7)
+    assert found.events() == [SeparatedGaussian(NOISE, (1.0, -0.5), 4, 7)]
+    found.add(one, first=5, steps=4)
+    assert found.events() == [SeparatedGaussian(NOISE / 2**0.5, (1.0, -0.5), 4, 9)]
+    found.take_back(one, first=0, steps=0)
+    assert Attempts().events() == []
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import dptorch
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
-from dptorch.accounting.correlated_events import CorrelatedGaussian
+from dptorch.accounting.correlated import CorrelatedGaussian
 from dptorch.accounting.events import (
     RandomAllocationGaussian,
     SampledDiscreteGaussian,

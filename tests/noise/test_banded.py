@@ -1,4 +1,4 @@
-"""Noise that is correlated over steps: against dense matrices, whole, in shards and after restarts."""
+"""Noise of a banded matrix: against dense ones, whole, in shards and after restarts."""
 
 import numpy as np
 import pytest

@@ -7,8 +7,9 @@ import pytest
 
 from dptorch import make_plan
 from dptorch.accounting import Workload
+from dptorch.accounting.toeplitz import inverse_error
 from dptorch.errors import ConfigurationError
-from dptorch.plan import best_bands, compare_bands
+from dptorch.plan.bands import best_bands, best_inverse, compare_bands
 
 PAGE = Path(__file__).parents[2] / "docs" / "noise.md"
 # Errors at δ = 1e-5 for 2048 steps in 8 epochs with 1, 2, 4, ..., 64 and 256 bands, made once by
@@ -82,3 +83,14 @@ def test_a_schedule_has_coefficients_of_its_own():
 def test_too_many_bands_are_refused():
     with pytest.raises(ConfigurationError, match="at most 10 groups can take turns"):
         compared(4.0, sample_rate=0.1, steps=100, bands=[11])
+
+
+def test_inverse_bands_of_the_table():
+    """For 2048 steps in 8 epochs: square roots, and 1, -λ, whose best λ is near 0.96."""
+    found = {b: best_inverse(2048, 256, bands=b) for b in (2, 4, 16)}
+    errors = {b: inverse_error(u, 2048, 256) for b, u in found.items()}
+    assert (errors[4], errors[16]) == pytest.approx((36.2326, 19.7075), rel=1e-4)
+    assert inverse_error([1.0, -0.96], 2048, 256) == pytest.approx(16.4060, rel=1e-4)
+    assert 16.0 < errors[2] < 16.4060
+    assert best_inverse(2048, 256) == found[2]
+    assert len(best_inverse(128, 32)) == 16

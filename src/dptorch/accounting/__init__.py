@@ -10,8 +10,12 @@ Example:
 from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.accounting.accountants.registry import accountant_names, get_accountant
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.correlated import strategy_sensitivity
-from dptorch.accounting.correlated_events import CorrelatedGaussian, CyclicGaussian
+from dptorch.accounting.correlated import (
+    CorrelatedGaussian,
+    CyclicGaussian,
+    SeparatedGaussian,
+    strategy_sensitivity,
+)
 from dptorch.accounting.events import (
     EpochwiseGaussian,
     Event,
@@ -50,6 +54,7 @@ __all__ = [
     "RunLaw",
     "SampledDiscreteGaussian",
     "SampledGaussian",
+    "SeparatedGaussian",
     "TruncatedPoissonGaussian",
     "Workload",
     "accountant_names",

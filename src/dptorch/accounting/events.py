@@ -4,7 +4,7 @@ A *history* is a sequence of events; it may mix events freely (schedules of nois
 mechanism), and its order does not change what it costs.
 
 Every event is a frozen dataclass. Those of noise that is correlated over steps are in
-`correlated_events`. What it costs is not its business: `reduction` says which
+`correlated`. What it costs is not its business: `reduction` says which
 dominating pairs stand for it, and an accountant that does not know those refuses it by name, so
 adding an event cannot silently change a number. `noise_multiplier` is the noise's standard
 deviation over C = max_grad_norm, the bound on one record's contribution to one sum.
@@ -445,6 +445,8 @@ def _binomial_tail(event: TruncatedPoissonGaussian) -> float:
 
 
 def _alike(left: Event, right: Event) -> bool:
+    if hasattr(left, "separation"):  # one run, whose steps cost together more than apart
+        return False
     # A part of an epoch costs the whole, and the next event need not go on with it.
     if left.steps % getattr(left, "steps_per_epoch", getattr(left, "bands", 1)):
         return False

@@ -29,10 +29,13 @@ from dptorch.accounting.arguments import number, positive_int
 from dptorch.errors import ConfigurationError
 
 __all__ = [
+    "Coefficients",
     "Workload",
     "coefficients_of",
     "column_norms",
     "inverse",
+    "inverse_coefficients_of",
+    "inverse_error",
     "inverse_square_root",
     "optimised",
     "square_root",
@@ -101,6 +104,10 @@ class Workload:
         return np.asarray(np.cumsum(steered, axis=0), np.float64)
 
 
+#: How coefficients are asked for: by name, by the workload they are optimised for, or as numbers.
+Coefficients: TypeAlias = str | Workload | Sequence[float]
+
+
 # -- coefficients ----------------------------------------------------------------------------------
 
 
@@ -138,7 +145,62 @@ def inverse(coefficients: ArrayLike, steps: int) -> Numbers:
     return _filtered([1.0], coefficients, impulse)
 
 
-def coefficients_of(bands: int, steps: int, wanted: str | Workload | Sequence[float]) -> Numbers:
+def inverse_coefficients_of(
+    bands: int, steps: int, wanted: str | Sequence[float], *, separation: int
+) -> Numbers:
+    """The coefficients u of an inverse-banded strategy.
+
+    Args:
+        bands: how many, at most. Two are 1, -λ with the best λ (λ-CGD; arXiv:2601.22334), more those of
+            the square root's inverse.
+        steps: of the run.
+        wanted: "square-root", or the coefficients themselves.
+        separation: fewest steps from one participation of a record to its next.
+
+    Raises:
+        ConfigurationError: they are neither, more than `bands`, or of a C that is not covered.
+    """
+    bands = min(positive_int("bands", bands), positive_int("steps", steps))
+    if not isinstance(wanted, str):
+        u = _checked(wanted)
+        if len(u) > bands:
+            raise ConfigurationError(f"{len(u)} coefficients are given for bands={bands}.")
+    elif wanted != "square-root":
+        raise ConfigurationError(
+            f"coefficients={wanted!r} must be 'square-root' for mechanism='inverse-banded', or the "
+            "numbers themselves."
+        )
+    elif bands == 2:
+        from scipy.optimize import minimize_scalar
+
+        found = minimize_scalar(
+            lambda x: inverse_error([1.0, -x], steps, separation), bounds=(0, 1), method="bounded"
+        )
+        u = np.array([1.0, -round(float(found.x), _DIGITS)])
+    else:
+        u = inverse_square_root(bands)
+    if (u[1:] > 0).any():
+        raise ConfigurationError(
+            "coefficients of C⁻¹ after the first must be at most 0: later steps take noise back."
+        )
+    inverse_error(u, steps, separation)  # refuses what is not covered
+    return u
+
+
+def inverse_error(coefficients: ArrayLike, steps: int, separation: int) -> float:
+    """`workload_error` of an inverse-banded strategy with sensitivity 1, for the prefix sum.
+
+    Example:
+        >>> round(inverse_error(inverse_square_root(16), 2048, separation=256), 3)
+        19.708
+    """
+    sensitivity = toeplitz_sensitivity(
+        inverse(coefficients, steps), steps=steps, participations=steps, min_separation=separation
+    )
+    return sensitivity * workload_error(coefficients, steps, inverse=True)
+
+
+def coefficients_of(bands: int, steps: int, wanted: Coefficients) -> Numbers:
     """The coefficients c of a banded strategy.
 
     Args:
@@ -248,7 +310,7 @@ def toeplitz_sensitivity(
     starts = range(0, steps, min_separation)[:participations]
     if len(c) <= min_separation:
         return math.sqrt(sum(float(c[: steps - at] @ c[: steps - at]) for at in starts))
-    if (c < 0).any() or (np.diff(c) > 0).any():
+    if (c < 0).any() or (np.diff(c) > 1e-12).any():
         raise ConfigurationError(
             "coefficients that reach beyond min_separation must be positive and not increase. Use "
             "strategy_sensitivity, which bounds the sensitivity of any matrix."
@@ -289,7 +351,7 @@ def workload_error(
 
     Example:
         >>> round(workload_error([1.0], 128), 4), round(workload_error(square_root(128), 128), 4)
-        (8.0312, 1.5863)
+        (8.0312, 1.5158)
     """
     c = _checked(coefficients)
     above, below = (c, [1.0]) if inverse else ([1.0], c)

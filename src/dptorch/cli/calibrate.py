@@ -13,7 +13,7 @@ from dptorch.cli.options import AsJson, RunOptions, grouped, plan_option
 if TYPE_CHECKING:
     from dptorch.plan import PrivacyPlan
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "check_plot"]
 
 
 @grouped
@@ -41,7 +41,7 @@ def calibrate(
     from dptorch.plan import make_plan
 
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     plan = make_plan(**run.settings(target_epsilon=target_epsilon))
     if plot is not None:
         _draw(plan, target_epsilon, plot)
@@ -58,7 +58,8 @@ def calibrate(
         typer.echo(f"plot {plot}")
 
 
-def _check_plot(path: Path) -> None:
+def check_plot(path: Path) -> None:
+    """Raise ConfigurationError unless a plot can be drawn into the file `path`."""
     from dptorch.errors import ConfigurationError
 
     try:

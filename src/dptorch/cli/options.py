@@ -46,10 +46,10 @@ _HELP: Final[Mapping[str, str]] = {
     "max_grad_norm": "Clipping norm C: bound on the norm of one example's gradient.",
     "clipping_fn": "How gradients are clipped: abadi, automatic, ...",
     "mechanism": "The noise: gaussian; banded, correlated over steps, which leaves less of it in the "
-    "model; or discrete_gaussian, which needs --accountant rdp: whole numbers, added to gradients "
-    "rounded to whole numbers. It is slower.",
-    "bands": "For --mechanism banded: over how many steps noise is correlated, or auto: the number "
-    "that leaves the least noise. See dptorch plan --mechanism banded.",
+    "model; inverse-banded, the same without sampling; or discrete_gaussian, which needs --accountant "
+    "rdp: whole numbers, added to gradients rounded to whole numbers. It is slower.",
+    "bands": "Over how many steps noise is correlated; auto: the number that leaves the least noise. "
+    "See dptorch plan --mechanism banded.",
     "accountant": "Who computes ε: pld, exact, rdp, prv, gdp.",
     "adjacency": "Which data sets must be indistinguishable: add-remove, zero-out, replace-one.",
 }

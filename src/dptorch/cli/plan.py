@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dptorch.cli.options import LENGTH, AsJson, plan_option
+from dptorch.cli.plan_noise import compare_noise
 
 if TYPE_CHECKING:
     from dptorch.accounting import Choice
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 MACHINE = "Your machine, as measured"
+NOISE = "Noise that is correlated over steps"
 
 
 def plan(
@@ -64,6 +67,29 @@ def plan(
     least_steps: Annotated[
         int, typer.Option(help="Leave out choices with fewer steps than this.")
     ] = 100,
+    mechanism: Annotated[
+        str,
+        typer.Option(
+            help="gaussian; banded: compare numbers of bands for one --batch-size; all: compare "
+            "mechanisms for it.",
+            rich_help_panel=NOISE,
+        ),
+    ] = "gaussian",
+    bands: Annotated[
+        str,
+        typer.Option(
+            help="For --mechanism banded: show this number alone, or auto: all.",
+            rich_help_panel=NOISE,
+        ),
+    ] = "auto",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --mechanism all: also draw noise against ε into this file (.png, .svg, .pdf).",
+            show_default=False,
+            rich_help_panel=NOISE,
+        ),
+    ] = None,
     runs: Annotated[
         float | None,
         typer.Option(
@@ -94,13 +120,37 @@ def plan(
     A budget that also covers choosing among ten runs by a private score:
 
     [cyan]dptorch plan --sample-size 60000 --epsilon 3 --epochs 20 --runs 10[/]
+
+    How many bands noise should have, and which mechanism leaves the least noise in the model:
+
+    [cyan]dptorch plan --sample-size 50000 --epsilon 4 --epochs 8 --batch-size 256 --mechanism banded[/]
+
+    [cyan]dptorch plan --sample-size 50000 --epsilon 4 --epochs 8 --batch-size 256 --mechanism all[/]
     """
     from dptorch.accounting import RunLaw, plan_budget
     from dptorch.accounting.arguments import positive_int
+    from dptorch.errors import one_of
     from dptorch.plan import default_delta
 
     positive_int("sample_size", sample_size)
     delta = default_delta(sample_size) if target_delta is None else target_delta
+    if one_of("mechanism", mechanism, ("gaussian", "banded", "all")) != "gaussian":
+        compare_noise(
+            mechanism,
+            bands=bands,
+            plot=plot,
+            batch_sizes=batch_sizes or [],
+            sample_size=sample_size,
+            length={"epochs": epochs, "steps": steps},
+            budget={
+                "target_epsilon": target_epsilon,
+                "delta": delta,
+                "accountant": accountant,
+                "adjacency": adjacency,
+            },
+            as_json=as_json,
+        )
+        return
     choices = plan_budget(
         sample_size=sample_size,
         target_epsilon=target_epsilon,

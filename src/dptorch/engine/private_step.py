@@ -15,7 +15,7 @@ from dptorch.engine.logical_batch import LogicalBatch
 from dptorch.engine.optimizer_binding import check_parameters, write_gradients
 from dptorch.engine.run_state import RunState
 from dptorch.errors import BudgetExhausted, PrivacyError, warn
-from dptorch.noise import BandedNoise, get_mechanism
+from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.noisy_gradient import NoisyGradient
 
@@ -29,9 +29,9 @@ NOT_SHARED = (
 )
 
 NOT_APART = (
-    "a batch did not come from engine.loader(), and mechanism='banded' is private only if no record "
-    "takes part twice within as many steps as there are bands, which the engine's sampler keeps to and "
-    "no other is known to. The step was neither taken nor counted. Take batches from "
+    "a batch did not come from engine.loader(), and noise that is correlated over steps hides a record "
+    "only if it does not take part again too soon: the engine's sampler keeps participations apart, "
+    "and no other is known to. The step was neither taken nor counted. Take batches from "
     "engine.loader(dataset), or use mechanism='gaussian', which accounts for any loader."
 )
 
@@ -71,8 +71,8 @@ class PrivateStep:
         self._on_exhausted = on_exhausted
         self._secure_rng = secure_rng
         plan = run.plan
-        if plan.mechanism == "banded":
-            run.noise = BandedNoise(
+        if plan.coefficients:
+            run.noise = get_mechanism(plan.mechanism)(
                 plan.noise_multiplier, plan.coefficients, plan.steps, secure_rng=secure_rng
             )
         self._ranks = run.ranks
@@ -120,7 +120,7 @@ class PrivateStep:
         with self._ranks.together(step=self._run.steps_done, steps_of_plan=self._run.plan.steps):
             if not sampled and self._ranks.size > 1:
                 raise PrivacyError(NOT_SHARED)
-            if not sampled and self._run.plan.mechanism == "banded":
+            if not sampled and self._run.plan.coefficients:
                 raise PrivacyError(NOT_APART)
             self._batch.add_pending("step")
             clipped = self._pop_clipped_sum(optimizer)
@@ -138,9 +138,9 @@ class PrivateStep:
         """The noisy gradient of a step. Adaptive clipping norms follow its noisy counts."""
         plan, key = self._run.plan, self._run.key
         divisor = plan.expected_batch_size if plan.loss_reduction == "mean" else 1.0
-        noise = self._run.noise
+        noise: Any = self._run.noise
         if noise is None:
-            kind: Any = get_mechanism(plan.mechanism)
+            kind = get_mechanism(plan.mechanism)
             noise = kind(plan.noise_multiplier, secure_rng=self._secure_rng)
         noisy: NoisyGradient = noise.privatize(
             clipped, key, step, context=context, offsets=self._placement.offsets, divisor=divisor

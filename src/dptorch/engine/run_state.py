@@ -10,7 +10,6 @@ from dptorch import accounting
 from dptorch.distributed import Ranks
 from dptorch.engine.shared_ledger import SharedLedger
 from dptorch.errors import ConfigurationError, PrivacyError, warn
-from dptorch.noise import BandedNoise
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
 from dptorch.sampling import Sampler
@@ -19,6 +18,7 @@ from dptorch.statement import Statement, make_statement
 
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger, RunLedger
+    from dptorch.noise import BandedNoise, InverseBandedNoise
 
 __all__ = ["RunState"]
 
@@ -46,7 +46,7 @@ class RunState:
         self.steps_done = 0
         self.sampling_run: Counter[str] = Counter()
         self.loaders = 0
-        self.noise: BandedNoise | None = None
+        self.noise: BandedNoise | InverseBandedNoise | None = None
         self._records: int | None = None
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
@@ -78,13 +78,14 @@ class RunState:
         """Count a loader that draws from the key.
 
         Raises:
-            PrivacyError: records belong to groups for the whole run, and the data set is another one.
+            PrivacyError: records have their turns for the whole run, and the data set is another one.
         """
         size = sampler.sample_size
-        if self.plan.bands is not None and self._records not in (None, size):
+        kept_apart = self.plan.bands is not None or self.plan.coefficients
+        if kept_apart and self._records not in (None, size):
             raise PrivacyError(
                 f"the run has drawn from a data set of {self._records} records, and this one has "
-                f"{size}: a record would change its group, and could take part again too soon. Go on "
+                f"{size}: a record would change its place, and could take part again too soon. Go on "
                 "with the same data set, in the same order."
             )
         self._records = size

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dptorch.accounting.correlated_events import CyclicGaussian
+from dptorch.accounting.correlated import CyclicGaussian, SeparatedGaussian
 from dptorch.accounting.events import (
     EpochwiseGaussian,
     Event,
@@ -151,6 +151,14 @@ def _history(event: Event, times: Counter[int]) -> list[Event]:
         return [replace(event, steps=total)] if total else []
     if isinstance(event, CyclicGaussian):
         return _turns(event, times)
+    if isinstance(event, SeparatedGaussian):
+        # Each branch of a run is Cx + z with the z of its own steps: no row was released more often.
+        most, last = (
+            max(times.values(), default=0),
+            max((s for s, n in times.items() if n), default=-1),
+        )
+        noise = event.noise_multiplier / math.sqrt(max(1, most))
+        return [replace(event, noise_multiplier=noise, steps=last + 1)] if most else []
     if isinstance(event, _BY_STEP):
         groups = Counter(n for n in times.values() if n)
     elif isinstance(event, _BY_EPOCH):

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dptorch.accounting.toeplitz import column_norms, inverse
 from dptorch.clipping.sums import ClippedSum
-from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise.gaussian import GaussianNoise, Span, divided
 from dptorch.noise.noisy_gradient import NoisyGradient
+from dptorch.noise.released import Released
 from dptorch.randomness import RootKey
 
 __all__ = ["BandedNoise"]
@@ -77,8 +77,7 @@ class BandedNoise:
         self._coefficients = [float(value) for value in c / c[0]]
         rows = np.sqrt(np.cumsum(inverse(c / c[0], steps) ** 2))
         self._stddev = self._columns * rows  # of each step's noise, for z of variance 1
-        self._contexts: list[int | None] = []
-        self._made_on: set[str] = set()
+        self._released = Released(steps)
         self._buffers: dict[
             str, Tensor
         ] = {}  # parameter -> [b - 1, coordinates]; step t is row t mod
@@ -115,15 +114,9 @@ class BandedNoise:
                 that was made on another device.
         """
         stddevs, spans = self._gaussian.prepared(clipped, key, offsets, divisor)
-        if step >= len(self._columns):
-            raise PrivacyError(f"step {step} is past the {len(self._columns)} that C was made for.")
-        if step < len(self._contexts):
-            raise PrivacyError(
-                f"step {step} was released already; the noise of a run is correlated in the order of "
-                "its steps. To repeat steps, go back to a checkpoint in a new engine."
-            )
+        self._released.check(step)
         if self.bands == 1 or not self.noise_multiplier:
-            self._record(step, context)
+            self._released.record(step, context)
             return self._gaussian.privatize(
                 clipped, key, step, context=context, offsets=offsets, divisor=divisor
             )
@@ -136,7 +129,7 @@ class BandedNoise:
                 if divisor != 1.0:
                     span.flat.div_(divisor)
                 span.write_back()
-        self._record(step, context)
+        self._released.record(step, context)
         self._filled = step + 1
         noise = {name: float(self._stddev[step]) * stddev for name, stddev in stddevs.items()}
         return divided(clipped, clipped.values, noise, divisor)
@@ -145,30 +138,12 @@ class BandedNoise:
 
     def state(self, steps_done: int) -> dict[str, Any]:
         """All that `restore` needs: what z was drawn for at each step. The buffers follow from it."""
-        missing = [None] * (steps_done - len(self._contexts))
-        return {"contexts": [*self._contexts, *missing], "made_on": sorted(self._made_on)}
+        return self._released.state(steps_done)
 
     def restore(self, state: Mapping[str, Any] | None, steps_done: int) -> None:
-        """Go on after `steps_done` steps.
-
-        Raises:
-            PrivacyError: the state is missing or is not that of so many steps.
-        """
-        contexts = None if state is None else list(state["contexts"])
-        if contexts is None or len(contexts) != steps_done or state is None:
-            found = "none" if contexts is None else len(contexts)
-            raise PrivacyError(
-                f"the state has the noise of {found} of the {steps_done} steps that were taken. Noise "
-                "that later steps should take back would be lost. Go on from a checkpoint as it was "
-                "saved."
-            )
-        self._contexts = contexts
-        self._made_on = set(state["made_on"])
+        """Go on after `steps_done` steps; raises PrivacyError where the state is not theirs."""
+        self._released.restore(state, steps_done)
         self._buffers, self._filled = {}, 0
-
-    def _record(self, step: int, context: int) -> None:
-        self._contexts += [None] * (step - len(self._contexts))
-        self._contexts.append(context)
 
     # -- the recursion -----------------------------------------------------------------------------
 
@@ -179,21 +154,13 @@ class BandedNoise:
         self, step: int, values: Mapping[str, Tensor], spans: list[Span], key: RootKey
     ) -> None:
         """Bring the buffers to where `step` can be drawn: after a restart all earlier steps again."""
-        places = {f"{span.flat.device.type} {span.flat.dtype}" for span in spans}
-        if self._contexts and self._made_on != places:
-            raise ConfigurationError(
-                f"the noise of the first {len(self._contexts)} steps was made on "
-                f"{', '.join(sorted(self._made_on))} and cannot be made again on "
-                f"{', '.join(sorted(places))}, for later steps to take it back. Go on where the run "
-                "was."
-            )
-        self._made_on = places
+        self._released.check_places(spans)
         if not self._buffers:
             for span, name in _named(spans, values):
                 self._buffers[name] = span.flat.new_zeros(self.bands - 1, span.flat.numel())
         while self._filled < step:
             at = self._filled
-            context = self._contexts[at] if at < len(self._contexts) else None
+            context = self._released.context(at)
             if context is None:  # it failed: whatever it left in its row goes
                 for buffer in self._buffers.values():
                     buffer[self._row(at)].zero_()

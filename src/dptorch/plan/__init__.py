@@ -1,6 +1,5 @@
 """The plan of a run: everything its guarantee depends on, and how it is made from what a user knows."""
 
-from dptorch.plan.bands import BandChoice, best_bands, compare_bands
 from dptorch.plan.privacy_plan import (
     LOSS_REDUCTIONS,
     UNITS,
@@ -12,12 +11,9 @@ from dptorch.plan.settings import PlanSettings, default_delta, make_plan
 __all__ = [
     "LOSS_REDUCTIONS",
     "UNITS",
-    "BandChoice",
     "PlanSettings",
     "PrivacyPlan",
     "PrivacySpent",
-    "best_bands",
-    "compare_bands",
     "default_delta",
     "make_plan",
 ]

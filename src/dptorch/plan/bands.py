@@ -5,19 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
 
 from dptorch import accounting
-from dptorch.accounting import Adjacency, CyclicGaussian, Event, Workload, workload_error
-from dptorch.accounting.toeplitz import coefficients_of
+from dptorch.accounting import (
+    Adjacency,
+    CyclicGaussian,
+    Event,
+    SeparatedGaussian,
+    Workload,
+    workload_error,
+)
+from dptorch.accounting.toeplitz import (
+    Coefficients,
+    coefficients_of,
+    inverse_coefficients_of,
+    inverse_error,
+)
 from dptorch.errors import ConfigurationError
 from dptorch.sampling import most_bands
 
-__all__ = ["BandChoice", "Coefficients", "best_bands", "compare_bands"]
+__all__ = [
+    "BandChoice",
+    "best_bands",
+    "best_inverse",
+    "compare_bands",
+    "compare_mechanisms",
+]
 
-Coefficients: TypeAlias = str | Workload | Sequence[float]
+# A step draws the noise of as many steps as there are bands of the inverse.
+_INVERSE_BANDS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,7 @@ def compare_bands(
         ConfigurationError: a number is out of range, or the budget out of reach.
 
     Example:
-        >>> found = compare_bands(sample_rate=1 / 16, steps=64, target_epsilon=8.0, delta=1e-5)
+        >>> found = compare_bands(sample_rate=1 / 16, steps=64, target_epsilon=2.0, delta=1e-5)
         >>> [choice.bands for choice in found], best_bands(found).bands
         ([1, 2, 4, 8, 16], 8)
     """
@@ -79,8 +98,8 @@ def compare_bands(
     for b in bands:
         if b > most:
             raise ConfigurationError(
-                f"bands={b} at sample_rate={sample_rate:.6g} and steps={steps}: at most {most} groups "
-                "can take turns."
+                f"bands={b} at a sampling rate of {sample_rate:.6g} over {steps} steps: at most {most} "
+                "groups can take turns."
             )
         noise = accounting.noise_multiplier_for(
             partial(_run, bands=b, rate=min(1.0, b * sample_rate), steps=steps),
@@ -104,3 +123,73 @@ def _run(noise_multiplier: float, *, bands: int, rate: float, steps: int) -> Eve
 def best_bands(choices: Sequence[BandChoice]) -> BandChoice:
     """The choice with the least error."""
     return min(choices, key=lambda choice: choice.error)
+
+
+def best_inverse(
+    steps: int,
+    separation: int,
+    bands: int | str | None = "auto",
+    coefficients: Coefficients | None = None,
+) -> tuple[float, ...]:
+    """The coefficients of inverse-banded noise with the least error of the prefix sum.
+
+    Args:
+        steps: of the run.
+        separation: steps from one participation of a record to its next.
+        bands: how many coefficients, or "auto": the best number, 16 at most.
+        coefficients: "square-root" (the default), or the numbers themselves.
+
+    Raises:
+        ConfigurationError: they cannot be honoured.
+
+    Example:
+        >>> len(best_inverse(64, 16)), best_inverse(64, 16, bands=2)
+        (16, (1.0, -0.870424))
+    """
+    if isinstance(coefficients, Workload):
+        raise ConfigurationError(
+            "a Workload is for mechanism='banded': no coefficients of an inverse are optimised for it. "
+            "Leave coefficients= out, or give the numbers themselves."
+        )
+    wanted = "square-root" if coefficients is None else coefficients
+    numbers = list(_INVERSE_BANDS) if bands in (None, "auto") else [int(bands or 1)]
+    if not isinstance(wanted, str):
+        numbers = [len(wanted)]
+    found = [inverse_coefficients_of(b, steps, wanted, separation=separation) for b in numbers]
+    best = min(found, key=lambda u: inverse_error(u, steps, separation))
+    return tuple(best.tolist())
+
+
+def compare_mechanisms(
+    *,
+    sample_rate: float,
+    steps: int,
+    target_epsilon: float,
+    delta: float,
+    accountant: str = "exact",
+    adjacency: Adjacency | str = Adjacency.ZERO_OUT,
+) -> dict[str, BandChoice]:
+    """What each mechanism gives at one budget, with the best number of bands.
+
+    Returns:
+        by the mechanism's name; without "inverse-banded" under add/remove, which does not cover its
+        sampler.
+
+    Example:
+        >>> found = compare_mechanisms(sample_rate=0.1, steps=100, target_epsilon=8.0, delta=1e-5)
+        >>> sorted(found, key=lambda name: found[name].error)
+        ['banded', 'inverse-banded', 'gaussian']
+    """
+    budget: dict[str, Any] = {"target_epsilon": target_epsilon, "delta": delta}
+    budget |= {"accountant": accountant, "adjacency": adjacency}
+    banded = compare_bands(sample_rate=sample_rate, steps=steps, every=False, **budget)
+    found = {"gaussian": banded[0], "banded": best_bands(banded)}
+    if Adjacency.of(adjacency) is not Adjacency.ADD_REMOVE:
+        apart = max(1, round(1 / sample_rate))
+        u = best_inverse(steps, apart)
+        noise = accounting.noise_multiplier_for(
+            lambda value: SeparatedGaussian(value, u, apart, steps), **budget
+        )
+        error = noise * workload_error(u, steps, inverse=True)
+        found["inverse-banded"] = BandChoice(len(u), noise, error, u)
+    return found

@@ -18,12 +18,18 @@ from dptorch.accounting import (
     Adjacency,
     CorrelatedGaussian,
     CyclicGaussian,
+    EpochwiseGaussian,
     Event,
     SampledDiscreteGaussian,
     SampledGaussian,
+    SeparatedGaussian,
 )
 from dptorch.accounting.arguments import positive, positive_int
-from dptorch.accounting.toeplitz import column_norms, unbounded_sensitivity
+from dptorch.accounting.toeplitz import (
+    column_norms,
+    inverse_coefficients_of,
+    unbounded_sensitivity,
+)
 from dptorch.clipping import (
     LEAST_NORM,
     AdaptiveClipping,
@@ -40,6 +46,8 @@ from dptorch.sampling import Scheme, Terms, get_scheme
 LOSS_REDUCTIONS = ("mean", "sum")
 #: What a guarantee may protect: see docs/sampling.md, "Units".
 UNITS = ("example", "user", "packed sequence")
+#: Mechanisms whose noise is correlated over steps; their plans have coefficients.
+CORRELATED: Final = ("banded", "inverse-banded")
 _FORMAT = 1
 
 
@@ -80,13 +88,15 @@ class PrivacyPlan:
         target_epsilon: the ε that noise_multiplier was calibrated to, if it was.
         sample_size: number of records, where it was given and is treated as public.
         mechanism: "gaussian"; "banded": noise that later steps take back in part, on batches of which
-            no record is in two of `bands` in a row; or "discrete_gaussian": contributions rounded to
-            integers, with integer noise, which forms every example's gradient and is accounted by
-            "rdp". See docs/noise.md.
+            no record is in two of `bands` in a row; "inverse-banded": the same for records that come
+            once an epoch, always in the same step, without amplification; or "discrete_gaussian":
+            contributions rounded to integers, with integer noise, which forms every example's gradient
+            and is accounted by "rdp". See docs/noise.md.
         bands: groups that take turns in cyclic Poisson sampling, and so the most steps over which
             noise may be correlated.
         coefficients: of banded noise: the first column of its matrix C, at most `bands` numbers.
-            noise_multiplier is that for columns of norm 1.
+            noise_multiplier is that for columns of norm 1. Of inverse-banded noise that of C⁻¹, and
+            noise_multiplier that of z.
         clipping_fn, accountant, adjacency, loss_reduction, sampling, capacity, max_examples_per_user,
         adaptive_clipping: as in `PlanSettings`.
     """
@@ -137,12 +147,20 @@ class PrivacyPlan:
                 "clipping_style='all-layer' without adaptive_clipping, or mechanism='gaussian'."
             )
         object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
-        if (self.mechanism == "banded") != bool(self.coefficients):
+        if (self.mechanism in CORRELATED) != bool(self.coefficients):
             raise ConfigurationError(
-                f"mechanism={self.mechanism!r} with {len(self.coefficients)} coefficients: 'banded', "
-                "and no other, has them. Use dptorch.make_plan, which finds them."
+                f"mechanism={self.mechanism!r} with {len(self.coefficients)} coefficients: "
+                f"{' and '.join(CORRELATED)}, and no other, have them. Use dptorch.make_plan, which "
+                "finds them."
             )
-        if self.coefficients:
+        if self.mechanism == "inverse-banded":
+            inverse_coefficients_of(
+                len(self.coefficients),
+                self.steps,
+                self.coefficients,
+                separation=self.terms.steps_per_epoch,
+            )
+        if self.mechanism == "banded":
             column_norms(self.coefficients, self.steps)  # checks them
             if len(self.coefficients) > (self.bands or 0):
                 raise ConfigurationError(
@@ -206,7 +224,14 @@ class PrivacyPlan:
 
     def event(self, steps: int) -> Event:
         """What the first `steps` steps of this plan release, for an accountant."""
-        return event_of(self.scheme, self.mechanism, self.terms, self.noise_multiplier, steps)
+        return event_of(
+            self.scheme,
+            self.mechanism,
+            self.terms,
+            self.noise_multiplier,
+            steps,
+            self.coefficients,
+        )
 
     def history(self, steps: int, *, own_loader_steps: int = 0) -> list[Event]:
         """What a run of `steps` steps released, some of them on batches of a loader of the user's own.
@@ -217,6 +242,8 @@ class PrivacyPlan:
         """
         if not own_loader_steps:
             return [self.event(steps)]
+        if self.mechanism == "inverse-banded":
+            return [SeparatedGaussian(self.noise_multiplier, self.coefficients, 1, steps)]
         if self.coefficients:
             worst = unbounded_sensitivity(self.coefficients, min(steps, self.steps))
             return [CorrelatedGaussian(self.noise_multiplier, worst, 1)]
@@ -294,38 +321,62 @@ class PrivacyPlan:
 
 
 def event_of(
-    scheme: Scheme, mechanism: str, terms: Terms, noise_multiplier: float, steps: int
+    scheme: Scheme,
+    mechanism: str,
+    terms: Terms,
+    noise_multiplier: float,
+    steps: int,
+    coefficients: tuple[float, ...] = (),
 ) -> Event:
     """What steps of a sampling scheme with a mechanism release.
+
+    Args:
+        coefficients: of noise that is correlated over steps.
 
     Raises:
         ConfigurationError: no event stands for the two together.
     """
     get_mechanism(mechanism)
-    return _with_mechanism(mechanism, scheme.event(terms, noise_multiplier, steps), scheme.name)
+    apart = None if scheme.separation is None else scheme.separation(terms)
+    event = scheme.event(terms, noise_multiplier, steps)
+    return _with_mechanism(mechanism, event, scheme.name, coefficients, apart)
 
 
-def _with_mechanism(mechanism: str, event: Event, sampling: str) -> Event:
+def _with_mechanism(
+    mechanism: str,
+    event: Event,
+    sampling: str,
+    coefficients: tuple[float, ...] = (),
+    apart: int | None = None,
+) -> Event:
     """The event of a mechanism, from that of Gaussian noise on the same batches."""
     one_of("mechanism", mechanism, _EVENTS)
-    found = _EVENTS[mechanism](event)
+    found = _EVENTS[mechanism](event, coefficients, apart)
     if found is None:
         raise ConfigurationError(
             f"mechanism={mechanism!r} with sampling={sampling!r}: no theorem here covers the two "
-            "together. Use sampling='poisson' (its cyclic form for 'banded'), or mechanism='gaussian'."
+            "together. Leave out sampling=, or use mechanism='gaussian'."
         )
     return found
 
 
-def _discrete(event: Event) -> Event | None:
+def _discrete(event: Event, *_: Any) -> Event | None:
     if not isinstance(event, SampledGaussian):
         return None
     return SampledDiscreteGaussian(event.noise_multiplier, event.sample_rate, event.steps)
 
 
-#: For each mechanism, from the event of Gaussian noise to its own; None where no theorem covers it.
-_EVENTS: Final[dict[str, Callable[[Event], Event | None]]] = {
-    "gaussian": lambda event: event,
+def _separated(event: Event, coefficients: tuple[float, ...], apart: int | None) -> Event | None:
+    if not isinstance(event, EpochwiseGaussian) or apart is None:
+        return None
+    return SeparatedGaussian(event.noise_multiplier, coefficients or (1.0,), apart, event.steps)
+
+
+#: For each mechanism, from the event of Gaussian noise, coefficients and how many steps lie between a
+#: record's participations to its own event; None where no theorem covers it.
+_EVENTS: Final[dict[str, Callable[[Event, tuple[float, ...], int | None], Event | None]]] = {
+    "gaussian": lambda event, *_: event,
     "discrete_gaussian": _discrete,
-    "banded": lambda event: event if isinstance(event, CyclicGaussian) else None,
+    "banded": lambda event, *_: event if isinstance(event, CyclicGaussian) else None,
+    "inverse-banded": _separated,
 }

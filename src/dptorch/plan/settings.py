@@ -12,11 +12,10 @@ from typing_extensions import Unpack
 from dptorch import accounting
 from dptorch.accounting import Adjacency
 from dptorch.accounting.arguments import number, positive, positive_int
-from dptorch.accounting.toeplitz import coefficients_of
+from dptorch.accounting.toeplitz import Coefficients, coefficients_of
 from dptorch.clipping import AdaptiveClipping, read_style
 from dptorch.errors import ConfigurationError, one_of, warn
-from dptorch.plan.bands import Coefficients, best_bands, compare_bands
-from dptorch.plan.privacy_plan import PrivacyPlan, event_of
+from dptorch.plan.privacy_plan import CORRELATED, PrivacyPlan, event_of
 from dptorch.sampling import Terms, get_scheme
 
 Style = str | Sequence[str] | Mapping[str, Any]
@@ -56,14 +55,14 @@ class PlanSettings(TypedDict, total=False):
         capacity: largest number of records in a batch of truncated Poisson sampling; by default
             B + 8 sqrt(B) for an expected B, or more where that would be exceeded too often.
         max_examples_per_user: largest number of one user's examples in a step, for unit="user".
-        mechanism: "gaussian" (the default), "banded" or "discrete_gaussian", see `PrivacyPlan`.
-            "banded" makes Poisson sampling cyclic.
-        bands: for mechanism="banded", over how many steps noise is correlated: a number, or "auto"
-            (the default with target_epsilon): the number that leaves the least noise in the
-            parameters. `dptorch plan --mechanism banded` shows what others give.
+        mechanism: "gaussian" (the default), "banded", "inverse-banded" or "discrete_gaussian", see
+            `PrivacyPlan`. "banded" makes Poisson sampling cyclic, "inverse-banded" sequential.
+        bands: over how many steps noise is correlated: a number, or "auto" (the default, for "banded"
+            with target_epsilon): the number that leaves the least noise in the parameters.
+            `dptorch plan --mechanism banded` shows what others give.
         coefficients: for mechanism="banded": "prefix-sum" (the default: optimised for SGD),
             "square-root", a `dptorch.accounting.Workload` (optimised for momentum and a schedule of
-            learning rates), or the numbers themselves.
+            learning rates), or the numbers themselves; for "inverse-banded": "square-root" or numbers.
     """
 
     batch_size: float | None
@@ -102,6 +101,9 @@ _FIELDS: Final = (
     "mechanism",
 )
 
+# What Poisson sampling becomes under noise that is correlated over steps.
+_SAMPLING: Final = {"banded": "cyclic-poisson", "inverse-banded": "sequential"}
+
 
 def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
     """Make a plan from what a user knows.
@@ -126,9 +128,9 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
     sample_size = settings.get("sample_size")
     mechanism = settings.get("mechanism", PrivacyPlan.mechanism)
     sampling = settings.get("sampling", "poisson")
-    scheme = get_scheme(
-        "cyclic-poisson" if (mechanism, sampling) == ("banded", "poisson") else sampling
-    )
+    if sampling == "poisson":
+        sampling = _SAMPLING.get(mechanism, sampling)
+    scheme = get_scheme(sampling)
     rate, batch_size = _rate(settings.get("batch_size"), settings.get("sample_rate"), sample_size)
     bands = _bands(settings.get("bands"), mechanism, settings.get("target_epsilon"))
     terms = scheme.settle(
@@ -137,7 +139,7 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
             batch_size,
             sample_size,
             settings.get("capacity"),
-            bands if isinstance(bands, int) else None,
+            bands if isinstance(bands, int) and mechanism != "inverse-banded" else None,
         )
     )
     rate = terms.sample_rate
@@ -162,11 +164,18 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
         )
     asked = settings.get("coefficients")
     wanted: Coefficients = "prefix-sum" if asked is None else asked
-    if mechanism != "banded" and asked is not None:
+    if mechanism not in CORRELATED and asked is not None:
         raise ConfigurationError(
-            f"coefficients= is for mechanism='banded', and mechanism={mechanism!r}. Leave it out."
+            f"coefficients= is for noise that is correlated over steps, by mechanism='banded' or "
+            f"'inverse-banded', and mechanism={mechanism!r}. Leave it out."
         )
-    if bands == "auto":
+    coefficients: tuple[float, ...] = ()
+    event_of(scheme, mechanism, terms, 1.0, 0)  # refuses what no theorem covers together
+    if mechanism in CORRELATED:
+        from dptorch.plan.bands import best_bands, best_inverse, compare_bands
+    if mechanism == "inverse-banded":
+        coefficients = best_inverse(steps, terms.steps_per_epoch, bands, asked)
+    if mechanism == "banded" and bands == "auto":
         assert target_epsilon is not None
         found = compare_bands(
             sample_rate=rate,
@@ -179,16 +188,14 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
             every=False,
         )
         terms = replace(terms, bands=best_bands(found).bands)
-    coefficients = None
-    event_of(scheme, mechanism, terms, 1.0, 0)  # refuses what no theorem covers together
     if mechanism == "banded":
-        coefficients = coefficients_of(terms.bands or 1, steps, wanted)
+        coefficients = tuple(coefficients_of(terms.bands or 1, steps, wanted).tolist())
     if noise_multiplier is None:
         assert target_epsilon is not None
         accountant = settings.get("accountant", PrivacyPlan.accountant)
         accounting.get_accountant(accountant)
         noise_multiplier = accounting.noise_multiplier_for(
-            lambda noise: event_of(scheme, mechanism, terms, noise, steps),
+            lambda noise: event_of(scheme, mechanism, terms, noise, steps, coefficients),
             target_epsilon=target_epsilon,
             delta=delta,
             accountant=accountant,
@@ -209,7 +216,7 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
         capacity=terms.capacity,
         sampling=scheme.name,
         bands=terms.bands,
-        coefficients=() if coefficients is None else tuple(coefficients.tolist()),
+        coefficients=coefficients,
         **fields_given,
     )
 
@@ -232,15 +239,17 @@ def _bands(
     Raises:
         ConfigurationError: it is neither, or there is no budget to find it by.
     """
+    found_alone = mechanism == "inverse-banded"
     if wanted is None:
-        return "auto" if mechanism == "banded" and target_epsilon is not None else None
+        planned = mechanism == "banded" and target_epsilon is not None
+        return "auto" if found_alone or planned else None
     if isinstance(wanted, str) and wanted.isdecimal():
         wanted = int(wanted)
     if wanted != "auto":
         if isinstance(wanted, str):
             raise ConfigurationError(f"bands={wanted!r} must be a whole number or 'auto'.")
         return positive_int("bands", wanted)
-    if mechanism != "banded" or target_epsilon is None:
+    if not found_alone and (mechanism != "banded" or target_epsilon is None):
         raise ConfigurationError(
             "bands='auto' finds the number of bands for a budget: it needs mechanism='banded' and "
             "target_epsilon. Give a number, for example 8."

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dptorch.accounting.correlated_events import CyclicGaussian
+from dptorch.accounting.correlated import CyclicGaussian
 from dptorch.errors import ConfigurationError
 from dptorch.randomness import RootKey
 from dptorch.sampling.permutation import KeyedPermutation

@@ -194,4 +194,5 @@ SEQUENTIAL: Final = Scheme(
     sampler=lambda terms, size, key: SequentialSampler(size, terms.steps_per_epoch, key),
     event=_once_an_epoch,
     settle=by_epochs,
+    separation=lambda terms: terms.steps_per_epoch,
 )

@@ -60,6 +60,8 @@ class Scheme:
         sampler: (terms, number of records, key) -> sampler.
         event: (terms, noise multiplier, steps) -> what the first `steps` steps release.
         settle: terms -> the terms that the scheme can honour exactly; raises for impossible ones.
+        separation: for a scheme that keeps a record's participations apart without drawing: terms ->
+            the fewest steps from one to the next.
         capacity: for a scheme with a bound on the batch: (terms, steps, delta) -> a bound that costs
             next to nothing.
     """
@@ -72,6 +74,7 @@ class Scheme:
     event: Callable[[Terms, float, int], Event]
     settle: Callable[[Terms], Terms] = lambda terms: terms
     capacity: Callable[[Terms, int, float], int] | None = None
+    separation: Callable[[Terms], int] | None = None
 
     def check(self, terms: Terms, adjacency: Adjacency) -> None:
         """Raise unless the event covers a run on `terms` under `adjacency`.

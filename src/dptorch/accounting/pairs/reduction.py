@@ -7,7 +7,8 @@ One case per event class; a history's cost is the largest over its directions, e
 | SampledGaussian, CyclicGaussian | `remove` and `add` | `replace` |
 | TruncatedPoissonGaussian | `truncated`, or as SampledGaussian and a chance of overflow | likewise |
 | SampledDiscreteGaussian | Rényi divergences only | the same, without sampling only |
-| EpochwiseGaussian, CorrelatedGaussian | a Gaussian | a Gaussian, sensitivity doubled |
+| EpochwiseGaussian | a Gaussian | a Gaussian, sensitivity doubled |
+| CorrelatedGaussian, SeparatedGaussian | the same | the same |
 | RandomAllocationGaussian | `allocation` | refused |
 | FixedSizeGaussian | zero-out: as replace-one; add/remove refused | `fixed_size` |
 | PureRelease | `pure` | `pure`, ε doubled |
@@ -20,7 +21,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from dptorch.accounting.adjacency import Adjacency
-from dptorch.accounting.correlated_events import CorrelatedGaussian, CyclicGaussian
+from dptorch.accounting.correlated import (
+    CorrelatedGaussian,
+    CyclicGaussian,
+    SeparatedGaussian,
+)
 from dptorch.accounting.events import (
     EpochwiseGaussian,
     Event,
@@ -55,6 +60,7 @@ _PAIRS: dict[type[Event], type] = {
     EpochwiseGaussian: SampledPair,
     CyclicGaussian: SampledPair,
     CorrelatedGaussian: SampledPair,
+    SeparatedGaussian: SampledPair,
     FixedSizeGaussian: FixedSizePair,
     RandomAllocationGaussian: AllocationPair,
     PureRelease: PurePair,
@@ -172,6 +178,9 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
         case CorrelatedGaussian():
             noise = event.noise_multiplier / event.sensitivity
             return SampledPair(direction, noise, 1.0, event.steps)
+        case SeparatedGaussian():
+            noise = event.noise_multiplier / event.sensitivity
+            return SampledPair(direction, noise, 1.0, 1)
         case RandomAllocationGaussian() if direction != "replace":
             block = event.steps_per_epoch // event.selections
             releases = event.epochs * event.selections

@@ -158,7 +158,8 @@ def play_dirac(
     engine.detach()
     counted = np.ones_like(drawn)
     if len(plan.coefficients) > 1:
-        scores, counted = _whitened(scores, drawn, plan)
+        whiten = _whitened if plan.mechanism == "banded" else _whitened_inverse
+        scores, counted = whiten(scores, drawn, plan)
         signal = np.where(counted, scores, 0.0).sum(axis=0)
     if plan.adjacency is Adjacency.REPLACE_ONE:
         # Every slot that was drawn shows one of the two records.
@@ -198,6 +199,21 @@ def _whitened(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[Array, Ar
     if steps < plan.steps:
         turns[max(0, steps - bands + 1) :] = False  # their columns go on past what was seen
     return signs * found / columns, turns
+
+
+def _whitened_inverse(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[Array, Array]:
+    """The same where C⁻¹ is banded: row t of Cx + z, in the first step of each canary's.
+
+    There it is N(b, σ²): what the canary did in earlier steps is nothing.
+    """
+    steps, u = len(scores), np.asarray(plan.coefficients) / plan.coefficients[0]
+    signs = np.where(np.arange(steps) % 2, -1.0, 1.0)[:, None]
+    rows = signs * scores
+    for t in range(steps):
+        for j in range(1, min(t + 1, len(u))):
+            rows[t] -= u[j] * rows[t - j]
+    first = np.where(drawn.any(axis=0), drawn.argmax(axis=0), np.arange(drawn.shape[1]) % steps)
+    return signs * rows, np.arange(steps)[:, None] == first
 
 
 def _records(member: Array, slots: int, rows: int, plan: PrivacyPlan) -> TensorDataset:
