@@ -81,5 +81,5 @@ $(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing dptorch and its test tools into $(VENV) (a few minutes the first time)"
-	$(PIP) -e '.[report,transformers,trl,text,vision,prv,bench,deepspeed,postgres,serve,onnx,docs,dev]'
+	$(PIP) -e '.[report,transformers,trl,text,vision,prv,bench,deepspeed,postgres,serve,onnx,docs,notebooks,dev]'
 	@touch $@ $(VENV)/.demo $(VENV)/.docs

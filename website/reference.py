@@ -161,8 +161,9 @@ def _silent_methods(node: ast.ClassDef) -> Iterator[str]:
         return
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
-            overloaded = any("overload" in ast.unparse(d) for d in method.decorator_list)
-            if not overloaded and not ast.get_docstring(method):
+            marks = [ast.unparse(mark) for mark in method.decorator_list]
+            other = any("overload" in mark or mark.endswith(".setter") for mark in marks)
+            if not other and not ast.get_docstring(method):
                 yield method.name
 
 

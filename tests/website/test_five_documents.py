@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.source import REPOSITORY, functions, trees
+from tests.source import REPOSITORY, TESTS
 from tests.website.command_lines import unknown
 from website.reference import commands
 
@@ -19,7 +19,10 @@ def rows(text: str) -> list[tuple[str, str, str]]:
 
 
 def faults(text: str) -> list[str]:
-    tests = {function.name for tree in trees().values() for function in functions(tree)}
+    files = (file.read_text() for file in TESTS.rglob("test_*.py"))
+    tests = {
+        name for file in files for name in re.findall(r"^ *def (test_\w+)\(", file, re.MULTILINE)
+    }
     lost = [name for name in re.findall(r"`(test_\w+)`", text) if name not in tests]
     known = dict(commands())
     for line in re.findall(r"`(dptorch [a-z][^`]*)`", text):
