@@ -71,7 +71,7 @@ def page_of(notebook: Path, pictures: Path) -> str:
         elif cell["cell_type"] == "code":
             parts.append(f"```python\n{source}\n```")
             parts += _outputs(cell, pictures, f"{notebook.stem}-{number}")
-    parts.append(f"Download [{notebook.name}]({notebook.name}).")
+    parts.append(f'<a href="{notebook.name}" download>Download {notebook.name}</a>')
     return "\n\n".join(parts) + "\n"
 
 

@@ -53,21 +53,31 @@ def rewritten(text: str, here: Path, where: dict[Path, Path]) -> str:
         FileNotFoundError: a target is nowhere in the repository.
     """
 
-    def moved(found: re.Match[str]) -> str:
-        path, mark, fragment = found[1].partition("#")
-        target = Path(os.path.normpath(here.parent / path)) if path else here
+    def moved(path: str) -> str:
+        target = Path(os.path.normpath(here.parent / path))
+        if target not in where:
+            target = target / "README.md"
         if target in where:
-            link = os.path.relpath(where[target], where[here].parent)
-        elif (target / "README.md") in where:
-            link = os.path.relpath(where[target / "README.md"], where[here].parent)
-        elif (ROOT / target).exists():
-            return "]"
-        else:
-            raise FileNotFoundError(f"{here} links to {path}, and there is no {target}")
-        return f"]({'' if not path else link}{mark}{fragment})"
+            return os.path.relpath(where[target], where[here].parent)
+        if not (ROOT / here.parent / path).exists():
+            raise FileNotFoundError(f"{here} links to {path}, and there is no such file")
+        return ""
+
+    def link(found: re.Match[str]) -> str:
+        path, mark, fragment = found[1].partition("#")
+        if not path:
+            return found[0]
+        return f"]({to}{mark}{fragment})" if (to := moved(path)) else "]"
 
     pieces = re.split(r"(^```.*?^```|`[^`\n]*`)", text, flags=re.DOTALL | re.MULTILINE)
-    pieces[::2] = [_unlinked(LINK.sub(moved, piece)) for piece in pieces[::2]]
+    pieces[::2] = [
+        re.sub(
+            r'(?<=src=")[^":]+(?=")',
+            lambda found: moved(found[0]),
+            _unlinked(LINK.sub(link, piece)),
+        )
+        for piece in pieces[::2]
+    ]
     return "".join(pieces)
 
 
@@ -98,7 +108,8 @@ def stage(folder: Path, root: Path = ROOT) -> None:
         elif here.suffix == ".ipynb":
             shutil.copy(root / here, target.with_name(here.name))
             page = notebooks.page_of(root / here, target.parent / "pictures")
-            target.write_text(rewritten(page, here, where | {here: there}))
+            drawn = {file.relative_to(docs) for file in target.parent.glob("pictures/*")}
+            target.write_text(rewritten(page, here, where | {file: file for file in drawn}))
         else:
             shutil.copy(root / here, target)
     _write_reference(docs / "reference")
