@@ -7,16 +7,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dptorch.clipping.sums import ClippedSum
-from dptorch.native import SWITCH
+from dptorch.errors import ConfigurationError
+from dptorch.native import LIMIT, SWITCH, Units, units
 from dptorch.native import threads as team
 from dptorch.noise import GaussianNoise
-from dptorch.noise.compiled import SOURCES, compiled
+from dptorch.noise.compiled import SOURCES, Compiled, compiled
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.keystream import Keystream
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
@@ -33,6 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A cache folder of the test's own, and a library that is looked for again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.delenv(LIMIT, raising=False)
     compiled.cache_clear()
     yield tmp_path / "dptorch"
     compiled.cache_clear()
@@ -143,13 +146,14 @@ def test_the_cipher_is_aes_256() -> None:
     for key in (bytes(range(32)), os.urandom(32)):
         cipher = np.zeros(15 * 16 + 16 + 16, np.uint8)  # round keys, a flag, room to align
         at = -cipher.ctypes.data % 16
-        calls.expand_key(key, ctypes.c_void_p(cipher.ctypes.data + at))
+        has = units(calls)
+        calls.expand_key(key, int(has), ctypes.c_void_p(cipher.ctypes.data + at))
         flag = cipher[at + 240 : at + 244].view(np.int32)
         for first in (0, 5, 2**33):
             expected = np.empty(16 * 64, np.uint8)
             Keystream(key).read(16 * first, expected)
-            for wide in {0, int(flag[0])}:
-                flag[0] = wide
+            for without in (Units(0), Units.AVX512, Units.VAES):  # four blocks at once, two, one
+                flag[0] = has & ~without
                 found = np.zeros_like(expected)
                 calls.keystream(
                     ctypes.c_void_p(cipher.ctypes.data + at),
@@ -270,3 +274,37 @@ def test_without_a_compiler_numpy_does_it(
     else:
         monkeypatch.setenv("PATH", f"{fake}{os.pathsep}/nowhere")
     assert compiled() is None
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_every_instruction_set_makes_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that this processor has, without one and another of them."""
+    library = compiled()
+    assert library is not None
+    with_all, has = noisy_sum(), units(library._library)
+    for names in ("aes", "aes,avx2", "aes,avx512", "aes,avx2,vaes", "aes,avx512,vaes", "avx2"):
+        monkeypatch.setenv(LIMIT, names)
+        limited = Compiled(library._library, units(library._library))
+        assert limited.has_cipher == (Units.AES in has and "aes," in f"{names},")
+        for user in ("gaussian", "fingerprint"):
+            monkeypatch.setattr(f"dptorch.noise.{user}.compiled", lambda limited=limited: limited)
+        again = noisy_sum()
+        assert torch.equal(with_all[0], again[0])
+        assert with_all[1] == again[1]
+
+
+def test_a_limit_names_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def units_found(self) -> int:
+            return int(Units.AES | Units.AVX2 | Units.VAES)
+
+    library: Any = Library()
+    assert units(library) == Units.AES | Units.AVX2 | Units.VAES
+    monkeypatch.setenv(LIMIT, "AES, avx512,")
+    assert units(library) == Units.AES
+    monkeypatch.setenv(LIMIT, "")
+    assert units(library) == Units(0)
+    monkeypatch.setenv(LIMIT, "avx5")
+    with pytest.raises(ConfigurationError, match="avx2"):
+        units(library)

@@ -13,6 +13,7 @@ typedef struct {
     const float *stddevs;
     int64_t span_count;
     float divisor;
+    int32_t units;
     int64_t next;           /* counts the blocks that are taken */
 } Noise;
 
@@ -29,14 +30,19 @@ static int64_t span_at(const Noise *job, int64_t place) {
     return low;
 }
 
-FOR_EVERY_CPU
-static void add(float *restrict to, const float *restrict noise, float stddev, float divisor,
-                int64_t size) {
+INLINED void add_body(float *restrict to, const float *restrict noise, float stddev,
+                      float divisor, int64_t size, int units) {
+    (void)units;
     if (divisor == 1.0f)
         for (int64_t i = 0; i < size; i++) to[i] += noise[i] * stddev;
     else
         for (int64_t i = 0; i < size; i++) to[i] = (to[i] + noise[i] * stddev) / divisor;
 }
+
+FOR_EVERY_CPU(add,
+              (float *restrict to, const float *restrict noise, float stddev,
+               float divisor, int64_t size, int units),
+              (to, noise, stddev, divisor, size, units))
 
 /* The numbers [place, place + AT_ONCE) of the sequence, to the spans that have these places. */
 static void spread(const Noise *job, int64_t span, int64_t place, const float *noise) {
@@ -45,7 +51,7 @@ static void spread(const Noise *job, int64_t span, int64_t place, const float *n
         int64_t from = job->starts[span] > place ? job->starts[span] : place;
         int64_t to = job->stops[span] < stop ? job->stops[span] : stop;
         add(job->data[span] + (from - job->starts[span]), noise + (from - place),
-            job->stddevs[span], job->divisor, to - from);
+            job->stddevs[span], job->divisor, to - from, job->units);
     }
 }
 
@@ -53,7 +59,7 @@ void add_noise(Noise *job) {
     _Alignas(64) int32_t bits[3][AT_ONCE];
     _Alignas(64) float made[2][AT_ONCE];
     Cipher cipher;
-    expand_key(job->key, &cipher);
+    expand_key(job->key, job->units, &cipher);
     for (;;) {
         int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (taken >= job->block_count) break;
@@ -70,7 +76,8 @@ void add_noise(Noise *job) {
             for (int row = 0; row < 3; row++)
                 keystream(&cipher, ((3 * block + row) * PAIRS + at) / 4, (uint8_t *)bits[row],
                           AT_ONCE / 4);
-            normals(bits[0], bits[1], bits[2], made[0], made[1], AT_ONCE);
+            normals(bits[0], bits[1], bits[2], made[0], made[1], AT_ONCE,
+                    job->units);
             for (int half = 0; half < 2; half++) spread(job, span[half], place[half], made[half]);
         }
     }

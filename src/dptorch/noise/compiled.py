@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dptorch.native import build, run_in_team
+from dptorch.native import HEADER, Units, build, run_in_team, units
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
 from dptorch.noise.normal import (
     KEYSTREAM_BLOCK,
@@ -30,9 +30,12 @@ from dptorch.noise.normal import (
 
 __all__ = ["Compiled", "Target", "compiled"]
 
-SOURCES: Final = tuple(
-    Path(__file__).with_name(name)
-    for name in ("kernels.h", "normal.c", "keystream.c", "add_noise.c", "hash.c")
+SOURCES: Final = (
+    HEADER,
+    *(
+        Path(__file__).with_name(name)
+        for name in ("kernels.h", "normal.c", "keystream.c", "add_noise.c", "hash.c")
+    ),
 )
 
 
@@ -54,21 +57,27 @@ class Target:
 class Compiled:
     """The functions of the compiled library. They release the interpreter lock.
 
+    Args:
+        units: instruction sets that it may use.
+
     Attributes:
         has_cipher: whether the processor has AES instructions, without which `add_noise` is not to
             be called.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, units: Units) -> None:
         self._library = library
-        library.normals.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64]
+        self._units = units
+        library.normals.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64, ctypes.c_int]
         for function in (library.normals, library.add_noise, library.hash_words):
             function.restype = None
-        self.has_cipher = bool(library.has_cipher())
+        self.has_cipher = Units.AES in units
 
     def transform(self, bits: NDArray[np.int32], normals: NDArray[np.float32]) -> None:
         """`dptorch.noise.normal.to_float32`."""
-        self._library.normals(*(row.ctypes.data for row in (*bits, *normals)), bits.shape[1])
+        self._library.normals(
+            *(row.ctypes.data for row in (*bits, *normals)), bits.shape[1], self._units
+        )
 
     def add_noise(
         self,
@@ -96,8 +105,9 @@ class Compiled:
         ]
         numbers, data, starts, stops, stddevs = (c.ctypes.data for c in columns)
         job = _Noise(
-            key, numbers, len(blocks), data, starts, stops, stddevs, len(targets), divisor, 0
-        )
+            key, numbers, len(blocks), data, starts, stops, stddevs, len(targets), divisor,
+            self._units, 0,
+        )  # fmt: skip
         run_in_team(self._library.add_noise, job, threads)
 
     def nh(
@@ -110,7 +120,7 @@ class Compiled:
         sums = np.empty((int(chunks[-1]), 2), np.uint64)
         arrays: list[NDArray[Any]] = [words, sizes, chunks, key, sums]
         data, counts, firsts, secret, out = (a.ctypes.data for a in arrays)
-        job = _Hash(data, counts, firsts, len(messages), secret, out, 0)
+        job = _Hash(data, counts, firsts, len(messages), secret, out, self._units, 0)
         run_in_team(self._library.hash_words, job, threads)
         return sums
 
@@ -128,6 +138,7 @@ class _Noise(ctypes.Structure):
         ("stddevs", ctypes.c_void_p),
         ("span_count", ctypes.c_int64),
         ("divisor", ctypes.c_float),
+        ("units", ctypes.c_int32),
         ("next", ctypes.c_int64),
     )
 
@@ -142,6 +153,7 @@ class _Hash(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("key", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
+        ("units", ctypes.c_int64),
         ("next", ctypes.c_int64),
     )
 
@@ -153,7 +165,7 @@ def compiled() -> Compiled | None:
     library = build("noise", SOURCES, _constants(), "-ffp-contract=off")
     if library is None:
         return None
-    found = Compiled(library)
+    found = Compiled(library, units(library))
     return found if _same_bits(found) else None
 
 

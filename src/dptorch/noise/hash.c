@@ -10,6 +10,7 @@ typedef struct {
     int64_t count;
     const uint32_t *key;          /* CHUNK + 2 words */
     uint64_t *sums;               /* two for each chunk */
+    int64_t units;
     int64_t next;
 } Hash;
 
@@ -24,8 +25,6 @@ static void chunk(const uint32_t *m, const uint32_t *key, int64_t pairs, uint64_
 }
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 /* Four pairs at a time: the first word of each is the lower half of a lane. */
 __attribute__((target("avx2"))) static void chunk_avx2(const uint32_t *m, const uint32_t *key,
                                                        int64_t pairs, uint64_t *sums) {
@@ -47,18 +46,11 @@ __attribute__((target("avx2"))) static void chunk_avx2(const uint32_t *m, const 
     }
     chunk(m + 2 * i, key + 2 * i, pairs - i, sums);
 }
-
-static int has_avx2(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2");
-}
 #else
 #define chunk_avx2 chunk
-static int has_avx2(void) { return 0; }
 #endif
 
 void hash_words(Hash *job) {
-    int wide = has_avx2();
     int64_t message = 0;
     for (;;) {
         int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
@@ -70,7 +62,7 @@ void hash_words(Hash *job) {
         const uint32_t *words = job->words[message] + start;
         uint64_t *sums = job->sums + 2 * taken;
         sums[0] = sums[1] = 0;
-        (wide ? chunk_avx2 : chunk)(words, job->key, size / 2, sums);
+        (job->units & AVX2 ? chunk_avx2 : chunk)(words, job->key, size / 2, sums);
         if (size % 2) { /* the last word, beside a zero */
             const uint32_t *key = job->key + size - 1;
             sums[0] += (uint64_t)(words[size - 1] + key[0]) * key[1];

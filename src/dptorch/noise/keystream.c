@@ -3,24 +3,17 @@
 
 #include "kernels.h"
 
+int units_found(void) { return units_of_the_processor(); }
+
 #if defined(__x86_64__)
-#include <immintrin.h>
 
-#define AES __attribute__((target("aes,sse4.1")))
-#define WIDE __attribute__((target("vaes,aes,avx2")))
-#define LANES 8 /* blocks in flight: an instruction takes several cycles, and they overlap */
-
-int has_cipher(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("aes") && __builtin_cpu_supports("sse4.1");
-}
-
-static int has_wide_cipher(void) {
-    return __builtin_cpu_supports("vaes") && __builtin_cpu_supports("avx2");
-}
+#define ONE __attribute__((target("aes,sse4.1")))
+#define TWO __attribute__((target("vaes,aes,avx2")))
+#define FOUR __attribute__((target("vaes,aes,avx512f")))
+#define LANES 8 /* in flight: an instruction takes several cycles, and they overlap */
 
 /* FIPS 197, section 5.2, for 8 words of key: every second round key also takes the S-box. */
-AES static inline __m128i next_key(__m128i key, __m128i mixed) {
+ONE static inline __m128i next_key(__m128i key, __m128i mixed) {
     key = _mm_xor_si128(key, _mm_slli_si128(key, 4));
     key = _mm_xor_si128(key, _mm_slli_si128(key, 8));
     return _mm_xor_si128(key, mixed);
@@ -33,7 +26,7 @@ AES static inline __m128i next_key(__m128i key, __m128i mixed) {
         k[i + 1] = next_key(k[i - 1], _mm_shuffle_epi32(                                  \
                                           _mm_aeskeygenassist_si128(k[i], 0), 0xaa));
 
-AES void expand_key(const uint8_t secret[32], Cipher *cipher) {
+ONE void expand_key(const uint8_t secret[32], int units, Cipher *cipher) {
     __m128i k[16];
     k[0] = _mm_loadu_si128((const __m128i *)secret);
     k[1] = _mm_loadu_si128((const __m128i *)(secret + 16));
@@ -45,10 +38,10 @@ AES void expand_key(const uint8_t secret[32], Cipher *cipher) {
     TWO_KEYS(12, 0x20)
     TWO_KEYS(14, 0x40)
     memcpy(cipher->round_keys, k, sizeof cipher->round_keys);
-    cipher->wide = has_wide_cipher();
+    cipher->units = units;
 }
 
-AES static void by_one(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks) {
+ONE static void by_one(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks) {
     __m128i k[15], x[LANES];
     memcpy(k, cipher->round_keys, sizeof k);
     for (int64_t at = 0; at < blocks; at += LANES) {
@@ -62,7 +55,7 @@ AES static void by_one(const Cipher *cipher, uint64_t first, uint8_t *out, int64
 }
 
 /* Two blocks in each instruction. */
-WIDE static void by_two(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks) {
+TWO static void by_two(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks) {
     __m256i k[15], x[LANES];
     for (int i = 0; i < 15; i++)
         k[i] = _mm256_broadcastsi128_si256(((const __m128i *)cipher->round_keys)[i]);
@@ -80,14 +73,37 @@ WIDE static void by_two(const Cipher *cipher, uint64_t first, uint8_t *out, int6
     }
 }
 
+/* Four. */
+FOUR static void by_four(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks) {
+    __m512i k[15], x[LANES];
+    for (int i = 0; i < 15; i++)
+        k[i] = _mm512_broadcast_i32x4(((const __m128i *)cipher->round_keys)[i]);
+    for (int64_t at = 0; at < blocks; at += 4 * LANES) {
+        for (int i = 0; i < LANES; i++) {
+            uint64_t n = first + at + 4 * i;
+            x[i] = _mm512_set_epi64(__builtin_bswap64(n + 3), 0, __builtin_bswap64(n + 2), 0,
+                                    __builtin_bswap64(n + 1), 0, __builtin_bswap64(n), 0);
+            x[i] = _mm512_xor_si512(x[i], k[0]);
+        }
+        for (int round = 1; round < 14; round++)
+            for (int i = 0; i < LANES; i++) x[i] = _mm512_aesenc_epi128(x[i], k[round]);
+        for (int i = 0; i < LANES; i++)
+            _mm512_storeu_si512(out + 16 * (at + 4 * i), _mm512_aesenclast_epi128(x[i], k[14]));
+    }
+}
+
 void keystream(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks) {
-    (cipher->wide ? by_two : by_one)(cipher, first, out, blocks);
+    int units = cipher->units;
+    if (units & VAES && units & AVX512) by_four(cipher, first, out, blocks);
+    else if (units & VAES && units & AVX2) by_two(cipher, first, out, blocks);
+    else by_one(cipher, first, out, blocks);
 }
 
 #else
 
-int has_cipher(void) { return 0; }
-void expand_key(const uint8_t secret[32], Cipher *cipher) { (void)secret, (void)cipher; }
+void expand_key(const uint8_t secret[32], int units, Cipher *cipher) {
+    (void)secret, (void)units, (void)cipher;
+}
 void keystream(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks) {
     (void)cipher, (void)first, (void)out, (void)blocks;
 }

@@ -16,10 +16,10 @@ static inline float quarter_sine(float y) {
     return y * (w * (w * (w * (w * SINE_4 + SINE_3) + SINE_2) + SINE_1) + SINE_0);
 }
 
-FOR_EVERY_CPU
-void normals(const int32_t *restrict high, const int32_t *restrict low,
-             const int32_t *restrict turn, float *restrict first, float *restrict second,
-             int64_t pairs) {
+INLINED void normals_body(const int32_t *restrict high, const int32_t *restrict low,
+                          const int32_t *restrict turn, float *restrict first,
+                          float *restrict second, int64_t pairs, int units) {
+    (void)units;
     for (int64_t i = 0; i < pairs; i++) {
         int32_t sign = high[i] >> 31;
         int32_t rest = (int32_t)((uint32_t)(low[i] ^ sign) >> 1);
@@ -40,3 +40,9 @@ void normals(const int32_t *restrict high, const int32_t *restrict low,
         second[i] = float_of(bits_of(b) ^ ((int32_t)((uint32_t)turn[i] << 1) & INT32_MIN));
     }
 }
+
+FOR_EVERY_CPU(normals,
+              (const int32_t *restrict high, const int32_t *restrict low,
+               const int32_t *restrict turn, float *restrict first, float *restrict second,
+               int64_t pairs, int units),
+              (high, low, turn, first, second, pairs, units))

@@ -92,11 +92,27 @@ def test_a_disturbed_measurement_is_neither_believed_nor_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(device_cost, "measure", lambda *_: DeviceCost(1e9, 1e9))
+    monkeypatch.setattr(device_cost, "measure", lambda *_: DeviceCost(1e9, 1e10))
     device_cost._cost_of.cache_clear()
     assert cost_of(CPU, torch.float32) == TYPICAL["cpu"]
     assert not list(tmp_path.iterdir())
     device_cost._cost_of.cache_clear()
+
+
+def test_a_measurement_is_of_one_thread_and_of_its_own_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What other processes take from a wall clock made most measurements incredible."""
+    threads = torch.get_num_threads()
+    seen = []
+    real = torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda *a: (seen.append(torch.get_num_threads()), real(*a))[1]
+    )
+    monkeypatch.setattr(device_cost.time, "perf_counter", lambda: pytest.fail("a wall clock"))
+    measure(CPU, torch.float32)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == threads
 
 
 def test_a_measurement_is_of_this_world() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dptorch.native import SWITCH
+from dptorch.native import LIMIT, SWITCH, Units
 from dptorch.tape.gradients import gram, gram_native
 from dptorch.tape.gradients.gram import gram_flops, gram_norm, gram_tile
 
@@ -68,6 +68,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache folder of the test's own, and a library that is looked for again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.delenv(LIMIT, raising=False)
     gram_native.gram_library.cache_clear()
     yield
     gram_native.gram_library.cache_clear()
@@ -96,11 +97,12 @@ def test_the_c_kernel_gives_the_formed_norm(
         (torch.randn(t, b, p).transpose(0, 1), torch.randn(b, d, t).transpose(1, 2)),
         (torch.randn(b, t, p + 5)[:, :, 3 : p + 3], torch.randn(2 * b, t, d)[::2]),
     ):
-        squared, *lengths = found.norms(left, right, threads)
         truth = formed(left.double(), right.double())
-        torch.testing.assert_close(squared.double(), truth, rtol=1e-6, atol=0)
-        for length, factor in zip(lengths, (left, right), strict=True):
-            torch.testing.assert_close(length, factor.norm(dim=2), rtol=1e-6, atol=0)
+        for kernel in (found, found.limited(Units.AVX2)):
+            squared, *lengths = kernel.norms(left, right, threads)
+            torch.testing.assert_close(squared.double(), truth, rtol=1e-6, atol=0)
+            for length, factor in zip(lengths, (left, right), strict=True):
+                torch.testing.assert_close(length, factor.norm(dim=2), rtol=1e-6, atol=0)
 
 
 @needs_compiler
@@ -142,21 +144,27 @@ def test_a_factor_without_columns_has_norm_zero() -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("sets", "right", "wrong"),
     [
-        ("sum += 2.0 * below", "sum += below"),  # the mirror image
-        ("if (k < depth)", "if (k > depth)"),  # columns that are left over
-        ("column < start + row + TALL", "column < start + row"),  # the diagonal
-        ("at * f->stride + from, depth", "at * f->stride, depth"),
-        ("memset(gram, 0", "memset(gram, 66"),
+        ("avx2", "sum += 2.0 * below", "sum += below"),  # the mirror image
+        ("avx2", "if (k < depth)", "if (k > depth)"),  # columns that are left over
+        ("avx2", "column < start + row + TALL", "column < start + row"),  # the diagonal
+        ("avx2", "at * f->stride + from, depth", "at * f->stride, depth"),
+        ("avx2", "memset(gram, 0", "memset(gram, 66"),
+        ("avx2,avx512", "(1 << (depth - k)) - 1 : 0xffff", "0xffff : 0xffff"),
+        ("avx2,avx512", "_MM_SHUFFLE(2, 3, 0, 1)", "_MM_SHUFFLE(3, 2, 1, 0)"),
+        ("avx2,avx512", "a + i * PITCH + k);\n#pragma", "a + k);\n#pragma"),
     ],
 )
 def test_a_c_kernel_that_errs_is_not_used(
-    library: None, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+    library: None, monkeypatch: pytest.MonkeyPatch, sets: str, right: str, wrong: str
 ) -> None:
+    monkeypatch.setenv(LIMIT, sets)
     read = type(gram_native.SOURCE).read_bytes
     if gram_native.gram_library() is None:
         pytest.skip("this processor has no AVX2; torch's own products are used")
+    if "avx512" in sets and Units.AVX512 not in gram_native.gram_library().units:
+        pytest.skip("this processor has no AVX-512; the code for it is not run")
     gram_native.gram_library.cache_clear()
     assert right.encode() in gram_native.SOURCE.read_bytes()
     monkeypatch.setattr(

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,9 +22,9 @@ import torch
 
 __all__ = ["TYPICAL", "DeviceCost", "cost_of", "free_bytes", "measure"]
 
-_FORMAT = 2
+_FORMAT = 3
 # A measured intensity further from the typical one than this factor is a disturbed measurement.
-_CREDIBLE = 4.0
+_CREDIBLE = 8.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class DeviceCost:
 
     Attributes:
         flops_per_second: of batched matrix products of moderate size.
-        bytes_per_second: of element-wise work on tensors larger than the caches.
+        bytes_per_second: of element-wise work on tensors of the size that is worked on at once.
+
+    On a CPU both are of one thread and of its own time: what other processes take from a wall clock is
+    no property of the device, and choices depend on the ratio alone.
     """
 
     flops_per_second: float
@@ -63,16 +66,16 @@ def cost_of(device: torch.device, dtype: torch.dtype, *, measured: bool = True) 
     typical = TYPICAL.get(device.type, TYPICAL["cpu"])
     if not measured or dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return typical
-    return _cost_of(device.type, device.index, dtype, torch.get_num_threads())
+    return _cost_of(device.type, device.index, dtype)
 
 
 @cache
-def _cost_of(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> DeviceCost:
+def _cost_of(kind: str, index: int | None, dtype: torch.dtype) -> DeviceCost:
     device = torch.device(kind if index is None else f"{kind}:{index}")
     if kind == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.machine()} {platform.processor()} {os.cpu_count()} {threads}"
+        name = f"{platform.machine()} {_processor()}"
     entry = f"{kind}: {name}, {dtype}, torch {torch.__version__}"
     path = _cache_file()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -87,10 +90,11 @@ def _cost_of(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> 
 def measure(device: torch.device, dtype: torch.dtype) -> DeviceCost:
     """Time a batched product and a pass over memory on `device`: the fastest of a few tries each."""
     small = device.type != "cuda"
-    # On a CPU each try is well below a millisecond, to fit between the turns of other processes.
     b, t, d = (4, 128, 256) if small else (16, 512, 1024)
-    numel = 2**20 if small else 2**27
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    numel = (
+        2**22 if small else 2**27
+    )  # as much as `dptorch.tape.gradients.base.in_parts` forms at once
+    with torch.no_grad(), torch._C.DisableTorchFunction(), _one_thread(device):
         a = torch.ones(b, t, d, device=device, dtype=dtype)
         x = torch.ones(numel, device=device, dtype=dtype)
         product = _fastest(lambda: torch.bmm(a, a.transpose(1, 2)), device)
@@ -99,14 +103,36 @@ def measure(device: torch.device, dtype: torch.dtype) -> DeviceCost:
 
 
 def _fastest(work: Callable[[], object], device: torch.device, tries: int = 20) -> float:
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     times = []
     for _ in range(tries):
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         work()
         _wait(device)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return max(min(times), 1e-9)
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU torch uses this thread alone, whose own time is then the time of all that is done."""
+    threads = torch.get_num_threads()
+    if device.type != "cuda":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _processor() -> str:
+    """The processor's model, where the system says it."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.processor()
 
 
 def _wait(device: torch.device) -> None:

@@ -2,8 +2,8 @@
    rounding. Called from every thread of a team at once; each takes strips until none is left.
 
    A strip is ROWS rows of one example's Gram matrices, up to the diagonal, column after column. Its
-   entries are dot products of the factors' rows, made in tiles of TALL x WIDE whose sums stay in
-   registers, over at most DEPTH columns of the factor at a time, so that what a strip reads stays in
+   entries are dot products of the factors' rows, made in tiles (with AVX2 of TALL x WIDE, with AVX-512
+   of ROWS x WIDE) whose sums stay in registers, over at most DEPTH columns of the factor at a time, so that what a strip reads stays in
    the first-level cache; its own rows are copied together, as rows whose distance is a power of two
    would drive each other out of the cache. */
 
@@ -12,8 +12,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "units.h"
+
+int units_found(void) { return units_of_the_processor(); }
+
 #if defined(__x86_64__)
-#include <immintrin.h>
 
 #define ROWS 8
 #define TALL 4
@@ -33,15 +36,12 @@ typedef struct {
     int64_t left_strides[2], right_strides[2]; /* floats from an example, a position to the next */
     double *sums;       /* [examples, strips] of products of Gram entries */
     float *lengths[2];  /* [examples, positions] of squared lengths: of left, of right */
+    int64_t units;
     int64_t next;
 } Gram;
 
-int has_vectors(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
 #define FAST __attribute__((target("avx2,fma")))
+#define FASTER __attribute__((target("avx512f,avx2,fma")))
 
 FAST static inline __m256i mask_of(int64_t left) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -83,9 +83,51 @@ FAST static void tile(const float *a, const float *const b[WIDE], int64_t depth,
     }
 }
 
+/* The sums of the lanes of eight vectors. */
+FASTER static inline __m256 totals_512(const __m512 sums[ROWS]) {
+    __m512 two[4], four[2];
+    for (int i = 0; i < 4; i++) {
+        __m512 a = sums[2 * i], b = sums[2 * i + 1];
+        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 2; i++) {
+        __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44),
+                               _mm512_shuffle_f32x4(four[0], four[1], 0xee));
+    all = _mm512_add_ps(all, _mm512_shuffle_f32x4(all, all, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm512_castps512_ps256(_mm512_shuffle_f32x4(all, all, _MM_SHUFFLE(0, 0, 2, 0)));
+}
+
+/* `tile` of all ROWS rows. The compiler keeps the sums in registers if it unrolls both loops. */
+FASTER static void tile_512(const float *a, const float *const b[WIDE], int64_t depth, float *to) {
+    __m512 sums[WIDE][ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < WIDE; j++) sums[j][i] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < depth; k += 16) {
+        __mmask16 mask = depth - k < 16 ? (1 << (depth - k)) - 1 : 0xffff;
+        __m512 y[WIDE];
+#pragma GCC unroll 3
+        for (int j = 0; j < WIDE; j++) y[j] = _mm512_maskz_loadu_ps(mask, b[j] + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            __m512 x = _mm512_maskz_loadu_ps(mask, a + i * PITCH + k);
+#pragma GCC unroll 3
+            for (int j = 0; j < WIDE; j++) sums[j][i] = _mm512_fmadd_ps(x, y[j], sums[j][i]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int j = 0; j < WIDE; j++, to += ROWS)
+        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), totals_512(sums[j])));
+}
+
 /* Rows [start, start + ROWS) of a factor's Gram matrix, columns up to the diagonal, into `gram`
    [columns, ROWS]. What lies past the last position repeats it. */
-FAST static void strip(const Factor *f, int64_t start, int64_t positions, float *gram) {
+FAST static void strip(const Factor *f, int64_t start, int64_t positions, int wide, float *gram) {
     _Alignas(64) float own[ROWS * PITCH];
     int64_t last = positions - 1;
     int64_t stop = start + ROWS < positions ? start + ROWS : positions;
@@ -104,7 +146,8 @@ FAST static void strip(const Factor *f, int64_t start, int64_t positions, float 
                 int64_t at = column + j < last ? column + j : last;
                 b[j] = f->rows + at * f->stride + from;
             }
-            for (int64_t row = 0; row < stop - start; row += TALL)
+            if (wide) tile_512(own, b, depth, gram + column * ROWS);
+            for (int64_t row = 0; !wide && row < stop - start; row += TALL)
                 if (column < start + row + TALL) /* not all above the diagonal */
                     tile(own + row * PITCH, b, depth, gram + column * ROWS + row);
         }
@@ -129,8 +172,9 @@ FAST void gram_norms(Gram *job) {
         Factor right = {job->right + example * job->right_strides[0], job->right_columns,
                         job->right_strides[1]};
         float *x = work, *y = work + (positions + ROWS + WIDE) * ROWS;
-        strip(&left, start, positions, x);
-        strip(&right, start, positions, y);
+        int wide = (job->units & AVX512) != 0;
+        strip(&left, start, positions, wide, x);
+        strip(&right, start, positions, wide, y);
         double below[ROWS] = {0}, sum = 0.0;
         for (int64_t column = 0; column < start; column++, x += ROWS, y += ROWS)
             for (int row = 0; row < ROWS; row++) below[row] += (double)x[row] * y[row];
@@ -150,7 +194,6 @@ FAST void gram_norms(Gram *job) {
 
 #else
 
-int has_vectors(void) { return 0; }
 void gram_norms(void *job) { (void)job; }
 
 #endif

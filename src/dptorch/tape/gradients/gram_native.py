@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dptorch.native import build, run_in_team
+from dptorch.native import HEADER, Units, build, run_in_team, units
 
 __all__ = ["ROWS", "SOURCE", "GramLibrary", "gram_library"]
 
@@ -38,16 +38,27 @@ class _Gram(ctypes.Structure):
         ("right_strides", _PAIR),
         ("sums", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p * 2),
+        ("units", ctypes.c_int64),
         ("next", ctypes.c_int64),
     )
 
 
 class GramLibrary:
-    """What gram.c does."""
+    """What gram.c does, with some of the processor's instruction sets; AVX2 is one of them.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    Attributes:
+        units: those that it uses.
+    """
+
+    def __init__(self, library: ctypes.CDLL, units: Units) -> None:
+        self.units = units
+        self._library = library
         self._function: Any = library.gram_norms
         self._function.restype = None
+
+    def limited(self, units: Units) -> GramLibrary:
+        """The same, with no other instruction sets than these."""
+        return GramLibrary(self._library, self.units & units)
 
     def norms(self, left: Tensor, right: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `dptorch.tape.gradients.gram.gram_norm_and_lengths`; no size may be 0."""
@@ -68,6 +79,7 @@ class GramLibrary:
             _PAIR(*right.stride()[:2]),
             sums.data_ptr(),
             (ctypes.c_void_p * 2)(lengths[0].data_ptr(), lengths[1].data_ptr()),
+            self.units,
             0,
         )
         run_in_team(self._function, job, max(1, min(threads, b * strips)))
@@ -78,10 +90,10 @@ class GramLibrary:
 @functools.lru_cache(maxsize=1)
 def gram_library() -> GramLibrary | None:
     """The library, or None where there is no compiler, the processor lacks AVX2, or it errs."""
-    found = build("gram", [SOURCE], {})
-    if found is None or not found.has_vectors():
+    found = build("gram", [HEADER, SOURCE], {})
+    if found is None or Units.AVX2 not in units(found):
         return None
-    library = GramLibrary(found)
+    library = GramLibrary(found, units(found))
     return library if _agrees(library) else None
 
 
