@@ -18,6 +18,7 @@ from dptorch.errors import BudgetExhausted, PrivacyError, warn
 from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.noisy_gradient import NoisyGradient
+from dptorch.tape.provenance.members import parameters_of
 
 __all__ = ["NOT_SHARED", "PrivateStep"]
 
@@ -151,7 +152,7 @@ class PrivateStep:
 
     def _refuse_changed_parameters(self, optimizer: Optimizer) -> None:
         """What is trained must still be what the engine follows and the optimizer holds."""
-        now = {id(p) for p in self._model.parameters() if p.requires_grad}
+        now = {id(p) for p in parameters_of(self._model) if p.requires_grad}
         if now != {id(p) for p in self._parameters.values()}:
             raise PrivacyError(
                 "the model's trainable parameters have changed since the engine was made (frozen, "

@@ -6,6 +6,7 @@ sums of DP-SGD: Abadi et al. 2016, arXiv:1607.00133.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -225,7 +226,7 @@ class Span:
     owner: Tensor
     stddev: float
 
-    @property
+    @functools.cached_property
     def stop(self) -> int:
         return self.start + self.flat.numel()
 
@@ -261,14 +262,24 @@ def pieces_by_block(spans: list[Span], block: int) -> Iterator[tuple[int, list[P
         yield index, pieces
 
 
+def _blocks(spans: list[Span], block: int) -> list[int]:
+    """The numbers of the blocks that `pieces_by_block` gives."""
+    numbers: list[int] = []
+    for span in spans:
+        first = span.start // block
+        numbers += range(first + (numbers[-1:] == [first]), (span.stop - 1) // block + 1)
+    return numbers
+
+
 def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any], divisor: float) -> None:
-    blocks = list(pieces_by_block(spans, KEYSTREAM_BLOCK))
-    library = compiled() if dtype == np.float32 and len(blocks) >= _COMPILE_BLOCKS else None
-    threads = max(1, min(torch.get_num_threads(), len(blocks) // _BLOCKS_PER_THREAD))
+    numbers = _blocks(spans, KEYSTREAM_BLOCK)
+    library = compiled() if dtype == np.float32 and len(numbers) >= _COMPILE_BLOCKS else None
+    threads = max(1, min(torch.get_num_threads(), len(numbers) // _BLOCKS_PER_THREAD))
     if library is not None and library.has_cipher:
         targets = [Target(span.flat.numpy(), span.start, span.stddev) for span in spans]
-        library.add_noise(key, [index for index, _ in blocks], targets, divisor, threads)
+        library.add_noise(key, numbers, targets, divisor, threads)
         return
+    blocks = list(pieces_by_block(spans, KEYSTREAM_BLOCK))
     transform = None if library is None else library.transform
     flats: dict[int, NDArray[Any]] = {span.start: span.flat.numpy() for span in spans}
 

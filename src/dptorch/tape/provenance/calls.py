@@ -15,6 +15,7 @@ from dptorch.tape.provenance.tags import Tag
 
 __all__ = [
     "DYNAMIC",
+    "INFO",
     "Call",
     "Info",
     "canonical_name",
@@ -162,16 +163,17 @@ _PASSIVE = words(
 # Properties that hand out memory, gradients or code that changes them.
 _ACTIVE_PROPERTIES = frozenset({".__cuda_array_interface__", ".grad", ".grad_fn"})
 _TENSOR_PROPERTIES = frozenset({".T", ".mT", ".H", ".mH", ".data", ".real", ".imag"})
-_INFO: dict[Any, Info] = {}
+#: What `info` remembers.
+INFO: dict[Any, Info] = {}
 
 
 def info(func: Callable[..., Any]) -> Info:
     """What `func` is; remembered."""
     try:
-        return _INFO[func]
+        return INFO[func]
     except KeyError:
         found = _describe(func)
-        _INFO[func] = found
+        INFO[func] = found
         return found
     except TypeError:  # unhashable
         return _describe(func)
@@ -202,9 +204,10 @@ def each_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor
     """Every tensor among the arguments, in order, inside lists and tuples too (two levels)."""
     found = []
     for a in (*args, *kwargs.values()) if kwargs else args:
-        if type(a) in _NO_TENSOR:
+        kind = type(a)
+        if kind in _NO_TENSOR:
             continue
-        if isinstance(a, Tensor):
+        if kind is Tensor or isinstance(a, Tensor):
             found.append(a)
         elif isinstance(a, (list, tuple)):
             for b in a:

@@ -22,7 +22,7 @@ from dptorch.tape.gradients import Dense
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import Tape, TapeConfig, TapeListener
 from dptorch.tape.propagation import FAMILIES, infer
-from dptorch.tape.provenance.calls import Call, Info, each_tensor, info, words
+from dptorch.tape.provenance.calls import INFO, Call, Info, each_tensor, info, words
 from dptorch.tape.provenance.ordering import KEEP_ORDER, USE_ORDER, order_of
 from dptorch.tape.provenance.tags import (
     PARAM_ONLY,
@@ -251,7 +251,10 @@ class Recording(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Run one torch function and keep track of it."""
-        known = info(func)
+        try:
+            known = INFO[func]
+        except (KeyError, TypeError):  # met for the first time; unhashable
+            known = info(func)
         if known.passive:
             if SIZES_MADE:
                 return read_size(self, known.name, func, args, kwargs)
@@ -291,7 +294,7 @@ class Recording(TorchFunctionMode):
             if out is not NotImplemented:
                 return out
         tagged, parameters, lost, ordering = self._classify(name, args, kwargs)
-        if isinstance(given, Mixed):
+        if given and isinstance(given, Mixed):
             lost = given
         if ordering and lost is None:
             if name in KEEP_ORDER and not tagged and not parameters:
@@ -344,25 +347,23 @@ class Recording(TorchFunctionMode):
         lost: Mixed | Reduced | None = None
         ordering = False
         leaf: Tensor | None = None
-        grad_enabled = torch.is_grad_enabled()
         tensors = each_tensor(args, kwargs)
         if name in _LIKE_OTHER:
             tensors = tensors[:1]
         out_argument = kwargs.get("out") if kwargs else None
-        for t in tensors:
+        for t, state in zip(tensors, self.states.known(tensors), strict=True):
             if t is out_argument:
                 continue
-            state = self.state(t)
             if type(state) is Tag:
                 tagged.append((t, state))
             elif state is None:
-                if grad_enabled and t.requires_grad:
+                if t.requires_grad and torch.is_grad_enabled():
                     if self._is_parameter(t, name):
                         parameters[id(t)] = t
                     elif self.strict:
                         leaf = t
             elif isinstance(state, ParamOnly):
-                if grad_enabled and t.requires_grad:
+                if t.requires_grad and torch.is_grad_enabled():
                     parameters[id(t)] = t
             elif isinstance(state, Order):
                 ordering = True

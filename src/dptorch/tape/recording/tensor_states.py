@@ -113,6 +113,19 @@ class TensorStates:
                 setattr(t, _STATE, (self, state, self._aliases.clock))
         return state
 
+    def known(self, tensors: Sequence[Tensor]) -> list[State | None]:
+        """Return the `state` of each."""
+        if self._aliases.clock:
+            return [self.state(t) for t in tensors]
+        found: list[State | None] = []
+        for t in tensors:
+            entry = getattr(t, _STATE, None)
+            if entry is None:
+                found.append(None)
+            else:
+                found.append(entry[1] if entry[0] is self else self.state(t))
+        return found
+
     def _foreign(self, t: Tensor, entry: tuple[Any, ...]) -> State | None:
         """What a tensor that has a state in another batch is in this one."""
         state = entry[1]
