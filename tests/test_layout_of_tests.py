@@ -47,6 +47,7 @@ ELSEWHERE = {
     "cli/release.py": ("training/test_release.py", "where there are runs to release"),
     "cli/generate.py": ("cli/test_train_text.py", "writes what was trained"),
     "cli/train_vision.py": ("vision/test_command.py", "where there are pictures to train on"),
+    "cli/tune.py": ("training/test_selection.py", "where there are runs to choose from"),
     "cli/vision_options.py": ("vision/test_command.py", "options of this command alone"),
     "cli/text_options.py": ("cli/test_train_text.py", "options of these commands alone"),
     "cli/statement.py": ("training/test_claims.py", "where there are runs to state"),

@@ -32,6 +32,7 @@ from dptorch.cli.statement import statement
 from dptorch.cli.train import train_group
 from dptorch.cli.train_text import TASK_COMMANDS
 from dptorch.cli.train_vision import vision
+from dptorch.cli.tune import tune
 from dptorch.errors import ConfigurationError, DataError, PrivacyError, PrivacyWarning
 
 __all__ = ["app", "main"]
@@ -120,7 +121,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Train": (schema, predict, generate, serve, compare, check, release, statement, export),
+    "Train": (tune, schema, predict, generate, serve, compare, check, release, statement, export),
     "Plan": (epsilon, calibrate, plan),
     "Measure": (bench, audit),
 }

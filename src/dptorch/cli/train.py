@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dptorch.training.loop import Outcome
     from dptorch.training.run_folder import RunFolder
 
-__all__ = ["run_task", "train", "train_group"]
+__all__ = ["job_of", "run_task", "train", "train_group", "watched"]
 
 # What --resume may be combined with. Everything else is settled by the record of the run.
 WITH_RESUME = frozenset(
@@ -91,14 +91,14 @@ def train(
             raise ConfigurationError(
                 "--shards trains one small model after the other, on one process. Leave --nproc out."
             )
-        job = _job(ctx, source, reading, model, privacy, training, output)
+        job = job_of(ctx, source, reading, model, privacy, training, output)
         console = Console(highlight=False, soft_wrap=True)
         return _shards(ctx, job, source, source.shards, output, ledger, console)
 
     def prepared() -> Setup:
         from dptorch.training.job import prepare
 
-        return prepare(_job(ctx, source, reading, model, privacy, training, output))
+        return prepare(job_of(ctx, source, reading, model, privacy, training, output))
 
     stem = (source.data.name.split(".")[0] if source.data else source.recipe) or "mnist"
     run_task(ctx, prepared, stem, training, output, ledger)
@@ -141,7 +141,7 @@ def run_task(
         conclude_release(release(outcome.folder, output.release), with_test_results=False)
 
 
-def _job(
+def job_of(
     ctx: typer.Context,
     source: DataOptions,
     reading: ReadingOptions,
@@ -207,7 +207,7 @@ def _begin(
     with ranks.together():
         if ranks.is_first:
             folder = run_folder.create(output.runs, name, overwrite=output.overwrite)
-    return _watched(setup, folder, console, resume=False)
+    return watched(setup, folder, console, resume=False)
 
 
 def _shards(
@@ -288,7 +288,7 @@ def _resume(
                 account = for_resumed_run(ctx, ledger.ledger, kept)
         if ranks.from_first(account is not None):
             setup.engine.use_ledger(account)
-    return _watched(setup, folder, console, resume=True)
+    return watched(setup, folder, console, resume=True)
 
 
 def _prepared_again(folder: RunFolder, changed: Mapping[str, Any]) -> Setup:
@@ -339,7 +339,7 @@ def _introduced(prepared: Callable[[], Setup], console: Console) -> Setup:
     return setup
 
 
-def _watched(setup: Setup, folder: Any, console: Console, *, resume: bool) -> Outcome:
+def watched(setup: Setup, folder: Any, console: Console, *, resume: bool) -> Outcome:
     from dptorch.cli.progress import observer_for
     from dptorch.training.loop import train as run_job
 

@@ -9,6 +9,7 @@ canaries        made-up examples planted for a later audit
 predictor       a run's model with its preprocessing; digest, preparation
 job             everything that determines a run
 loop            the run itself: an ordinary training loop on the engine
+selection       the best of several runs, paid for
 run_folder      what a run leaves on disk
 report          the page about it
 """

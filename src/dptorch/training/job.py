@@ -185,6 +185,18 @@ class AnyJob(Protocol):
         """Plain values, for `run.json`."""
 
 
+class Chosen(Protocol):
+    """What a statement says of a run that was chosen among others."""
+
+    @property
+    def epsilon(self) -> float:
+        """What publishing it costs."""
+
+    @property
+    def note(self) -> str:
+        """How it was chosen, in words."""
+
+
 @dataclass(frozen=True, eq=False)
 class Setup:
     """A job with every choice made and every object built; nothing has been written yet.
@@ -192,7 +204,8 @@ class Setup:
     `canaries` are those that the run plants, if it does; `data` has them in. `task` says what is
     trained for. `kept` has state of its own, which goes into the checkpoint; the weights that its
     `WeightAverage` has are the run's result, where there is one. `notes` go into the statement, and
-    `began_from` into `run.json`: what is known of the weights that training began from.
+    `began_from` into `run.json`: what is known of the weights that training began from. `selection`
+    says how the run is chosen among others, if it is.
     """
 
     job: AnyJob
@@ -205,6 +218,7 @@ class Setup:
     task: Task = field(default_factory=Classification)
     kept: Mapping[str, Stateful] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    selection: Chosen | None = None
     began_from: Mapping[str, Any] | None = None
 
     @property

@@ -326,8 +326,10 @@ def _refuse_changed_data(folder: RunFolder, setup: Setup) -> None:
 def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> None:
     """Write everything a reader needs; the same for a complete and an interrupted run."""
     setup.engine.release_budget()
+    chosen = setup.selection
+    epsilon = rows[-1]["epsilon"] if chosen is None else chosen.epsilon
     summary = {
-        "epsilon": f"{rows[-1]['epsilon']:.6f}",
+        "epsilon": f"{epsilon:.6f}",
         "delta": f"{rows[-1]['delta']:g}",
         "steps": str(rows[-1]["step"]),
     }
@@ -344,6 +346,13 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         read_from_data=read,
         notes=setup.notes,
     )
+    if chosen is not None:
+        statement = replace(
+            statement,
+            epsilon=chosen.epsilon,
+            accountant="rdp",
+            notes=(*setup.notes, chosen.note),
+        )
     n_test = setup.data.sizes[1]
     test_note = (
         f"Test results were measured exactly, on {n_test} examples that no step drew. The "
@@ -352,7 +361,8 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
     folder.write("statement.txt", f"{statement}\n{test_note}")
     folder.write_json("statement.json", for_machines(statement.to_dict()))
     folder.write_metrics(rows)
-    about["result"] = {k: v for k, v in rows[-1].items() if not k.startswith(NOT_PRIVATE)}
+    result = {k: v for k, v in rows[-1].items() if not k.startswith(NOT_PRIVATE)}
+    about["result"] = result | {"epsilon": epsilon}
     about["statement"] = statement.to_dict()
     folder.write_json("run.json", about)
     if not missing_packages():
