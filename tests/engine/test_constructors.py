@@ -153,7 +153,7 @@ def test_a_list_of_numbers_of_the_batch_is_followed(nested: bool) -> None:
         steps_with(listed(True), make_model())
 
 
-def test_a_tensor_of_a_number_that_was_read_is_followed() -> None:
+def test_a_tensor_of_a_number_that_was_read_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     def scaled(number: Callable[[Tensor], Any]) -> Any:
         return lambda m, x, y: F.cross_entropy(m(x) * torch.tensor(number(x)), y)
 
@@ -167,14 +167,23 @@ def test_a_tensor_of_a_number_that_was_read_is_followed() -> None:
     assert steps_with(scaled(lambda x: 0.5), make_model()) == 2
     logged = lambda m, x, y: F.cross_entropy(m(x), y) + 0 * len(str(torch.tensor(x.mean().item())))
     assert steps_with(logged, make_model()) == 2
+    # Broken twin: what a tensor is made of is not looked up.
+    monkeypatch.setattr(constructors, "_follow_numbers", lambda made, numbers: None)
+    assert steps_with(scaled(lambda x: [1 / x.std().item()]), make_model()) == 2
 
 
-def test_functions_of_examples_under_torch_func_are_refused() -> None:
+def test_functions_of_examples_under_torch_func_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for function in (torch.vmap(torch.sin), torch.func.grad(lambda t: t.sin().sum())):
         loss = lambda m, x, y, f=function: F.cross_entropy(m(x) * f(x)[:, :3], y)
         with pytest.raises(NotCoveredError, match=r"torch\.func"):
             steps_with(loss, make_model())
         assert function(torch.ones(2, 3)).shape == (2, 3)
+    # Broken twin: what goes in is not looked at, and a mean over the examples comes out unseen.
+    monkeypatch.setattr(constructors, "_refuse", lambda: None)
+    mean = torch.vmap(lambda column: column.mean(), in_dims=1)
+    assert steps_with(lambda m, x, y: F.cross_entropy(m(x) * mean(x)[:3], y), make_model()) == 2
 
 
 def test_variables_inside_the_model_are_followed() -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import dptorch
 from dptorch.errors import ExamplesMixError, PrivacyWarning
+from dptorch.validation import widths
 from dptorch.validation.widths import WidthCheck
 
 BOUND = 0.1
@@ -171,7 +172,9 @@ def test_another_width_is_tested_once_and_its_first_padded_batch_ends_the_test()
     assert Counted.calls == 2
 
 
-def test_a_model_that_cannot_be_compared_is_warned_of_in_the_end() -> None:
+def test_a_model_that_cannot_be_compared_is_warned_of_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Drawing(Counted):
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x[:, 0]) + random.random()
@@ -182,6 +185,12 @@ def test_a_model_that_cannot_be_compared_is_warned_of_in_the_end() -> None:
         assert [check((batch(width),), {}) for width in range(6, 10)] == [False] * 4
     with pytest.warns(PrivacyWarning, match="could not be tested"):
         assert check((batch(10),), {}) is True
+    # Broken twin: it is tried for ever, and nobody is told that nothing was tested.
+    monkeypatch.setattr(widths, "_TRIES", 100)
+    check = WidthCheck(Drawing(), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [check((batch(width),), {}) for width in range(6, 12)] == [False] * 6
 
 
 def test_the_test_leaves_no_trace() -> None:
