@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ pytest.importorskip("peft")
 from tests.cli.commands import refused, run
 from tests.source import REPOSITORY
 from tests.text.folders import gpt2_folder
+
+from dptorch.cli import text_options, train_options
+from dptorch.text.job import TextJob
 
 NOTES = ("train", "language-model", "--data", "notes.jsonl", "--method", "lora")
 
@@ -27,6 +31,21 @@ def notes() -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     gpt2_folder(Path("tiny"))
     return path
+
+
+def test_options_are_the_fields_of_a_job() -> None:
+    groups = (
+        text_options.TextDataOptions,
+        text_options.ClassOptions,
+        text_options.TextModelOptions,
+        text_options.TextTrainingOptions,
+        text_options.GenerationOptions,
+        train_options.PrivacyOptions,
+    )
+    names = [f.name for group in groups for f in fields(group)]
+    assert len(names) == len(set(names))
+    of_commands = {"task", "diagnostics", "test_name", "target", "generate", "prompts"}
+    assert {*names, *of_commands} == {f.name for f in fields(TextJob)}
 
 
 @pytest.mark.slow

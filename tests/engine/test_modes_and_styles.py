@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dptorch
-from dptorch.clipping import STYLES, ClippingGroup, coefficients, groups_of, read_style
+from dptorch.clipping import FUNCTIONS, STYLES, ClippingGroup, coefficients, groups_of, read_style
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from dptorch.tape.gradients.clipping_modes import MODES
 
@@ -112,7 +112,7 @@ def test_every_mode_under_every_style_equals_the_loop(mode: str, style: Any) -> 
 
 
 @pytest.mark.parametrize("style", ["all-layer", "layer-wise"])
-@pytest.mark.parametrize("fn", ["abadi", "automatic", "normalised", "global"])
+@pytest.mark.parametrize("fn", FUNCTIONS)
 def test_clipping_functions_apply_to_each_group(fn: str, style: str) -> None:
     model, batch = case()
     expected = by_loop(model, batch, groups_for(model, style), fn)

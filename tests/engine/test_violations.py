@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dptorch
 from dptorch import accounting
+from dptorch.clipping import FUNCTIONS
 from dptorch.clipping.sums import ClippedSum
 from dptorch.engine.optimizer_binding import write_gradients
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError, PrivacyWarning
@@ -502,7 +503,7 @@ def test_f8_what_is_not_known_is_an_error(wrong: dict[str, Any]) -> None:
         make_engine(make_model(), **wrong)
 
 
-@pytest.mark.parametrize("function", ["abadi", "automatic", "normalised", "global"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_f9_the_bound_that_was_asked_for_is_the_bound(function: str) -> None:
     """There: max_grad_norm was overwritten by 1 under automatic clipping."""
     x, y = (t[:4] for t in make_data().tensors)
