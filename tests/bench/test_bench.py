@@ -372,6 +372,7 @@ def test_an_engine_that_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPat
     assert broken.reason == "RuntimeError: this one never works"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -25,6 +25,7 @@ def test_a_key_is_made_and_shown_once(shards: Path) -> None:
     assert "cannot be shown again" in refused(run("serve", str(shards), "--new-key", "clinic"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -49,6 +49,7 @@ def test_delta_is_that_of_the_original(name: str, delta: float) -> None:
     assert engine_of(name, network(), target_delta=1e-6).target_delta == 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
 def test_noise_that_is_given_goes_before_a_target(name: str) -> None:
     """And the run has no end; without it the first step past the target is refused."""

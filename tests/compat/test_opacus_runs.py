@@ -294,6 +294,7 @@ def test_a_schedule_scales_the_norms_of_all_layers() -> None:
 # -- the loop of the tutorials -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loop_of_the_tutorials(workers: int, recwarn: pytest.WarningsRecorder) -> None:
     """Target, physical batches, a learning-rate schedule and a sampler of the user's: no warning."""

@@ -63,6 +63,7 @@ def by_loop(coefficient: Callable[[float], float]) -> list[Tensor]:
     return [t / BATCH for t in total]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("ways", [(True, True), (True, False), (False, False)])
 def test_every_mode_is_the_loop(ways: tuple[bool, bool], parts: int) -> None:

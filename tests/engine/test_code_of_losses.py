@@ -103,6 +103,7 @@ def loss_of(change: Change) -> Any:
     return lambda m, x, y: F.cross_entropy(change(m(x)), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("name", MIXING)
 def test_code_that_mixes_examples_beside_the_model_is_refused(name: str, own: bool) -> None:

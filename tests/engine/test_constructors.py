@@ -77,6 +77,7 @@ def mixup(make: Make) -> Any:
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_a_constructor_makes_of_followed_rows_is_followed(name: str) -> None:
     make = MAKERS[name]
@@ -103,6 +104,7 @@ TWINS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_without_the_replaced_methods_mixing_is_not_seen(
     name: str, monkeypatch: pytest.MonkeyPatch

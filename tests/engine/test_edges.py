@@ -148,6 +148,7 @@ class Reads(nn.Module):
         return h * 1e-3 if self.test(h) else h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "test",
     [

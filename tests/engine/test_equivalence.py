@@ -58,6 +58,7 @@ def _optimizers() -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _optimizers())
 def test_every_optimizer_steps_as_without_the_engine(name: str) -> None:
     model = make_model()

@@ -74,6 +74,7 @@ def by_loop(model: nn.Module, loss_of: Any) -> list[Tensor]:
     return [t / SIZE for t in total]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("physical", [None, 5])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss_of", [pair_loss, contrastive])

@@ -21,6 +21,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "own"), CASES)
 def test_a_legitimate_program_runs_and_is_exact(
     name: str, own: bool, monkeypatch: pytest.MonkeyPatch

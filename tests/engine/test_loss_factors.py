@@ -73,6 +73,7 @@ def test_a_constant_may_multiply_the_loss(
     assert train(backward, [0.5] * STEPS, physical) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("physical", [None, 1])
 @pytest.mark.parametrize("backward", BACKWARDS)
 def test_a_factor_that_changes_is_refused(
@@ -108,6 +109,7 @@ ADDED: dict[str, Callable[[list[Tensor]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADDED)
 def test_losses_of_single_examples_may_be_added_and_no_more(name: str) -> None:
     """Broken twins of the legitimate programs that add up a list of losses."""

@@ -111,6 +111,7 @@ def test_every_mode_under_every_style_equals_the_loop(mode: str, style: Any) -> 
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["all-layer", "layer-wise"])
 @pytest.mark.parametrize("fn", FUNCTIONS)
 def test_clipping_functions_apply_to_each_group(fn: str, style: str) -> None:

@@ -86,6 +86,7 @@ READ: dict[str, Loss] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
 def test_numbers_that_were_read_are_recognised(name: str) -> None:
     kept.clear()

@@ -246,6 +246,7 @@ def test_what_leaves_for_python_is_refused(name: str) -> None:
         sensitivity(decide(READS[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 def test_the_twin_would_break_the_promise(name: str) -> None:
     assert sensitivity(decide(READS[name]), trusted=True) > 5
@@ -270,6 +271,7 @@ KEPT: dict[str, Callable[[Tensor], float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_what_one_row_leaves_for_the_next_is_refused(name: str) -> None:
     program = _keep(KEPT[name])
@@ -422,6 +424,7 @@ LEGITIMATE: dict[str, Program] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEGITIMATE)
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_legitimate_programs_run(name: str, one_by_one: bool) -> None:

@@ -82,6 +82,7 @@ def test_so_it_is_for_convolutions_and_groups(make: Callable[[], nn.Module], sty
     assert torch.equal(found, step(lambda x, _: None, make=make, clipping_style=style))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WRITES)
 def test_a_write_before_a_second_backward_is_refused(how: str) -> None:
     """A graph that was retained waits for another backward, so its sum is made later."""

@@ -174,6 +174,7 @@ def distance(owner: int, **overrides: Any) -> float:
     return float((sums[0] - sums[1]).norm())
 
 
+@pytest.mark.slow
 def test_a_user_moves_a_sum_by_at_most_the_bound() -> None:
     """Replacing one user moves the sum by at most 2 C, and adversarial examples come close to it."""
     for owner in range(6):
@@ -202,6 +203,7 @@ def test_a_user_left_out_moves_a_sum_by_at_most_c() -> None:
     assert 0.7 < apart <= 1 + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 3, None])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_parts_of_a_batch_and_mean_losses_keep_a_user_within_the_bound(

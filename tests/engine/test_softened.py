@@ -258,6 +258,7 @@ def weights_that_came_back(how: Callable[[Tensor], Tensor], mixed: bool) -> Loss
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("how", [by_numpy, by_a_list, by_pickling, copy.deepcopy])
 @pytest.mark.parametrize("own", [False, True])
@@ -294,6 +295,7 @@ STATISTICS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_input", [False, True])
 @pytest.mark.parametrize("name", STATISTICS)
 def test_what_came_back_scaled_by_statistics_is_mixed(
@@ -311,6 +313,7 @@ def test_what_came_back_scaled_by_statistics_is_mixed(
     assert steps_with(loss, make_model()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale",
     [
@@ -494,6 +497,7 @@ PADDED: dict[str, tuple[Any, bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::dptorch.errors.PrivacyWarning")
 @pytest.mark.parametrize("name", PADDED)
 @pytest.mark.parametrize("longest", [None, 5])
