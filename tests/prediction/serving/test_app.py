@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import sqlite3
@@ -16,7 +17,8 @@ pytest.importorskip("fastapi", reason="FastAPI has left Python 3.10")
 
 from fastapi.testclient import TestClient
 from tests.browser import browser
-from tests.ledger.processes import kill, shared, spawn, until
+from tests.ledger import servers
+from tests.ledger.processes import kill, shared, spawn, until, wait
 from tests.prediction.serving.setup import (
     QUERIES,
     arrays,
@@ -213,6 +215,17 @@ def test_clients_at_once_never_overspend(made, tmp_path):
     assert ledger.verify().problems == []
 
 
+@pytest.fixture
+def postgres():
+    """URL of an empty PostgreSQL server."""
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(servers.server())
+        except servers.NoServer as reason:
+            servers.give_up(str(reason))
+        yield url
+
+
 def serve_and_count(run, location, port, keys):
     """A server in a process of its own."""
     import uvicorn
@@ -226,13 +239,11 @@ def test_killed_servers_never_answer_more_than_was_charged(made, tmp_path):
     run, key, keys = made
     location = str(tmp_path / "ledger.db")
     service_of(run, location)  # begins the budget
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     answered = shared((1,))
     for round_ in range(4):
         server = spawn(partial(serve_and_count, run, location, port, keys))
-        client = spawn(partial(ask_until_refused, port, key, 1000 * round_, answered))
+        client = spawn(partial(ask_until_refused, (port,), key, 1000 * round_, answered))
         goal = answered[0] + 5
         until(lambda goal=goal: answered[0] >= goal, client)
         kill(server)
@@ -241,9 +252,41 @@ def test_killed_servers_never_answer_more_than_was_charged(made, tmp_path):
         assert goal <= answered[0] <= charged <= QUERIES
 
 
-def ask_until_refused(port, key, first, answered):
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_servers_on_one_database_share_one_budget_whatever_dies(made, postgres):
+    """Two processes and four clients at once; one server is killed while it answers."""
+    run, key, keys = made
+    service_of(run, postgres)  # begins the budget
+    ports = free_port(), free_port()
+    serving = [spawn(partial(serve_and_count, run, postgres, port, keys)) for port in ports]
+    answered = shared((4,))
+    clients = [
+        spawn(partial(ask_until_refused, ports[n % 2 :] + ports[: n % 2], key, 1000 * n,
+                      answered[n : n + 1]))
+        for n in range(4)
+    ]  # fmt: skip
+    until(lambda: answered.sum() >= 10, *clients)
+    kill(serving[0])
+    assert [wait(client) for client in clients] == [0] * 4  # each was told that it is spent
+    kill(serving[1])
+    ledger = open_ledger(postgres)
+    assert ledger.verify().problems == []
+    assert ledger.runs()[0].steps == QUERIES
+    # What the killed server had charged and not answered is lost: at most one for each client.
+    assert QUERIES - 4 <= answered.sum() <= QUERIES
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ask_until_refused(ports, key, first, answered):
     """Ask for new rows until the budget is spent; count the answers that arrive."""
     for i in range(10**9):
+        port = ports[i % len(ports)]
         try:
             status, _ = ask(f"http://127.0.0.1:{port}", key, [row(first + i)])
         except (OSError, HTTPException, ValueError):
