@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import dptorch
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError, LedgerError, PrivacyWarning
-from dptorch.ledger import open_ledger, store
+from dptorch.ledger import Cap, connection, open_ledger, store
 from tests.engine.setup import SIZE, make_data, make_model, parameters
 from tests.ledger.processes import spawn, wait
 
@@ -265,6 +266,51 @@ def test_a_fork_may_not_use_the_parents_ledger(running: Any) -> None:
 
     assert wait(spawn(child)) == 0
     assert steps_in(path) == 1
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_fork_keeps_its_charges_when_the_parent_closes_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mended: bool
+) -> None:
+    """The broken twin holds the file open over the fork: what the fork wrote durably is lost."""
+    path = tmp_path / "ledger.db"
+    parents = open_ledger(path)
+    if not mended:
+        monkeypatch.setattr(connection, "_engines", weakref.WeakSet())
+    begun, go_on = os.pipe(), os.pipe()
+
+    def child() -> None:
+        dataset = open_ledger(path).dataset("data")
+        dataset.set_cap(Cap(1.0, 1e-5))
+        os.write(begun[1], b"1")
+        os.read(go_on[0], 1)
+        for epsilon in (2.0, 3.0, 4.0):
+            dataset.set_cap(Cap(epsilon, 1e-5))
+
+    pid = spawn(child)
+    os.read(begun[0], 1)
+    parents.entries()
+    parents.store.close()
+    os.write(go_on[1], b"1")
+    assert wait(pid) == 0
+    for end in (*begun, *go_on):
+        os.close(end)
+    caps = [e.detail["cap"]["epsilon"] for e in open_ledger(path).entries() if e.kind == "cap"]
+    assert (caps == [1.0, 2.0, 3.0, 4.0]) is mended
+
+
+def test_a_ledger_that_is_written_while_a_process_forks_is_refused_there(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path / "ledger.db")
+
+    def child() -> None:
+        with pytest.raises(LedgerError, match="was being written when this process was forked"):
+            open_ledger(tmp_path / "ledger.db")
+        open_ledger(tmp_path / "other.db").dataset("data").set_cap(Cap(1.0, 1e-5))
+
+    with ledger.store.write():
+        pid = spawn(child)
+    assert wait(pid) == 0
+    ledger.dataset("data").set_cap(Cap(1.0, 1e-5))
 
 
 def test_threads_share_a_ledger(location: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import event as sa_event
 from sqlalchemy.exc import SQLAlchemyError
 
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, LedgerError
 
 __all__ = ["connect", "parse", "without_password"]
 
@@ -58,6 +60,49 @@ def connect(url: sa.URL, path: Path | None, timeout_s: float) -> sa.Engine:
     A transaction with the execution option "dptorch_writes" holds SQLite's write lock from its
     beginning.
     """
+    if url in _in_use_by_the_parent:
+        raise LedgerError(
+            f"the ledger {path or without_password(url)} was being written when this process was "
+            "forked, and SQLite's locks do not survive that. Fork before the ledger is used, or start "
+            "the process by the method 'spawn'."
+        )
+    engine = _engine(url, path, timeout_s)
+    _engines.add(engine)
+    return engine
+
+
+_engines: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+_in_use_by_the_parent: set[sa.URL] = set()
+
+
+def _let_go() -> None:
+    """Close what is not in use before a fork; the next use opens it again.
+
+    SQLite notes in memory which locks its process holds. A fork inherits the notes and not the locks,
+    and so writes without any: whoever closes the ledger next takes itself for the last one, and
+    deletes the log to which the fork still writes. What it was told is on disk would be lost.
+    """
+    for engine in list(_engines):
+        if not _in_use(engine):
+            engine.dispose()
+
+
+def _note_what_is_in_use() -> None:
+    """In a fork: remember which ledgers were in the middle of a transaction."""
+    _in_use_by_the_parent.update(engine.url for engine in list(_engines) if _in_use(engine))
+
+
+def _in_use(engine: sa.Engine) -> bool:
+    pool = engine.pool
+    assert isinstance(pool, sa.QueuePool)
+    return pool.checkedout() > 0
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where there is no fork
+    os.register_at_fork(before=_let_go, after_in_child=_note_what_is_in_use)
+
+
+def _engine(url: sa.URL, path: Path | None, timeout_s: float) -> sa.Engine:
     if path is None:
         settings = (
             f"-c synchronous_commit=on -c lock_timeout={round(timeout_s * 1000)} "

@@ -226,12 +226,27 @@ def postgres():
         yield url
 
 
-def serve_and_count(run, location, port, keys):
-    """A server in a process of its own."""
+def start_servers(run, location, keys, count=1):
+    """(pids, ports) of servers in processes of their own, whose ports nobody else can take."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = tuple(each.getsockname()[1] for each in sockets)
+    pids = [spawn(partial(serve, run, location, keys, sockets, i)) for i in range(count)]
+    for each in sockets:
+        each.close()  # a server that is killed must leave no open copy behind
+    return pids, ports
+
+
+def serve(run, location, keys, sockets, which):
     import uvicorn
 
+    for i, each in enumerate(sockets):
+        if i != which:
+            each.close()
     app = create_app(service_of(run, location), keys, rate="100000/minute")
-    uvicorn.run(app, port=port, log_level="critical", lifespan="off")
+    config = uvicorn.Config(app, log_level="critical", lifespan="off")
+    uvicorn.Server(config).run(sockets=[sockets[which]])
 
 
 @pytest.mark.slow
@@ -239,11 +254,10 @@ def test_killed_servers_never_answer_more_than_was_charged(made, tmp_path):
     run, key, keys = made
     location = str(tmp_path / "ledger.db")
     service_of(run, location)  # begins the budget
-    port = free_port()
     answered = shared((1,))
     for round_ in range(4):
-        server = spawn(partial(serve_and_count, run, location, port, keys))
-        client = spawn(partial(ask_until_refused, (port,), key, 1000 * round_, answered))
+        (server,), ports = start_servers(run, location, keys)
+        client = spawn(partial(ask_until_refused, ports, key, 1000 * round_, answered))
         goal = answered[0] + 5
         until(lambda goal=goal: answered[0] >= goal, client)
         kill(server)
@@ -258,8 +272,7 @@ def test_servers_on_one_database_share_one_budget_whatever_dies(made, postgres):
     """Two processes and four clients at once; one server is killed while it answers."""
     run, key, keys = made
     service_of(run, postgres)  # begins the budget
-    ports = free_port(), free_port()
-    serving = [spawn(partial(serve_and_count, run, postgres, port, keys)) for port in ports]
+    serving, ports = start_servers(run, postgres, keys, 2)
     answered = shared((4,))
     clients = [
         spawn(partial(ask_until_refused, ports[n % 2 :] + ports[: n % 2], key, 1000 * n,
@@ -275,12 +288,6 @@ def test_servers_on_one_database_share_one_budget_whatever_dies(made, postgres):
     assert ledger.runs()[0].steps == QUERIES
     # What the killed server had charged and not answered is lost: at most one for each client.
     assert QUERIES - 4 <= answered.sum() <= QUERIES
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ask_until_refused(ports, key, first, answered):
