@@ -123,6 +123,7 @@ DOORS: dict[str, tuple[Callable[[], Model], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("door", DOORS)
 def test_what_a_forward_pass_leaves_behind_is_followed(

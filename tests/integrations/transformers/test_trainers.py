@@ -43,6 +43,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_step_is_the_clipped_sum_over_single_examples(name, tmp_path):
     """Texts, and labels, of different lengths, in two physical batches of five."""
@@ -223,6 +224,7 @@ def xlnet() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [fnet, xlnet])
 def test_models_that_read_their_padding_are_refused_unless_rows_are_of_one_length(make, tmp_path):
     torch.set_default_dtype(torch.float32)  # XLNet makes its positions in it
