@@ -17,6 +17,7 @@ from dptorch.accounting import SampledGaussian
 from dptorch.compat import fastdp
 from dptorch.compat.fastdp import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyError, PrivacyWarning
+from tests.distributed.processes import on_ranks
 
 SIZE, BATCH = 64, 16
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -282,7 +283,7 @@ def test_schedulers_locks_and_detaching() -> None:
         ({"clipping_style": ["2", "3", "4"]}, "nothing is trained in the block of '3'"),
         ({"clipping_fn": "abadi"}, "Did you mean 'Abadi'"),
         ({"accounting_mode": "gdp"}, "is not known"),
-        ({"num_GPUs": 2}, "in one process"),
+        ({"num_GPUs": 2}, "has 1 processes"),
         ({"origin_params": ["wte"]}, "'wte'"),
         ({"numerical_stability_constant": 0.5}, "0.01"),
         ({"epochs": None, "noise_multiplier": None, "target_epsilon": 1.0}, "epochs"),
@@ -298,5 +299,11 @@ def test_what_cannot_be_honoured_is_an_error(changes: dict[str, Any], message: s
 
 
 def test_engines_for_shards_say_why_they_are_not_here() -> None:
-    with pytest.raises(ConfigurationError, match="whole on each process"):
+    with pytest.raises(ConfigurationError, match=r"deepspeed\.initialize or fully_shard"):
         _ = fastdp.PrivacyEngine_Distributed_extending
+
+
+@pytest.mark.slow
+def test_num_gpus_may_be_the_number_of_processes() -> None:
+    ranks = on_ranks(2, lambda rank: engine_on(network(), num_GPUs=2).engine.ranks.size)
+    assert ranks == [2, 2]

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from dptorch.compat.arguments import known_arguments
 from dptorch.compat.attached_engine import AttachedEngine, automatic_clipping
 from dptorch.compat.stand_ins import LORA, NOT_BY_LAYER, stand_in
+from dptorch.distributed import Ranks
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.plan import PlanSettings
 
@@ -63,7 +64,8 @@ class PrivacyEngine(AttachedEngine):
             so nothing needs to be chosen.
         clipping_style: "all-layer", "layer-wise", "param-wise", or a list of layers that begin blocks;
             what comes before the first of them belongs to its block.
-        num_GPUs: 1: noise is added once, to the whole sum.
+        num_GPUs: how many processes torch.distributed has, or 1. Noise is added once, to the sum over
+            all of them, and never divided.
         torch_seed_is_fixed: accepted: noise comes from a key of its own, never from torch's seed.
         seed: see `dptorch.PrivacyEngine`.
 
@@ -106,11 +108,11 @@ class PrivacyEngine(AttachedEngine):
         seed: int | None = None,
         **settings: Unpack[PlanSettings],
     ) -> None:
-        if num_GPUs != 1:
+        if num_GPUs not in (1, Ranks.of().size):
             raise ConfigurationError(
-                f"num_GPUs={num_GPUs}: noise divided among processes is noise enough only if all of "
-                "them arrive with generators of their own, which nothing here can check. Train in one "
-                "process with num_GPUs=1."
+                f"num_GPUs={num_GPUs}, but torch.distributed has {Ranks.of().size} processes. Noise "
+                "is added once, to the sum over all of them. Start them first, by torchrun and "
+                "init_process_group, or leave num_GPUs out."
             )
         _check_origin(module, origin_params)
         function = _FUNCTIONS[one_of("clipping_fn", clipping_fn, _FUNCTIONS)]
@@ -187,8 +189,8 @@ def _blocks(module: nn.Module, heads: list[str], max_grad_norm: float) -> dict[s
 def __getattr__(name: str) -> Any:
     if name in _NOT_HERE:
         raise ConfigurationError(
-            f"{name} is not here: DeepSpeed and FSDP shard gradients before they could be clipped, and "
-            "fastDP's way of it reports epsilon=0 for any run. Keep the model whole on each "
-            "process: see docs/scale.md."
+            f"{name} is not here: fastDP's way of sharding reports epsilon=0 for any run. Give "
+            "dptorch.PrivacyEngine the model that deepspeed.initialize or fully_shard returned: see "
+            "docs/scale.md."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
