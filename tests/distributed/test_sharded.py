@@ -81,7 +81,7 @@ def test_fully_sharded_ranks_take_the_step_of_one_process(size: int) -> None:
 
 def test_no_rank_has_the_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums are formed one parameter at a time where more would not fit in a message."""
-    monkeypatch.setattr("dptorch.distributed.sharded._BUCKET", 200)
+    monkeypatch.setattr("dptorch.distributed.sharded.BUCKET", 200)
     formed: list[int] = []
     plain = ShardedParameters.reduced
 

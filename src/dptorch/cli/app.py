@@ -26,6 +26,7 @@ from dptorch.cli.plan import plan
 from dptorch.cli.predict import predict
 from dptorch.cli.processes import ARGUMENTS, place
 from dptorch.cli.release import release
+from dptorch.cli.scale import scale
 from dptorch.cli.schema import schema
 from dptorch.cli.serve import serve
 from dptorch.cli.statement import statement
@@ -122,7 +123,7 @@ app = typer.Typer(
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (tune, schema, predict, generate, serve, compare, check, release, statement, export),
-    "Plan": (epsilon, calibrate, plan),
+    "Plan": (epsilon, calibrate, plan, scale),
     "Measure": (bench, audit),
 }
 app.add_typer(train_group, rich_help_panel="Train")

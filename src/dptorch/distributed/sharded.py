@@ -23,7 +23,7 @@ from dptorch.errors import ConfigurationError
 __all__ = ["ShardedParameters", "in_buckets", "is_sharded", "local_part"]
 
 #: Elements of sums that are reduced in one message.
-_BUCKET: Final = 2**23
+BUCKET: Final = 2**23
 #: Methods of FSDP that move memory, which is none of a recording's business.
 _MOVES: Final = ("lazy_init", "unshard", "wait_for_unshard", "reshard")
 
@@ -130,10 +130,10 @@ class ShardedParameters:
 
 
 def in_buckets(names: Sequence[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names in order, up to `_BUCKET` elements together; a larger parameter for itself."""
+    """Names in order, up to `BUCKET` elements together; a larger parameter for itself."""
     bucket: list[str] = []
     for name in names:
-        if bucket and sum(parameters[n].numel() for n in [*bucket, name]) > _BUCKET:
+        if bucket and sum(parameters[n].numel() for n in [*bucket, name]) > BUCKET:
             yield bucket
             bucket = []
         bucket.append(name)
