@@ -44,6 +44,7 @@ ELSEWHERE = {
     "cli/epsilon.py": ("cli/test_plan_commands.py", "one test asks all planning commands"),
     "cli/plan.py": ("cli/test_plan_commands.py", "one test asks all planning commands"),
     "cli/progress.py": ("cli/test_train.py", "shows what a run tells"),
+    "cli/scale.py": ("distributed/test_cost.py", "where the numbers are that it says"),
     "cli/release.py": ("training/test_release.py", "where there are runs to release"),
     "cli/generate.py": ("cli/test_train_text.py", "writes what was trained"),
     "cli/train_vision.py": ("vision/test_command.py", "where there are pictures to train on"),
