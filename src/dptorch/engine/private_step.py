@@ -18,7 +18,6 @@ from dptorch.errors import BudgetExhausted, PrivacyError, warn
 from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.noisy_gradient import NoisyGradient
-from dptorch.tape.provenance.members import parameters_of
 
 __all__ = ["NOT_SHARED", "PrivateStep"]
 
@@ -152,7 +151,7 @@ class PrivateStep:
 
     def _refuse_changed_parameters(self, optimizer: Optimizer) -> None:
         """What is trained must still be what the engine follows and the optimizer holds."""
-        now = {id(p) for p in parameters_of(self._model) if p.requires_grad}
+        now = trained_by(self._model)
         if now != {id(p) for p in self._parameters.values()}:
             raise PrivacyError(
                 "the model's trainable parameters have changed since the engine was made (frozen, "
@@ -183,3 +182,24 @@ class PrivateStep:
             self._warned_exhausted = True
             warn(message)
         return False
+
+
+def trained_by(model: nn.Module) -> set[int]:
+    """The ids of ``model.parameters()`` that require grad, without the names, which take longest."""
+    own = type(model)
+    if any(
+        getattr(own, name) is not getattr(nn.Module, name)
+        for name in ("parameters", "named_parameters", "named_modules")
+    ):
+        return {id(p) for p in model.parameters() if p.requires_grad}
+    found: set[int] = set()
+    modules, seen = [model], {model}
+    for module in modules:
+        found.update(
+            id(p) for p in module._parameters.values() if p is not None and p.requires_grad
+        )
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    return found

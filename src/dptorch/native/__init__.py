@@ -1,7 +1,6 @@
 """Loops in C, compiled once per machine; where they cannot be, torch or numpy does their work."""
 
-from dptorch.native.compiler import SWITCH, build
-from dptorch.native.processor import HEADER, LIMIT, Units, units
+from dptorch.native.compiler import HEADER, LIMIT, SWITCH, Units, build, units
 from dptorch.native.threads import run_in_team
 
 __all__ = ["HEADER", "LIMIT", "SWITCH", "Units", "build", "run_in_team", "units"]

@@ -1,4 +1,4 @@
-"""Compiling C sources into a library that is kept for the next process.
+"""Compiling C sources into a library that is kept for the next process, and what it may use.
 
 A C compiler is not part of dptorch: its absence changes the speed and nothing else.
 """
@@ -15,13 +15,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from enum import IntFlag
 from pathlib import Path
 from typing import Final
 
-__all__ = ["SWITCH", "build"]
+from dptorch.errors import one_of
+
+__all__ = ["HEADER", "LIMIT", "SWITCH", "Units", "build", "units"]
 
 SWITCH: Final = "DPTORCH_COMPILE"
 """Environment variable; "0" keeps dptorch from running a C compiler."""
+
+LIMIT: Final = "DPTORCH_CPU"
+"""Environment variable: the instruction sets that may be used, with commas between ("aes,avx2"), to
+measure them. Without it all are. The results are the same."""
+
+HEADER: Final = Path(__file__).with_name("units.h")
 
 _OPTIONS: Final = ("-std=c11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PATIENCE_S: Final = 60.0  # it takes 1 s; beyond this something is wrong
@@ -95,3 +104,28 @@ def _only_ours(path: Path) -> bool:
     """Whether nobody else may write to it."""
     about = path.stat()
     return about.st_uid == os.getuid() and not about.st_mode & 0o022
+
+
+class Units(IntFlag):
+    """Instruction sets; the numbers are those of units.h."""
+
+    AES = 1
+    AVX2 = 2
+    AVX512 = 4
+    VAES = 8
+
+
+def units(library: ctypes.CDLL) -> Units:
+    """The instruction sets that a library may use, which says by `units_found` what the processor has.
+
+    Raises:
+        ConfigurationError: `DPTORCH_CPU` names none of them.
+    """
+    found = Units(library.units_found())
+    limit = os.environ.get(LIMIT)
+    if limit is None:
+        return found
+    allowed = Units(0)
+    for name in filter(None, (part.strip().lower() for part in limit.split(","))):
+        allowed |= Units[one_of(LIMIT, name, [n.lower() for n in Units.__members__]).upper()]
+    return found & allowed

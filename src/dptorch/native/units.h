@@ -1,4 +1,4 @@
-/* The instruction sets of the processor that the loops of dptorch choose by; `Units` of processor.py. */
+/* The instruction sets of the processor that the loops of dptorch choose by; `Units` of compiler.py. */
 
 #ifndef DPTORCH_UNITS_H
 #define DPTORCH_UNITS_H

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dptorch.tape.propagation import FAMILIES
 from dptorch.tape.propagation.elementwise import elementwise
 from dptorch.tape.provenance.calls import words
-from dptorch.tape.provenance.members import buffers_of
 from dptorch.tape.provenance.tags import Mixed, Tag
 from dptorch.tape.recording.tensor_states import GUESSED, TensorStates, batch_of
 
@@ -89,4 +88,4 @@ def _is_constant(states: TensorStates, t: Tensor) -> bool:
         return True
     if isinstance(t, getattr(torch.nn, "Buffer", ())):
         return True
-    return any(t is b for b in buffers_of(states.model))
+    return any(t is b for b in states.model.buffers())
