@@ -476,6 +476,7 @@ def _read_by(module: str) -> Program:
 def test_reads_of_library_code_are_warned_of_but_for_those_of_masks() -> None:
     sensitivity(_read_by("transformers.masking_utils"))
     sensitivity(_read_by("anybodys"), trusted=True)  # who calls it has promised
+    sensitivity(lambda m, h: h + 0 * torch.distributions.Normal(h, 1.0).mean)  # it checks h
     with pytest.warns(PrivacyWarning, match=r"__bool__\(\) in transformers\.models\.x, 1 time\)"):
         sensitivity(_read_by("transformers.models.x"))
     with pytest.raises(PrivacyError, match="trusted_reads"):

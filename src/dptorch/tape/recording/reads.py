@@ -39,9 +39,14 @@ TRUSTED = (
     "peft",
 )
 
-#: Modules that read whether a mask hides anything, or a row is packed, and leave out a mask that hides
-#: nothing: attention without it is the same, but for rounding.
-EQUAL = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
+#: Modules that ask whether a mask hides anything, or a row is packed, and leave out a mask that hides
+#: nothing: attention without it is the same, but for rounding. And one that asks whether arguments are
+#: valid and raises an error if not, which is followed (`dptorch.tape.recording.escapes`).
+EQUAL = (
+    "transformers.masking_utils",
+    "transformers.modeling_attn_mask_utils",
+    "torch.distributions.distribution",
+)
 
 _trusted = 0
 
@@ -73,14 +78,17 @@ def is_trusted(packages: Iterable[str] = TRUSTED) -> bool:
 
     Other code of torch, numpy and the standard library runs on behalf of who calls it.
     """
-    if _trusted:
-        return True
+    return bool(_trusted) or _reader(packages) is not None
+
+
+def _reader(packages: Iterable[str]) -> str | None:
+    """The module of one of `packages` whose code runs now; None if other code does."""
     for name in reading_modules():
         if any(f"{name}.".startswith(f"{package}.") for package in packages):
-            return True
+            return name
         if not _is_intermediate(name):
-            return False
-    return False
+            return None
+    return None
 
 
 def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
@@ -97,9 +105,11 @@ def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
         return
     if not recording.refuses_reads:
         return
-    if is_trusted():
-        reader = next((n for n in reading_modules() if not _is_intermediate(n)), "torch")
-        if not _trusted and reader not in EQUAL:
+    if _trusted:
+        return
+    reader = _reader(TRUSTED)
+    if reader is not None:
+        if reader not in EQUAL:
             recording.escaped[f"{name}() in {reader}"] += 1
         return
     where, line = recording.module_path(), user_line()
