@@ -26,7 +26,6 @@ from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.postprocessing import LowPassFilter, WeightAverage
 from dptorch.training.images import deskew, hog, standardise
 from dptorch.training.models import linear, tanh_cnn
-from dptorch.training.pictures import Look
 from dptorch.training.recipes import mnist_images, mnist_split
 
 BUDGETS: Final = (1.0, 3.0, 8.0)
@@ -51,11 +50,10 @@ class Rung:
     )
 
 
-_OF_NETWORKS: Final = ((0.25, 20.0, 1.5), (0.25, 20.0, 3.0), (0.25, 20.0, 6.0))
+_OF_NETWORKS: Final = ((0.25, 20.0, 1.5), (0.25, 20.0, 3.0))
 
 RUNGS: Final[Mapping[str, Rung]] = {
     "pixels, linear": Rung("pixels"),
-    "pixels, convolutional": Rung("images", model="cnn", grid=_OF_NETWORKS),
     "pixels, convolutional, mean of the last half": Rung(
         "images", tail=0.5, model="cnn", grid=_OF_NETWORKS
     ),
@@ -64,11 +62,12 @@ RUNGS: Final[Mapping[str, Rung]] = {
     "and automatic clipping": Rung("hog", tail=0.5, clipping="automatic"),
     "HOG with a low-pass filter of gradients": Rung("hog", low_pass=0.5),
     "finer HOG, mean of the last half": Rung("fine hog", tail=0.5),
-    "scattering, mean of the last half": Rung("scattering", tail=0.5),
 }
 #: What `choose` found: (sample rate, epochs, learning rate) of each row.
 CHOSEN: Final[dict[str, tuple[float, float, float]]] = {
     "pixels, linear": (0.25, 40.0, 10.0),  # 0.9015 in cross-validation
+    # 0.937 at ε = 3, where a rate of 1.5 has 0.922; at ε = 1 it has 0.867, and 1.5 has 0.887.
+    "pixels, convolutional, mean of the last half": (0.25, 20.0, 3.0),
     "HOG, linear": (1.0, 30.0, 20.0),  # 0.9508 in cross-validation
     "and the mean of the last half of the steps": (0.25, 40.0, 10.0),  # 0.9513 in cross-validation
     "and automatic clipping": (0.25, 40.0, 20.0),  # 0.9537 in cross-validation
@@ -104,10 +103,6 @@ def inputs(name: str) -> Tensor:
         return flat / 28
     if name == "images":
         return standardise(upright)[:, None]
-    if name == "scattering":
-        look = Look(28, 1, features="scattering")
-        whole = (upright * 255).round().to(torch.uint8)[:, None]
-        return torch.cat([look.inputs(part) for part in whole.split(250)])
     settings = {"cell": 4, "bins": 8} if name == "fine hog" else {}
     return torch.cat([hog(part, **settings) for part in upright.split(500)])
 
