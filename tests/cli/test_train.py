@@ -49,6 +49,12 @@ def test_style_and_mechanism_are_the_plans(data: Path) -> None:
     assert (plan.mechanism, plan.clipping_style) == ("discrete_gaussian", "all-layer")
     statement = Path("runs/whole/statement.txt").read_text()
     assert "discrete" in statement
+    result = run(*own, "--mechanism", "banded", "--bands", "2", "--name", "bands")
+    assert result.exit_code == 0, result.output
+    plan = PrivacyPlan.from_json(Path("runs/bands/plan.json"))
+    assert (plan.mechanism, plan.sampling, plan.bands) == ("banded", "cyclic-poisson", 2)
+    statement = Path("runs/bands/statement.txt").read_text()
+    assert "correlated over 2 steps" in statement
 
 
 @pytest.mark.slow

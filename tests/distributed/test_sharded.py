@@ -56,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "empty shares": ("MLP", {"sample_rate": 2 / 24, "steps": 20}),
     "adaptive": ("MLP", {"adaptive_clipping": {"count_stddev": 4.0}}),
     "discrete": ("MLP", {"mechanism": "discrete_gaussian", "accountant": "rdp"}),
+    "banded": ("MLP", {"mechanism": "banded", "bands": 3, "steps": 6}),
+    "inverse-banded": ("MLP", {"mechanism": "inverse-banded", "sample_rate": 0.25, "steps": 6}),
     "two passes": ("MLP", {"clipping_mode": "ghost"}),
 }
 

@@ -12,8 +12,7 @@ norm 1, so that σ means what it means for independent noise.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -30,7 +29,7 @@ from dptorch.randomness import RootKey
 __all__ = ["BandedNoise"]
 
 # Numbers that are worked on at once, so that they stay in the processor's cache.
-_CHUNK: Final = 2**17
+_CHUNK: Final = 2**16
 
 
 class BandedNoise:
@@ -47,7 +46,8 @@ class BandedNoise:
           O(b). Held by `test_the_noise_of_a_run_is_that_of_the_dense_matrix` and
           `test_covariance_of_released_noise`.
         - z_t is a function of (key, t, context of t, position) alone. So is then the noise of a step,
-          given the contexts of all steps before: neither threads nor shards nor restarts change it.
+          given the contexts of all steps before: restarts do not change it, and threads and shards by
+          no more than a rounding.
           Held by `test_shards_and_restarts_give_the_noise_of_the_whole`.
         - Memory: b - 1 numbers for each coordinate, held by `test_memory_is_one_buffer_for_each_band`.
 
@@ -125,9 +125,11 @@ class BandedNoise:
             self._draw(step, context, clipped.values, spans, key)
             for span, name in _named(spans, clipped.values):
                 scale = span.stddev * float(self._columns[step])
-                _add_scaled(span.flat, self._buffers[name][self._row(step)], scale)
-                if divisor != 1.0:
-                    span.flat.div_(divisor)
+                row = self._buffers[name][self._row(step)]
+                for part in _parts(row.numel()):
+                    released = span.flat[part].add_(row[part], alpha=scale)
+                    if divisor != 1.0:
+                        released.div_(divisor)
                 span.write_back()
         self._released.record(step, context)
         self._filled = step + 1
@@ -181,9 +183,11 @@ class BandedNoise:
         for span, name in _named(spans, values):
             buffer = self._buffers[name]
             row = buffer[self._row(step)]
-            row.mul_(-self._coefficients[-1])
-            for j in range(1, self.bands - 1):
-                _add_scaled(row, buffer[self._row(step - j)], -self._coefficients[j])
+            others = [(-self._coefficients[j], step - j) for j in range(1, self.bands - 1)]
+            for part in _parts(row.numel()):
+                mine = row[part].mul_(-self._coefficients[-1])
+                for c, earlier in others:
+                    mine.add_(buffer[self._row(earlier), part], alpha=c)
             rows.append(Span(span.start, row, row, 1.0))
         self._white.add(rows, key, (step, context), 1.0)
 
@@ -196,9 +200,5 @@ def _named(spans: list[Span], values: Mapping[str, Tensor]) -> list[tuple[Span, 
     return [(span, names[id(span.owner)]) for span in spans]
 
 
-def _add_scaled(target: Tensor, source: Tensor, factor: float) -> None:
-    """target += factor * source. In two operations, so that each number is rounded alike wherever in
-    memory it is: a fused one is used for whole vectors only."""
-    parts = math.ceil(target.numel() / _CHUNK)
-    for at in range(0, parts * _CHUNK, _CHUNK):
-        target[at : at + _CHUNK].add_(source[at : at + _CHUNK] * factor)
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(at, at + _CHUNK) for at in range(0, count, _CHUNK))
