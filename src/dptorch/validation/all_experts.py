@@ -33,4 +33,6 @@ class AllExperts(nn.ModuleDict):
 
 def asks_who_is_hit(module: nn.Module) -> bool:
     """Whether a module is transformers' own, which loops over the experts that the batch hits."""
-    return type(module).__name__ == "SwitchTransformersExperts"
+    kind = type(module)
+    library = kind.__module__.partition(".")[0]
+    return (library, kind.__name__) == ("transformers", "SwitchTransformersExperts")
