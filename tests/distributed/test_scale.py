@@ -70,3 +70,18 @@ def test_the_loop_of_accelerate_trains_one_model_on_two_processes() -> None:
     assert first == second
     assert first[0] > 0.4  # chance is 0.1
     assert 2.9 < first[1] <= 3.0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_loop_on_processes_trains_one_model_whole_and_in_shards() -> None:
+    path = str(EXAMPLE.with_name("processes_loop.py"))
+
+    def work(rank: int) -> list[tuple[float, float]]:
+        train = run_path(path)["train"]
+        return [train(epochs=3), train(epochs=3, shard=True)]
+
+    first, second = on_ranks(2, work)
+    assert first == second
+    for accuracy, epsilon in first:
+        assert accuracy > 0.4  # chance is 0.1
+        assert 2.9 < epsilon <= 3.0
