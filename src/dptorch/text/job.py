@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,14 +19,21 @@ from dptorch.text.models import load_pretrained
 from dptorch.text.recipes import PASSAGES, TASKS, defaults_of, get_recipe
 from dptorch.text.rows import Row, Split, read_split, require_columns, split_rows
 from dptorch.training.data import TrainTest, encode_labels
-from dptorch.training.job import PLAN_SETTINGS, Setup, device_of, refuse_unknown_settings, style_of
+from dptorch.training.job import (
+    PLAN_SETTINGS,
+    RunSettings,
+    Setup,
+    device_of,
+    refuse_unknown_settings,
+    style_of,
+)
 from dptorch.training.task import Task
 
 __all__ = ["TextJob", "prepare"]
 
 
 @dataclass(frozen=True)
-class TextJob:
+class TextJob(RunSettings):
     """What `dptorch train TASK` was asked for. None means: as `dptorch.text.recipes` says.
 
     `prepare` returns a job with every None decided that has a default, and that is what `run.json`
@@ -53,7 +60,7 @@ class TextJob:
         generate: test tables that texts are generated for.
         new_tokens: of a generated text.
 
-    The rest is as in `dptorch.training.job.Job`.
+    The rest is as in `dptorch.training.job.RunSettings`.
     """
 
     task: str
@@ -74,36 +81,13 @@ class TextJob:
     label_words: str | None = None
     prompt: bool = True
     max_length: int | None = None
-    epochs: float | None = None
-    batch_size: float | None = None
-    sample_rate: float | None = None
-    target_epsilon: float | None = None
-    noise_multiplier: float | None = None
-    target_delta: float | None = None
-    max_grad_norm: float | None = None
-    clipping_fn: str | None = None
-    clipping_mode: str = "auto"
-    clipping_style: str = "all-layer"
-    mechanism: str = "gaussian"
-    bands: str | None = None
-    accountant: str = "pld"
-    sampling: str = "poisson"
-    learning_rate: float | None = None
     head_learning_rate: float | None = None
     decay: str | None = None
     weight_decay: float | None = None
     max_physical_batch_size: int = 16
-    num_workers: int = 0
-    device: str = "auto"
-    seed: int | None = None
-    diagnostics: bool = True
     prompts: str = ""
     generate: int = 100
     new_tokens: int = 40
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `run.json`."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextJob:

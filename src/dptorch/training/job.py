@@ -31,6 +31,7 @@ __all__ = [
     "PLAN_SETTINGS",
     "AnyJob",
     "Job",
+    "RunSettings",
     "Setup",
     "device_of",
     "left_out",
@@ -55,17 +56,11 @@ PLAN_SETTINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """What `dptorch train` was asked for. None means: as the recipe or the data suggests.
-
-    `prepare` returns a job with every None decided, and that is what `run.json` records.
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every kind of job has: settings of the plan, and how it is run. None means: as suggested.
 
     Attributes:
-        recipe: name in `dptorch.training.recipes.RECIPES`; the default unless `data` is given.
-        data: path of the user's own data; read as `reading` says.
-        model: a name that `dptorch.training.models.build_model` knows.
-        pretrained: load published weights (torchvision, timm).
         epochs: passes over the data, in expectation.
         batch_size, sample_rate: how many examples a step draws in expectation, either way.
         target_epsilon, noise_multiplier: the budget or the noise, either way.
@@ -74,22 +69,13 @@ class Job:
         clipping_style: a style's name, or names and patterns of modules, comma separated, each of
             which is clipped on its own.
         clipping_mode: see `dptorch.PrivacyEngine`; no effect on the result, but no "non-private".
-        learning_rate, momentum: of SGD.
-        tail: the result is the mean of the weights over this last share of the steps; 0 for the last
-            weights.
-        max_physical_batch_size: most examples in memory at once; no effect on the result.
+        learning_rate: of the optimizer.
         num_workers: processes that load data.
         device: "auto", or any torch device.
         seed: for reproducible tests; a run with a seed is not private.
         diagnostics: record statistics of private data, under names that say so.
-        canaries: how many made-up examples to plant, each in by a coin, for a later audit.
     """
 
-    recipe: str | None = None
-    data: str | None = None
-    reading: ReadOptions = field(default_factory=ReadOptions)
-    model: str | None = None
-    pretrained: bool = False
     epochs: float | None = None
     batch_size: float | None = None
     sample_rate: float | None = None
@@ -105,18 +91,45 @@ class Job:
     accountant: str = "pld"
     sampling: str = "poisson"
     learning_rate: float | None = None
-    momentum: float | None = None
-    tail: float | None = None
-    max_physical_batch_size: int = 512
     num_workers: int = 0
     device: str = "auto"
     seed: int | None = None
     diagnostics: bool = True
-    canaries: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `run.json`."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job(RunSettings):
+    """What `dptorch train` was asked for. None means: as the recipe or the data suggests.
+
+    `prepare` returns a job with every None decided, and that is what `run.json` records.
+
+    Attributes:
+        recipe: name in `dptorch.training.recipes.RECIPES`; the default unless `data` is given.
+        data: path of the user's own data; read as `reading` says.
+        model: a name that `dptorch.training.models.build_model` knows.
+        pretrained: load published weights (torchvision, timm).
+        momentum: of SGD.
+        tail: the result is the mean of the weights over this last share of the steps; 0 for the last
+            weights.
+        max_physical_batch_size: most examples in memory at once; no effect on the result.
+        canaries: how many made-up examples to plant, each in by a coin, for a later audit.
+
+    The rest is as in `RunSettings`.
+    """
+
+    recipe: str | None = None
+    data: str | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    model: str | None = None
+    pretrained: bool = False
+    momentum: float | None = None
+    tail: float | None = None
+    max_physical_batch_size: int = 512
+    canaries: int = 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ from dptorch.postprocessing import LowPassFilter, WeightAverage
 from dptorch.randomness import RootKey
 from dptorch.training.job import (
     PLAN_SETTINGS,
+    RunSettings,
     Setup,
     device_of,
     left_out,
@@ -43,7 +44,7 @@ OPTIMIZERS: Final = ("sgd", "adam", "adamw", "rmsprop")
 
 
 @dataclass(frozen=True)
-class VisionJob:
+class VisionJob(RunSettings):
     """What `dptorch train vision` was asked for. None means: as `dptorch.vision.recipes` says.
 
     `prepare` returns a job with every None decided that has a default, and that is what `run.json`
@@ -70,8 +71,8 @@ class VisionJob:
             steps; see `dptorch.postprocessing.WeightAverage`.
         low_pass: coefficient of `dptorch.postprocessing.LowPassFilter`.
 
-    The rest is as in `dptorch.training.job.Job`, but that the clipping mode may be "non-private", for a
-    comparison.
+    The rest is as in `dptorch.training.job.RunSettings`, but that the clipping mode may be
+    "non-private", for a comparison.
     """
 
     task: str = TASK
@@ -93,22 +94,7 @@ class VisionJob:
     init_delta: float | None = None
     method: str | None = None
     lora_rank: int = 8
-    epochs: float | None = None
-    batch_size: float | None = None
-    sample_rate: float | None = None
-    target_epsilon: float | None = None
-    noise_multiplier: float | None = None
-    target_delta: float | None = None
-    max_grad_norm: float | None = None
-    clipping_fn: str | None = None
-    clipping_mode: str = "auto"
-    clipping_style: str = "all-layer"
-    mechanism: str = "gaussian"
-    bands: str | None = None
-    accountant: str = "pld"
-    sampling: str = "poisson"
     optimizer: str | None = None
-    learning_rate: float | None = None
     momentum: float | None = None
     weight_decay: float | None = None
     decay: str | None = None
@@ -119,14 +105,6 @@ class VisionJob:
     tail: float | None = None
     low_pass: float | None = None
     max_physical_batch_size: int = 64
-    num_workers: int = 0
-    device: str = "auto"
-    seed: int | None = None
-    diagnostics: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `run.json`."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionJob:
