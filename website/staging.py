@@ -67,23 +67,15 @@ def rewritten(text: str, here: Path, where: dict[Path, Path]) -> str:
         path, mark, fragment = found[1].partition("#")
         if not path:
             return found[0]
-        return f"]({to}{mark}{fragment})" if (to := moved(path)) else "]"
+        return f"]({to}{mark}{fragment})" if (to := moved(path)) else "]\0"  # a link no more
 
     pieces = re.split(r"(^```.*?^```|`[^`\n]*`)", text, flags=re.DOTALL | re.MULTILINE)
+    pieces[::2] = [LINK.sub(link, piece) for piece in pieces[::2]]
     pieces[::2] = [
-        re.sub(
-            r'(?<=src=")[^":]+(?=")',
-            lambda found: moved(found[0]),
-            _unlinked(LINK.sub(link, piece)),
-        )
+        re.sub(r'(?<=src=")[^":]+(?=")', lambda found: moved(found[0]), piece)
         for piece in pieces[::2]
     ]
-    return "".join(pieces)
-
-
-def _unlinked(text: str) -> str:
-    """Brackets whose link was taken away are taken away too."""
-    return re.sub(r"\[([^\[\]]*)\](?![(\[:])", r"\1", text)
+    return re.sub(r"\[((?:`[^`]*`|[^\[\]])*)\]\0", r"\1", "".join(pieces))
 
 
 def program_page(file: Path) -> str:

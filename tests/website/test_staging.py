@@ -107,6 +107,8 @@ def test_links_are_moved_with_the_pages() -> None:
     moved = "[x](examples/x.md) [e](examples/index.md) `[y](z)` m [h](#here) [w](https://w.org)"
     assert rewritten(text, Path("docs/a.md"), where) == moved
     assert rewritten("[a](docs/a.md#b)", Path("README.md"), where) == "[a](a.md#b)"
+    kept = "rows [N, C], - [ ] a box, [`make`](../Makefile)"
+    assert rewritten(kept, Path("docs/a.md"), where) == "rows [N, C], - [ ] a box, `make`"
     assert rewritten('<img src="docs/a.md">', Path("README.md"), where) == '<img src="a.md">'
     with pytest.raises(FileNotFoundError, match=r"docs/a\.md links to gone\.md"):
         rewritten("[a](gone.md)", Path("docs/a.md"), where)
