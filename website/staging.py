@@ -75,7 +75,7 @@ def rewritten(text: str, here: Path, where: dict[Path, Path]) -> str:
         re.sub(r'(?<=src=")[^":]+(?=")', lambda found: moved(found[0]), piece)
         for piece in pieces[::2]
     ]
-    return re.sub(r"\[((?:`[^`]*`|[^\[\]])*)\]\0", r"\1", "".join(pieces))
+    return re.sub(r"\[((?:`[^`]*`|[^\[\]`])*)\]\0", r"\1", "".join(pieces))
 
 
 def program_page(file: Path) -> str:
