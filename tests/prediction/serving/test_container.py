@@ -26,3 +26,11 @@ def test_what_it_copies_exists_and_is_public():
     assert not {"runs", "."} & set(copied)
     pinned = re.search(r"torch==([\d.]+)", TEXT)[1]
     assert f"\ntorch=={pinned}\n" in (REPOSITORY / "constraints.txt").read_text()
+
+
+def test_keys_are_where_its_user_can_read_them():
+    """A file of keys is its owner's alone, and the run belongs to somebody else."""
+    runs = re.findall(r"dptorch-serve[ \\\n#]*(/runs/NAME[^\n]*)", TEXT)
+    assert len(runs) == 2
+    assert all("--keys /ledger/" in line for line in runs)
+    assert "-v ./runs:/runs:ro" in TEXT
