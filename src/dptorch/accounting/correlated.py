@@ -111,7 +111,7 @@ class SeparatedGaussian(Event):
     Example:
         >>> event = SeparatedGaussian(2.0, (1.0, -0.5), separation=10, steps=30)
         >>> round(event.sensitivity, 4)
-        2.0005
+        2.0013
     """
 
     noise_multiplier: float

@@ -192,7 +192,7 @@ def inverse_error(coefficients: ArrayLike, steps: int, separation: int) -> float
 
     Example:
         >>> round(inverse_error(inverse_square_root(16), 2048, separation=256), 3)
-        19.708
+        19.707
     """
     sensitivity = toeplitz_sensitivity(
         inverse(coefficients, steps), steps=steps, participations=steps, min_separation=separation

@@ -87,7 +87,7 @@ def compare_bands(
     Example:
         >>> found = compare_bands(sample_rate=1 / 16, steps=64, target_epsilon=2.0, delta=1e-5)
         >>> [choice.bands for choice in found], best_bands(found).bands
-        ([1, 2, 4, 8, 16], 8)
+        ([1, 2, 4, 8, 16], 2)
     """
     most = min(steps, most_bands(sample_rate))
     if bands is None:
@@ -144,7 +144,7 @@ def best_inverse(
 
     Example:
         >>> len(best_inverse(64, 16)), best_inverse(64, 16, bands=2)
-        (16, (1.0, -0.870424))
+        (8, (1.0, -0.807473))
     """
     if isinstance(coefficients, Workload):
         raise ConfigurationError(

@@ -42,7 +42,7 @@ class Origin:
         """The same in a sentence, for the statement.
 
         Example:
-            >>> Origin("vit.pt", "photos of the web").note[-55:]
+            >>> Origin("vit.pt", "photos of the web").note[-53:]
             'That data counts as public: nothing here protects it.'
         """
         data = self.data or "data that nobody named"
