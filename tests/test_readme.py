@@ -43,6 +43,7 @@ def test_the_clipping_page_runs_as_printed(capsys) -> None:
     assert printed.split()[-1].startswith("1.118")
 
 
+@pytest.mark.slow
 def test_the_noise_page_runs_as_printed(capsys) -> None:
     page = (ROOT / "docs/noise.md").read_text()
     scope: dict[str, object] = {}
@@ -53,6 +54,7 @@ def test_the_noise_page_runs_as_printed(capsys) -> None:
     assert printed[1] == "sequential 16"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 def test_the_guides_run_as_printed(capsys) -> None:
     page = (ROOT / "docs/guides.md").read_text()

@@ -266,6 +266,7 @@ def test_scores_of_texts(texts: Any) -> None:
     holds(text_gradient_norm(known, ids), text_gradient_norm(fresh, ids))
 
 
+@pytest.mark.slow
 def test_texts_without_a_next_token(texts: Any) -> None:
     _, _, model, _ = texts
     tokenizer = make_tokenizer()

@@ -181,6 +181,7 @@ def test_plan_says_what_bands_and_mechanisms_give(tmp_path: Path) -> None:
         assert mechanism in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -72,6 +72,7 @@ ALL = [[0, 1, 2, 3, 4, 5]]
 LAYERS = [[0, 1], [2, 3], [4, 5]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["MixOpt", "MixGhostClip", "ghost", "BK-ghost", "default"])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_every_mode_is_the_loop(mode: str, parts: int) -> None:
@@ -95,6 +96,7 @@ def test_clipping_functions(changes: dict[str, Any], coefficient: Callable[[floa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "groups"),
     [

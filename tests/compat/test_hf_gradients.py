@@ -248,6 +248,7 @@ def test_per_layer_is_per_layer(model: str) -> None:
     assert max(float((found[n] - g).abs().max()) for n, g in flat.items()) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_what_it_should() -> None:
     """A bound that is off by a millionth, or no clipping at all, is found out."""
     torch.manual_seed(1)

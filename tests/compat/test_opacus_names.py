@@ -78,6 +78,7 @@ def ours(path: str) -> ModuleType:
     return importlib.import_module(f"dptorch.compat.opacus{'.' if path else ''}{path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "names"), PATHS.items(), ids=[p or "opacus" for p in PATHS])
 def test_import_paths_are_those_of_opacus(path: str, names: tuple[str, ...]) -> None:
     theirs = importlib.import_module(f"opacus{'.' if path else ''}{path}")

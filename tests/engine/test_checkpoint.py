@@ -59,6 +59,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert resumed.engine.statement().resumed == 1
 
 
+@pytest.mark.slow
 def test_the_comparison_does_see_what_a_checkpoint_forgets(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -356,6 +356,7 @@ def test_the_mean_batch_is_the_plans(name: str) -> None:
     assert abs(sum(sizes) / 1000 - 40) < 6 * math.sqrt(40 / 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_work_is_of_the_order_of_the_batch(name: str) -> None:
     """10**8 examples: an index vector would take 800 MB, a mask 100 MB."""

@@ -534,6 +534,7 @@ def test_impossible_start_steps_are_refused(start: Any) -> None:
 # -- constant shapes, ranks, workers ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("limit", "parts"), [(None, [8]), (8, [8]), (5, [5, 5]), (3, [3, 3, 3])])
 def test_a_capacity_makes_every_step_the_same_shape(

@@ -58,6 +58,7 @@ def page_of(folder: RunFolder, **changes: Any) -> str:
     return run_page.render(folder.path.name, about, folder.read_metrics(), statement)
 
 
+@pytest.mark.slow
 def test_the_page_holds_what_was_promised(finished: RunFolder) -> None:
     page = Outline((finished.path / "report.html").read_text())
     about, last = finished.read_json("run.json"), finished.read_metrics()[-1]

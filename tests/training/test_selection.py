@@ -69,6 +69,7 @@ def test_other_runs_leave_nothing(
     assert f"epsilon {about['statement']['epsilon']:.3f}" in done.output.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -49,6 +49,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batchnorm", ["group", "frozen", "auto"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("kind", "shape"), KINDS)

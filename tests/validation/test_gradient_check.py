@@ -619,6 +619,7 @@ _FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.zoo if published(n) else ()) for n in _FAMILIES]
 )
