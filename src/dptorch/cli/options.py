@@ -6,10 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final, Unpack, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typing_extensions import Unpack
 
 if TYPE_CHECKING:
     from dptorch.plan import PlanSettings
