@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.ledger import servers
+
 # No example fails because the machine is busy.
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("quick", parent=settings.get_profile("no clock"), max_examples=8)
@@ -28,3 +30,15 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server for the session."""
+    try:
+        context = servers.server()
+        url = context.__enter__()
+    except servers.NoServer as reason:
+        servers.give_up(str(reason))
+    yield url
+    context.__exit__(None, None, None)

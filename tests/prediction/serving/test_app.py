@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import sqlite3
@@ -17,7 +16,6 @@ pytest.importorskip("fastapi", reason="FastAPI has left Python 3.10")
 
 from fastapi.testclient import TestClient
 from tests.browser import browser
-from tests.ledger import servers
 from tests.ledger.processes import kill, shared, spawn, until, wait
 from tests.prediction.serving.setup import (
     QUERIES,
@@ -213,17 +211,6 @@ def test_clients_at_once_never_overspend(made, tmp_path):
     ledger = service.predictor.account._ledger.ledger
     assert ledger.runs()[0].steps == QUERIES
     assert ledger.verify().problems == []
-
-
-@pytest.fixture
-def postgres():
-    """URL of an empty PostgreSQL server."""
-    with contextlib.ExitStack() as stack:
-        try:
-            url = stack.enter_context(servers.server())
-        except servers.NoServer as reason:
-            servers.give_up(str(reason))
-        yield url
 
 
 def start_servers(run, location, keys, count=1):
