@@ -78,9 +78,8 @@ class BandedNoise:
         rows = np.sqrt(np.cumsum(inverse(c / c[0], steps) ** 2))
         self._stddev = self._columns * rows  # of each step's noise, for z of variance 1
         self._released = Released(steps)
-        self._buffers: dict[
-            str, Tensor
-        ] = {}  # parameter -> [b - 1, coordinates]; step t is row t mod
+        # parameter -> [b - 1, coordinates]; step t is row t mod (b - 1)
+        self._buffers: dict[str, Tensor] = {}
         self._filled = 0
 
     @property

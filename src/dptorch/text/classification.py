@@ -16,6 +16,7 @@ from dptorch.errors import ConfigurationError, DataError
 from dptorch.text.batches import Padded
 from dptorch.text.models import save_trained
 from dptorch.training.run_folder import RunFolder
+from dptorch.training.schedules import scale_rates
 
 __all__ = [
     "PromptedModel",
@@ -83,13 +84,6 @@ class TextClassification:
         """Write model and tokenizer as transformers does."""
         inner = model.model if isinstance(model, PromptedModel) else model
         save_trained(folder, inner, self.tokenizer)
-
-
-def scale_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Set every learning rate to a share of what its group began with."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-        group["lr"] = group["initial_lr"] * share
 
 
 def logits_of(output: Any) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
-from dptorch.plan import make_plan
 from dptorch.text import classification, language
 from dptorch.text.batches import Tokenized
 from dptorch.text.bible import SMALL_GPT, passages, small_gpt
@@ -20,12 +19,13 @@ from dptorch.text.recipes import PASSAGES, TASKS, defaults_of, get_recipe
 from dptorch.text.rows import Row, Split, read_split, require_columns, split_rows
 from dptorch.training.data import TrainTest, encode_labels
 from dptorch.training.job import (
-    PLAN_SETTINGS,
     RunSettings,
     Setup,
     device_of,
-    refuse_unknown_settings,
-    style_of,
+    plan_of,
+    refuse_pairs,
+    require_positive,
+    with_rate,
 )
 from dptorch.training.task import Task
 
@@ -61,6 +61,11 @@ class TextJob(RunSettings):
         new_tokens: of a generated text.
 
     The rest is as in `dptorch.training.job.RunSettings`.
+
+    Example:
+        >>> job = TextJob("language-model", data="texts.jsonl")
+        >>> TextJob.from_dict(job.to_dict()) == job
+        True
     """
 
     task: str
@@ -89,21 +94,6 @@ class TextJob(RunSettings):
     generate: int = 100
     new_tokens: int = 40
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TextJob:
-        """The job that `to_dict` described.
-
-        Raises:
-            DataError: a key is unknown, so the run is of another version of dptorch.
-
-        Example:
-            >>> job = TextJob("language-model", data="texts.jsonl")
-            >>> TextJob.from_dict(job.to_dict()) == job
-            True
-        """
-        refuse_unknown_settings(cls, values)
-        return cls(**values)
-
 
 def prepare(job: TextJob) -> Setup:
     """Read and tokenize the data, load the model, build the engine; nothing is spent or written.
@@ -129,18 +119,8 @@ def prepare(job: TextJob) -> Setup:
     data, model, task = build(job, share)
     model = model.to(device)
     size = len(data.train)  # type: ignore[arg-type]
-    if job.batch_size is not None:
-        if not 0 < job.batch_size <= size:
-            raise ConfigurationError(
-                f"batch_size={job.batch_size:g}: expected between 1 and the {size} training examples."
-            )
-        job = replace(job, batch_size=None, sample_rate=job.batch_size / size)
-    plan = make_plan(
-        sample_size=size,
-        loss_reduction="mean",
-        clipping_style=style_of(job.clipping_style),
-        **{name: getattr(job, name) for name in PLAN_SETTINGS},
-    )
+    job = with_rate(job, size)
+    plan = plan_of(job, sample_size=size)
     share.steps = plan.steps
     engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
     optimizer = _optimizer(model, job)
@@ -160,16 +140,14 @@ class _Decay:
 
 
 def _refuse_contradictions(job: TextJob) -> None:
-    for first, second in (("batch_size", "sample_rate"), ("target_epsilon", "noise_multiplier")):
-        a, b = getattr(job, first), getattr(job, second)
-        if a is not None and b is not None:
-            raise ConfigurationError(
-                f"{first}={a:g} and {second}={b:g} exclude each other: one determines the other."
-            )
-    for name in ("epochs", "learning_rate", "head_learning_rate", "max_length", "new_tokens"):
-        value = getattr(job, name)
-        if value is not None and not value > 0:
-            raise ConfigurationError(f"{name}={value}: expected a positive number.")
+    refuse_pairs(
+        job,
+        ("batch_size", "sample_rate", "one determines the other"),
+        ("target_epsilon", "noise_multiplier", "one determines the other"),
+    )
+    require_positive(
+        job, "epochs", "learning_rate", "head_learning_rate", "max_length", "new_tokens"
+    )
     if (job.template is None) != (job.label_words is None):
         raise ConfigurationError(
             f"template={job.template!r} and label_words={job.label_words!r} belong together: a "

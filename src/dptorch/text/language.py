@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from dptorch.errors import DataError
 from dptorch.integrations.perplexity import perplexity
 from dptorch.text.batches import IGNORED, Padded
-from dptorch.text.classification import scale_rates
 from dptorch.text.generation import generate
 from dptorch.text.models import save_trained
 from dptorch.text.scores import text_scores
 from dptorch.training.run_folder import RunFolder
+from dptorch.training.schedules import scale_rates
 
 __all__ = ["LanguageModelling", "TableToText", "tokenize_pairs", "tokenize_texts"]
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from dptorch.distributed import Ranks
 from dptorch.engine.checkpoint import Stateful
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.plan import make_plan
+from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
 from dptorch.postprocessing import WeightAverage
 from dptorch.tables import Schema
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
@@ -35,9 +36,11 @@ __all__ = [
     "Setup",
     "device_of",
     "left_out",
+    "plan_of",
     "prepare",
-    "refuse_unknown_settings",
-    "style_of",
+    "refuse_pairs",
+    "require_positive",
+    "with_rate",
 ]
 
 #: The fields of a job that are settings of its plan, but the style of clipping.
@@ -54,6 +57,9 @@ PLAN_SETTINGS = (
     "accountant",
     "sampling",
 )
+
+
+J = TypeVar("J", bound="RunSettings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +106,18 @@ class RunSettings:
         """Plain values, for `run.json`."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls: type[J], values: Mapping[str, Any]) -> J:
+        """The job that `to_dict` described.
+
+        Raises:
+            DataError: a key is unknown, so the run is of another version of dptorch.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise DataError(f"run.json has the unknown setting {unknown[0]!r}: another version's?")
+        return cls(**values)
+
 
 @dataclass(frozen=True)
 class Job(RunSettings):
@@ -133,34 +151,19 @@ class Job(RunSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
-        """The job that `to_dict` described.
-
-        Raises:
-            DataError: a key is unknown, so the run is of another version of dptorch.
+        """The job that `to_dict` described; see `RunSettings.from_dict`.
 
         Example:
             >>> job = Job(recipe="mnist", reading=ReadOptions(bounds=(0.0, 1.0)))
             >>> Job.from_dict(job.to_dict()) == job
             True
         """
-        refuse_unknown_settings(cls, values)
         reading = dict(values.get("reading", {}))
         if reading.get("bounds") is not None:
             reading["bounds"] = tuple(reading["bounds"])
         columns = reading.get("column_bounds", {})
         reading["column_bounds"] = {name: tuple(pair) for name, pair in columns.items()}
-        return cls(**{**values, "reading": ReadOptions(**reading)})
-
-
-def refuse_unknown_settings(kind: type[Any], values: Mapping[str, Any]) -> None:
-    """Raise if `values` of a run.json has a key that is no field of the job's class `kind`.
-
-    Raises:
-        DataError: the run is of another version of dptorch.
-    """
-    known = {f.name for f in fields(kind)}
-    if unknown := sorted(set(values) - known):
-        raise DataError(f"run.json has the unknown setting {unknown[0]!r}: another version's?")
+        return super().from_dict({**values, "reading": ReadOptions(**reading)})
 
 
 class AnyJob(Protocol):
@@ -283,16 +286,11 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     model = build_model(job.model, data.input_shape, data.outputs, pretrained=job.pretrained).to(
         device
     )
-    settings = {name: getattr(job, name) for name in PLAN_SETTINGS}
+    known: PlanSettings = {"sample_size": size}
     schema = None if data.table is None else data.table.schema
     if schema is not None and schema.unit is not None:
-        settings |= {"unit": "user", "max_examples_per_user": schema.unit.max_rows}
-    plan = make_plan(
-        sample_size=size,
-        loss_reduction="mean",
-        clipping_style=style_of(job.clipping_style),
-        **settings,
-    )
+        known |= {"unit": "user", "max_examples_per_user": schema.unit.max_rows}
+    plan = plan_of(job, **known)
     if canaries is not None:
         # The number of real examples is public. How many canaries are in is not: one that is out
         # counts as a record that contributes nothing.
@@ -346,10 +344,7 @@ def _refuse_contradictions(job: Job) -> None:
             "at all, so that nothing can be learned. Expected a positive number: 1 is strong "
             "protection, 3 to 8 is usual."
         )
-    for name in ("epochs", "learning_rate", "max_physical_batch_size"):
-        value = getattr(job, name)
-        if value is not None and not value > 0:
-            raise ConfigurationError(f"{name}={value}: expected a positive number.")
+    require_positive(job, "epochs", "learning_rate", "max_physical_batch_size")
     if job.momentum is not None and not 0 <= job.momentum < 1:
         raise ConfigurationError(f"momentum={job.momentum}: expected a number in [0, 1).")
 
@@ -364,33 +359,59 @@ def _refuse_canaries(schema: Schema) -> None:
         )
 
 
-def style_of(text: str) -> str | list[str]:
-    """A style's name, or the modules that a text with commas, dots or wildcards lists."""
-    if not any(mark in text for mark in ",.*"):
-        return text
-    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
+def with_rate(job: J, sample_size: int) -> J:
+    """The job with the sampling rate that its batch size means, if it has one.
+
+    Raises:
+        ConfigurationError: the batch is larger than the data, or has less than one example.
+    """
+    if job.batch_size is None:
+        return job
+    if not 0 < job.batch_size <= sample_size:
+        raise ConfigurationError(
+            f"batch_size={job.batch_size:g}: expected between 1 and the {sample_size} training "
+            "examples."
+        )
+    return replace(job, batch_size=None, sample_rate=job.batch_size / sample_size)
+
+
+def plan_of(job: RunSettings, **more: Unpack[PlanSettings]) -> PrivacyPlan:
+    """The plan of a job whose loss is a mean; `more` is what no job has: sample_size, the unit."""
+    style: str | list[str] = job.clipping_style
+    if any(mark in job.clipping_style for mark in ",.*"):  # modules, each a block of its own
+        style = [part.strip() for part in job.clipping_style.split(",") if part.strip()]
+    settings: Any = {name: getattr(job, name) for name in PLAN_SETTINGS} | more
+    return make_plan(loss_reduction="mean", clipping_style=style, **settings)
+
+
+def refuse_pairs(job: RunSettings, *pairs: tuple[str, str, str]) -> None:
+    """Raise ConfigurationError if both of two settings are given; the third text says why not."""
+    for first, second, why in pairs:
+        a, b = getattr(job, first), getattr(job, second)
+        if a is not None and b is not None:
+            raise ConfigurationError(f"{first}={a:g} and {second}={b:g} exclude each other: {why}.")
+
+
+def require_positive(job: RunSettings, *names: str) -> None:
+    """Raise ConfigurationError unless each of these settings is left out or above 0."""
+    for name in names:
+        value = getattr(job, name)
+        if value is not None and not value > 0:
+            raise ConfigurationError(f"{name}={value}: expected a positive number.")
 
 
 def _decide(job: Job, model: str, suggested: Hyperparameters, *, sample_size: int) -> Job:
     """Fill in what was left open."""
-    rate = job.sample_rate
-    if job.batch_size is not None:
-        if not 0 < job.batch_size <= sample_size:
-            raise ConfigurationError(
-                f"batch_size={job.batch_size:g}: expected between 1 and the {sample_size} training "
-                f"examples."
-            )
-        rate = job.batch_size / sample_size
+    job = with_rate(job, sample_size)
     budget = job.target_epsilon
     if budget is None and job.noise_multiplier is None:
         budget = suggested.target_epsilon
     filled: dict[str, Any] = {
         "model": job.model or model,
-        "batch_size": None,
-        "sample_rate": suggested.sample_rate if rate is None else rate,
         "target_epsilon": budget,
     }
     for name in (
+        "sample_rate",
         "epochs",
         "target_delta",
         "max_grad_norm",

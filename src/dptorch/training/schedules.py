@@ -10,7 +10,7 @@ import torch
 
 from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["DECAYS", "Schedule"]
+__all__ = ["DECAYS", "Schedule", "scale_rates"]
 
 DECAYS: Final = ("constant", "linear", "cosine")
 
@@ -54,7 +54,11 @@ class Schedule:
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set every learning rate to the share of what its group began with."""
-        share = self(step)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-            group["lr"] = group["initial_lr"] * share
+        scale_rates(optimizer, self(step))
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set every learning rate to a share of what its group began with."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * share

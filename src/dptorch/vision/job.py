@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +13,17 @@ from torch import nn
 from dptorch.engine.checkpoint import Stateful
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
-from dptorch.plan import make_plan
 from dptorch.postprocessing import LowPassFilter, WeightAverage
 from dptorch.randomness import RootKey
 from dptorch.training.job import (
-    PLAN_SETTINGS,
     RunSettings,
     Setup,
     device_of,
     left_out,
-    refuse_unknown_settings,
-    style_of,
+    plan_of,
+    refuse_pairs,
+    require_positive,
+    with_rate,
 )
 from dptorch.training.models import build_model
 from dptorch.training.pictures import Look
@@ -73,6 +72,11 @@ class VisionJob(RunSettings):
 
     The rest is as in `dptorch.training.job.RunSettings`, but that the clipping mode may be
     "non-private", for a comparison.
+
+    Example:
+        >>> job = VisionJob(data="photos", views=4)
+        >>> VisionJob.from_dict(job.to_dict()) == job
+        True
     """
 
     task: str = TASK
@@ -106,21 +110,6 @@ class VisionJob(RunSettings):
     low_pass: float | None = None
     max_physical_batch_size: int = 64
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VisionJob:
-        """The job that `to_dict` described.
-
-        Raises:
-            DataError: a key is unknown, so the run is of another version of dptorch.
-
-        Example:
-            >>> job = VisionJob(data="photos", views=4)
-            >>> VisionJob.from_dict(job.to_dict()) == job
-            True
-        """
-        refuse_unknown_settings(cls, values)
-        return cls(**values)
-
 
 def prepare(job: VisionJob) -> Setup:
     """Read the pictures, build the network and the engine; nothing is spent or written.
@@ -142,18 +131,8 @@ def prepare(job: VisionJob) -> Setup:
         test_fraction=job.test_fraction,
     )
     size = data.records
-    if job.batch_size is not None:
-        if not 0 < job.batch_size <= size:
-            raise ConfigurationError(
-                f"batch_size={job.batch_size:g}: expected between 1 and the {size} training examples."
-            )
-        job = replace(job, batch_size=None, sample_rate=job.batch_size / size)
-    plan = make_plan(
-        sample_size=size,
-        loss_reduction="mean",
-        clipping_style=style_of(job.clipping_style),
-        **{name: getattr(job, name) for name in PLAN_SETTINGS},
-    )
+    job = with_rate(job, size)
+    plan = plan_of(job, sample_size=size)
     if job.seed is not None:
         torch.manual_seed(job.seed)
     shape, outputs = data.input_shape, data.outputs
@@ -192,21 +171,15 @@ def prepare(job: VisionJob) -> Setup:
 
 
 def _refuse_contradictions(job: VisionJob) -> None:
-    pairs = (
+    refuse_pairs(
+        job,
         ("batch_size", "sample_rate", "one determines the other"),
         ("target_epsilon", "noise_multiplier", "one determines the other"),
         ("ema", "tail", "both average the weights"),
     )
-    for first, second, why in pairs:
-        a, b = getattr(job, first), getattr(job, second)
-        if a is not None and b is not None:
-            raise ConfigurationError(f"{first}={a:g} and {second}={b:g} exclude each other: {why}.")
     if job.pretrained and job.init is not None:
         raise ConfigurationError("pretrained=True and init exclude each other: both give weights.")
-    for name in ("epochs", "learning_rate", "max_physical_batch_size"):
-        value = getattr(job, name)
-        if value is not None and not value > 0:
-            raise ConfigurationError(f"{name}={value}: expected a positive number.")
+    require_positive(job, "epochs", "learning_rate", "max_physical_batch_size")
     if job.optimizer is not None:
         one_of("optimizer", job.optimizer, OPTIMIZERS)
     if job.target_epsilon is not None and not job.target_epsilon > 0:
