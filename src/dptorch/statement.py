@@ -205,10 +205,10 @@ class Statement:
                 "what was read off the private data to prepare it says nothing of anyone, because no "
                 f"noise was added to it: {'; '.join(self.read_from_data)}"
             )
-        if plan.bands is not None or plan.coefficients:
+        if plan.places_kept:
             assumed.append(
-                "the data set is the same, in the same order, whenever the run goes on: each "
-                f"{plan.unit} keeps its turns (the number of records is compared)"
+                f"the data set is the same, in the same order, throughout {plan.places_kept}: each "
+                f"{plan.unit} keeps its turns (their number and a few of the examples are compared)"
             )
         if plan.mechanism == "discrete_gaussian":
             assumed.append(

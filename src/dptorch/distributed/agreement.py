@@ -69,7 +69,7 @@ def _read(dataset: Any, index: int) -> str:
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # those of other devices are not put back
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             return digest_of_values(dataset[index])

@@ -264,7 +264,7 @@ class PrivacyEngine:
                 max_physical_batch_size=max_physical_batch_size,
                 dataloader_kwargs=dataloader_kwargs,
             )
-        self._run.begin_loader(loader.sampler)
+        self._run.begin_loader(loader, user_ids)
         self.reserve_budget()
         loader.on_batch(self._begin_part)
         loader.on_items(lambda _, items: self._hooks.taint(items, loader.alone))

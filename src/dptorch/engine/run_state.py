@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from dptorch import accounting
 from dptorch.distributed import Ranks
+from dptorch.engine.places import Places
 from dptorch.engine.shared_ledger import SharedLedger
-from dptorch.errors import ConfigurationError, PrivacyError, warn
+from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import PrivacyPlan, PrivacySpent
 from dptorch.randomness import RootKey
-from dptorch.sampling import Sampler
+from dptorch.sampling import PrivateLoader
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import Statement, make_statement
 
@@ -47,7 +48,7 @@ class RunState:
         self.sampling_run: Counter[str] = Counter()
         self.loaders = 0
         self.noise: BandedNoise | InverseBandedNoise | None = None
-        self._records: int | None = None
+        self._places = Places(plan, ranks)
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
         self._run_ledger: SharedLedger | None = None
@@ -74,21 +75,13 @@ class RunState:
         self.sampling_run[self.plan.sampling if sampled else OWN_LOADER] += 1
         return step
 
-    def begin_loader(self, sampler: Sampler) -> None:
+    def begin_loader(self, loader: PrivateLoader, user_ids: Any) -> None:
         """Count a loader that draws from the key.
 
         Raises:
             PrivacyError: records have their turns for the whole run, and the data set is another one.
         """
-        size = sampler.sample_size
-        kept_apart = self.plan.bands is not None or self.plan.coefficients
-        if kept_apart and self._records not in (None, size):
-            raise PrivacyError(
-                f"the run has drawn from a data set of {self._records} records, and this one has "
-                f"{size}: a record would change its place, and could take part again too soon. Go on "
-                "with the same data set, in the same order."
-            )
-        self._records = size
+        self._places.watch(loader, user_ids)
         self.loaders += 1
 
     # -- the ledger --------------------------------------------------------------------------------
@@ -161,7 +154,7 @@ class RunState:
         return {
             "plan": self.plan.to_json(),
             "steps_done": self.steps_done,
-            "records": self._records,
+            **self._places.values(),
             "noise": None if self.noise is None else self.noise.state(self.steps_done),
             "resumed": self._resumed,
             "sampling_run": dict(self.sampling_run),
@@ -196,7 +189,7 @@ class RunState:
         self.steps_done = values["steps_done"]
         self._resumed = values["resumed"] + 1
         self.sampling_run = Counter(values["sampling_run"])
-        self._records = values.get("records")
+        self._places.restore(values)
         self.key = key
 
     def _go_on_in_ledger(self, values: Mapping[str, Any], key: RootKey) -> None:

@@ -206,6 +206,11 @@ class PrivacyPlan:
         return get_scheme(self.sampling)
 
     @property
+    def places_kept(self) -> str:
+        """How long a record must keep its place in the data set: "an epoch", "the run"; or ""."""
+        return "the run" if self.coefficients else self.scheme.places_kept
+
+    @property
     def terms(self) -> Terms:
         """What the scheme has to know."""
         return Terms(

@@ -143,4 +143,5 @@ CYCLIC_POISSON: Final = Scheme(
     ),
     event=_event,
     settle=_settle,
+    places_kept="the run",
 )

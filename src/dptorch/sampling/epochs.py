@@ -174,6 +174,7 @@ RANDOM_ALLOCATION: Final = Scheme(
     sampler=lambda terms, size, key: RandomAllocationSampler(size, terms.steps_per_epoch, key),
     event=lambda terms, noise, steps: RandomAllocationGaussian(noise, terms.steps_per_epoch, steps),
     settle=by_epochs,
+    places_kept="an epoch",
 )
 SHUFFLED: Final = Scheme(
     name="shuffled",
@@ -184,6 +185,7 @@ SHUFFLED: Final = Scheme(
     sampler=lambda terms, size, key: ShuffledSampler(size, terms.steps_per_epoch, key),
     event=_once_an_epoch,
     settle=by_epochs,
+    places_kept="an epoch",
 )
 SEQUENTIAL: Final = Scheme(
     name="sequential",
@@ -194,5 +196,6 @@ SEQUENTIAL: Final = Scheme(
     sampler=lambda terms, size, key: SequentialSampler(size, terms.steps_per_epoch, key),
     event=_once_an_epoch,
     settle=by_epochs,
+    places_kept="an epoch",
     separation=lambda terms: terms.steps_per_epoch,
 )

@@ -64,6 +64,8 @@ class Scheme:
             the fewest steps from one to the next.
         capacity: for a scheme with a bound on the batch: (terms, steps, delta) -> a bound that costs
             next to nothing.
+        places_kept: where a record's place in the data set decides when it takes part again: how long
+            it must keep its place, "an epoch" or "the run".
     """
 
     name: str
@@ -75,6 +77,7 @@ class Scheme:
     settle: Callable[[Terms], Terms] = lambda terms: terms
     capacity: Callable[[Terms, int, float], int] | None = None
     separation: Callable[[Terms], int] | None = None
+    places_kept: str = ""
 
     def check(self, terms: Terms, adjacency: Adjacency) -> None:
         """Raise unless the event covers a run on `terms` under `adjacency`.
