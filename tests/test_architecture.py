@@ -61,6 +61,7 @@ ROOMS = (
     "integrations",
     "text",
     "vision",
+    "prediction.serving",
     "compat",
     "bench",
     "cli",

@@ -82,7 +82,8 @@ def serve(
     """Answer queries over HTTP, each charged to one budget before it is answered.
 
     All clients, restarts and servers with this run and ledger share the budget. When it is spent,
-    further questions are refused. A model that was trained privately answers without noise or budget.
+    further questions are refused. A model that was trained privately, on a table, images or texts,
+    answers without noise or budget.
 
     [bold]Examples[/]
 

@@ -36,7 +36,7 @@ from dptorch.prediction.together import smooth
 from dptorch.randomness import RootKey
 from dptorch.statement import Statement
 
-__all__ = ["Answers", "Model", "PrivatePredictor"]
+__all__ = ["Answers", "Model", "PrivatePredictor", "refuse_bad_rows"]
 
 Model = Callable[[Tensor], Tensor]
 _ROWS_AT_ONCE: Final = 1024
@@ -188,7 +188,7 @@ class PrivatePredictor:
             LedgerError: the ledger cannot be written; nothing was answered.
             ConfigurationError: `inputs` are no rows of finite numbers.
         """
-        _refuse_bad(inputs)
+        refuse_bad_rows(inputs)
         if self.covered is not None:
             logits = self._outputs(inputs)[0]
             return Answers(
@@ -371,7 +371,8 @@ def _numpy(found: Tensor) -> NDArray[Any]:
     return array
 
 
-def _refuse_bad(inputs: Tensor) -> None:
+def refuse_bad_rows(inputs: Tensor) -> None:
+    """Raise ConfigurationError unless `inputs` are rows, [N, ...], of finite numbers."""
     if not isinstance(inputs, Tensor) or inputs.ndim < 2 or not len(inputs):
         shape = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise ConfigurationError(

@@ -93,7 +93,7 @@ class ImageFiles(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         path = self.paths[index]
         try:
-            with _pillow().open(path) as image:
+            with pillow().open(path) as image:
                 pixels = self.look.pixels(image)
         except OSError as error:
             raise DataError(f"{path}: not a readable image ({error}).") from error
@@ -154,7 +154,7 @@ def _list_images(root: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]
                     f"Move other files elsewhere."
                 )
             try:
-                with _pillow().open(path) as image:
+                with pillow().open(path) as image:
                     image.verify()
             except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError
                 raise DataError(f"{path}: not a readable image ({error}).") from error
@@ -162,7 +162,8 @@ def _list_images(root: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]
     return rows
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """Pillow's module `Image`."""
     try:
         from PIL import Image
     except ImportError as error:

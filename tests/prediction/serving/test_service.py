@@ -1,15 +1,10 @@
 """A service of a run: what it loads, and what it does not serve."""
 
-from dataclasses import replace
-
 import pytest
-import torch
 from tests.prediction.serving.setup import QUERIES, arrays, make_run, row, service_of
 
 from dptorch.errors import BudgetExhausted, ConfigurationError, DataError, LedgerError
-from dptorch.prediction.ensemble import load_ensemble
-from dptorch.prediction.serving import service as module
-from dptorch.prediction.serving.service import open_service, row_depth
+from dptorch.prediction.serving.service import open_service
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +14,9 @@ def run(tmp_path_factory):
 
 def test_answers_are_classes_and_the_budget_is_public(run, tmp_path):
     service = service_of(run, str(tmp_path / "ledger.db"))
-    labels, answers = service.answer([row(i) for i in range(5)])
-    assert set(labels) <= {"0", "1"}
-    assert answers.charged == 5
+    reply = service.answer([row(i) for i in range(5)])
+    assert set(reply.answers) <= {"0", "1"}
+    assert reply.charged == 5
     found = service.budget()
     assert (found["remaining"], found["queries"], found["unit"]) == (
         QUERIES - 5,
@@ -35,14 +30,14 @@ def test_answers_are_classes_and_the_budget_is_public(run, tmp_path):
 
 def test_together_costs_the_same(run, tmp_path):
     service = service_of(run, str(tmp_path / "ledger.db"))
-    labels, answers = service.answer([row(i) for i in range(30)], together=True)
-    assert len(labels) == answers.charged == 30
+    reply = service.answer([row(i) for i in range(30)], together=True)
+    assert len(reply.answers) == reply.charged == 30
 
 
 def test_models_that_do_not_agree_answer_null(run, tmp_path):
     terms = {"mechanism": "confident-gnmax", "threshold": 1e6}
     service = service_of(run, str(tmp_path / "ledger.db"), **terms)
-    assert service.answer([row(1)])[0] == [None]
+    assert service.answer([row(1)]).answers == [None]
 
 
 def test_another_plan_on_the_budget_is_refused(run, tmp_path):
@@ -75,29 +70,11 @@ def test_rows_that_do_not_fit_are_refused(run, tmp_path):
 
 def test_a_model_that_was_trained_privately_has_no_budget_to_spend():
     service = arrays((3,))
-    labels, answers = service.answer([[0.1, 0.2, 0.3]] * 4)
-    assert (len(labels), answers.charged, answers.source) == (4, 0, "covered")
+    reply = service.answer([[0.1, 0.2, 0.3]] * 4)
+    assert (len(reply.answers), reply.charged, reply.source) == (4, 0, "covered")
     assert service.budget() == {
         "run": "arrays", "needed": False, "epsilon_spent": 1.5, "delta": 1e-5
     }  # fmt: skip
     for bad in ([[1.0]], [[1.0, 2.0], [1.0]], [[1e300] * 3]):
         with pytest.raises((DataError, ConfigurationError)):
             service.answer(bad)
-
-
-def test_the_depth_of_a_row(run):
-    assert row_depth(arrays((3,)).reader) == 1
-    assert row_depth(load_ensemble(run).reader) == 0
-    recipe = replace(
-        arrays((432,)).reader, preparation={"kind": "recipe", "name": "mnist-features"}
-    )
-    assert row_depth(recipe) == 2
-
-
-def test_paths_are_never_opened_for_a_client():
-    images = replace(arrays((3,)).reader, preparation={"kind": "images", "size": 8, "channels": 3})
-    with pytest.raises(ConfigurationError, match="opens no path"):
-        module._refuse_unservable(images)
-    with pytest.raises(ConfigurationError, match="classes"):
-        module._refuse_unservable(replace(arrays((3,)).reader, classes=()))
-    assert torch.is_tensor(arrays((3,)).inputs([[1.0, 2.0, 3.0]]))

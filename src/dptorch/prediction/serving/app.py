@@ -2,7 +2,7 @@
 
 | | |
 |---|---|
-| POST /predict | the class of each row, charged to the budget before it is answered; needs a key |
+| POST /predict | the class or number of each row, charged before it is answered; needs a key |
 | GET /budget | what is spent and what is left |
 | GET /healthz | whether the ledger can be read |
 | GET /metrics | counters for Prometheus: no inputs, no outputs |
@@ -13,10 +13,9 @@ Nothing of a request or an answer is logged, and messages hold no input but the 
 
 # No postponed annotations: FastAPI reads those of its functions, which name what is local here.
 import asyncio
-import datetime
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from importlib.resources import files
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -26,7 +25,7 @@ from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field
 
 from dptorch.errors import (
     BudgetExhausted,
@@ -35,13 +34,12 @@ from dptorch.errors import (
     LedgerError,
     PrivacyError,
 )
+from dptorch.prediction.serving.forms import body_of, plain
 from dptorch.prediction.serving.keys import client_of
-from dptorch.prediction.serving.service import Service, columns_of, row_depth
-from dptorch.tables.columns import Category, Date, Number
+from dptorch.prediction.serving.service import Service
 
 __all__ = ["create_app"]
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 _REASONS: Mapping[int, str] = {
     401: "no key, or an unknown one",
     403: "the budget is spent",
@@ -75,13 +73,24 @@ class Budget(BaseModel):
     models: int | None = None
 
 
-class Prediction(BaseModel):
+class Answer(BaseModel):
     """The answer to a request."""
 
-    labels: list[str | None] = Field(description="Class of each row; null where models disagree.")
     charged: int = Field(description="Rows that were charged; the others were answered before.")
     remaining: int | None = Field(description="How many more the budget pays for; null: no limit.")
     source: Literal["private", "covered", "public"]
+
+
+class Classes(Answer):
+    """The answer of a model of classes."""
+
+    labels: list[str | None] = Field(description="Class of each row; null where models disagree.")
+
+
+class Numbers(Answer):
+    """The answer of a model of a number."""
+
+    values: list[float] = Field(description="Of each row, in the units of the label.")
 
 
 def create_app(
@@ -135,23 +144,24 @@ def create_app(
             raise HTTPException(429, f"more than {rate}.", headers={"Retry-After": "60"})
         return found
 
-    Rows: Any = _body_of(service, max_rows)
+    Rows: Any = body_of(service.reader, max_rows)
+    made_of: type[Answer] = Classes if service.reader.classes else Numbers
 
     @app.post(
-        "/predict", response_model=Prediction, responses=_responses(401, 403, 408, 413, 429, 503)
+        "/predict", response_model=made_of, responses=_responses(401, 403, 408, 413, 429, 503)
     )
     def predict(body: Rows, who: Annotated[str, Depends(client)]) -> Any:
         """Answer about rows: all of them are charged, or none is answered."""
         with metrics.seconds.time():
-            labels, answers = service.answer(_plain(body.rows), together=body.together)
-        metrics.answered.labels(answers.source).inc(len(labels))
-        metrics.charged.inc(answers.charged)
-        return Prediction(
-            labels=labels,
-            charged=answers.charged,
-            remaining=service.predictor.remaining,
-            source=cast(Any, answers.source),
-        )
+            reply = service.answer(plain(body.rows), together=body.together)
+        metrics.answered.labels(reply.source).inc(len(reply.answers))
+        metrics.charged.inc(reply.charged)
+        return {
+            "labels" if made_of is Classes else "values": reply.answers,
+            "charged": reply.charged,
+            "remaining": service.predictor.remaining,
+            "source": reply.source,
+        }
 
     @app.get("/budget", response_model=Budget, responses=_responses(503))
     def budget() -> Any:
@@ -243,60 +253,6 @@ class _Deadline:
             return message
 
         await self.app(scope, receive_in_time, send)
-
-
-def _body_of(service: Service, max_rows: int) -> type[BaseModel]:
-    """The form of a request: rows of the schema's columns, or nested lists of numbers."""
-    strict = ConfigDict(extra="forbid")
-    row: Any
-    if service.reader.schema is not None:
-        columns = {name: _field(column) for name, column in columns_of(service.reader).items()}
-        row = create_model("Row", __config__=strict, **_by_alias(columns))
-    else:
-        row = Finite
-        for _ in range(row_depth(service.reader)):
-            row = list[row]
-    rows = Annotated[list[row], Field(min_length=1, max_length=max_rows)]
-    return create_model(
-        "Rows",
-        __config__=strict,
-        rows=(rows, ...),
-        together=(bool, Field(False, description="Average noise over rows that are alike.")),
-    )
-
-
-def _by_alias(columns: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Fields with names that Python allows; the column's own name is what JSON has."""
-    fields = {}
-    for i, (name, (kind, settings)) in enumerate(columns.items()):
-        fields[f"column_{i}"] = (kind, Field(alias=name, **settings))
-    return fields
-
-
-def _field(column: Any) -> tuple[Any, dict[str, Any]]:
-    missing = getattr(column, "missing", False)
-    kind: Any = str
-    settings: dict[str, Any] = {}
-    if isinstance(column, Number):
-        kind = Finite | str if column.decimal != "." else Finite
-        if column.bounds is not None:
-            settings["description"] = "Clipped to {:g} .. {:g}.".format(*column.bounds)
-    elif isinstance(column, Category):
-        if not column.other:
-            kind = Literal[column.values]
-        settings["description"] = "One of: " + ", ".join(column.values)
-    elif isinstance(column, Date):
-        kind = str if column.format else datetime.date | datetime.datetime | str
-    elif type(column).__name__ == "Boolean":
-        kind = bool | str
-    if missing:
-        return kind | None, {"default": None, **settings}
-    return kind, settings
-
-
-def _plain(rows: list[Any]) -> list[Any]:
-    """Rows as plain values."""
-    return [row.model_dump(by_alias=True) if isinstance(row, BaseModel) else row for row in rows]
 
 
 def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""What a server answers with: the models of a run, and one budget."""
+"""What a server answers with: the model or the models of a run, and one budget."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,27 @@ from dptorch.errors import ConfigurationError, DataError
 from dptorch.ledger import Ledger
 from dptorch.prediction.ensemble import ENSEMBLE, load_ensemble
 from dptorch.prediction.mechanisms import NO_LABEL
-from dptorch.prediction.predictor import Answers, PrivatePredictor
-from dptorch.training.predictor import Predictor, load
+from dptorch.prediction.predictor import PrivatePredictor, refuse_bad_rows
+from dptorch.text.predictor import TextPredictor, load
+from dptorch.training.predictor import Predictor
 from dptorch.training.run_folder import RunFolder
 
-__all__ = ["Service", "columns_of", "open_service", "row_depth"]
+__all__ = ["Reply", "Service", "open_service", "takes_files"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a service says about rows.
+
+    Attributes:
+        answers: the class of each row, None where models did not agree; or a number in its units.
+        charged: how many rows were charged.
+        source: as in `dptorch.prediction.predictor.Answers`.
+    """
+
+    answers: list[Any]
+    charged: int
+    source: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,47 +48,61 @@ class Service:
         name: of the run.
     """
 
-    reader: Predictor
+    reader: Predictor | TextPredictor
     predictor: PrivatePredictor
     name: str
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock)
 
-    def answer(
-        self, rows: Sequence[Any], *, together: bool = False
-    ) -> tuple[list[str | None], Answers]:
-        """The class of each row, None where the models do not agree.
+    def answer(self, rows: Sequence[Any], *, together: bool = False) -> Reply:
+        """The class, or the number, of each row.
+
+        Guarantees:
+            A run that was trained privately answers what `dptorch predict` does, to the last bit.
+            Held by `test_a_server_answers_what_the_run_predicts`.
 
         Raises:
             DataError, ConfigurationError: rows that do not fit; nothing was spent.
             BudgetExhausted, LedgerError: see `PrivatePredictor.predict`.
         """
+        reader = self.reader
+        if isinstance(reader, TextPredictor):
+            with self._tokenizing:  # a tokenizer is changed by what it reads
+                tokens = reader.inputs(rows)
+            return Reply(reader.decide(reader.outputs(tokens)).tolist(), 0, "covered")
         inputs = self.inputs(rows)
+        if self.predictor.covered is not None:
+            refuse_bad_rows(inputs)
+            return Reply(reader.decide(reader.outputs(inputs)).tolist(), 0, "covered")
         found = (
             self.predictor.predict_together(inputs) if together else self.predictor.predict(inputs)
         )
-        classes = self.reader.classes
-        return [None if i == NO_LABEL else classes[i] for i in found.labels.tolist()], found
+        named = [None if i == NO_LABEL else reader.classes[i] for i in found.labels.tolist()]
+        return Reply(named, found.charged, found.source)
 
     def inputs(self, rows: Sequence[Any]) -> Tensor:
-        """Prepare rows, [N, *input_shape].
+        """Prepare rows that are no texts, [N, *input_shape].
 
         Raises:
             DataError: they do not fit.
         """
-        given: Any = list(rows)
-        if self.reader.schema is None:
+        reader, given = self.reader, list[Any](rows)
+        assert isinstance(reader, Predictor)
+        prepared: Any = given
+        if reader.schema is None and not takes_files(reader):
             try:
-                given = np.asarray(given, np.float64)
+                prepared = np.asarray(given, np.float64)
             except ValueError:
                 raise DataError("the rows have different shapes.") from None
+        elif reader.schema is None and not all(isinstance(each, bytes) for each in given):
+            raise DataError("a row is not the content of a picture's file.")  # opens no path
         try:
             with np.errstate(over="ignore"):
-                inputs = self.reader.inputs(given)
+                inputs = reader.inputs(prepared)
         except (RuntimeError, ValueError, IndexError) as error:
             raise DataError(f"the rows cannot be read: {error}") from None
-        if tuple(inputs.shape[1:]) != self.reader.input_shape or not len(inputs):
+        if tuple(inputs.shape[1:]) != reader.input_shape or not len(inputs):
             raise DataError(
-                f"a row has the shape {list(inputs.shape[1:])}. Expected: "
-                f"{list(self.reader.input_shape)}."
+                f"a row has the shape {list(inputs.shape[1:])}. Expected: {list(reader.input_shape)}."
             )
         return inputs
 
@@ -122,11 +153,16 @@ def open_service(
     about = folder.read_json("run.json")
     if about.get("kind") != ENSEMBLE:
         reader = load(run)
-        _refuse_unservable(reader)
-        predictor = PrivatePredictor(reader.network, trained_with=reader.statement)
+        try:
+            predictor = PrivatePredictor(reader.network, trained_with=reader.statement)
+        except ConfigurationError as error:
+            why = str(error).partition(". ")[0]
+            raise ConfigurationError(
+                f"{folder.path} cannot be served: {why}. Train it privately without a seed, or train "
+                "models on disjoint parts, whose answers get noise: dptorch train --shards 20."
+            ) from None
         return Service(reader, predictor, folder.path.name)
     ensemble = load_ensemble(run)
-    _refuse_unservable(ensemble.reader)
     if budget is None or ledger is None:
         raise ConfigurationError(
             f"budget=None: the models of {folder.path} were trained without privacy. Give the budget "
@@ -142,27 +178,6 @@ def open_service(
     return Service(ensemble.reader, predictor, folder.path.name)
 
 
-def _refuse_unservable(reader: Predictor) -> None:
-    kind = reader.preparation.get("kind")
-    if kind == "images":
-        raise ConfigurationError(
-            "the run was trained on a folder of images, whose rows are paths of files: a server opens "
-            "no path that a client names. Train on an .npz of images instead."
-        )
-    if reader.is_number:
-        raise ConfigurationError("the run predicts a number. `dptorch serve` answers with classes.")
-
-
-def row_depth(reader: Predictor) -> int:
-    """How deeply the numbers of one row are nested in a request; 0 for the columns of a table."""
-    if reader.schema is not None:
-        return 0
-    if reader.preparation.get("kind") == "recipe":
-        return 2  # a grey image, before the recipe's transform
-    return len(reader.input_shape)
-
-
-def columns_of(reader: Predictor) -> Mapping[str, Any]:
-    """The columns that a row of a table has."""
-    assert reader.schema is not None
-    return {name: column for name, column in reader.schema.columns.items() if column.width}
+def takes_files(reader: Predictor) -> bool:
+    """Whether a row is the content of a picture's file."""
+    return bool(reader.preparation.get("kind") == "images")
