@@ -1,20 +1,15 @@
 """The sampling attack: nearly as good as scores on a plain model, and bounded on accounted answers."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from sklearn.datasets import load_digits
-from tests.cli.commands import refused, run
 from torch import nn
 
 from dptorch.accounting import gaussian_mu_for
 from dptorch.audit import Evidence, play_sampling
+from dptorch.audit.attacked_run import _gaussian_auc
 from dptorch.audit.roc import auc, auc_interval
-from dptorch.audit.sampling_attack import _allowed_by, _gaussian_auc, _votes
 from dptorch.prediction import PrivatePredictor, train_shards
 
 QUERIES = (1, 10, 60)
@@ -98,16 +93,6 @@ def test_noise_for_one_answer_averages_out_and_noise_for_all_does_not(digits, pl
     assert low > _gaussian_auc(mu / np.sqrt(total), max(QUERIES))
 
 
-def test_what_is_allowed():
-    assert _gaussian_auc(0.0, 10) == 0.5
-    # The area under Φ(Φ^-1(x) + μ).
-    x = np.linspace(0, 1, 100_001)
-    wanted = np.trapezoid(norm.cdf(norm.ppf(x) + np.sqrt(3) * 0.8), x)
-    assert _gaussian_auc(0.8, 3) == pytest.approx(wanted, abs=1e-4)
-    assert _allowed_by(0.0, 0.1) == pytest.approx(0.595, abs=1e-4)
-    assert _allowed_by(50.0, 1e-5) == pytest.approx(1.0, abs=1e-4)
-
-
 def test_frequencies_are_counted_and_the_first_label_is_the_examples_own():
     seen = []
 
@@ -121,33 +106,3 @@ def test_frequencies_are_counted_and_the_first_label_is_the_examples_own():
     assert not torch.equal(seen[1], seen[0])
     assert [e.members.tolist() for e in found] == [[1.0, 1.0, 0.0, 0.0]] * 2
     assert [auc(e) for e in found] == [0.5, 0.5]
-
-
-def test_votes_are_those_of_most_models():
-    says = lambda k: lambda x: torch.eye(3)[k].expand(len(x), -1)
-    assert _votes([says(2), says(1), says(2)])(torch.zeros(4, 1)).tolist() == [2] * 4
-
-
-@pytest.mark.slow
-def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows = "\n".join(f"{i % 50}.25,{i % 7}.5,{i % 2}" for i in range(300))
-    Path("points.csv").write_text("u,v,kind\n" + rows)
-    own = ("train", "--data", "points.csv", "--label", "kind", "--epochs", "1")
-    for more in (
-        ("--shards", "4", "--name", "shards"),
-        ("--noise-multiplier", "2", "--name", "dp"),
-    ):
-        found = run(*own, *more)
-        assert found.exit_code == 0, found.output
-    found = run("audit", "--sampling-attack", "runs/shards")
-    assert found.exit_code == 0, found.output
-    assert found.output.count("at most") == 3
-    values = json.loads(Path("runs/shards/sampling_attack.json").read_text())
-    assert [len(curve["auc"]) for curve in values["curves"]] == [5] * 5
-    assert "<img" in Path("runs/shards/sampling_attack.html").read_text()
-    found = run("audit", "--sampling-attack", "runs/dp", "--json")
-    (curve,) = json.loads(found.output)["curves"]
-    assert curve["name"] == "trained privately"
-    assert 0.5 < curve["allowed"][0] <= 1.0
-    assert "is not the folder of a run" in refused(run("audit", "--sampling-attack", "points.csv"))

@@ -61,7 +61,8 @@ def audit(
         typer.Option(
             "--sampling-attack",
             help="Ask the run's model, or its shards, for labels alone, again and again, and compare "
-            "with what the guarantee allows. It needs the run's data.",
+            "with other ways of answering and with what guarantees allow. It needs the run's data, and "
+            "trains what the run is not.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -132,8 +133,8 @@ def audit(
 def _sampling(run: Path, folder: Path, seed: int, as_json: bool) -> None:
     """Play the sampling attack on a run, and write what it found."""
     from dptorch.atomic_files import replacing
+    from dptorch.audit.attacked_run import attack_run
     from dptorch.audit.audit_charts import sampling_chart
-    from dptorch.audit.sampling_attack import attack_run
     from dptorch.training.run_page import missing_packages
 
     if not (run / "run.json").is_file():

@@ -32,7 +32,7 @@ from dptorch.training.predictor import Predictor
 from dptorch.training.readers import load_data
 from dptorch.training.run_folder import SCHEMA_FILE, RunFolder
 
-__all__ = ["ENSEMBLE", "Ensemble", "load_ensemble", "train_ensemble"]
+__all__ = ["ENSEMBLE", "Ensemble", "fit_plainly", "load_ensemble", "train_ensemble"]
 
 ENSEMBLE: Final = "disjoint shards, not private"
 _EPOCHS: Final = 30.0
@@ -92,7 +92,14 @@ def train_ensemble(
     inputs, labels = _whole(data.test)
     for i, part in enumerate(parts):
         model = build_model(name, data.input_shape, len(data.classes), pretrained=job.pretrained)
-        _fit(model.to(device), Subset(data.train, part), job, device)
+        fit_plainly(
+            model.to(device),
+            Subset(data.train, part),
+            epochs=job.epochs or _EPOCHS,
+            batch_size=int(job.batch_size or _BATCH),
+            learning_rate=job.learning_rate or _LEARNING_RATE,
+            device=device,
+        )
         _write(model, folder.path / _file(i))
         with torch.no_grad():
             found = votes_of(model(inputs.to(device)).double().cpu().numpy())
@@ -124,6 +131,27 @@ def train_ensemble(
         folder.write(SCHEMA_FILE, data.table.schema.to_json())
     folder.write_json("run.json", about)
     return about
+
+
+def fit_plainly(
+    model: nn.Module,
+    part: Dataset[Any],
+    *,
+    epochs: float = _EPOCHS,
+    batch_size: int = _BATCH,
+    learning_rate: float = _LEARNING_RATE,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Train a classifier by ordinary Adam, without privacy; it ends in evaluation mode."""
+    loader = DataLoader(part, batch_size=batch_size, shuffle=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    model.train()
+    for _ in range(max(1, round(epochs))):
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(device)), y.to(device)).backward()
+            optimizer.step()
+    model.eval()
 
 
 def load_ensemble(path: str | Path) -> Ensemble:
@@ -177,19 +205,6 @@ def _data(job: Job) -> tuple[TrainTest, str]:
             "leave --shards out."
         )
     return data, job.model or for_own_data(data.input_shape)[0]
-
-
-def _fit(model: nn.Module, part: Dataset[Any], job: Job, device: torch.device) -> None:
-    batch = int(job.batch_size or _BATCH)
-    loader = DataLoader(part, batch_size=batch, shuffle=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=job.learning_rate or _LEARNING_RATE)
-    model.train()
-    for _ in range(max(1, round(job.epochs or _EPOCHS))):
-        for x, y in loader:
-            optimizer.zero_grad()
-            F.cross_entropy(model(x.to(device)), y.to(device)).backward()
-            optimizer.step()
-    model.eval()
 
 
 def _whole(data: Dataset[Any]) -> tuple[torch.Tensor, Any]:

@@ -33,7 +33,8 @@ _STRICT = ConfigDict(extra="forbid")
 
 def body_of(reader: Predictor | TextPredictor, max_rows: int) -> type[BaseModel]:
     """The form of a request with at most `max_rows` rows."""
-    rows = Annotated[list[_row_of(reader)], Field(min_length=1, max_length=max_rows)]  # type: ignore[misc]
+    row: Any = _row_of(reader)
+    rows = Annotated[list[row], Field(min_length=1, max_length=max_rows)]
     return create_model(
         "Rows",
         __config__=_STRICT,
