@@ -23,6 +23,7 @@ from tests.cli.commands import refused, run
 from tests.distributed.processes import on_ranks
 
 ROWS, WIDTH, DEPTH = 64, 192, 6
+REPEATS = 8
 CPU = torch.device("cpu")
 
 #: Collective -> (which argument holds the whole vector, how often a ring sends its parts).
@@ -79,11 +80,24 @@ def counted() -> Iterator[list[int]]:
             setattr(dist, name, function)
 
 
+def counts(step: Callable[[], None]) -> list[int]:
+    """(bytes sent in a step, its peak of memory), after two steps that make what is kept.
+
+    The threads of gloo drop the tensors of a collective a while after it returned, later on a busy
+    machine, and a peak may have one message more. It never has less than the step needs, so the least
+    of eight steps is what the step needs.
+    """
+    step(), step()
+    with counted() as sent:
+        peaks = [allocator_peak(step, CPU) for _ in range(REPEATS)]
+    assert sent[0] % REPEATS == 0
+    return [sent[0] // REPEATS, min(peaks)]
+
+
 def private_step(wrap: Callable[[nn.Module], nn.Module], parts: int = 1, **more: Any) -> list[int]:
-    """(bytes sent in the third step, peak of memory in it)."""
     model = wrap(net())
     engine = dptorch.PrivacyEngine(
-        model, sample_rate=1.0, sample_size=ROWS, steps=3, noise_multiplier=1.0,
+        model, sample_rate=1.0, sample_size=ROWS, steps=2 + REPEATS, noise_multiplier=1.0,
         target_delta=1e-3, seed=0, self_check=False, **more,
     )  # fmt: skip
     optimizer = engine.attach(torch.optim.Adam(model.parameters(), 1e-3))
@@ -95,11 +109,9 @@ def private_step(wrap: Callable[[nn.Module], nn.Module], parts: int = 1, **more:
             optimizer.step()
             optimizer.zero_grad()
 
-    step(), step()
-    with counted() as sent:
-        peak = allocator_peak(step, CPU)
-    assert engine.steps_done == 3
-    return [sent[0], peak]
+    found = counts(step)
+    assert engine.steps_done == 2 + REPEATS
+    return found
 
 
 def ordinary_step(wrap: Callable[[nn.Module], nn.Module]) -> list[int]:
@@ -112,15 +124,12 @@ def ordinary_step(wrap: Callable[[nn.Module], nn.Module]) -> list[int]:
         optimizer.step()
         optimizer.zero_grad()
 
-    step(), step()
-    with counted() as sent:
-        peak = allocator_peak(step, CPU)
-    return [sent[0], peak]
+    return counts(step)
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[int]]:
-    """Bytes sent and peak memory of steps of the first of two ranks."""
+    """Bytes that a step sends, and its peak of memory, on either of two ranks."""
 
     def work(rank: int) -> dict[str, list[int]]:
         style = {"clipping_style": "layer-wise"}
@@ -136,7 +145,7 @@ def measured() -> dict[str, list[int]]:
     first, second = on_ranks(2, work)
     assert not isinstance(first, Exception), first
     assert {k: v[0] for k, v in first.items()} == {k: v[0] for k, v in second.items()}
-    return first
+    return {k: [v[0], min(v[1], second[k][1])] for k, v in first.items()}
 
 
 SIZES = sizes_of(net(), lambda model: model(torch.zeros(1, WIDTH)))
