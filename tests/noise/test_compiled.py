@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dptorch.noise.keystream import Keystream
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
 from dptorch.noise.normal import to_float32
 from dptorch.randomness import RootKey
+from tests.ledger.processes import spawn, wait
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler here"
@@ -114,6 +117,32 @@ def test_compiled_hash_is_numpys(size: int, threads: int) -> None:
     generator = np.random.default_rng(size)
     words, key = (generator.integers(0, 2**32, n, np.uint32) for n in (size, KEY_WORDS))
     assert (library.nh([words], key, threads) == nh(words, key)).all()
+
+
+@needs_compiler
+def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have() -> None:
+    """GNU's OpenMP would: a fork inherits its notes of threads, and not the threads."""
+    library = compiled()
+    assert library is not None
+    words, key = (np.arange(n, dtype=np.uint32) for n in (CHUNK, KEY_WORDS))
+    expected = library.nh([words], key, threads=2)
+
+    def child() -> None:
+        assert team._was_forked()
+        asked = []
+        team._openmp_start = lambda: asked.append(1)  # type: ignore[assignment]
+        assert (library.nh([words], key, threads=2) == expected).all()
+        assert not asked
+
+    assert wait(spawn(child)) == 0
+    assert subprocess.run([sys.executable, "-c", _SAY_WHETHER_FORKED]).returncode == 0
+
+
+_SAY_WHETHER_FORKED = """
+import sys
+from dptorch.native.threads import _was_forked
+sys.exit(_was_forked())
+"""
 
 
 def test_hash_by_the_definition() -> None:

@@ -2,6 +2,9 @@
 
 After each of its loops torch's threads wait for the next one busily, for some milliseconds; threads
 of our own would share the processor with them.
+
+A process that was forked inherits OpenMP's notes of its threads and not the threads: GNU's OpenMP
+would wait for them for ever. There the threads are our own.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +22,28 @@ from typing import Any
 __all__ = ["run_in_team"]
 
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)[-.]")
+_PF_FORKNOEXEC = 0x40  # include/linux/sched.h
+
+
+def _was_forked() -> bool:
+    """Whether this process is a fork that has begun no program since. False where Linux is not there
+    to ask."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        after_name = Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return bool(int(after_name[6]) & _PF_FORKNOEXEC)
+    return False
+
+
+_forked = _was_forked()  # before this module was imported
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where there is no fork
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def run_in_team(function: Any, job: ctypes.Structure, threads: int) -> None:
@@ -29,7 +55,7 @@ def run_in_team(function: Any, job: ctypes.Structure, threads: int) -> None:
         threads: at least 1.
     """
     address = ctypes.addressof(job)
-    start = _openmp_start() if threads > 1 else None
+    start = _openmp_start() if threads > 1 and not _forked else None
     if threads == 1:
         function(ctypes.c_void_p(address))
     elif start is not None:
