@@ -91,9 +91,16 @@ class PerExampleGradient(ABC):
         flat = dense.reshape(self.batch_size, -1)
         return torch.mv(flat.t(), weights.to(dense.dtype)).view(self.shape)
 
-    def merge(self, other: PerExampleGradient) -> PerExampleGradient | None:
-        """The sum of both as one object, if this form can hold it; otherwise None."""
-        return None
+    def fits(self, other: PerExampleGradient) -> bool:
+        """Whether `merged` can take this and `other` together."""
+        return False
+
+    def merged(self, others: Sequence[PerExampleGradient]) -> PerExampleGradient:
+        """The sum of this and of all others, each of which `fits`, as one object.
+
+        A form that holds factors copies all of them, so it is called once for many others.
+        """
+        raise NotImplementedError
 
 
 def without_cancellation(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -291,14 +291,13 @@ class Convolution(PerExampleGradient):
             self.inputs.flatten(0, 1), grads.flatten(0, 1), self.shape, self.geometry.groups
         )
 
-    def merge(self, other: PerExampleGradient) -> PerExampleGradient | None:
-        if not isinstance(other, Convolution) or other.geometry != self.geometry:
-            return None
-        if other.inputs.shape[2:] != self.inputs.shape[2:]:
-            return None
-        return Convolution(
-            torch.cat([self.inputs, other.inputs], 1),
-            torch.cat([self.grads, other.grads], 1),
-            self.shape,
-            self.geometry,
+    def fits(self, other: PerExampleGradient) -> bool:
+        return (
+            isinstance(other, Convolution)
+            and other.geometry == self.geometry
+            and other.inputs.shape[2:] == self.inputs.shape[2:]
         )
+
+    def merged(self, others: Sequence[PerExampleGradient]) -> PerExampleGradient:
+        inputs, grads = zip(*(f.held() for f in (self, *others)), strict=True)
+        return Convolution(torch.cat(inputs, 1), torch.cat(grads, 1), self.shape, self.geometry)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,5 +45,11 @@ class Dense(PerExampleGradient):
             total = total.permute([i - 1 for i in self.order[1:]]).contiguous()
         return total
 
-    def merge(self, other: PerExampleGradient) -> Dense | None:
-        return Dense(self.dense() + other.dense()) if isinstance(other, Dense) else None
+    def fits(self, other: PerExampleGradient) -> bool:
+        return isinstance(other, Dense)
+
+    def merged(self, others: Sequence[PerExampleGradient]) -> Dense:
+        total = self.dense()
+        for other in others:
+            total = total + other.dense()
+        return Dense(total)

@@ -5,6 +5,8 @@ Shape legend: B examples, T positions, P rows (outputs), D columns (inputs).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -138,13 +140,13 @@ class Outer(PerExampleGradient):
             right = weigh(right, weights)
         return torch.mm(left.flatten(0, 1).t(), right.flatten(0, 1)).view(self.shape)
 
-    def merge(self, other: PerExampleGradient) -> Outer | None:
-        if not isinstance(other, Outer) or other.shape != self.shape:
-            return None
-        if self.left.shape[2] != other.left.shape[2]:
-            return None
-        return Outer(
-            torch.cat([self.left, other.left], 1),
-            torch.cat([self.right, other.right], 1),
-            self.shape,
+    def fits(self, other: PerExampleGradient) -> bool:
+        return (
+            isinstance(other, Outer)
+            and other.shape == self.shape
+            and other.left.shape[2] == self.left.shape[2]
         )
+
+    def merged(self, others: Sequence[PerExampleGradient]) -> Outer:
+        left, right = zip(*(f.held() for f in (self, *others)), strict=True)
+        return Outer(torch.cat(left, 1), torch.cat(right, 1), self.shape)

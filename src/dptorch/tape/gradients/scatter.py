@@ -5,6 +5,8 @@ Shape legend: B examples, T positions, D features, V rows of the table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,11 +95,9 @@ class Scatter(PerExampleGradient):
         table = self.values.new_zeros(self.shape)
         return table.index_add_(0, self.ids.flatten(), weigh(self.values, weights).flatten(0, 1))
 
-    def merge(self, other: PerExampleGradient) -> Scatter | None:
-        if not isinstance(other, Scatter) or other.shape != self.shape:
-            return None
-        return Scatter(
-            torch.cat([self.ids, other.ids], 1),
-            torch.cat([self.values, other.values], 1),
-            self.shape,
-        )
+    def fits(self, other: PerExampleGradient) -> bool:
+        return isinstance(other, Scatter) and other.shape == self.shape
+
+    def merged(self, others: Sequence[PerExampleGradient]) -> Scatter:
+        ids, values = zip(*(f.held() for f in (self, *others)), strict=True)
+        return Scatter(torch.cat(ids, 1), torch.cat(values, 1), self.shape)

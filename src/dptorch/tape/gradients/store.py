@@ -56,12 +56,12 @@ class FormStore:
             self._refuse_changed(key, "a parameter")
             del self._contents[key]
         forms = self._forms.setdefault(key, [])
-        for i, earlier in enumerate(forms):
-            merged = earlier.merge(form)
-            if merged is not None:
-                forms[i] = merged
-                return
-        forms.append(form)
+        if not isinstance(form, Dense):
+            forms.append(form)
+        elif forms and isinstance(forms[0], Dense):
+            forms[0] = forms[0].merged([form])  # takes no more memory than one of them
+        else:
+            forms.insert(0, form)
 
     def add_measured(self, key: int, form: PerExampleGradient, squared: Tensor) -> None:
         """Add a gradient whose squared norms [B] are known."""
@@ -88,6 +88,7 @@ class FormStore:
     def squared_norm(self, key: int) -> Tensor:
         """Squared norms of the sum of all sites' gradients, cross terms included, [B]."""
         if key not in self._squared:
+            self._merge(key)
             self._squared[key] = self._squared_norm_of_sum(key)
             self._versions[key] = _versions(self._forms[key])
         return self._squared[key]
@@ -95,11 +96,24 @@ class FormStore:
     def note_contents(self) -> None:
         """Keep checksums of all that is kept: it will be summed later, and may be written to until
         then behind the back of torch's version counter (``.data``, a numpy buffer)."""
+        for key in self._forms:
+            self._merge(key)
         self._contents = {key: _checksums(forms) for key, forms in self._forms.items()}
 
     def note_norm(self, key: int, squared: Tensor) -> None:
         """Keep the squared norms [B] of a gradient that is not kept itself."""
         self._squared[key] = squared
+
+    def _merge(self, key: int) -> None:
+        """Put together what fits, all sites at once: a cell that is called T times in a loop has T
+        gradients, and to merge them as they arrive would copy the first one T times."""
+        rest, merged = self._forms[key], []
+        while rest:
+            first, *rest = rest
+            alike = [f for f in rest if first.fits(f)]
+            rest = [f for f in rest if not first.fits(f)] if alike else rest
+            merged.append(first.merged(alike) if alike else first)
+        self._forms[key] = merged
 
     def _squared_norm_of_sum(self, key: int) -> Tensor:
         forms = self._forms[key]
@@ -134,10 +148,13 @@ class FormStore:
             PrivacyError: as `weighted_sum`.
         """
         self._refuse_changed(key, f"'{name}'")
+        if key not in self._squared:
+            self._merge(key)
         return _summed(self._forms[key]).dense()
 
     def pop(self, key: int) -> PerExampleGradient:
         """Take out the sum of a tensor's gradients."""
+        self._merge(key)
         return _summed(self._forms.pop(key))
 
     def drop(self, key: int) -> None:
