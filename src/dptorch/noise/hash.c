@@ -46,8 +46,27 @@ __attribute__((target("avx2"))) static void chunk_avx2(const uint32_t *m, const 
     }
     chunk(m + 2 * i, key + 2 * i, pairs - i, sums);
 }
+
+/* Eight. */
+__attribute__((target("avx512f"))) static void chunk_avx512(const uint32_t *m, const uint32_t *key,
+                                                            int64_t pairs, uint64_t *sums) {
+    __m512i total[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    int64_t i = 0;
+    for (; i + 8 <= pairs; i += 8) {
+        __m512i words = _mm512_loadu_si512(m + 2 * i);
+        for (int pass = 0; pass < 2; pass++) {
+            __m512i keyed = _mm512_add_epi32(words, _mm512_loadu_si512(key + 2 * (i + pass)));
+            __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
+            total[pass] = _mm512_add_epi64(total[pass], product);
+        }
+    }
+    for (int pass = 0; pass < 2; pass++)
+        sums[pass] += (uint64_t)_mm512_reduce_add_epi64(total[pass]);
+    chunk(m + 2 * i, key + 2 * i, pairs - i, sums);
+}
 #else
 #define chunk_avx2 chunk
+#define chunk_avx512 chunk
 #endif
 
 void hash_words(Hash *job) {
@@ -62,7 +81,8 @@ void hash_words(Hash *job) {
         const uint32_t *words = job->words[message] + start;
         uint64_t *sums = job->sums + 2 * taken;
         sums[0] = sums[1] = 0;
-        (job->units & AVX2 ? chunk_avx2 : chunk)(words, job->key, size / 2, sums);
+        (job->units & AVX512 ? chunk_avx512 : job->units & AVX2 ? chunk_avx2 : chunk)(
+            words, job->key, size / 2, sums);
         if (size % 2) { /* the last word, beside a zero */
             const uint32_t *key = job->key + size - 1;
             sums[0] += (uint64_t)(words[size - 1] + key[0]) * key[1];

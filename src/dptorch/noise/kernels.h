@@ -35,7 +35,7 @@ typedef struct {
 } Cipher;
 
 void expand_key(const uint8_t secret[32], int units, Cipher *cipher);
-/* Blocks [first, first + blocks) of the keystream; a multiple of 32 of them. */
+/* Blocks [first, first + blocks) of the keystream; both are multiples of 32. */
 void keystream(const Cipher *cipher, uint64_t first, uint8_t *out, int64_t blocks);
 
 void normals(const int32_t *restrict high, const int32_t *restrict low,

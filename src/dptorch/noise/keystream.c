@@ -11,6 +11,9 @@ int units_found(void) { return units_of_the_processor(); }
 #define TWO __attribute__((target("vaes,aes,avx2")))
 #define FOUR __attribute__((target("vaes,aes,avx512f")))
 #define LANES 8 /* in flight: an instruction takes several cycles, and they overlap */
+/* Number i < 32 as the last byte of a block's number, where the number of the first is a multiple of
+   32: nothing is carried, and one exclusive or replaces the conversion of each number. */
+#define PLACE(i) ((int64_t)((uint64_t)(i) << 56))
 
 /* FIPS 197, section 5.2, for 8 words of key: every second round key also takes the S-box. */
 ONE static inline __m128i next_key(__m128i key, __m128i mixed) {
@@ -45,8 +48,8 @@ ONE static void by_one(const Cipher *cipher, uint64_t first, uint8_t *out, int64
     __m128i k[15], x[LANES];
     memcpy(k, cipher->round_keys, sizeof k);
     for (int64_t at = 0; at < blocks; at += LANES) {
-        for (int i = 0; i < LANES; i++)
-            x[i] = _mm_xor_si128(_mm_set_epi64x(__builtin_bswap64(first + at + i), 0), k[0]);
+        __m128i start = _mm_xor_si128(_mm_set_epi64x(__builtin_bswap64(first + at), 0), k[0]);
+        for (int i = 0; i < LANES; i++) x[i] = _mm_xor_si128(start, _mm_set_epi64x(PLACE(i), 0));
         for (int round = 1; round < 14; round++)
             for (int i = 0; i < LANES; i++) x[i] = _mm_aesenc_si128(x[i], k[round]);
         for (int i = 0; i < LANES; i++)
@@ -60,11 +63,12 @@ TWO static void by_two(const Cipher *cipher, uint64_t first, uint8_t *out, int64
     for (int i = 0; i < 15; i++)
         k[i] = _mm256_broadcastsi128_si256(((const __m128i *)cipher->round_keys)[i]);
     for (int64_t at = 0; at < blocks; at += 2 * LANES) {
-        for (int i = 0; i < LANES; i++) {
-            uint64_t n = first + at + 2 * i;
-            x[i] = _mm256_set_epi64x(__builtin_bswap64(n + 1), 0, __builtin_bswap64(n), 0);
-            x[i] = _mm256_xor_si256(x[i], k[0]);
-        }
+        __m256i start = _mm256_broadcastsi128_si256(
+            _mm_set_epi64x(__builtin_bswap64(first + at), 0));
+        start = _mm256_xor_si256(start, k[0]);
+        for (int i = 0; i < LANES; i++)
+            x[i] = _mm256_xor_si256(
+                start, _mm256_set_epi64x(PLACE(2 * i + 1), 0, PLACE(2 * i), 0));
         for (int round = 1; round < 14; round++)
             for (int i = 0; i < LANES; i++) x[i] = _mm256_aesenc_epi128(x[i], k[round]);
         for (int i = 0; i < LANES; i++)
@@ -79,12 +83,13 @@ FOUR static void by_four(const Cipher *cipher, uint64_t first, uint8_t *out, int
     for (int i = 0; i < 15; i++)
         k[i] = _mm512_broadcast_i32x4(((const __m128i *)cipher->round_keys)[i]);
     for (int64_t at = 0; at < blocks; at += 4 * LANES) {
-        for (int i = 0; i < LANES; i++) {
-            uint64_t n = first + at + 4 * i;
-            x[i] = _mm512_set_epi64(__builtin_bswap64(n + 3), 0, __builtin_bswap64(n + 2), 0,
-                                    __builtin_bswap64(n + 1), 0, __builtin_bswap64(n), 0);
-            x[i] = _mm512_xor_si512(x[i], k[0]);
-        }
+        __m512i start = _mm512_broadcast_i32x4(
+            _mm_set_epi64x(__builtin_bswap64(first + at), 0));
+        start = _mm512_xor_si512(start, k[0]);
+        for (int i = 0; i < LANES; i++)
+            x[i] = _mm512_xor_si512(
+                start, _mm512_set_epi64(PLACE(4 * i + 3), 0, PLACE(4 * i + 2), 0,
+                                        PLACE(4 * i + 1), 0, PLACE(4 * i), 0));
         for (int round = 1; round < 14; round++)
             for (int i = 0; i < LANES; i++) x[i] = _mm512_aesenc_epi128(x[i], k[round]);
         for (int i = 0; i < LANES; i++)
