@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dptorch.bench import memory, suite, timing
+from dptorch.bench import memory, suite, timing, worker
 from dptorch.bench.all_engines import choose, engines
 from dptorch.bench.cost_page import Measurements, load, page, save
 from dptorch.bench.engines import NON_PRIVATE, Engine, Settings, Step, start
@@ -240,6 +240,15 @@ def test_a_process_of_its_own() -> None:
         ask(replace(question, engine="nothing"))
 
 
+def test_a_step_on_the_largest_batch_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = Question("mlp", "dptorch/auto", {"B": 4, "T": None, "d": 8}, cap=1)
+    monkeypatch.setattr(worker, "largest_batch", lambda begin, cap, device: 3)
+    found = worker.answer(question)
+    assert (found["batch"], found["step_us"] > 0) == (3, True)
+    monkeypatch.setattr(worker, "largest_batch", lambda begin, cap, device: 0)
+    assert worker.answer(question) == {"batch": 0, "step_us": None}
+
+
 def test_amounts_of_memory() -> None:
     assert memory_bytes("2 GiB") == 2**31
     for wrong in ("", "GB", "-1GB", "4 XB", "nan"):
@@ -287,12 +296,15 @@ def test_a_run_writes_everything(tiny: Path) -> None:
     assert f"torch {torch.__version__}" in text
     for word in ("load average", "threads", "2 rounds", "opacus 1."):
         assert word in text
-    # And a sweep beside it is added to the page.
-    code, out = bench("--sweep", "B", "--values", "2,4", "mlp", "--no-memory", "--rounds", "1",
+    # And sweeps beside it are added to the page.
+    code, out = bench("--sweep", "B", "--sweep", "L", "mlp", "--no-memory", "--rounds", "1",
                       "--engine", "dptorch/auto", "--docs")  # fmt: skip
     assert code == 0, out
     text = (tiny / "docs/cost.md").read_text()
-    assert "| engine | B=2 | B=4 |" in text
+    assert "| engine | B=1 | B=2 | B=4 | B=8 |" in text
+    assert "| engine | L=1 | L=2 | L=4 | L=8 |" in text
+    # L layers of 8 x 8 weights and 8 biases.
+    assert "| trained parameters | 72 | 144 | 288 | 576 |" in text
     assert "## Time and memory" in text
     assert (tiny / "docs/cost/sweep-B.svg").exists()
 
@@ -304,7 +316,7 @@ def test_the_largest_batch_from_the_command_line(
         assert question.cap == 10**9
         if question.engine == "opacus/ghost":
             raise Unavailable("it is told not to")
-        return {"batch": 7 if question.engine == NON_PRIVATE else 5}
+        return {"batch": 7 if question.engine == NON_PRIVATE else 5, "step_us": 2000}
 
     monkeypatch.setattr(suite, "ask", answer)
     code, out = bench("--largest-batch", "--memory-cap", "1GB", "mlp")
@@ -312,6 +324,7 @@ def test_the_largest_batch_from_the_command_line(
     assert "told not to" in out
     text = (tiny / "bench/cost.md").read_text()
     assert "| mlp | 7 | 5 |" in text
+    assert "| mlp | 3500 | 2500 |" in text  # examples a second
     assert "1 GB" in text
 
 
@@ -381,6 +394,7 @@ def test_an_engine_that_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPat
         (("--sweep", "b", "mlp"), "B"),
         (("--sweep", "B", "--largest-batch"), "give one"),
         (("--sweep", "T", "mlp"), "has a T"),
+        (("--sweep", "B", "--sweep", "L", "--values", "1", "mlp"), "give one"),
         (("--sweep", "B", "--values", "1,x"), "positive numbers"),
         (("--largest-batch", "--memory-cap", "much"), "4GB"),
         (("--dtype", "fp8"), "fp32"),

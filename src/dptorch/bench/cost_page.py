@@ -1,7 +1,7 @@
 """Write measurements as CSV, Markdown, a plot, and a table on the terminal.
 
 Runs are kept as ``KIND.json`` and ``KIND.csv`` in a folder, KIND being ``cost``, ``sweep-B``,
-``sweep-T``, ``sweep-d`` or ``largest-batch``. A new run takes the place of earlier ones of its kind for
+``sweep-T``, ..., ``largest-batch``. A new run takes the place of earlier ones of its kind for
 the workloads that it measured; the page is made of all that the folder holds.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from rich.table import Table
 
 from dptorch.bench.engines import NON_PRIVATE
 from dptorch.bench.exactness import WRONG
-from dptorch.bench.suite import AXES, Row
-from dptorch.bench.workloads import WORKLOADS
+from dptorch.bench.suite import Row
+from dptorch.bench.workloads import AXES, WORKLOADS
 from dptorch.training.run_charts import MARKS, MUTED, SERIES, dress
 
 __all__ = ["KINDS", "Measurements", "load", "page", "remarks", "save", "terminal_table"]
@@ -234,6 +234,8 @@ def _sweep(kind: str, all_rows: Sequence[Row]) -> list[str]:
                 [e, *(_number(getattr(found.get((e, v)), column, None)) for v in values)]
                 for e in engines
             ]
+            if column == "ratio":
+                body = [*_growth(rows, axis, values), *body]
             if found:
                 head = ["engine", *(f"{axis}={v}" for v in values)]
                 text += ["", f"{workload}: {what.lower()}", "", *_table(head, body)]
@@ -242,20 +244,56 @@ def _sweep(kind: str, all_rows: Sequence[Row]) -> list[str]:
     return text
 
 
+def _growth(rows: Sequence[Row], axis: str, values: Sequence[int]) -> list[list[str]]:
+    """How the model and the ordinary step grow."""
+    plain = {getattr(r, axis): r for r in rows if r.engine == NON_PRIVATE}
+    counts = [plain[v].parameters if v in plain else None for v in values]
+    return [
+        ["trained parameters", *("" if n is None else _parameters(n) for n in counts)],
+        [
+            "ordinary step, ms",
+            *(_number(plain[v].step_ms, 1) if v in plain else "" for v in values),
+        ],
+    ]
+
+
+def _parameters(number: int) -> str:
+    return f"{number}" if number < 10**5 else f"{number / 1e6:.3g} M"
+
+
 def _largest(run: Measurements, rows: Sequence[Row]) -> list[str]:
     names = list(dict.fromkeys(r.engine for r in rows))
-    found = {(r.workload, r.engine): r.largest_batch for r in rows}
-    body = []
-    for workload in _by_workload(rows):
-        sizes = [found.get((workload, e)) for e in names]
-        body.append([workload, *("n/a" if size is None else f"{size}" for size in sizes)])
+    found = {(r.workload, r.engine): r for r in rows}
+
+    def table(of: Callable[[Row], float | None]) -> list[str]:
+        body = []
+        for workload in _by_workload(rows):
+            cells = [found.get((workload, e)) for e in names]
+            values = [None if r is None else of(r) for r in cells]
+            body.append([workload, *("n/a" if v is None else _count(v) for v in values)])
+        return _table(["workload", *names], body)
+
     cap = f"{(run.cap or 0) / 1e9:g} GB"
     on = "the process, Python and libraries included" if "cuda" not in run.command else "the device"
     notes = [f"- `{r.engine}` on {r.workload}: n/a: {r.reason}" for r in rows if r.reason]
     return [
         f"Examples in one step below a memory cap of {cap} for {on}, to 5 %.", "",
-        *_table(["workload", *names], body), "", *notes, "",
+        *table(lambda row: row.largest_batch), "",
+        "Examples in one second, each engine at its own largest batch: the median of five steps, each "
+        "engine alone in a process of its own.", "",
+        *table(_throughput), "", *notes, "",
     ]  # fmt: skip
+
+
+def _count(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _throughput(row: Row) -> float | None:
+    """Examples in one second at the largest batch."""
+    if not row.largest_batch or not row.step_ms:
+        return None
+    return 1000 * row.largest_batch / row.step_ms
 
 
 def _by_workload(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -293,14 +331,15 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     title = f"{rows[0].workload}: {_size(rows[0])}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     fits = any(r.largest_batch is not None for r in rows)
-    heads = ("engine", "largest batch") if fits else _HEAD[:-1]
+    heads = ("engine", "largest batch", "examples/s") if fits else _HEAD[:-1]
     for head in heads:
         first = head == "engine"  # the one to be broken where the terminal is narrow
         table.add_column(head, justify="left" if first else "right", no_wrap=not first)
     for row in rows:
         if fits:
+            size, rate = row.largest_batch, _throughput(row)
             table.add_row(
-                row.engine, "n/a" if row.largest_batch is None else f"{row.largest_batch:,}"
+                row.engine, "n/a" if size is None else f"{size:,}", _count(rate) if rate else ""
             )
         elif row.ratio is None:
             table.add_row(row.engine, "n/a")

@@ -17,16 +17,16 @@ __all__ = ["WRONG", "gradient_error"]
 WRONG = 1e-3
 
 
-def gradient_error(engine: Engine, recipe: Recipe) -> float:
+def gradient_error(engine: Engine, recipe: Recipe, device: torch.device | str = "cpu") -> float:
     """Relative L2 error of one noiseless step against a loop over single examples.
 
-    The workload is its tiny self, on the CPU; the clipping norm is half the median norm, so
-    that most examples are clipped, by different factors.
+    The workload is its tiny self in float32, by default on the CPU; the clipping norm is half the
+    median norm, so that most examples are clipped, by different factors.
 
     Raises:
         Unavailable: if the engine cannot run it.
     """
-    work = recipe.make(recipe.tiny)
+    work = recipe.make(recipe.tiny, device=device)
     expected, bound = _loop(replace(work, model=copy.deepcopy(work.model)))
     before = {n: p.detach().clone() for n, p in work.model.named_parameters() if p.requires_grad}
     now = dict(work.model.named_parameters())

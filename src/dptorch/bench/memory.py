@@ -189,7 +189,8 @@ class _limit:
 
 @dataclass(frozen=True)
 class Question:
-    """What a worker process is asked: the peaks of a step, or with a cap (bytes) the largest batch."""
+    """What a worker process is asked: the peaks of a step, or with a cap (bytes) the largest batch
+    and how long a step on it takes."""
 
     workload: str
     engine: str
@@ -205,7 +206,7 @@ def ask(question: Question) -> dict[str, int | None]:
     """Put a question to a new process.
 
     Returns:
-        ``allocator`` and ``resident`` in bytes, or ``batch``.
+        ``allocator`` and ``resident`` in bytes; or ``batch``, and ``step_us`` of a step on it.
 
     Raises:
         Unavailable: if the engine cannot run there, or the process died.

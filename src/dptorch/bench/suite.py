@@ -21,9 +21,8 @@ from dptorch.bench.memory import Question, ask
 from dptorch.bench.timing import interleave
 from dptorch.bench.workloads import Recipe, Size, Unavailable
 
-__all__ = ["AXES", "Options", "Row", "Tell", "facts", "largest", "measure", "sweep_sizes"]
+__all__ = ["Options", "Row", "Tell", "facts", "largest", "measure", "sweep_sizes"]
 
-AXES = ("B", "T", "d")
 #: Told what is going on, and whether it is over.
 Tell = Callable[[str, bool], None]
 
@@ -87,6 +86,9 @@ class Row:
     resident_ratio: float | None = None
     gradient_error: float | None = None
     largest_batch: int | None = None
+    L: int | None = None
+    V: int | None = None
+    parameters: int | None = None
 
 
 def facts(options: Options) -> dict[str, Any]:
@@ -142,12 +144,16 @@ def measure(recipe: Recipe, options: Options, size: Size | None = None, *, tell:
         warnings.simplefilter("ignore")
         steps: dict[str, Step] = {}
         try:
-            reference = start(plain, _make(recipe, size, options))
+            work = _make(recipe, size, options)
+            reference = start(plain, work)
         except Unavailable as error:
             for row in rows.values():
                 row.reason = str(error)
             tell(f"{recipe.name}: {error}", True)
             return list(rows.values())
+        trained = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
+        for row in rows.values():
+            row.parameters = trained
         for engine in [plain, *chosen]:
             tell(f"{recipe.name}: {engine.name}", False)
             row = rows[engine.name]
@@ -168,7 +174,7 @@ def measure(recipe: Recipe, options: Options, size: Size | None = None, *, tell:
         )
         for name, timing in timings.items():
             vars(rows[name]).update(vars(timing))
-        del steps, reference
+        del steps, reference, work
     if options.memory:
         _add_memory(rows, recipe, size, options, tell)
     tell(recipe.name, True)
@@ -199,14 +205,16 @@ def _add_memory(
 
 
 def largest(recipe: Recipe, options: Options, cap: int, *, tell: Tell) -> list[Row]:
-    """The largest batch of each engine that fits `cap` bytes."""
+    """The largest batch of each engine that fits `cap` bytes, and its step there, alone."""
     names = [NON_PRIVATE, *(e.name for e in options.engines if e.name != NON_PRIVATE)]
     rows = []
     for name in names:
         tell(f"{recipe.name}: largest batch of {name}", False)
         row = _row(recipe, recipe.size, name)
         try:
-            row.largest_batch = ask(options.question(recipe, recipe.size, name, cap))["batch"]
+            found = ask(options.question(recipe, recipe.size, name, cap))
+            row.largest_batch, step_us = found["batch"], found.get("step_us")
+            row.step_ms = None if step_us is None else step_us / 1000
         except Unavailable as error:
             row.reason = str(error)
         rows.append(row)
@@ -215,7 +223,7 @@ def largest(recipe: Recipe, options: Options, cap: int, *, tell: Tell) -> list[R
 
 
 def _row(recipe: Recipe, size: Size, engine: str) -> Row:
-    return Row(recipe.name, engine, size.B, size.T, size.d)
+    return Row(recipe.name, engine, size.B, size.T, size.d, L=size.L, V=size.V)
 
 
 def _make(recipe: Recipe, size: Size, options: Options) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "interleave", "percentile"]
+__all__ = ["Clock", "Timing", "interleave", "percentile"]
 
 _TOGETHER = 3  # engines that share an ordinary step
 _SLOW = 5.0  # from this ratio on an engine sits out rounds, so that the others get more of them
@@ -69,7 +69,7 @@ def interleave(
         8
     """
     shuffle = random.Random(seed).shuffle
-    clock = _Clock(torch.device(device))
+    clock = Clock(torch.device(device))
     usual = min(clock(reference)[0] for _ in range(2))
     every = {n: _stride(min(clock(s)[0] for _ in range(2)) / usual) for n, s in steps.items()}
     samples: dict[str, list[tuple[float, float, float]]] = {n: [] for n in steps}
@@ -120,7 +120,7 @@ def _summary(samples: Sequence[tuple[float, float, float]]) -> Timing:
     )
 
 
-class _Clock:
+class Clock:
     """(wall, CPU) seconds of a call, the device's work included."""
 
     def __init__(self, device: torch.device) -> None:

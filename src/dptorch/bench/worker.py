@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 from dptorch.bench.all_engines import engines
 from dptorch.bench.engines import start
 from dptorch.bench.memory import Question, allocator_peak, largest_batch, live_bytes, resident_peak
+from dptorch.bench.timing import Clock
 from dptorch.bench.workloads import Size, Unavailable, get_workload
 
 __all__ = ["answer", "main"]
@@ -36,7 +38,8 @@ def answer(question: Question) -> dict[str, Any]:
 
     try:
         if question.cap is not None:
-            return {"batch": largest_batch(begin, question.cap, device)}
+            batch = largest_batch(begin, question.cap, device)
+            return {"batch": batch, "step_us": _step_us(begin(batch), device) if batch else None}
         work = made.make(size, device=device, dtype=dtype)
         before = live_bytes(device)
         step = start(engine, work)
@@ -45,6 +48,11 @@ def answer(question: Question) -> dict[str, Any]:
         return {"allocator": kept + allocator_peak(step, device), "resident": resident}
     except Unavailable as error:
         return {"unavailable": str(error)}
+
+
+def _step_us(step: Callable[[], None], device: torch.device) -> int:
+    """Median time of a step in microseconds."""
+    return round(1e6 * statistics.median(Clock(device)(step)[0] for _ in range(5)))
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dptorch.bench.networks import FunctionalTie, Recurrent, Reused, resnet, resnet50, vgg
 from dptorch.errors import one_of
 from dptorch.training.packages import hide_broken_torchvision
 
 __all__ = [
+    "AXES",
     "WORKLOADS",
     "Recipe",
     "Size",
@@ -25,25 +27,31 @@ __all__ = [
 ]
 
 
+AXES = ("B", "T", "d", "L", "V")
+
+
 class Unavailable(RuntimeError):
     """An engine or a workload that cannot run here; the message is the reason that is reported."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """B examples of T positions (of an image: T pixels a side) through layers of width d."""
+    """B examples of T positions (of an image: T pixels a side) through L layers of width d, with a
+    vocabulary of V tokens."""
 
     B: int
     T: int | None = None
     d: int | None = None
+    L: int | None = None
+    V: int | None = None
 
     def with_(self, axis: str, value: int) -> Size:
-        """This size with another B, T or d.
+        """This size with another value of one of `AXES`.
 
         Raises:
             Unavailable: if the workload has no such axis.
         """
-        one_of("axis", axis, ("B", "T", "d"))
+        one_of("axis", axis, AXES)
         if getattr(self, axis) is None:
             raise Unavailable(f"the workload has no {axis}")
         return replace(self, **{axis: value})
@@ -165,23 +173,14 @@ def _tokens(logits: Tensor, targets: Tensor) -> Tensor:
 # -- linear layers -------------------------------------------------------------------------------
 
 
-@_workload("MLP of 4 linear layers", Size(256, d=1024), Size(4, d=8))
+@_workload("MLP of 4 linear layers", Size(256, d=1024, L=4), Size(4, d=8, L=4))
 def mlp(size: Size) -> Workload:
-    """4 x Linear(d)."""
+    """L x Linear(d)."""
     d = _width(size)
-    layers = [layer for _ in range(4) for layer in (nn.Linear(d, d), nn.ReLU(inplace=True))]
+    layers = [
+        layer for _ in range(size.L or 4) for layer in (nn.Linear(d, d), nn.ReLU(inplace=True))
+    ]
     return Workload(nn.Sequential(*layers[:-1]), (torch.randn(size.B, d),), _squares)
-
-
-class Reused(nn.Module):
-    """One layer used twice."""
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.inner, self.head = nn.Linear(d, d), nn.Linear(d, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
 
 
 @_workload("one linear layer used twice, and a head", Size(256, d=1024), Size(4, d=8))
@@ -191,18 +190,8 @@ def reused(size: Size) -> Workload:
     return Workload(Reused(d), (torch.randn(size.B, d), torch.randint(0, 10, (size.B,))), _classify)
 
 
-class FunctionalTie(nn.Module):
-    """``F.linear(h, embedding.weight)`` for a head."""
-
-    def __init__(self, vocabulary: int, d: int) -> None:
-        super().__init__()
-        self.table, self.inner = nn.Embedding(vocabulary, d), nn.Linear(d, d)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.linear(torch.tanh(self.inner(self.table(ids))), self.table.weight)
-
-
-@_workload("an embedding that is also the head, V=5000", Size(16, 64, 256), Size(3, 4, 8))
+@_workload("an embedding that is also the head, V=5000", Size(16, 64, 256, V=5000),
+           Size(3, 4, 8, V=40))  # fmt: skip
 def functional_tie(size: Size) -> Workload:
     """An embedding whose weight the forward uses again."""
     vocabulary = _vocabulary(size)
@@ -214,98 +203,63 @@ def functional_tie(size: Size) -> Workload:
 # -- convolutions ----------------------------------------------------------------------------------
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with GroupNorm and in-place ReLU, and a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.GroupNorm(8, outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.GroupNorm(8, outputs),
-        )
-        same = inputs == outputs and stride == 1
-        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.skip(x), inplace=True)
-
-
-def _resnet(size: Size, stages: int) -> Workload:
-    """`stages` stages of two blocks, of width d, 2d, 4d..."""
-    d = _width(size)
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, d, 3, 1, 1, bias=False),
-        nn.GroupNorm(8, d),
-        nn.ReLU(inplace=True),
-    ]
-    width = d
-    for stage in range(stages):
-        layers.append(ResidualBlock(width, d * 2**stage, 1 if stage == 0 else 2))
-        width = d * 2**stage
-        layers.append(ResidualBlock(width, width, 1))
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
-    return Workload(nn.Sequential(*layers), _images(size), _classify)
-
-
 @_workload("ResNet of 3 stages (width d, 2d, 4d) with GroupNorm", Size(64, 32, 32), Size(3, 8, 8))
 def resnet_gn(size: Size) -> Workload:
     """The small ResNet of 0.7 million parameters that private training is often measured on."""
-    return _resnet(size, 3)
+    return Workload(resnet(_width(size), 3), _images(size), _classify)
 
 
 @_workload("ResNet-18 (width d to 8d) with GroupNorm", Size(64, 32, 64), Size(2, 8, 8))
 def resnet18_gn(size: Size) -> Workload:
     """ResNet-18 for small images: a 3x3 stem without pooling, 11.2 million parameters."""
-    return _resnet(size, 4)
+    return Workload(resnet(_width(size), 4), _images(size), _classify)
+
+
+@_workload("ResNet-50 with GroupNorm: for a GPU", Size(32, 224, 64), Size(2, 32, 4), default=False)
+def resnet50_gn(size: Size) -> Workload:
+    """Four stages of 3, 4, 6 and 3 bottlenecks, 25.6 million parameters; one each where tiny."""
+    d = _width(size)
+    blocks = (1, 1, 1, 1) if d < 16 else (3, 4, 6, 3)
+    return Workload(resnet50(d, blocks), _images(size), _classify)
 
 
 @_workload("VGG-11 (width d to 8d), one linear layer as head", Size(32, 64, 64), Size(2, 32, 4))
 def vgg11(size: Size) -> Workload:
     """Eight convolutions with bias and without normalisation."""
-    d, layers, width = _width(size), [], 3
-    for factor in (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0):
-        if factor:
-            layers += [nn.Conv2d(width, d * factor, 3, 1, 1), nn.ReLU(inplace=True)]
-            width = d * factor
-        else:
-            layers.append(nn.MaxPool2d(2))
-    side = _length(size) // 32
-    if side < 1:
-        raise Unavailable("VGG-11 halves an image five times: T must be at least 32")
-    layers += [nn.Flatten(), nn.Linear(width * side * side, 10)]
-    return Workload(nn.Sequential(*layers), _images(size), _classify)
+    return _vgg(size, 11)
+
+
+@_workload(
+    "VGG-19 (width d to 8d), one linear layer as head", Size(32, 64, 64), Size(2, 32, 4),
+    default=False,
+)  # fmt: skip
+def vgg19(size: Size) -> Workload:
+    """Sixteen convolutions with bias and without normalisation."""
+    return _vgg(size, 19)
+
+
+def _vgg(size: Size, depth: int) -> Workload:
+    if _length(size) < 32:
+        raise Unavailable("VGG halves an image five times: T must be at least 32")
+    return Workload(vgg(depth, _width(size), _length(size)), _images(size), _classify)
 
 
 # -- recurrent networks ----------------------------------------------------------------------------
 
 
-class Recurrent(nn.Module):
-    """Two recurrent layers, and a head on what the last step gives."""
-
-    def __init__(self, layers: nn.RNNBase) -> None:
-        super().__init__()
-        self.layers, self.head = layers, nn.Linear(layers.hidden_size, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x)[0][:, -1])
-
-
 def _recurrent(kind: type[nn.LSTM | nn.GRU], size: Size) -> Workload:
     d = _width(size)
     inputs = torch.randn(size.B, _length(size), d), torch.randint(0, 10, (size.B,))
-    return Workload(Recurrent(kind(d, d, 2, batch_first=True)), inputs, _classify)
+    return Workload(Recurrent(kind(d, d, size.L or 2, batch_first=True)), inputs, _classify)
 
 
-@_workload("LSTM of 2 layers", Size(32, 64, 128), Size(3, 4, 8))
+@_workload("LSTM of 2 layers", Size(32, 64, 128, 2), Size(3, 4, 8, 2))
 def lstm(size: Size) -> Workload:
     """nn.LSTM."""
     return _recurrent(nn.LSTM, size)
 
 
-@_workload("GRU of 2 layers", Size(32, 64, 128), Size(3, 4, 8))
+@_workload("GRU of 2 layers", Size(32, 64, 128, 2), Size(3, 4, 8, 2))
 def gru(size: Size) -> Workload:
     """nn.GRU."""
     return _recurrent(nn.GRU, size)
@@ -314,13 +268,24 @@ def gru(size: Size) -> Workload:
 # -- transformers ----------------------------------------------------------------------------------
 
 
-@_workload("ViT of 4 layers, patches of 8", Size(32, 64, 192), Size(2, 16, 12))
+@_workload("ViT of 4 layers, patches of 8", Size(32, 64, 192, 4), Size(2, 16, 12, 4))
 def vit(size: Size) -> Workload:
     """A class token and positions that are parameters of their own."""
+    return _vit(size, layers=size.L or 4, heads=3, patch=8)
+
+
+@_workload("ViT-B/16: for a GPU", Size(32, 224, 768), Size(2, 32, 12), default=False)
+def vit_base(size: Size) -> Workload:
+    """ViT-B as published, 86 million parameters."""
+    tiny = _width(size) < 64
+    return _vit(size, layers=2 if tiny else 12, heads=3 if tiny else 12, patch=16)
+
+
+def _vit(size: Size, *, layers: int, heads: int, patch: int) -> Workload:
     transformers, d = _transformers(), _width(size)
     config = transformers.ViTConfig(
-        hidden_size=d, num_hidden_layers=4, num_attention_heads=3, intermediate_size=4 * d,
-        image_size=_length(size), patch_size=8, num_labels=10,
+        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * d, image_size=_length(size), patch_size=patch, num_labels=10,
     )  # fmt: skip
     losses = lambda model, x, y: F.cross_entropy(model(x).logits, y, reduction="none")
     return Workload(transformers.ViTForImageClassification(config), _images(size), losses)
@@ -333,28 +298,33 @@ def _gpt2(size: Size, layers: int, vocabulary: int, *, tied: bool) -> Workload:
         vocab_size=vocabulary, tie_word_embeddings=tied, use_cache=False, bos_token_id=0,
         eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    ids = torch.randint(0, vocabulary, (size.B, T + 1))
+    return _next_tokens(transformers.GPT2LMHeadModel(config), size, vocabulary)
+
+
+def _next_tokens(model: nn.Module, size: Size, vocabulary: int) -> Workload:
+    ids = torch.randint(0, vocabulary, (size.B, _length(size) + 1))
     losses = lambda model, ids, targets: _tokens(model(input_ids=ids).logits, targets)
-    inputs = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    return Workload(transformers.GPT2LMHeadModel(config), inputs, losses)
+    return Workload(model, (ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), losses)
 
 
-@_workload("GPT-2 of 4 layers, V=5000, head of its own", Size(8, 128, 256), Size(2, 4, 8))
+@_workload("GPT-2 of 4 layers, V=5000, head of its own", Size(8, 128, 256, 4, 5000),
+           Size(2, 4, 8, 4, 40))  # fmt: skip
 def gpt2(size: Size) -> Workload:
     """Untied."""
-    return _gpt2(size, 4, _vocabulary(size), tied=False)
+    return _gpt2(size, size.L or 4, _vocabulary(size), tied=False)
 
 
-@_workload("GPT-2 of 4 layers, V=5000, head tied to embedding", Size(8, 128, 256), Size(2, 4, 8))
+@_workload("GPT-2 of 4 layers, V=5000, head tied to embedding", Size(8, 128, 256, 4, 5000),
+           Size(2, 4, 8, 4, 40))  # fmt: skip
 def gpt2_tied(size: Size) -> Workload:
     """Tied, as GPT-2 is published."""
-    return _gpt2(size, 4, _vocabulary(size), tied=True)
+    return _gpt2(size, size.L or 4, _vocabulary(size), tied=True)
 
 
 @_workload("GPT-2 of 4 layers as wide as GPT-2 small, V=5000", Size(4, 128, 768), Size(2, 4, 8))
 def gpt2_wide(size: Size) -> Workload:
     """Untied."""
-    return _gpt2(size, 4, _vocabulary(size), tied=False)
+    return _gpt2(size, size.L or 4, _vocabulary(size), tied=False)
 
 
 @_workload("GPT-2 small, V=50257: for a GPU", Size(16, 512, 768), Size(2, 4, 8), default=False)
@@ -367,12 +337,43 @@ def gpt2_small(size: Size) -> Workload:
 @_workload("LoRA of rank 8 on the attention of gpt2_tied", Size(8, 128, 256), Size(2, 4, 8))
 def gpt2_lora(size: Size) -> Workload:
     """Only the adapters are trained."""
-    work = _gpt2(size, 4, _vocabulary(size), tied=True)
+    return _adapters(_gpt2(size, 4, _vocabulary(size), tied=True), size, ["c_attn"], True)
+
+
+@_workload("Llama of 1.2 billion parameters, tied: for a GPU", Size(4, 512, 2048), Size(2, 4, 8),
+           default=False)  # fmt: skip
+def llama_1b(size: Size) -> Workload:
+    """The shape of Llama 3.2 1B, all of it trained."""
+    return _llama(size)
+
+
+@_workload("LoRA of rank 8 on the attention of llama_1b: for a GPU", Size(4, 512, 2048),
+           Size(2, 4, 8), default=False)  # fmt: skip
+def llama_1b_lora(size: Size) -> Workload:
+    """The shape of Llama 3.2 1B, only the adapters trained."""
+    return _adapters(_llama(size), size, ["q_proj", "v_proj"], False)
+
+
+def _llama(size: Size) -> Workload:
+    transformers, d, T = _transformers(), _width(size), _length(size)
+    tiny, vocabulary = d < 64, _vocabulary(size, 128256)
+    config = transformers.LlamaConfig(
+        hidden_size=d, intermediate_size=4 * d, num_hidden_layers=2 if tiny else 16,
+        num_attention_heads=2 if tiny else 32, num_key_value_heads=1 if tiny else 8,
+        vocab_size=vocabulary, max_position_embeddings=T, tie_word_embeddings=True,
+        use_cache=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _next_tokens(transformers.LlamaForCausalLM(config), size, vocabulary)
+
+
+def _adapters(work: Workload, size: Size, targets: list[str], fan_in_fan_out: bool) -> Workload:
+    """Only adapters of rank 8 beside these layers are trained."""
     import peft
 
     config = peft.LoraConfig(
-        r=min(8, _width(size)), target_modules=["c_attn"], lora_dropout=0.0, fan_in_fan_out=True
-    )
+        r=min(8, _width(size)), target_modules=targets, lora_dropout=0.0,
+        fan_in_fan_out=fan_in_fan_out,
+    )  # fmt: skip
     model: Any = peft.get_peft_model(work.model, config)
     with torch.no_grad():  # at its start one factor is zero, and with it the other one's gradient
         for name, p in model.named_parameters():
@@ -415,8 +416,8 @@ def _length(size: Size) -> int:
 
 
 def _vocabulary(size: Size, full: int = 5000) -> int:
-    """A model too narrow to be measured is there to be tested, and has few tokens too."""
-    return 40 if _width(size) < 16 else full
+    """V; a model too narrow to be measured is there to be tested, and has few tokens too."""
+    return size.V or (40 if _width(size) < 16 else full)
 
 
 def _images(size: Size) -> tuple[Tensor, Tensor]:

@@ -53,10 +53,11 @@ def bench(
         ),
     ] = None,
     sweep: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="B|T|d",
-            help="Instead, how cost grows with the batch, the length or the width.",
+            metavar="B|T|d|L|V",
+            help="Instead, how cost grows with the batch, the length, the width, the layers or the "
+            "vocabulary. Can be given several times.",
             rich_help_panel=_WHAT,
             show_default=False,
         ),
@@ -127,6 +128,8 @@ def bench(
 
     [cyan]dptorch bench --sweep T gpt2 --values 64,128,256,512[/]
 
+    [cyan]dptorch bench --sweep B --sweep T --sweep d --sweep L --sweep V gpt2 --docs[/]
+
     [cyan]dptorch bench --largest-batch --memory-cap 4GB resnet_gn[/]
 
     [cyan]dptorch bench gpt2_small --device cuda --dtype bf16[/]
@@ -136,8 +139,8 @@ def bench(
     from dptorch.bench.all_engines import choose, engines
     from dptorch.bench.memory import memory_bytes
     from dptorch.bench.peers import read_peers
-    from dptorch.bench.suite import AXES, Options
-    from dptorch.bench.workloads import WORKLOADS, get_workload
+    from dptorch.bench.suite import Options
+    from dptorch.bench.workloads import AXES, WORKLOADS, get_workload
 
     console = Console()
     peers = read_peers(peer or [])
@@ -145,13 +148,14 @@ def bench(
     if listing:
         _list(console, available.values(), WORKLOADS.values())
         return
-    if sweep is not None:
-        one_of("sweep", sweep, AXES)
-    if sweep is not None and largest_batch:
+    axes: list[str | None] = [one_of("sweep", axis, AXES) for axis in sweep or []]
+    if len(axes) > 1 and values:
+        raise ConfigurationError("--values is of one --sweep: give one.")
+    if axes and largest_batch:
         raise ConfigurationError(
             "--sweep and --largest-batch: give one, they are runs of their own."
         )
-    few = sweep is not None or largest_batch
+    few = bool(axes) or largest_batch
     usual = _FEW_WORKLOADS if few else [n for n, w in WORKLOADS.items() if w.default]
     chosen = [get_workload(name) for name in workloads or usual]
     if few and not engine:
@@ -170,8 +174,9 @@ def bench(
     )
     cap = memory_bytes(memory_cap) if largest_batch else None
     folder = _docs_folder() if docs else output
-    for run in _runs(chosen, options, sweep, _values(values), cap, console):
-        files = _write(run, folder, docs)
+    for axis in axes or [None]:
+        for run in _runs(chosen, options, axis, _values(values), cap, console):
+            files = _write(run, folder, docs)
     console.print("Written: " + ", ".join(str(f) for f in files))
 
 
