@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import pytest
 from tests.cli.commands import refused, run
 
 from dptorch.accounting import RunLaw, tuned_epsilon
+from dptorch.errors import PrivacyError
+from dptorch.ledger import open_ledger
 from dptorch.training import selection
-from dptorch.training.job import Job, prepare
+from dptorch.training.claims import FORMATS
+from dptorch.training.job import Job, Setup, prepare
+from dptorch.training.loop import Outcome
+from dptorch.training.run_folder import RunFolder
 from dptorch.training.selection import noise_for
 
 
@@ -67,6 +73,66 @@ def test_other_runs_leave_nothing(
     assert "this run is the best of several" in text
     assert "max_grad_norm of 0.01, 1; learning_rate of 0.5, 2" in text
     assert f"epsilon {about['statement']['epsilon']:.3f}" in done.output.splitlines()[-1]
+    assert "There were 3; each drew" in text
+    assert "All 3 runs on this data" in run("statement", "runs/chosen").output
+
+
+@pytest.mark.slow
+def test_a_secret_number_of_runs_is_not_published(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by what is chosen, nor by a later run whose ledger has the same data."""
+    monkeypatch.chdir(tmp_path)
+    same = ("--data", str(blobs), "--model", "linear", "--epochs", "1", "--epsilon", "4", "--seed")
+    assert run("tune", *same, "0", "--mean-runs", "3", "--name", "chosen").exit_code == 0
+    assert run("train", *same, "1", "--name", "later").exit_code == 0
+    made = len(open_ledger("runs/ledger.db").runs())
+    assert made > 2
+    for name in ("chosen", "later"):
+        for form in FORMATS:
+            done = run("statement", f"runs/{name}", "--format", form)
+            assert done.exit_code == 0
+            assert "it would tell how many runs" in done.stderr
+            assert not re.search(rf"\b(All )?{made}\b.runs|all_runs|all runs \|", done.stdout)
+            assert "is secret" in done.stdout or name == "later" or form != "text"
+    assert "<title>chosen:" in Path("runs/chosen/report.html").read_text()  # not the trial's number
+    assert f"{made}" in run("ledger", "total", "--ledger", "runs/ledger.db").output
+
+
+@pytest.mark.slow
+def test_every_run_costs_what_the_choice_was_paid_for(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Banded noise has as many bands as are best for the budget, which a run alone does not know."""
+    law = RunLaw("geometric", 2.0)
+    job = Job(
+        data=str(blobs), model="linear", epochs=8, sample_rate=0.1, target_epsilon=3.0, seed=3,
+        mechanism="banded",
+    )  # fmt: skip
+    ran: list[Setup] = []
+
+    def note(setup: Setup, folder: RunFolder) -> Any:
+        ran.append(setup)
+        return Outcome(folder, {"test_accuracy": 0.5}, False)
+
+    selection.tune(job, [{"max_grad_norm": c} for c in (0.5, 1.0)], law, tmp_path / "best", note)
+    plans = [setup.engine.plan for setup in ran]
+    assert {plan.bands for plan in plans} == {prepare(job).engine.plan.bands} != {8}
+    for setup in ran:
+        plan = setup.engine.plan
+        cost = tuned_epsilon(
+            plan.history(plan.steps), plan.target_delta, law, adjacency=plan.adjacency
+        )
+        assert setup.selection is not None
+        assert 2.9 < cost == setup.selection.epsilon <= 3.0
+    # The broken twin: other bands under the same noise, which `tune` refuses to run.
+    monkeypatch.setattr(
+        selection,
+        "prepare",
+        lambda one: prepare(replace(one, bands="8") if one.target_epsilon is None else one),
+    )
+    with pytest.raises(PrivacyError, match="choice was paid for"):
+        selection.tune(job, [{"max_grad_norm": 1.0}], law, tmp_path / "other", note)
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ def statement(
     """Print the privacy statement of a run: for a layperson, for an expert, and what it rests on.
 
     A run says what it spent itself. After it comes what all runs on its data have cost together by
-    now, if their ledger can be read.
+    now, if their ledger can be read. Not where the best of a secret number of runs is among them
+    ([bold]dptorch tune[/]): the total would tell the number.
 
     [bold]Examples[/]
 
@@ -67,7 +68,16 @@ def _total(about: Mapping[str, Any], location: str | None) -> Total | None:
         return None
     try:
         opened = open_ledger(location, create=False, key_file=key_from_environment())
-        return opened.dataset(stated["dataset"]).total()
+        total = opened.dataset(stated["dataset"]).total()
     except (ConfigurationError, DataError, LedgerError) as error:
         typer.echo(f"What all runs on the data cost together is not known: {error}", err=True)
         return None
+    if total.number_is_secret:
+        typer.echo(
+            "What all runs on the data cost together is left out: it would tell how many runs "
+            "dptorch tune made, and what publishing the best of them costs counts on that being "
+            f"secret. For your eyes: dptorch ledger total {total.dataset}",
+            err=True,
+        )
+        return None
+    return total

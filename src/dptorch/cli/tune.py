@@ -126,9 +126,9 @@ def tune(
 
     def run(setup: Setup, folder: RunFolder) -> Outcome:
         if not ledger.no_ledger:
-            setup.engine.use_ledger(
-                for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job)
-            )
+            kept = for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job)
+            kept.number_is_secret = law.is_secret
+            setup.engine.use_ledger(kept)
         return watched(setup, folder, console, resume=False)
 
     outcome, chosen = tune_job(job, candidates, law, output.runs / name, run)

@@ -42,6 +42,7 @@ class RunSummary:
         history: all releases, for an accountant.
         committed: what counts under the cap: what it reserved, or, once closed, spent.
         adjacencies: the neighbouring relations under which its history is covered.
+        number_is_secret: see `DatasetLedger`.
     """
 
     run: str
@@ -55,6 +56,7 @@ class RunSummary:
     history: list[Event]
     committed: list[Event]
     adjacencies: tuple[Adjacency, ...]
+    number_is_secret: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Total:
         committed: `adaptive` of what is spent or reserved.
         cap: of the data set.
         notes: what the numbers leave out.
+        number_is_secret: whether some of the runs are among several whose number may not be published.
     """
 
     dataset: str
@@ -83,6 +86,7 @@ class Total:
     committed: float
     cap: Cap | None
     notes: list[str] = field(default_factory=list)
+    number_is_secret: bool = False
 
 
 class Ledger:
@@ -148,9 +152,15 @@ class Ledger:
 
 
 class DatasetLedger:
-    """What the ledger says about one data set; give it to `PrivacyEngine(ledger=...)`."""
+    """What the ledger says about one data set; give it to `PrivacyEngine(ledger=...)`.
+
+    Attributes:
+        number_is_secret: whether runs that begin are among several of which the best is published,
+            at a cost that counts on nobody being told how many there were.
+    """
 
     def __init__(self, ledger: Ledger, dataset: str) -> None:
+        self.number_is_secret = False
         self.ledger = ledger
         self.dataset = dataset
         self.store = ledger.store
@@ -265,6 +275,7 @@ class DatasetLedger:
             committed=adaptive_epsilon(committed, delta, adjacency),
             cap=cap,
             notes=_notes(runs),
+            number_is_secret=any(run.number_is_secret for run in runs),
         )
 
 
@@ -293,6 +304,7 @@ def _summary(entries: list[Entry]) -> RunSummary:
         history=attempts.events(),
         committed=[Event.from_dict(event) for event in last.detail["committed"]],
         adjacencies=adjacencies_of(plan, attempts),
+        number_is_secret=begun.detail.get("number_is_secret", False),
     )
 
 

@@ -29,7 +29,8 @@ __all__ = ["RunLedger", "close_dead", "committed_in"]
 
 
 class LedgerOfData(Protocol):
-    """What a run needs of `DatasetLedger`: the data set, the store, steps in one write."""
+    """What a run needs of `DatasetLedger`: the data set, the store, steps in one write, whether the
+    number of runs is secret."""
 
     @property
     def dataset(self) -> str: ...
@@ -39,6 +40,9 @@ class LedgerOfData(Protocol):
 
     @property
     def steps_per_write(self) -> int: ...
+
+    @property
+    def number_is_secret(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,7 @@ class RunLedger:
                     "key": self._key_provenance,
                     "plan": json.loads(self._plan.to_json()),
                     "plan_hash": plan_hash(self._plan),
+                    **({"number_is_secret": True} if self._ledger.number_is_secret else {}),
                 },
             )
             lease = entry.seq

@@ -209,6 +209,10 @@ class Chosen(Protocol):
         """What publishing it costs."""
 
     @property
+    def accountant(self) -> str:
+        """The one that this comes from."""
+
+    @property
     def note(self) -> str:
         """How it was chosen, in words."""
 

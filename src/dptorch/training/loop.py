@@ -350,7 +350,7 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         statement = replace(
             statement,
             epsilon=chosen.epsilon,
-            accountant="rdp",
+            accountant=chosen.accountant,
             notes=(*setup.notes, chosen.note),
         )
     n_test = setup.data.sizes[1]

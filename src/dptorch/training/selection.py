@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dptorch.accounting import RunLaw, tuned_epsilon
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.plan import PrivacyPlan
 from dptorch.training.job import Job, Setup, prepare
 from dptorch.training.run_folder import RunFolder
@@ -40,15 +40,26 @@ class Selection:
     candidates: tuple[Candidate, ...]
 
     @property
+    def accountant(self) -> str:
+        """The one that `epsilon` comes from."""
+        return "rdp" if self.law.is_secret else "pld"
+
+    @property
     def note(self) -> str:
         """The same in words, for the statement."""
         grids = {name: sorted({c[name] for c in self.candidates}) for name in self.candidates[0]}
         tried = "; ".join(f"{n} of {', '.join(f'{v:g}' for v in g)}" for n, g in grids.items())
+        number, why = f"There were {self.law.mean_runs:g}", "all of them together"
+        if self.law.is_secret:
+            number = (
+                f"Their number was drawn from a {self.law.name} law of mean {self.law.mean_runs:g} and "
+                "is secret"
+            )
+            why = "publishing the best of them (Papernot and Steinke 2022)"
         return (
-            f"this run is the best of several, by its test result. Their number was drawn from a "
-            f"{self.law.name} law of mean {self.law.mean_runs:g} and is secret; each drew {tried}. The "
-            "epsilon that is certified is that of publishing the best of them (Papernot and Steinke "
-            "2022); the others below it, and those by step, are of one run."
+            f"this run is the best of several, by its test result. {number}; each drew {tried}. The "
+            f"epsilon that is certified is that of {why}; the others below it, and those by step, are "
+            "of one run."
         )
 
 
@@ -108,16 +119,19 @@ def tune(
     Guarantees:
         Every run has the same cost, so that `tuned_epsilon` bounds that of publishing the best: scores
         are of test examples, which ε does not cover. The folders of the others are deleted.
-        Held by `test_the_best_of_several_runs_costs_the_budget` and
-        `test_other_runs_leave_nothing`.
+        Held by `test_the_best_of_several_runs_costs_the_budget`,
+        `test_every_run_costs_what_the_choice_was_paid_for` and `test_other_runs_leave_nothing`.
 
     Raises:
         ConfigurationError: no candidates, or a job without a target ε.
+        PrivacyError: a candidate changes what a step costs.
     """
     if not candidates or job.target_epsilon is None:
         raise ConfigurationError("tuning needs settings to choose from and a target_epsilon.")
-    first = prepare(replace(job, **candidates[0]))
-    noise, epsilon = noise_for(first.engine.plan, job.target_epsilon, law)
+    planned = prepare(replace(job, **candidates[0])).engine.plan
+    noise, epsilon = noise_for(planned, job.target_epsilon, law)
+    # What was found for the budget, and would be another without it.
+    bands = str(planned.bands) if planned.mechanism == "banded" else job.bands
     selection = Selection(law, epsilon, tuple(candidates))
     drawn = np.random.default_rng(job.seed)  # from the system's entropy, unless a test gives a seed
     best: tuple[float, Outcome, Candidate] | None = None
@@ -126,10 +140,14 @@ def tune(
     try:
         for number in range(law.draw(drawn)):
             candidate = candidates[int(drawn.integers(len(candidates)))]
-            one = replace(job, **candidate, target_epsilon=None, noise_multiplier=noise)
+            one = replace(
+                job, **candidate, bands=bands, target_epsilon=None, noise_multiplier=noise
+            )
             setup = replace(prepare(one), selection=selection)
-            trial = RunFolder(trials / str(number))
-            trial.path.mkdir()
+            _refuse_other_cost(setup.engine.plan, replace(planned, noise_multiplier=noise))
+            # Its report has the folder's name, which must not say that it was the second of all.
+            trial = RunFolder(trials / str(number) / folder.name)
+            trial.path.mkdir(parents=True)
             outcome = run(setup, trial)
             if outcome.interrupted:
                 return None, candidate
@@ -144,6 +162,16 @@ def tune(
         return replace(best[1], folder=RunFolder(folder)), best[2]
     finally:
         shutil.rmtree(trials)
+
+
+def _refuse_other_cost(plan: PrivacyPlan, planned: PrivacyPlan) -> None:
+    """Raise unless the steps of a run cost what the choice was paid for."""
+    costs = [(p.history(p.steps), p.target_delta, p.adjacency) for p in (plan, planned)]
+    if costs[0] != costs[1]:
+        raise PrivacyError(
+            f"a run would release {costs[0][0]} and the choice was paid for {costs[1][0]}. Choose "
+            "among settings that do not change what a step costs."
+        )
 
 
 def _score(row: Mapping[str, float]) -> float:

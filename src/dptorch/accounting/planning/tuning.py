@@ -63,6 +63,11 @@ class RunLaw:
                 f"and above {least}{', a whole number' if self.name == 'fixed' else ''}."
             )
 
+    @property
+    def is_secret(self) -> bool:
+        """Whether the cost counts on nobody being told K."""
+        return self.name != "fixed"
+
     @cached_property
     def success(self) -> float:
         """γ of the truncated negative binomial with this mean."""
