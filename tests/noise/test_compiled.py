@@ -212,7 +212,14 @@ def test_the_cipher_is_aes_256() -> None:
         ("noise + (from - place)", "noise"),
         ("to[i] += noise[i] * stddev", "to[i] = to[i]"),
         ("+ noise[i] * stddev) / divisor", "+ noise[i] * stddev / divisor)"),
-        ("job->stddevs[span]", "job->stddevs[0]"),
+        ("job->stddevs[key * job->span_count + span]", "job->stddevs[span]"),
+        ("key + 1 == job->key_count", "key + 1 <= job->key_count"),  # divided after each
+        # of noise that recurs
+        ("job->weights[j], j == 0", "job->weights[0], j == 0"),
+        ("rows[j] + at, noise", "rows[j], noise"),
+        ("row[i] * decay + noise[i]", "(row[i] + noise[i]) * decay"),
+        ("sum[i] -= row[i] * weight", "sum[i] += row[i] * weight"),
+        ("memcpy(rows[0] + at", "memcpy(rows[job->row_count - 1] + at"),
         # of the hash
         ("key + 2 * (i + pass)", "key + 2 * i"),
         ("srli_epi64(keyed, 32)", "srli_epi64(keyed, 31)"),

@@ -75,8 +75,11 @@ def _library(name: str, sources: Mapping[str, bytes], options: Sequence[str]) ->
         for source, text in sources.items():
             (Path(folder) / source).write_bytes(text)
         made = Path(folder) / file
+        # As one, so that the compiler's own long headers are read once: half the time.
+        together = "".join(f'#include "{source}"\n' for source in sources if source.endswith(".c"))
+        (Path(folder) / "together.c").write_text(together)
         subprocess.run(
-            [compiler, *options, *(s for s in sources if s.endswith(".c")), "-o", file, "-lm"],
+            [compiler, *options, "together.c", "-o", file, "-lm"],
             cwd=folder,
             check=True,
             capture_output=True,

@@ -1,18 +1,24 @@
-/* One pass over a sum: noise from the keystream, added, and the division. Called from every thread
-   of a team at once; each takes blocks until none is left. */
+/* One pass over a sum: noise from keystreams, added, and the division. Called from every thread of a
+   team at once; each takes blocks until none is left. */
 
 #include "kernels.h"
 
 typedef struct {
-    const uint8_t *key;     /* 32 bytes */
+    const uint8_t *keys;    /* 32 bytes each; their noise is added one after the other */
+    int64_t key_count;      /* one, where there is a memory */
     const int64_t *blocks;  /* numbers of the blocks that are needed */
     int64_t block_count;
-    float *const *data;     /* of each span, in the order of their places */
+    float *const *data;     /* of each span, in the order of their places; null: only rows go on */
     const int64_t *starts;  /* place of the span's first number in the whole gradient */
     const int64_t *stops;
-    const float *stddevs;
+    const float *stddevs;   /* of each key's noise in each span */
     int64_t span_count;
-    float divisor;
+    /* What noise that is correlated over steps keeps of earlier ones; without it there are no rows. */
+    float *const *rows;     /* of each span, as long as it */
+    int64_t row_count;
+    const float *weights;   /* of each row: what the step takes back of it */
+    const float *decays;    /* of each row; null: the first becomes the step's own, the others stay */
+    float divisor;          /* once all noise is added */
     int32_t units;
     int64_t next;           /* counts the blocks that are taken */
 } Noise;
@@ -44,22 +50,69 @@ FOR_EVERY_CPU(add,
                float divisor, int64_t size, int units),
               (to, noise, stddev, divisor, size, units))
 
-/* The numbers [place, place + AT_ONCE) of the sequence, to the spans that have these places. */
-static void spread(const Noise *job, int64_t span, int64_t place, const float *noise) {
+INLINED void take_back_body(float *restrict sum, const float *restrict row, float weight, int first,
+                            int64_t size, int units) {
+    (void)units;
+    if (first)
+        for (int64_t i = 0; i < size; i++) sum[i] = -(row[i] * weight);
+    else
+        for (int64_t i = 0; i < size; i++) sum[i] -= row[i] * weight;
+}
+
+FOR_EVERY_CPU(take_back,
+              (float *restrict sum, const float *restrict row, float weight, int first,
+               int64_t size, int units),
+              (sum, row, weight, first, size, units))
+
+INLINED void decay_body(float *restrict row, const float *restrict noise, float decay, int64_t size,
+                        int units) {
+    (void)units;
+    for (int64_t i = 0; i < size; i++) row[i] = row[i] * decay + noise[i];
+}
+
+FOR_EVERY_CPU(decay,
+              (float *restrict row, const float *restrict noise, float decay, int64_t size,
+               int units),
+              (row, noise, decay, size, units))
+
+/* The noise of a step from `made`, what is new of it, and from the rows, which go on to the next step. */
+static void recur(const Noise *job, int64_t span, int64_t at, const float *made, float *noise,
+                  int64_t size) {
+    float *const *rows = job->rows + span * job->row_count;
+    for (int64_t j = 0; j < job->row_count; j++)
+        take_back(noise, rows[j] + at, job->weights[j], j == 0, size, job->units);
+    add(noise, made, 1.0f, 1.0f, size, job->units);
+    if (!job->decays) memcpy(rows[0] + at, noise, size * sizeof *noise);
+    else
+        for (int64_t j = 0; j < job->row_count; j++)
+            decay(rows[j] + at, noise, job->decays[j], size, job->units);
+}
+
+/* The numbers [place, place + AT_ONCE) of the sequence of a key, to the spans that have these places. */
+static void spread(const Noise *job, int64_t key, int64_t span, int64_t place, const float *noise) {
+    _Alignas(64) float recurred[AT_ONCE];
     int64_t stop = place + AT_ONCE;
+    float divisor = key + 1 == job->key_count ? job->divisor : 1.0f;
     for (; span < job->span_count && job->starts[span] < stop; span++) {
         int64_t from = job->starts[span] > place ? job->starts[span] : place;
         int64_t to = job->stops[span] < stop ? job->stops[span] : stop;
-        add(job->data[span] + (from - job->starts[span]), noise + (from - place),
-            job->stddevs[span], job->divisor, to - from, job->units);
+        const float *added = noise + (from - place);
+        if (job->row_count) {
+            recur(job, span, from - job->starts[span], added, recurred, to - from);
+            added = recurred;
+        }
+        if (job->data[span])
+            add(job->data[span] + (from - job->starts[span]), added,
+                job->stddevs[key * job->span_count + span], divisor, to - from, job->units);
     }
 }
 
 void add_noise(Noise *job) {
     _Alignas(64) int32_t bits[3][AT_ONCE];
     _Alignas(64) float made[2][AT_ONCE];
-    Cipher cipher;
-    expand_key(job->key, job->units, &cipher);
+    Cipher ciphers[MOST_KEYS];
+    for (int64_t key = 0; key < job->key_count; key++)
+        expand_key(job->keys + 32 * key, job->units, &ciphers[key]);
     for (;;) {
         int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (taken >= job->block_count) break;
@@ -73,14 +126,16 @@ void add_noise(Noise *job) {
                           job->starts[span[half]] < place[half] + AT_ONCE;
             }
             if (!wanted) continue;
-            for (int row = 0; row < 3; row++)
-                keystream(&cipher, ((3 * block + row) * PAIRS + at) / 4, (uint8_t *)bits[row],
-                          AT_ONCE / 4);
-            normals(bits[0], bits[1], bits[2], made[0], made[1], AT_ONCE,
-                    job->units);
-            for (int half = 0; half < 2; half++) spread(job, span[half], place[half], made[half]);
+            for (int64_t key = 0; key < job->key_count; key++) {
+                for (int row = 0; row < 3; row++)
+                    keystream(&ciphers[key], ((3 * block + row) * PAIRS + at) / 4,
+                              (uint8_t *)bits[row], AT_ONCE / 4);
+                normals(bits[0], bits[1], bits[2], made[0], made[1], AT_ONCE, job->units);
+                for (int half = 0; half < 2; half++)
+                    spread(job, key, span[half], place[half], made[half]);
+            }
         }
     }
-    volatile uint8_t *secret = cipher.round_keys;
-    for (unsigned i = 0; i < sizeof cipher.round_keys; i++) secret[i] = 0;
+    volatile uint8_t *secret = (volatile uint8_t *)ciphers;
+    for (int64_t i = 0; i < job->key_count * (int64_t)sizeof *ciphers; i++) secret[i] = 0;
 }

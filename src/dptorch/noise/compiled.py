@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,10 @@ from dptorch.noise.normal import (
     to_float32,
 )
 
-__all__ = ["Compiled", "Target", "compiled"]
+__all__ = ["MOST_KEYS", "Compiled", "Memory", "Target", "compiled"]
+
+#: Keystreams that one pass adds.
+MOST_KEYS: Final = 32
 
 SOURCES: Final = (
     HEADER,
@@ -44,14 +47,31 @@ class Target:
     """Numbers in memory that get noise, and their place in the sequence of the noise.
 
     Args:
-        values: float32 [n], contiguous; changed in place.
+        values: float32 [n], contiguous; changed in place. None: only the rows of a memory go on.
         start: number of the sequence that the first of them gets.
+        stop: the number after that of the last.
         stddev: of its noise.
     """
 
-    values: NDArray[np.float32]
+    values: NDArray[np.float32] | None
     start: int
+    stop: int
     stddev: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What noise that is correlated over steps keeps; see `dptorch.noise.recursive`.
+
+    Args:
+        rows: those of each target, float32 [n], contiguous; changed in place.
+        weights: what a step takes back of each.
+        decays: what is left of each; None: the first becomes the step's noise, the others stay.
+    """
+
+    rows: Sequence[Sequence[NDArray[np.float32]]]
+    weights: Sequence[float]
+    decays: Sequence[float] | None
 
 
 class Compiled:
@@ -81,32 +101,42 @@ class Compiled:
 
     def add_noise(
         self,
-        key: bytes,
+        keys: Mapping[bytes, float],
         blocks: Sequence[int],
         targets: Sequence[Target],
         divisor: float,
         threads: int,
+        memory: Memory | None = None,
     ) -> None:
         """``values = (values + noise * stddev) / divisor``, with the numbers of `KeystreamNormals`.
 
         Args:
-            key: of the keystream.
+            keys: of at most `MOST_KEYS` keystreams, and the factor of each one's stddev. Their noise
+                is added in their order, and the sum divided then.
             blocks: numbers of all blocks that targets reach into.
             targets: in the order of their places, which are disjoint.
             divisor: one for all.
             threads: how many to use.
+            memory: with one key, the noise is what the numbers and the rows give.
         """
+        rows = [] if memory is None else [row.ctypes.data for own in memory.rows for row in own]
         columns: list[NDArray[Any]] = [
             np.array(blocks, np.int64),
-            np.array([t.values.ctypes.data for t in targets], np.uintp),
+            np.array([0 if t.values is None else t.values.ctypes.data for t in targets], np.uintp),
             np.array([t.start for t in targets], np.int64),
-            np.array([t.start + t.values.size for t in targets], np.int64),
-            np.array([t.stddev for t in targets], np.float32),
+            np.array([t.stop for t in targets], np.int64),
+            np.array([[t.stddev * f for t in targets] for f in keys.values()], np.float32),
+            np.array(rows, np.uintp),
+            np.array([] if memory is None else memory.weights, np.float32),
+            np.array([] if memory is None else memory.decays or [], np.float32),
         ]
-        numbers, data, starts, stops, stddevs = (c.ctypes.data for c in columns)
+        numbers, data, starts, stops, stddevs, kept, weights, decays = (
+            c.ctypes.data for c in columns
+        )
         job = _Noise(
-            key, numbers, len(blocks), data, starts, stops, stddevs, len(targets), divisor,
-            self._units, 0,
+            b"".join(keys), len(keys), numbers, len(blocks), data, starts, stops, stddevs,
+            len(targets), kept, columns[6].size, weights, decays if columns[7].size else None,
+            divisor, self._units, 0,
         )  # fmt: skip
         run_in_team(self._library.add_noise, job, threads)
 
@@ -129,7 +159,8 @@ class _Noise(ctypes.Structure):
     """`Noise` of add_noise.c."""
 
     _fields_ = (
-        ("key", ctypes.c_char_p),
+        ("keys", ctypes.c_char_p),
+        ("key_count", ctypes.c_int64),
         ("blocks", ctypes.c_void_p),
         ("block_count", ctypes.c_int64),
         ("data", ctypes.c_void_p),
@@ -137,6 +168,10 @@ class _Noise(ctypes.Structure):
         ("stops", ctypes.c_void_p),
         ("stddevs", ctypes.c_void_p),
         ("span_count", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("row_count", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("decays", ctypes.c_void_p),
         ("divisor", ctypes.c_float),
         ("units", ctypes.c_int32),
         ("next", ctypes.c_int64),
@@ -182,6 +217,7 @@ def _constants() -> dict[str, str]:
         "ROOT_HALF_BITS": hex(ROOT_HALF_BITS),
         "PAIRS": str(KEYSTREAM_BLOCK // 2),
         "CHUNK": str(CHUNK),
+        "MOST_KEYS": str(MOST_KEYS),
     }
 
 
@@ -215,25 +251,59 @@ def _same_hash(library: Compiled, generator: np.random.Generator) -> bool:
 
 
 def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:
-    """On targets within a block, across blocks, side by side and apart, with and without division."""
-    key, end = generator.bytes(32), 2 * KEYSTREAM_BLOCK
+    """On targets within a block, across blocks, side by side and apart, with and without division.
+
+    The noise of one key and of two, and with a memory that stays and one that decays.
+    """
+    keys = {generator.bytes(32): 1.0, generator.bytes(32): -0.3}
+    one, end = dict(list(keys.items())[:1]), 2 * KEYSTREAM_BLOCK
     places = [(3, 50), (50, 700), (40_000, KEYSTREAM_BLOCK + 33), (end - 9, end + 5)]
-    values = [generator.standard_normal(stop - start, np.float32) for start, stop in places]
-    stream = KeystreamNormals(key, np.dtype(np.float32))
-    blocks = (0, 1, 2)
-    noise = np.concatenate([stream.block(i).copy() for i in blocks])
-    for divisor in (1.0, 7.0):
+    values, *rows = (
+        [generator.standard_normal(stop - start, np.float32) for start, stop in places]
+        for _ in range(4)
+    )
+    streams = [KeystreamNormals(key, np.dtype(np.float32)) for key in keys]
+    noises = [np.concatenate([s.block(i).copy() for i in range(3)]) for s in streams]
+    weights, decays = (0.7, -0.2, 0.4), (0.9, 0.99, 0.5)
+    for divisor, kept in ((1.0, None), (7.0, None), (7.0, ()), (1.0, decays)):
+        used = keys if kept is None else one
         found = [v.copy() for v in values]
+        held = [[row[i].copy() for row in rows] for i in range(len(values))]
         targets = [
-            Target(v, start, 1.5 + i)
-            for i, (v, (start, _)) in enumerate(zip(found, places, strict=True))
+            Target(v, start, stop, 1.5 + i)
+            for i, (v, (start, stop)) in enumerate(zip(found, places, strict=True))
         ]
-        library.add_noise(key, blocks, targets, divisor, threads=2)
-        for value, target, (start, stop) in zip(values, targets, places, strict=True):
-            added = value + noise[start:stop] * np.float32(target.stddev)
-            if not _equal(added / np.float32(divisor), target.values):
+        memory = None if kept is None else Memory(held, weights, kept or None)
+        library.add_noise(used, (0, 1, 2), targets, divisor, 2, memory)
+        for i, (start, stop) in enumerate(places):
+            mine = [row[i].copy() for row in rows]
+            wanted = values[i].copy()
+            for noise, factor in zip(noises, used.values(), strict=False):
+                made = noise[start:stop]
+                if kept is not None:
+                    made = recurred(made, mine, weights, kept or None)
+                wanted += made * np.float32(targets[i].stddev * factor)
+            if not all(map(_equal, [wanted / np.float32(divisor), *mine], [found[i], *held[i]])):
                 return False
     return True
+
+
+def recurred(
+    made: NDArray[np.float32],
+    rows: Sequence[NDArray[np.float32]],
+    weights: Sequence[float],
+    decays: Sequence[float] | None,
+) -> NDArray[np.float32]:
+    """The noise that `made` and the rows give, which go on to the next step."""
+    noise = -(rows[0] * np.float32(weights[0]))
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        noise -= row * np.float32(weight)
+    noise += made
+    if decays is None:
+        rows[0][:] = noise
+    for row, decay in zip(rows, decays or (), strict=False):
+        row[:] = row * np.float32(decay) + noise
+    return noise
 
 
 def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,12 +21,21 @@ from torch import Tensor
 
 from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise.compiled import Target, compiled
+from dptorch.noise.compiled import MOST_KEYS, Compiled, Target, compiled
 from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, KeystreamNormals
 from dptorch.randomness import RootKey
 
-__all__ = ["GaussianNoise", "Piece", "Span", "pieces_by_block", "place_spans"]
+__all__ = [
+    "PURPOSE",
+    "Draw",
+    "GaussianNoise",
+    "Piece",
+    "Span",
+    "pass_over",
+    "pieces_by_block",
+    "place_spans",
+]
 
 PURPOSE: Final = "noise"
 DEVICE_PURPOSE: Final = "noise on a device"
@@ -141,7 +150,7 @@ class GaussianNoise:
         """
         stddevs, spans = self.prepared(clipped, key, offsets, divisor)
         with torch.no_grad():
-            self.add(spans, key, (step, context), divisor)
+            self.add(spans, key, [Draw(step, context)], divisor)
         return divided(clipped, clipped.values, stddevs, divisor)
 
     def prepared(
@@ -192,21 +201,22 @@ class GaussianNoise:
                 )
         return stddevs
 
-    def add(self, spans: list[Span], key: RootKey, place: tuple[int, int], divisor: float) -> None:
-        """Add the noise of (step, context) to `spans`, by their standard deviations, and divide."""
-        groups: dict[tuple[torch.device, torch.dtype], list[Span]] = {}
-        for span in spans:
-            groups.setdefault((span.flat.device, span.flat.dtype), []).append(span)
-        for (device, dtype), group in groups.items():
+    def add(self, spans: list[Span], key: RootKey, draws: Sequence[Draw], divisor: float) -> None:
+        """Add the noise of `draws` to `spans`, one after the other, and divide."""
+        for (device, dtype), group in by_place(spans).items():
             if self.noise_multiplier == 0.0:
                 _divide(group, divisor)
             elif device.type == "cpu":
-                _add_on_cpu(group, key.derive(PURPOSE, *place), _NUMPY_DTYPE[dtype], divisor)
-            elif self.secure_rng:
-                _add_from_cpu(group, key.derive(PURPOSE, *place), dtype, device)
-                _divide(group, divisor)
+                keys = {key.derive(PURPOSE, d.step, d.context): d.factor for d in draws}
+                _add_on_cpu(group, keys, _NUMPY_DTYPE[dtype], divisor)
             else:
-                _add_on_device(group, key, place, device, dtype)
+                for draw in draws:
+                    scaled = _scaled(group, draw.factor)
+                    if self.secure_rng:
+                        of_step = key.derive(PURPOSE, draw.step, draw.context)
+                        _add_from_cpu(scaled, of_step, dtype, device)
+                    else:
+                        _add_on_device(scaled, key, (draw.step, draw.context), device, dtype)
                 _divide(group, divisor)
             for span in group:
                 span.write_back()
@@ -233,6 +243,23 @@ class Span:
     def write_back(self) -> None:
         if not self.owner.is_contiguous():
             self.owner.copy_(self.flat.view(self.owner.shape))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The white noise of a step, for what it is drawn for, times a factor."""
+
+    step: int
+    context: int
+    factor: float = 1.0
+
+
+def by_place(spans: Iterable[Span]) -> dict[tuple[torch.device, torch.dtype], list[Span]]:
+    """The spans on each device and of each type, which have noise of one source."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Span]] = {}
+    for span in spans:
+        groups.setdefault((span.flat.device, span.flat.dtype), []).append(span)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -271,14 +298,38 @@ def _blocks(spans: list[Span], block: int) -> list[int]:
     return numbers
 
 
-def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any], divisor: float) -> None:
+def pass_over(spans: list[Span]) -> tuple[Compiled | None, list[int], int]:
+    """What compiled code makes one pass over spans in memory with, if it can and is worth it.
+
+    Returns:
+        the library or None, the numbers of the blocks that the spans need, and a number of threads.
+    """
     numbers = _blocks(spans, KEYSTREAM_BLOCK)
-    library = compiled() if dtype == np.float32 and len(numbers) >= _COMPILE_BLOCKS else None
+    worth = spans[0].flat.dtype == torch.float32 and len(numbers) >= _COMPILE_BLOCKS
     threads = max(1, min(torch.get_num_threads(), len(numbers) // _BLOCKS_PER_THREAD))
+    return compiled() if worth else None, numbers, threads
+
+
+def _add_on_cpu(
+    spans: list[Span], keys: Mapping[bytes, float], dtype: np.dtype[Any], divisor: float
+) -> None:
+    library, numbers, threads = pass_over(spans)
     if library is not None and library.has_cipher:
-        targets = [Target(span.flat.numpy(), span.start, span.stddev) for span in spans]
-        library.add_noise(key, numbers, targets, divisor, threads)
+        targets = [Target(s.flat.numpy(), s.start, s.stop, s.stddev) for s in spans]
+        together = list(keys.items())
+        for at in range(0, len(together), MOST_KEYS):
+            last = at + MOST_KEYS >= len(together)
+            some = dict(together[at : at + MOST_KEYS])
+            library.add_noise(some, numbers, targets, divisor if last else 1.0, threads)
         return
+    for key, factor in keys.items():
+        _add_by_numpy(_scaled(spans, factor), key, dtype, library, threads)
+    _divide(spans, divisor)
+
+
+def _add_by_numpy(
+    spans: list[Span], key: bytes, dtype: np.dtype[Any], library: Compiled | None, threads: int
+) -> None:
     blocks = list(pieces_by_block(spans, KEYSTREAM_BLOCK))
     transform = None if library is None else library.transform
     flats: dict[int, NDArray[Any]] = {span.start: span.flat.numpy() for span in spans}
@@ -292,8 +343,6 @@ def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any], divisor: fl
                 noise = block[piece.in_block : piece.in_block + piece.size]
                 np.multiply(noise, piece.span.stddev, out=noise)
                 np.add(part, noise, out=part)
-                if divisor != 1.0:
-                    np.divide(part, divisor, out=part)
 
     if threads == 1:
         work(blocks)
@@ -302,6 +351,10 @@ def _add_on_cpu(spans: list[Span], key: bytes, dtype: np.dtype[Any], divisor: fl
     with ThreadPoolExecutor(threads, thread_name_prefix="dptorch-noise") as pool:
         # list, so that an error in a thread is raised here.
         list(pool.map(work, (blocks[a:b] for a, b in itertools.pairwise(cuts))))
+
+
+def _scaled(spans: list[Span], factor: float) -> list[Span]:
+    return [replace(span, stddev=span.stddev * factor) for span in spans]
 
 
 def _add_from_cpu(spans: list[Span], key: bytes, dtype: torch.dtype, device: torch.device) -> None:

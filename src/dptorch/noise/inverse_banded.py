@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from dptorch.clipping.sums import ClippedSum
-from dptorch.noise.gaussian import GaussianNoise, divided
+from dptorch.noise.gaussian import Draw, divided
 from dptorch.noise.noisy_gradient import NoisyGradient
-from dptorch.noise.released import Released
+from dptorch.noise.released import CorrelatedNoise
 from dptorch.randomness import RootKey
 
 __all__ = ["InverseBandedNoise"]
 
 
-class InverseBandedNoise:
+class InverseBandedNoise(CorrelatedNoise):
     """Adds to a clipped sum noise of its step and of the p - 1 steps before it.
 
     Args:
@@ -59,15 +57,9 @@ class InverseBandedNoise:
         *,
         secure_rng: bool = False,
     ) -> None:
-        self._gaussian = GaussianNoise(noise_multiplier, secure_rng=secure_rng)
+        super().__init__(noise_multiplier, steps, secure_rng=secure_rng)
         u = np.asarray(coefficients, np.float64)
         self._coefficients = [float(value) for value in u / u[0]]
-        self._released = Released(steps)
-
-    @property
-    def noise_multiplier(self) -> float:
-        """Standard deviation of z per unit of scale."""
-        return self._gaussian.noise_multiplier
 
     def privatize(
         self,
@@ -88,14 +80,15 @@ class InverseBandedNoise:
         self._released.check(step)
         self._released.check_places(spans)
         contexts = [context, *(self._released.context(step - j) for j in range(1, self.bands))]
-        terms = [(j, c) for j, c in enumerate(contexts) if c is not None and self._coefficients[j]]
+        draws = [
+            Draw(step - j, of_step, u)
+            for j, (of_step, u) in enumerate(zip(contexts, self._coefficients, strict=True))
+            if of_step is not None and u
+        ]
         with torch.no_grad():
-            for j, of_step in reversed(terms):  # the step's own last: it divides
-                u = self._coefficients[j]
-                scaled = [replace(span, stddev=span.stddev * u) for span in spans]
-                self._gaussian.add(scaled, key, (step - j, of_step), 1.0 if j else divisor)
+            self._gaussian.add(spans, key, draws[::-1], divisor)
         self._released.record(step, context)
-        size = math.sqrt(sum(self._coefficients[j] ** 2 for j, _ in terms))
+        size = math.sqrt(sum(draw.factor**2 for draw in draws))
         return divided(
             clipped, clipped.values, {name: size * s for name, s in stddevs.items()}, divisor
         )
@@ -104,14 +97,6 @@ class InverseBandedNoise:
     def bands(self) -> int:
         """Of how many steps z is in the noise of one."""
         return len(self._coefficients)
-
-    def state(self, steps_done: int) -> dict[str, Any]:
-        """What the noise of the last steps was drawn for; for `restore`."""
-        return self._released.state(steps_done)
-
-    def restore(self, state: Mapping[str, Any] | None, steps_done: int) -> None:
-        """Go on after `steps_done` steps; raises PrivacyError where the state is not theirs."""
-        self._released.restore(state, steps_done)
 
     def __repr__(self) -> str:
         return f"InverseBandedNoise(noise_multiplier={self.noise_multiplier}, bands={self.bands})"

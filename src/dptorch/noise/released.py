@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise.gaussian import Span
+from dptorch.noise.gaussian import GaussianNoise, Span
 
-__all__ = ["Released"]
+__all__ = ["CorrelatedNoise", "Released"]
 
 
 class Released:
@@ -85,3 +85,30 @@ class Released:
             )
         self.contexts = contexts
         self._made_on = set(state["made_on"])
+
+
+class CorrelatedNoise:
+    """What all noise that is correlated over steps has: z of its σ, and what it was drawn for.
+
+    Args:
+        noise_multiplier: σ of z, per unit of the sum's scale.
+        steps: number of steps of the run.
+        secure_rng: as of `GaussianNoise`.
+    """
+
+    def __init__(self, noise_multiplier: float, steps: int, *, secure_rng: bool) -> None:
+        self._gaussian = GaussianNoise(noise_multiplier, secure_rng=secure_rng)
+        self._released = Released(steps)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of z per unit of scale."""
+        return self._gaussian.noise_multiplier
+
+    def state(self, steps_done: int) -> dict[str, Any]:
+        """All that `restore` needs: what z was drawn for at each step. Buffers follow from it."""
+        return self._released.state(steps_done)
+
+    def restore(self, state: Mapping[str, Any] | None, steps_done: int) -> None:
+        """Go on after `steps_done` steps; raises PrivacyError where the state is not theirs."""
+        self._released.restore(state, steps_done)
