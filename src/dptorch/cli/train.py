@@ -352,7 +352,7 @@ def watched(setup: Setup, folder: Any, console: Console, *, resume: bool) -> Out
 
 def _conclude(outcome: Outcome, console: Console) -> None:
     from dptorch.training.loop import spent_and_tested
-    from dptorch.training.run_page import missing_packages
+    from dptorch.training.run_page import missing_packages, time_in_words
 
     path = outcome.folder.path
     of_texts = outcome.folder.read_json("run.json")["job"].get("task", "vision") != "vision"
@@ -379,7 +379,9 @@ def _conclude(outcome: Outcome, console: Console) -> None:
             )
         if not of_texts:
             console.print(f"Predict: dptorch predict {path} NEW_ROWS --out predictions.csv")
-        console.print(f"[bold green]Done:[/] {spent_and_tested(outcome)}")
+        console.print(
+            f"[bold green]Done:[/] {spent_and_tested(outcome)}, in {time_in_words(outcome.last)}"
+        )
 
 
 #: `dptorch train` itself, and a command for each task of `dptorch.text`.

@@ -16,7 +16,14 @@ from dptorch.training import run_charts
 from dptorch.training.run_folder import NOT_PRIVATE, RunFolder
 from dptorch.training.task import TESTED
 
-__all__ = ["missing_packages", "page_template", "render", "wilson_interval", "write_report"]
+__all__ = [
+    "missing_packages",
+    "page_template",
+    "render",
+    "time_in_words",
+    "wilson_interval",
+    "write_report",
+]
 
 DIAGNOSTICS = (
     ("clipped_fraction", "share of gradients clipped", True),
@@ -128,6 +135,7 @@ def render(
         ),
         diagnostics=_diagnostics(rows),
         settings=_settings(about),
+        time="seconds" in last and time_in_words(last),
         groups=[
             {**group, "interval": wilson_interval(group["accuracy"], group["examples"])}
             if "accuracy" in group
@@ -168,6 +176,23 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def time_in_words(last: Mapping[str, float]) -> str:
+    """How long a run took, and an epoch of it, of the last row of its metrics. Tests count.
+
+    Example:
+        >>> time_in_words({"seconds": 42.0, "epoch": 20.0}), time_in_words({"seconds": 9, "epoch": 0})
+        ('42 seconds, 2.1 an epoch', '9 seconds')
+        >>> time_in_words({"seconds": 3600.0, "epoch": 5.0})
+        '60 minutes, 12 an epoch'
+    """
+    minutes = last["seconds"] >= 120
+    time = last["seconds"] / (60 if minutes else 1)
+    words = f"{_plain(float(f'{time:.3g}'))} {'minutes' if minutes else 'seconds'}"
+    if not last.get("epoch"):
+        return words
+    return f"{words}, {time / last['epoch']:.2g} an epoch"
 
 
 def _diagnostics(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
