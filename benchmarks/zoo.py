@@ -2,17 +2,22 @@
 
     python -m benchmarks.zoo                 # all of them, about an hour on two cores
     python -m benchmarks.zoo vit_tiny swin   # only names that begin so; other rows are kept
+    python -m benchmarks.zoo --command       # each name of timm: a step of the command
 
 Each model runs at its published width and depth on two small images, every trainable parameter
 trained, BatchNorm replaced by GroupNorm by hand. Results are kept in ``docs/zoo.jsonl`` as they
-come, so that an interrupted run can be taken up again with ``--resume``.
+come, so that an interrupted run can be taken up again with ``--resume``. ``--command`` writes nothing:
+it goes from files of CIFAR-10's format to a run folder, as a user does, and says which names fail.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import json
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,8 +29,10 @@ import torch
 import torch.nn.functional as F
 from tests.oracles.loop import relative_error
 from tests.tape.zoo.vision import group_norm, steady
+from tests.vision.files import write_cifar10
 from torch import Tensor, nn
 
+from dptorch.compat.private_vision.__main__ import main as train_cifar
 from dptorch.tape import Recording
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.recording.patches import patched
@@ -44,10 +51,15 @@ _RESIZED = ("vit", "deit", "beit", "mixer", "cait", "xcit", "convit", "pit", "jx
             "volo", "twins", "swin")  # fmt: skip
 
 
+def side_of(name: str) -> int:
+    """The side of a model's images."""
+    return next((side for prefix, side in _FIXED.items() if name.startswith(prefix)), 64)
+
+
 def build(library: str, name: str) -> tuple[nn.Module, int]:
     """The model and the side of its images."""
     torch.manual_seed(0)
-    size = next((s for prefix, s in _FIXED.items() if name.startswith(prefix)), 64)
+    size = side_of(name)
     if library == "torchvision":
         import torchvision.models
 
@@ -123,6 +135,31 @@ def run(library: str, name: str) -> dict[str, Any]:
     }
 
 
+def step_by_command(name: str) -> str:
+    """Train a model of timm by private_vision's command, one step on five pictures: what became of it.
+
+    Raises:
+        RuntimeError: the command failed, with what it said.
+    """
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as scratch:
+        data, runs = Path(scratch, "data"), Path(scratch, "runs")
+        write_cifar10(data, train=5, test=2)
+        words = (
+            f"--model {name} --pretrained 0 --image_size {side_of(name)} --bs 5 --mini_bs 2 --seed 0 "
+            f"--data {data} --runs {runs} --name one --no-ledger"
+        )
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                train_cifar(words.split())
+            except SystemExit as ended:
+                if ended.code:
+                    raise RuntimeError(said.getvalue().strip()) from None
+        about = json.loads((runs / "one" / "run.json").read_text())
+    result, parameters = about["result"], about["model"]["trainable_parameters"]
+    return f"{parameters:,} parameters, step {result['step']}, epsilon {result['epsilon']:.3f}"
+
+
 def rows() -> Iterator[dict[str, Any]]:
     if ROWS.exists():
         for line in ROWS.read_text().splitlines():
@@ -163,10 +200,28 @@ def write_table() -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
+def all_by_command(prefixes: tuple[str, ...]) -> int:
+    """Say of each name whether its step was taken; 1 if one was not."""
+    failed = []
+    for name in TIMM:
+        if prefixes and not name.startswith(prefixes):
+            continue
+        try:
+            print(f"{name}: {step_by_command(name)}", flush=True)
+        except Exception as problem:  # the others are tried too
+            failed.append(name)
+            print(f"{name}: FAILED, {problem}", flush=True)
+        gc.collect()
+    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "none failed")
+    return 1 if failed else 0
+
+
 def main(arguments: list[str]) -> int:
     resume = "--resume" in arguments
     prefixes = tuple(a for a in arguments if not a.startswith("-"))
     torch.set_num_threads(1)
+    if "--command" in arguments:
+        return all_by_command(prefixes)
     order = [("timm", n) for n in TIMM] + [("torchvision", n) for n in TORCHVISION.split()]
     chosen = [key for key in order if not prefixes or key[1].startswith(prefixes)]
     known = {(r["library"], r["model"]): r for r in rows()}

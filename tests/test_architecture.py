@@ -65,6 +65,7 @@ ROOMS = (
     "compat",
     "bench",
     "cli",
+    "compat.private_vision.__main__",  # a command
     "",
 )
 

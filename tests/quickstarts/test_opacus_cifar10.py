@@ -30,8 +30,8 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plain_row(found: dict[str, Any]) -> tuple[float, int]:
-    """(test accuracy, steps) of the table's row without privacy: the tutorial's network, loader, logical
-    batches, optimizer and epochs, without clipping and noise."""
+    """(test accuracy, steps) of the row without privacy: what the tutorial trains, as it trains it, but
+    without clipping and noise."""
     from torchvision import models
 
     from dptorch import prepare

@@ -1,17 +1,20 @@
 """The command of `dptorch.compat.private_vision` with every flag of its document, on CIFAR's files."""
 
-import re
+import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.quickstarts.cifar_files import write_cifar
+from tests.vision.files import write_cifar10, write_cifar100
 from torch import nn
 
 from dptorch.compat.private_vision import __main__ as vision
 from dptorch.training.models import build_model
 
 pytestmark = pytest.mark.slow
+
+SMALL = "--image_size 32 --seed 1 --model test_resnet --pretrained 0 --bs 50 --mini_bs 25"
 
 
 def run(line: str) -> int:
@@ -20,35 +23,62 @@ def run(line: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.fixture
-def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in ("CIFAR10", "CIFAR100"):
-        write_cifar(tmp_path, name, monkeypatch, train=100, test=40)
-    return f"--data {tmp_path} --workers 0 --image_size 32 --seed 1"
+def record(name: str) -> dict[str, Any]:
+    """What the run of that name says of itself."""
+    found: dict[str, Any] = json.loads(Path("runs", name, "run.json").read_text())
+    return found
 
 
-@pytest.mark.parametrize("mode", ["ghost_mixed", "ghost", "non-ghost"])
-def test_every_flag(mode: str, cifar: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(autouse=True)
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar10(tmp_path / "data")
+    write_cifar100(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     line = (
-        "--lr 0.002 --epochs 2 --model resnet10t --cifar_data CIFAR10 --eps 4 --grad_norm 0.2 "
-        f"--bs 50 --mini_bs 25 --pretrained 0 --mode {mode} "
+        "--lr 0.002 --epochs 2 --model test_resnet --cifar_data CIFAR10 --eps 4 --grad_norm 0.2 "
+        "--bs 50 --mini_bs 25 --pretrained 0 --mode ghost"
     )
-    assert run(line + cifar) == 0
+    assert run(f"{line} --image_size 32 --seed 1") == 0
     out = capsys.readouterr().out
     assert "x clipping norm 0.2, 4 steps of about 50 examples" in out
-    lines = re.findall(r"Epoch: (\d) \| .* accuracy: ([\d.]+) % \| epsilon: ([\d.]+)", out)
-    assert [epoch for epoch, _, _ in lines] == ["1", "2"]
-    assert float(lines[0][2]) < 3.99 < float(lines[1][2]) + 0.02 <= 4.02
-    assert "poisson" in out.lower()
+    assert "ε at most 4, δ 1e-05" in out
+    job, result = record("cifar10-1")["job"], record("cifar10-1")["result"]
+    assert 3.96 < result["epsilon"] <= 4
+    expected = {
+        "learning_rate": 0.002, "optimizer": "adam", "clipping_mode": "ghost", "scale": "half",
+        "max_physical_batch_size": 25, "model": "timm:test_resnet", "pretrained": False,
+        "target_delta": 1e-5, "clipping_style": "all-layer", "method": "full", "views": 1,
+    }  # fmt: skip
+    assert {name: job[name] for name in expected} == expected
 
 
-def test_cifar100_without_privacy(cifar: str, capsys: pytest.CaptureFixture[str]) -> None:
-    line = (
-        "--model resnet10t --cifar_data CIFAR100 -gn 1 --bs 50 --pretrained 0 --mode non-private "
+def test_our_options_are_there_too() -> None:
+    ours = (
+        "--clipping-style layer-wise --clipping-fn automatic --optimizer adamw --weight-decay 0.01 "
+        "--decay cosine --method bias-only --augment flip-crop --views 2 --ema 0.9 --low-pass 0.5 "
+        "--name ours --no-ledger"
     )
-    with pytest.warns(UserWarning, match="neither clipped nor noised"):
-        assert run(line + cifar) == 0
-    assert "epsilon: inf" in capsys.readouterr().out
+    assert run(f"{SMALL} {ours}") == 0
+    job = record("ours")["job"]
+    expected = {
+        "clipping_style": "layer-wise", "clipping_fn": "automatic", "optimizer": "adamw",
+        "weight_decay": 0.01, "decay": "cosine", "method": "bias-only", "augment": "flip-crop",
+        "views": 2, "ema": 0.9, "low_pass": 0.5, "clipping_mode": "ghost_mixed",
+    }  # fmt: skip
+    assert {name: job[name] for name in expected} == expected
+    about = record("ours")["model"]
+    assert about["trainable_parameters"] < about["parameters"] / 10
+
+
+def test_cifar100_without_privacy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{SMALL} --cifar_data CIFAR100 -gn 1 --mode non-private") == 0
+    printed = capsys.readouterr()
+    assert "at epsilon inf" in printed.out
+    assert "neither clipped nor noised" in printed.err
+    assert record("cifar100-1")["data"]["classes"][:2] == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -56,24 +86,35 @@ def test_cifar100_without_privacy(cifar: str, capsys: pytest.CaptureFixture[str]
     [
         ("--mode ghost-mixed", "Did you mean 'ghost_mixed'"),
         ("--cifar_data cifar10", "'CIFAR10'"),
-        ("--model resnet_18 --pretrained 0", "Did you mean 'resnet18'"),
+        ("--model resnet_18", "Did you mean 'resnet18'"),
         ("--pretrained maybe", "is not known"),
+        ("--bs 1000", "--bs 1000"),
     ],
 )
-def test_mistakes(wrong: str, message: str, cifar: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(f"{cifar} {wrong}") == 2
+def test_mistakes(wrong: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{SMALL} {wrong}") == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not Path("runs").exists()
+
+
+def test_processes_run_this_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(
+        "torch.distributed.launcher.api.elastic_launch", lambda *_: lambda *how: started.append(how)
+    )
+    assert run(f"{SMALL} --nproc 2 --device cpu") == 0
+    ((flag, code, *words),) = started
+    assert (flag, words) == ("-c", shlex.split(f"{SMALL} --nproc 2 --device cpu"))
+    assert "dptorch.compat.private_vision" in code
 
 
 def test_defaults_are_the_documents() -> None:
-    import inspect
-
-    defaults = {n: p.default for n, p in inspect.signature(vision.train_cifar).parameters.items()}
-    expected = {
-        "lr": 0.001, "epochs": 1, "model": "resnet18", "cifar_data": "CIFAR10", "eps": 2.0,
-        "grad_norm": 0.1, "mode": "ghost_mixed", "bs": 1000, "mini_bs": 50, "pretrained": "1",
-    }  # fmt: skip
-    assert {n: defaults[n] for n in expected} == expected
+    assert vision.CifarOptions() == vision.CifarOptions(
+        learning_rate=0.001, epochs=1, model="resnet18", cifar_data="CIFAR10", target_epsilon=2.0,
+        max_grad_norm=0.1, batch_size=1000, max_physical_batch_size=50, pretrained="1",
+    )  # fmt: skip
+    assert vision.MODES[0] == "ghost_mixed"
 
 
 @pytest.mark.parametrize(

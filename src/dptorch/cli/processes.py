@@ -18,10 +18,12 @@ import typer
 
 from dptorch.errors import ConfigurationError
 
-__all__ = ["ARGUMENTS", "joined", "launch", "place"]
+__all__ = ["ARGUMENTS", "ENTRY", "joined", "launch", "place"]
 
 #: Where `dptorch.cli.app` leaves the words of the command line, in a context's `meta`.
 ARGUMENTS: Final = "dptorch.arguments"
+#: Where a command that is none of `dptorch` leaves the Python code that runs it with those words.
+ENTRY: Final = "dptorch.entry"
 _COMMAND: Final = "from dptorch.cli.app import main; main()"
 
 
@@ -75,7 +77,7 @@ def launch(ctx: typer.Context, nproc: int | None, device: str) -> bool:
     )
     words: Sequence[str] = ctx.meta[ARGUMENTS]
     try:
-        elastic_launch(config, sys.executable)("-c", _COMMAND, *words)
+        elastic_launch(config, sys.executable)("-c", ctx.meta.get(ENTRY, _COMMAND), *words)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         raise typer.Exit(first.exitcode if first.exitcode > 0 else 1) from None

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from dptorch.cli.options import panel_option as _option
 from dptorch.cli.options import plan_option
+from dptorch.cli.train_options import BatchSize, Device, PhysicalBatch, Seed, Workers
 
 __all__ = [
     "ClassOptions",
@@ -138,9 +139,7 @@ class TextTrainingOptions:
         float | None,
         plan_option("sample_rate", TRAINING, more="Large is good.", default=RECIPE + "0.1"),
     ] = None
-    batch_size: Annotated[
-        float | None, plan_option("batch_size", TRAINING, more="Instead of --sample-rate.")
-    ] = None
+    batch_size: BatchSize = None
     learning_rate: Annotated[
         float | None,
         _option(
@@ -162,13 +161,7 @@ class TextTrainingOptions:
     weight_decay: Annotated[
         float | None, _option(TRAINING, help="Of AdamW.", default=RECIPE + "0")
     ] = None
-    max_physical_batch_size: Annotated[
-        int,
-        _option(
-            TRAINING,
-            help="Largest number of examples in memory at once. It changes speed and memory only.",
-        ),
-    ] = 16
+    max_physical_batch_size: PhysicalBatch = 16
     clipping_mode: Annotated[
         str | None,
         _option(
@@ -177,16 +170,9 @@ class TextTrainingOptions:
             default="auto",
         ),
     ] = None
-    num_workers: Annotated[int, _option(TRAINING, help="Processes that load data.")] = 0
-    device: Annotated[str, _option(TRAINING, help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    seed: Annotated[
-        int | None,
-        _option(
-            TRAINING,
-            help="Make the run repeatable, for tests. [bold]Such a run is not private[/].",
-            default="secret randomness",
-        ),
-    ] = None
+    num_workers: Workers = 0
+    device: Device = "auto"
+    seed: Seed = None
 
 
 @dataclass(frozen=True)

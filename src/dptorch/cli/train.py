@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -26,20 +26,34 @@ from dptorch.cli.train_options import (
 from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from dptorch.cli.text_options import TextTrainingOptions
-    from dptorch.cli.vision_options import VisionTrainingOptions
     from dptorch.distributed import Ranks
     from dptorch.training.job import Job, Setup
     from dptorch.training.loop import Outcome
     from dptorch.training.run_folder import RunFolder
 
-__all__ = ["job_of", "run_task", "train", "train_group", "watched"]
+__all__ = ["Computing", "job_of", "run_task", "train", "train_group", "watched"]
 
 # What --resume may be combined with. Everything else is settled by the record of the run.
 WITH_RESUME = frozenset(
     {"name", "runs", "resume", "device", "num_workers", "clipping_mode", "release", "ledger"}
     | {"no_ledger", "nproc"}
 )
+
+
+class Computing(Protocol):
+    """Options that change speed and memory only, which a resumed run may have of its own."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that read data."""
+
+    @property
+    def clipping_mode(self) -> str | None:
+        """How norms are computed; None for what the run was begun with."""
 
 
 @grouped
@@ -108,7 +122,7 @@ def run_task(
     ctx: typer.Context,
     prepared: Callable[[], Setup],
     stem: str,
-    training: TrainingOptions | TextTrainingOptions | VisionTrainingOptions,
+    computing: Computing,
     output: OutputOptions,
     ledger: LedgerOptions,
 ) -> None:
@@ -118,18 +132,18 @@ def run_task(
         ctx: of the command.
         prepared: builds what a new run needs.
         stem: what a new run's name begins with.
-        training, output, ledger: options.
+        computing, output, ledger: options.
     """
     from dptorch.training.release import check_destination, release
 
     if output.release is not None:
         check_destination(output.release)
-    if launch(ctx, output.nproc, training.device):
+    if launch(ctx, output.nproc, computing.device):
         return
-    with joined(training.device) as ranks:
+    with joined(computing.device) as ranks:
         console = Console(highlight=False, soft_wrap=True, quiet=not ranks.is_first)
         if output.resume:
-            outcome = _resume(ctx, training, output, ledger, ranks, console)
+            outcome = _resume(ctx, computing, output, ledger, ranks, console)
         else:
             outcome = _begin(prepared, stem, output, ledger, ranks, console)
     if not ranks.is_first:
@@ -254,7 +268,7 @@ def _shards(
 
 def _resume(
     ctx: typer.Context,
-    training: TrainingOptions | TextTrainingOptions | VisionTrainingOptions,
+    computing: Computing,
     output: OutputOptions,
     ledger: LedgerOptions,
     ranks: Ranks,
@@ -276,9 +290,9 @@ def _resume(
         raise ConfigurationError("--resume needs the --name of the run to continue.")
     folder = run_folder.reopen(output.runs, output.name)
     folder.require_checkpoint()
-    changed = {"device": training.device, "num_workers": training.num_workers}
-    if training.clipping_mode:
-        changed["clipping_mode"] = training.clipping_mode
+    changed = {"device": computing.device, "num_workers": computing.num_workers}
+    if computing.clipping_mode:
+        changed["clipping_mode"] = computing.clipping_mode
     setup = _introduced(partial(_prepared_again, folder, changed), console)
     if not ledger.no_ledger:
         account = None

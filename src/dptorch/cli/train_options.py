@@ -15,17 +15,57 @@ from dptorch.cli.options import plan_option
 from dptorch.training.hyperparameters import SUGGESTED
 
 __all__ = [
+    "BatchSize",
+    "ClippingStyle",
     "DataOptions",
+    "Device",
     "LedgerOptions",
     "ModelOptions",
     "OutputOptions",
+    "PhysicalBatch",
     "PrivacyOptions",
     "ReadingOptions",
+    "Seed",
     "TrainingOptions",
+    "Workers",
 ]
 
 DATA, MODEL, PRIVACY, TRAINING, OUTPUT = "Data", "Model", "Privacy", "Training", "Run and output"
 LEDGER = "Ledger"
+
+# Options that tasks have in common, each written once.
+
+BatchSize = Annotated[
+    float | None, plan_option("batch_size", TRAINING, more="Instead of --sample-rate.")
+]
+ClippingStyle = Annotated[
+    str,
+    _option(
+        PRIVACY,
+        metavar="STYLE",
+        help="What is clipped together: [bold]all-layer[/], or for less memory "
+        "[bold]layer-wise[/], [bold]param-wise[/], [bold]block-wise[/], or modules of your "
+        "model, separated by commas, each a block of its own: [bold]encoder.*,head[/].",
+    ),
+]
+PhysicalBatch = Annotated[
+    int,
+    _option(
+        TRAINING,
+        help="Largest number of examples in memory at once. It changes speed and memory only.",
+    ),
+]
+Workers = Annotated[int, _option(TRAINING, help="Processes that read data.")]
+Device = Annotated[str, _option(TRAINING, help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[
+    int | None,
+    _option(
+        TRAINING,
+        help="Make the run repeatable, for tests. [bold]Such a run is not private[/]: whoever "
+        "knows the seed can remove the noise.",
+        default="secret randomness",
+    ),
+]
 
 
 def _suggested(name: str) -> str:
@@ -45,8 +85,8 @@ class DataOptions:
         _option(
             DATA,
             help="Data, preprocessing, model and settings that fit together: [bold]mnist[/] "
-            "(a convolutional network) or [bold]mnist-features[/] (a linear model on fixed "
-            "features, trained in seconds).",
+            "(a convolutional network), [bold]mnist-features[/] or [bold]digits[/] (linear models on "
+            "fixed features, trained in seconds).",
             default="mnist",
         ),
     ] = None
@@ -180,16 +220,7 @@ class PrivacyOptions:
     clipping_fn: Annotated[
         str | None, plan_option("clipping_fn", PRIVACY, default=_suggested("clipping_fn"))
     ] = None
-    clipping_style: Annotated[
-        str,
-        _option(
-            PRIVACY,
-            metavar="STYLE",
-            help="What is clipped together: [bold]all-layer[/], or for less memory "
-            "[bold]layer-wise[/], [bold]param-wise[/], [bold]block-wise[/], or modules of your "
-            "model, separated by commas, each a block of its own: [bold]encoder.*,head[/].",
-        ),
-    ] = "all-layer"
+    clipping_style: ClippingStyle = "all-layer"
     mechanism: Annotated[str, plan_option("mechanism", PRIVACY)] = "gaussian"
     bands: Annotated[str | None, plan_option("bands", PRIVACY)] = None
     accountant: Annotated[str, plan_option("accountant", PRIVACY)] = "pld"
@@ -215,9 +246,7 @@ class TrainingOptions:
             "sample_rate", TRAINING, more="Large is good.", default=_suggested("sample_rate")
         ),
     ] = None
-    batch_size: Annotated[
-        float | None, plan_option("batch_size", TRAINING, more="Instead of --sample-rate.")
-    ] = None
+    batch_size: BatchSize = None
     learning_rate: Annotated[
         float | None,
         _option(
@@ -241,13 +270,7 @@ class TrainingOptions:
             default=_suggested("tail"),
         ),
     ] = None
-    max_physical_batch_size: Annotated[
-        int,
-        _option(
-            TRAINING,
-            help="Largest number of examples in memory at once. It changes speed and memory only.",
-        ),
-    ] = 512
+    max_physical_batch_size: PhysicalBatch = 512
     clipping_mode: Annotated[
         str | None,
         _option(
@@ -258,17 +281,9 @@ class TrainingOptions:
             default="auto",
         ),
     ] = None
-    num_workers: Annotated[int, _option(TRAINING, help="Processes that load data.")] = 0
-    device: Annotated[str, _option(TRAINING, help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    seed: Annotated[
-        int | None,
-        _option(
-            TRAINING,
-            help="Make the run repeatable, for tests. [bold]Such a run is not private[/]: whoever "
-            "knows the seed can remove the noise.",
-            default="secret randomness",
-        ),
-    ] = None
+    num_workers: Workers = 0
+    device: Device = "auto"
+    seed: Seed = None
     canaries: Annotated[
         int,
         _option(

@@ -12,6 +12,8 @@ from dptorch.cli.train import run_task
 from dptorch.cli.train_options import LedgerOptions, OutputOptions, PrivacyOptions
 from dptorch.cli.vision_options import (
     AccuracyOptions,
+    MethodOptions,
+    OptimizerOptions,
     VisionDataOptions,
     VisionModelOptions,
     VisionTrainingOptions,
@@ -28,9 +30,11 @@ def vision(
     ctx: typer.Context,
     source: VisionDataOptions,
     model: VisionModelOptions,
+    method: MethodOptions,
     accuracy: AccuracyOptions,
     privacy: PrivacyOptions,
     training: VisionTrainingOptions,
+    optimizer: OptimizerOptions,
     output: OutputOptions,
     ledger: LedgerOptions,
 ) -> None:
@@ -52,9 +56,8 @@ def vision(
     def prepared() -> Setup:
         from dptorch.vision.job import VisionJob, prepare
 
-        settings = {
-            **vars(source), **vars(model), **vars(accuracy), **vars(privacy), **vars(training)
-        }  # fmt: skip
+        groups = (source, model, method, accuracy, privacy, training, optimizer)
+        settings = {name: value for group in groups for name, value in vars(group).items()}
         settings["clipping_mode"] = training.clipping_mode or "auto"
         return prepare(VisionJob(diagnostics=output.diagnostics, **settings))
 

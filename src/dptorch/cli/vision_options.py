@@ -11,8 +11,16 @@ from typing import Annotated
 
 from dptorch.cli.options import panel_option as _option
 from dptorch.cli.options import plan_option
+from dptorch.cli.train_options import BatchSize, Device, PhysicalBatch, Seed, Workers
 
-__all__ = ["AccuracyOptions", "VisionDataOptions", "VisionModelOptions", "VisionTrainingOptions"]
+__all__ = [
+    "AccuracyOptions",
+    "MethodOptions",
+    "OptimizerOptions",
+    "VisionDataOptions",
+    "VisionModelOptions",
+    "VisionTrainingOptions",
+]
 
 DATA, MODEL, TRAINING, ACCURACY = "Data", "Model", "Training", "What helps against the noise"
 RECIPE = "as the recipe, or "
@@ -146,6 +154,12 @@ class VisionModelOptions:
             default=False,
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Which parameters are trained."""
+
     method: Annotated[
         str | None,
         _option(
@@ -159,33 +173,15 @@ class VisionModelOptions:
 
 
 @dataclass(frozen=True)
-class VisionTrainingOptions:
-    """How it is trained."""
+class OptimizerOptions:
+    """What makes steps of gradients."""
 
-    epochs: Annotated[float | None, plan_option("epochs", TRAINING, default=RECIPE + "10")] = None
-    sample_rate: Annotated[
-        float | None,
-        plan_option("sample_rate", TRAINING, more="Large is good.", default=RECIPE + "0.05"),
-    ] = None
-    batch_size: Annotated[
-        float | None, plan_option("batch_size", TRAINING, more="Instead of --sample-rate.")
-    ] = None
     optimizer: Annotated[
         str | None,
         _option(
             TRAINING,
             help="[bold]sgd[/], [bold]adam[/], [bold]adamw[/] or [bold]rmsprop[/].",
             default=RECIPE + "sgd",
-        ),
-    ] = None
-    learning_rate: Annotated[
-        float | None,
-        _option(
-            TRAINING,
-            "--learning-rate",
-            "--lr",
-            help="Of the optimizer.",
-            default=RECIPE + "1 for sgd, 0.001 for the others",
         ),
     ] = None
     momentum: Annotated[
@@ -211,14 +207,29 @@ class VisionTrainingOptions:
             default=RECIPE + "0",
         ),
     ] = None
-    max_physical_batch_size: Annotated[
-        int,
+
+
+@dataclass(frozen=True)
+class VisionTrainingOptions:
+    """How it is trained."""
+
+    epochs: Annotated[float | None, plan_option("epochs", TRAINING, default=RECIPE + "10")] = None
+    sample_rate: Annotated[
+        float | None,
+        plan_option("sample_rate", TRAINING, more="Large is good.", default=RECIPE + "0.05"),
+    ] = None
+    batch_size: BatchSize = None
+    learning_rate: Annotated[
+        float | None,
         _option(
             TRAINING,
-            help="Largest number of examples in memory at once, each with all its views. It changes "
-            "speed and memory only.",
+            "--learning-rate",
+            "--lr",
+            help="Of the optimizer.",
+            default=RECIPE + "1 for sgd, 0.001 for the others",
         ),
-    ] = 64
+    ] = None
+    max_physical_batch_size: PhysicalBatch = 64
     clipping_mode: Annotated[
         str | None,
         _option(
@@ -228,16 +239,9 @@ class VisionTrainingOptions:
             default="auto",
         ),
     ] = None
-    num_workers: Annotated[int, _option(TRAINING, help="Processes that read pictures.")] = 0
-    device: Annotated[str, _option(TRAINING, help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    seed: Annotated[
-        int | None,
-        _option(
-            TRAINING,
-            help="Make the run repeatable, for tests. [bold]Such a run is not private[/].",
-            default="secret randomness",
-        ),
-    ] = None
+    num_workers: Workers = 0
+    device: Device = "auto"
+    seed: Seed = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ class AccuracyOptions:
         _option(
             ACCURACY,
             help="Augmentation multiplicity: views of an example in a step, whose mean gradient is "
-            "clipped. A step takes as many times longer.",
+            "clipped. A step takes as many times longer, and all views of an example are in memory.",
             default=RECIPE + "1",
         ),
     ] = None

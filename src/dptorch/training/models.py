@@ -200,9 +200,17 @@ def _timm_model(name: str, input_shape: Shape, num_classes: int, pretrained: boo
     timm = _optional("timm")
     if not timm.is_model(name):
         one_of("model", name, timm.list_models())
-    model: nn.Module = timm.create_model(
-        name, pretrained=pretrained, num_classes=num_classes, in_chans=input_shape[0]
-    )
+    settings = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": input_shape[0]}
+    about = timm.get_pretrained_cfg(name)
+    model: nn.Module
+    if about is not None and about.input_size[-1] != input_shape[-1]:
+        try:  # transformers are made for one size, which can be another than the published one
+            model = timm.create_model(name, img_size=input_shape[-1], **settings)
+            return model
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    model = timm.create_model(name, **settings)
     return model
 
 

