@@ -29,6 +29,7 @@ __all__ = [
     "same_as_one",
     "settings_of",
     "train",
+    "values_of",
 ]
 
 VOCABULARY = 13
@@ -82,6 +83,13 @@ def gpt2() -> nn.Module:
     return NextToken(GPT2LMHeadModel(config))
 
 
+def checkpointed() -> nn.Module:
+    """Each block's activations are computed again in the backward."""
+    model: Any = gpt2()
+    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()  # type: ignore[no-any-return]
+
+
 def lora() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
@@ -103,6 +111,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset]]] =
     "convolutions with GroupNorm": (_conv_net, images),
     "tied GPT-2": (gpt2, sentences),
     "LoRA": (lora, sentences),
+    "checkpointed GPT-2": (checkpointed, sentences),
 }
 
 
@@ -201,7 +210,7 @@ def train(
                 each_step(engine)
     finally:
         GaussianNoise.privatize = plain  # type: ignore[method-assign]
-    found.values = _flat(_whole(p.detach()) for p in trainable)
+    found.values = _flat(values_of(p) for p in trainable)
     found.epsilon = engine.get_privacy_spent().epsilon
     return found
 
@@ -228,7 +237,14 @@ def _places(clipped: ClippedSum, offsets: Any) -> Tensor:
     return torch.cat([torch.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)])
 
 
-def _whole(values: Any) -> Tensor:
+def values_of(p: Any) -> Tensor:
+    """The values of a parameter, wherever they are."""
+    if hasattr(p, "ds_id"):  # of ZeRO-3
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([p]):
+            return p.detach().clone()  # type: ignore[no-any-return]
+    values = p.detach()
     return values.full_tensor() if hasattr(values, "full_tensor") else values  # type: ignore[no-any-return]
 
 

@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied GPT-2": ("tied GPT-2", {}),
     "layer-wise GPT-2": ("tied GPT-2", {"clipping_style": "layer-wise"}),
     "LoRA": ("LoRA", {}),
+    "checkpointed GPT-2": ("checkpointed GPT-2", {}),
     "parts": ("MLP", {"limit": 2, "sample_rate": 0.5}),
     "empty shares": ("MLP", {"sample_rate": 2 / 24, "steps": 20}),
     "adaptive": ("MLP", {"adaptive_clipping": {"count_stddev": 4.0}}),

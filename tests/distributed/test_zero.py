@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import dptorch
 from dptorch.distributed.ranks import Ranks
-from dptorch.distributed.zero import ZeroParameters
+from dptorch.distributed.zero import ZeroParameters, held_by
+from dptorch.distributed.zero3 import StandIns
 from dptorch.errors import ConfigurationError
 from tests.distributed.processes import on_ranks
 from tests.distributed.scenarios import (
@@ -31,33 +32,44 @@ from tests.distributed.scenarios import (
     same_as_one,
     settings_of,
     train,
+    values_of,
 )
 from tests.engine.setup import make_data, make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
+#: Case -> model, stage, settings. Between them every stage meets every model and both styles.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "MLP, stage 1": ("MLP", 1, {}),
-    "MLP": ("MLP", 2, {}),
+    "MLP, stage 3": ("MLP", 3, {}),
     "layer-wise": ("MLP", 1, {"clipping_style": "layer-wise"}),
-    "GroupNorm": ("convolutions with GroupNorm", 1, {}),
-    "tied GPT-2, stage 1": ("tied GPT-2", 1, {}),
+    "GroupNorm": ("convolutions with GroupNorm", 3, {}),
     "tied GPT-2": ("tied GPT-2", 2, {}),
-    "LoRA": ("LoRA", 2, {}),
+    "layer-wise GPT-2": ("tied GPT-2", 3, {"clipping_style": "layer-wise"}),
+    "LoRA": ("LoRA", 3, {}),
     "parts": ("MLP", 2, {"limit": 2, "sample_rate": 0.5}),
-    "empty shares": ("MLP", 1, {"sample_rate": 2 / 24, "steps": 20}),
+    "empty shares": ("MLP", 3, {"sample_rate": 2 / 24, "steps": 20}),
     "adaptive": ("MLP", 2, {"adaptive_clipping": {"count_stddev": 4.0}}),
-    "two passes": ("MLP", 2, {"clipping_mode": "ghost"}),
+    "two passes": ("MLP", 3, {"clipping_mode": "ghost"}),
+    "offloaded": ("MLP", 2, {}),
+    "offloaded, stage 3": ("MLP", 3, {}),
 }
 HALF = {"bf16": {"enabled": True}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
-def config(stage: int, **more: Any) -> dict[str, Any]:
+def config(stage: int, *, zero: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 10**5,
+            "stage3_param_persistence_threshold": 8,  # biases stay gathered
+            **(zero or {}),
+        },
         "zero_allow_untested_optimizer": True,  # torch.optim.SGD
+        "zero_force_ds_cpu_optimizer": False,
         **more,
     }
 
@@ -80,11 +92,21 @@ def noise_of_the_first_part() -> Trained:
     return broken(ZeroParameters, "first_coordinate", lambda self, name: 0)
 
 
-def broken(owner: Any, name: str, method: Any) -> Trained:
+def other_values() -> Trained:
+    """The broken twin: the backward of ZeRO-3 reads parameters that are half as large."""
+
+    def read(self: StandIns, noted: Any) -> Tensor:
+        return plain(self, noted) / (1 if isinstance(noted, Tensor) else 2)
+
+    plain = StandIns._read
+    return broken(StandIns, "_read", read, stage=3)
+
+
+def broken(owner: Any, name: str, method: Any, stage: int = 1) -> Trained:
     plain = getattr(owner, name)
     setattr(owner, name, method)
     try:
-        return train(zero=config(1))
+        return train(zero=config(stage))
     finally:
         setattr(owner, name, plain)
 
@@ -100,7 +122,7 @@ class Half(nn.Module):
         return self.inner(x.bfloat16())  # type: ignore[no-any-return]
 
 
-def resumed() -> tuple[Tensor, Tensor, float, float]:
+def resumed(stage: int) -> tuple[Tensor, Tensor, float, float]:
     """A run of Adam and one that goes on from its checkpoint: parameters and ε of both."""
     with tempfile.TemporaryDirectory() as mine:
         folder = Ranks.of().from_first(mine)
@@ -108,7 +130,7 @@ def resumed() -> tuple[Tensor, Tensor, float, float]:
         def run(*, load: bool) -> tuple[Tensor, float]:
             model = make_model()
             adam = torch.optim.Adam(model.parameters(), 0.01)
-            whole, optimizer = initialized(model, adam, config(2))
+            whole, optimizer = initialized(model, adam, config(stage))
             engine = dptorch.PrivacyEngine(whole, **settings_of(steps=4))
             engine.attach(optimizer)
             if load:
@@ -119,7 +141,7 @@ def resumed() -> tuple[Tensor, Tensor, float, float]:
                 whole.step()
                 if engine.steps_done == 2 and not load:
                     whole.save_checkpoint(folder, client_state={"privacy": engine.state_dict()})
-            values = nn.utils.parameters_to_vector(model.parameters()).detach()
+            values = torch.cat([values_of(p).flatten() for p in model.parameters()])
             return values, engine.get_privacy_spent().epsilon
 
         first, later = run(load=False), run(load=True)
@@ -171,6 +193,17 @@ def refused() -> dict[str, str]:
         model, optimizer = start(**configuration)
         engine(model).attach(optimizer)
 
+    def twice(model: nn.Module) -> None:
+        engine(model).detach()
+        engine(model)
+
+    class DeepSpeedOptimizer:
+        fp16_groups: tuple[()] = ()
+        dtype = torch.float32
+
+    class OnDisk(DeepSpeedOptimizer):
+        swap_optimizer = True
+
     model, optimizer = start(**config(2))
     private = engine(model)
     found = {
@@ -178,6 +211,8 @@ def refused() -> dict[str, str]:
         "load": error_of(lambda: private.load_checkpoint("run.pt")),
         "inside": error_of(lambda: engine(start(**config(2))[0].module)),
         "base": error_of(lambda: private.attach(optimizer.optimizer)),
+        "again": error_of(lambda: twice(start(**config(3))[0])),
+        "nvme": error_of(lambda: held_by(OnDisk())),
         "stage 0": error_of(lambda: engine(start(**config(0))[0])),
         "accumulation": error_of(
             lambda: engine(start(**config(2), gradient_accumulation_steps=2)[0])
@@ -204,7 +239,9 @@ def program_of_the_page() -> float:
         return engine.get_privacy_spent().epsilon
 
 
-TWINS = {"means": scattered_means, "noise": noise_of_the_first_part}
+TWINS = {
+    "means": scattered_means, "noise": noise_of_the_first_part, "values": other_values,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +255,15 @@ def world() -> list[dict[str, Any]]:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
         found: dict[str, Any] = {
-            case: train(name, zero=config(stage), **settings)
+            case: train(
+                name, zero=config(stage, zero=OFFLOAD if "offload" in case else None), **settings
+            )
             for case, (name, stage, settings) in CASES.items()
         }
         found |= {name: twin() for name, twin in TWINS.items()}
-        found["half"] = train(wrap=Half, zero=config(2, **HALF), steps=1)
-        found["resumed"] = resumed()
+        for stage in (2, 3):
+            found[f"half {stage}"] = train(wrap=Half, zero=config(stage, **HALF), steps=1)
+            found[f"resumed {stage}"] = resumed(stage)
         found["scheduled"] = scheduled()
         found["refused"] = refused()
         found["page"] = program_of_the_page()
@@ -239,18 +279,27 @@ def world() -> list[dict[str, Any]]:
 # -- tests -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def mlp() -> Trained:
+    """The run of one process that most of the runs on ranks are to be."""
+    return train()
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_ranks_under_zero_take_the_step_of_one_process(
-    case: str, world: list[dict[str, Any]]
+    case: str, world: list[dict[str, Any]], mlp: Trained
 ) -> None:
     name, _, settings = CASES[case]
-    same_as_one([found[case] for found in world], train(name, **settings))
+    alone = mlp if (name, settings) == ("MLP", {}) else train(name, **settings)
+    same_as_one([found[case] for found in world], alone)
 
 
 @pytest.mark.parametrize("twin", list(TWINS))
-def test_the_comparison_sees_what_is_broken(twin: str, world: list[dict[str, Any]]) -> None:
+def test_the_comparison_sees_what_is_broken(
+    twin: str, world: list[dict[str, Any]], mlp: Trained
+) -> None:
     with pytest.raises(AssertionError):
-        same_as_one([found[twin] for found in world], train())
+        same_as_one([found[twin] for found in world], mlp)
 
 
 def test_no_rank_steps_on_what_another_steps_on(world: list[dict[str, Any]]) -> None:
@@ -259,9 +308,10 @@ def test_no_rank_steps_on_what_another_steps_on(world: list[dict[str, Any]]) -> 
     assert max(map(len, places)) < 0.55 * sum(map(len, places))
 
 
-def test_bfloat16_is_summed_and_noised_in_float32(world: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bfloat16_is_summed_and_noised_in_float32(stage: int, world: list[dict[str, Any]]) -> None:
     """Against one process with the same parameters in bfloat16; ZeRO keeps float32 copies."""
-    ranks = [found["half"] for found in world]
+    ranks = [found[f"half {stage}"] for found in world]
     alone = train(wrap=Half, steps=1)
     sums = in_place(ranks, "sums", 0)
     assert sums.dtype == torch.float32
@@ -272,8 +322,11 @@ def test_bfloat16_is_summed_and_noised_in_float32(world: list[dict[str, Any]]) -
     assert close(ranks[0].values.float(), alone.values.float(), 1e-2)
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_deepspeed(world: list[dict[str, Any]]) -> None:
-    for first, later, epsilon, told in (found["resumed"] for found in world):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_goes_on_from_a_checkpoint_of_deepspeed(
+    stage: int, world: list[dict[str, Any]]
+) -> None:
+    for first, later, epsilon, told in (found[f"resumed {stage}"] for found in world):
         assert torch.equal(first, later)
         assert epsilon == told
 
@@ -291,6 +344,8 @@ def test_what_is_not_covered_says_so(world: list[dict[str, Any]]) -> None:
         assert "client_state=" in found["load"]
         assert "what deepspeed.initialize returned first" in found["inside"]
         assert "not a trainable parameter of the model" in found["base"]
+        assert "deepspeed.initialize again" in found["again"]
+        assert '"device": "cpu"' in found["nvme"]
         assert "DistributedDataParallel" in found["stage 0"]
         assert "max_physical_batch_size" in found["accumulation"]
         assert '"stage": 2' in found["master"]

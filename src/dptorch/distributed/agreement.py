@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dptorch.distributed.zero3 import is_partitioned, whole_shape
+
 __all__ = ["digest_of_examples", "digest_of_parameters", "digest_of_values", "shapes"]
 
 _LOOKED_AT: Final = 13  # examples of the data set
@@ -26,7 +28,7 @@ def shapes(parameters: Mapping[str, Tensor]) -> str:
         'weight float32 [2, 3]'
     """
     return "; ".join(
-        f"{name} {str(p.dtype).removeprefix('torch.')} {list(p.shape)}"
+        f"{name} {str(p.dtype).removeprefix('torch.')} {list(whole_shape(p))}"
         for name, p in parameters.items()
     )
 
@@ -37,7 +39,7 @@ def digest_of_parameters(parameters: Mapping[str, Tensor]) -> str:
     total = 0
     for p in parameters.values():
         words = _WORDS.get(p.element_size())
-        if type(p.data).__name__ == "DTensor":
+        if type(p.data).__name__ == "DTensor" or is_partitioned(p):
             continue  # each rank has a shard of its own
         if words is not None and p.numel():
             total += int(p.detach().contiguous().view(words).sum(dtype=torch.int64))

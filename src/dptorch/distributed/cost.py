@@ -18,7 +18,7 @@ from dptorch.errors import one_of
 
 __all__ = ["OPTIMIZERS", "STRATEGIES", "Cost", "Sizes", "cost", "sizes_of"]
 
-STRATEGIES: Final = ("ddp", "zero1", "zero2", "fsdp2")
+STRATEGIES: Final = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 #: Numbers that an optimizer keeps for each parameter.
 OPTIMIZERS: Final = {"sgd": 0, "momentum": 1, "adam": 2}
 _FLOAT: Final = 4  # bytes: sums, noise and states are float32
@@ -32,7 +32,7 @@ class Sizes:
         trainable: parameters that are trained.
         frozen: those that are not.
         largest: of them, the largest trainable parameter.
-        block: parameters of the largest block: what FSDP2 gathers at once.
+        block: parameters of the largest block: what FSDP2 and ZeRO-3 gather at once.
         factors: of one example, inputs and output gradients of the layers that are trained; None if
             that is not known.
         widest: the same of the one layer that has the most.
@@ -170,9 +170,11 @@ def cost(
     if strategy == "ddp":  # all-reduced in its place; the noisy sum is a vector of its own
         states, sums = kept * p, 2 * p
         sent = 2 * f * p * away
-    elif strategy == "fsdp2":
+    elif strategy in ("fsdp2", "zero3"):
+        kept_in = f if strategy == "fsdp2" else b
+        states += part if kept_in < f else 0  # float32 copies
         # The block that runs, and the one that is gathered for later.
-        parameters, gathered = f * -(-every // ranks), 2 * b * sizes.block
+        parameters, gathered = kept_in * -(-every // ranks), 2 * b * sizes.block
         passes = 2 if reshard_after_forward else 1
         sent = physical_batches * (passes * b * every + f * p) * away
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class Placement(Protocol):
     Attributes:
         is_whole: whether this rank can run the model without the others.
         followed: parameter name -> what the model's forward passes use.
+        around_forward: makes what a recorded forward pass runs in.
         offsets: parameter name -> place of the first coordinate of this rank's part in the whole
             gradient; None where the part is the whole. Known once `add_up` was called.
     """
@@ -42,6 +44,9 @@ class Placement(Protocol):
 
     @property
     def followed(self) -> dict[str, Tensor]: ...
+
+    @property
+    def around_forward(self) -> Callable[[], AbstractContextManager[None]]: ...
 
     @property
     def offsets(self) -> Mapping[str, int] | None: ...
@@ -66,6 +71,7 @@ class Replicated:
 
     is_whole = True
     offsets: Mapping[str, int] | None = None
+    around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, ranks: Ranks, parameters: dict[str, Tensor]) -> None:
         self._ranks = ranks
@@ -105,8 +111,9 @@ class Sharded:
     def __init__(self, ranks: Ranks, shards: ShardedParameters | ZeroParameters) -> None:
         self._ranks = ranks
         self._shards = shards
-        self.is_whole = isinstance(shards, ZeroParameters)
+        self.is_whole = shards.is_whole
         self.followed = shards.followed
+        self.around_forward = shards.around_forward
         self.offsets: Mapping[str, int] | None = None
 
     def formed(self, names: Names, form: Form) -> dict[str, Tensor]:

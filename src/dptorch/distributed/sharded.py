@@ -9,14 +9,15 @@ detaches parameters, and so FSDP has nothing to reduce: the clipped sums are red
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from dptorch.distributed.hidden import hidden
 from dptorch.distributed.ranks import Ranks, explained
 from dptorch.errors import ConfigurationError
 
@@ -35,6 +36,8 @@ def is_sharded(p: Tensor) -> bool:
 
 def local_part(p: Tensor) -> Tensor:
     """Return the values of a parameter that this rank has, as an ordinary tensor."""
+    if (part := getattr(p, "ds_tensor", None)) is not None:  # of ZeRO-3
+        return cast(Tensor, part).detach()
     values: Any = p.detach()
     return values.to_local() if is_sharded(p) else values
 
@@ -49,10 +52,14 @@ class ShardedParameters:
 
     Attributes:
         followed: parameter name -> the unsharded parameter, or the parameter itself if it is whole.
+        is_whole, around_forward: as of `dptorch.distributed.placement.Placement`.
 
     Raises:
         ConfigurationError: for a way of spreading that is not covered.
     """
+
+    is_whole = False
+    around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor], ranks: Ranks) -> None:
         self._ranks = ranks
@@ -167,7 +174,7 @@ def _gathered_once(model: nn.Module) -> list[Any]:
     found = []
     for group in _groups(model):
         for name in _MOVES:
-            setattr(group, name, _unseen(getattr(group, name)))
+            setattr(group, name, hidden(getattr(group, name)))
         group._register_post_backward_hook = _register_after_backward(group)
         group.lazy_init()
         group.unshard()
@@ -206,15 +213,6 @@ def _groups(model: nn.Module) -> Iterator[Any]:
                         "forward pass, which is not covered. Leave offload_policy out."
                     )
                 yield group
-
-
-def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def unseen(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return method(*args, **kwargs)
-
-    return unseen
 
 
 def _register_after_backward(group: Any) -> Callable[..., Any]:

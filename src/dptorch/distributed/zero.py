@@ -2,7 +2,8 @@
 
 Under ZeRO-1 and ZeRO-2 every rank has the parameters that forward passes use, and one part of their
 float32 copies, with the optimizer's state of it. The parts cut through one long vector of all
-parameters, so that a rank's *fragment* of one parameter is a range of it, at times an empty one. ZeRO's
+parameters, so that a rank's *fragment* of one parameter is a range of it, at times an empty one. Under
+ZeRO-3 each parameter is cut by itself, and forward passes gather it: see `zero3`. ZeRO's
 own reduction runs when autograd accumulates into a parameter. It never does under an engine, since the
 recording detaches parameters, and so ZeRO has nothing to reduce. The clipped sums are reduced here,
 each fragment to the rank that steps on it. What that rank has noised is put where ZeRO puts what it has
@@ -11,12 +12,15 @@ reduced, in float32 whatever the type of the parameters.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dptorch.distributed.ranks import Ranks
+from dptorch.distributed.zero3 import StandIns, is_partitioned, part_of_rank
 from dptorch.errors import ConfigurationError, warn
 
 __all__ = [
@@ -48,11 +52,10 @@ def unwrapped_from_deepspeed(model: nn.Module) -> nn.Module:
             "the model is in DeepSpeed's PipelineEngine: no rank sees an example's whole gradient, "
             "and pipeline parallelism is not covered. Use ZeRO: deepspeed.initialize of a module."
         )
-    if engine.zero_optimization_stage() not in (1, 2):
+    if engine.zero_optimization_stage() not in (1, 2, 3):
         raise ConfigurationError(
-            f'"zero_optimization": {{"stage": {engine.zero_optimization_stage()}}}: only stages 1 and '
-            "2 are covered. Stage 0 is DistributedDataParallel: use that. In place of stage 3 use "
-            "torch.distributed.fsdp.fully_shard."
+            f'"zero_optimization": {{"stage": {engine.zero_optimization_stage()}}}: only stages 1, 2 '
+            "and 3 are covered. Stage 0 is DistributedDataParallel: use that."
         )
     if engine.gradient_accumulation_steps() != 1:
         raise ConfigurationError(
@@ -75,7 +78,8 @@ def held_by(optimizer: Any) -> list[list[Tensor]]:
     """
     if not _has_class(optimizer, "DeepSpeedOptimizer"):
         return [list(group["params"]) for group in optimizer.param_groups]
-    if not hasattr(optimizer, "partition_gradients"):
+    groups = getattr(optimizer, "fp16_groups", None)  # of stage 3
+    if groups is None and not hasattr(optimizer, "partition_gradients"):
         raise ConfigurationError(
             f"DeepSpeed's {type(optimizer).__name__} is not covered. It is what bfloat16 with float32 "
             'accumulation takes in stage 1: use "zero_optimization": {"stage": 2}.'
@@ -86,12 +90,17 @@ def held_by(optimizer: Any) -> list[list[Tensor]]:
             "exact gradients, and gradients of single examples underflow in float16. Use "
             '"bf16": {"enabled": true}.'
         )
-    if optimizer.cpu_offload:
+    if getattr(optimizer, "use_muon", False):
         raise ConfigurationError(
-            '"offload_optimizer" moves gradients in the backward, where an engine has none yet, and is '
-            "not covered. Leave it out."
+            "DeepSpeed's Muon reads gradients where ZeRO has reduced them, and there are none. Use "
+            "torch.optim.Muon, replicated, or another optimizer."
         )
-    return [list(group) for group in optimizer.bit16_groups]
+    if getattr(optimizer, "swap_optimizer", False):
+        raise ConfigurationError(
+            '"offload_optimizer": {"device": "nvme"} keeps gradients in files, and is not covered. Use '
+            '{"device": "cpu"}.'
+        )
+    return [list(group) for group in (optimizer.bit16_groups if groups is None else groups)]
 
 
 def not_stepped(optimizer: Any) -> None:
@@ -118,7 +127,7 @@ def refuse_whole_checkpoint(model: nn.Module) -> None:
 
 
 class ZeroParameters:
-    """The trainable parameters of a model that ZeRO-1 or ZeRO-2 trains.
+    """The trainable parameters of a model that ZeRO trains.
 
     Args:
         given: what ``deepspeed.initialize`` returned first.
@@ -126,7 +135,9 @@ class ZeroParameters:
         ranks: the processes that they are divided among.
 
     Attributes:
-        followed: parameter name -> the parameter, which every rank has.
+        followed: parameter name -> the parameter, which every rank has, or under ZeRO-3 its stand-in.
+        is_whole: whether this rank can run the model without the others.
+        around_forward: makes what a recorded forward pass runs in.
 
     Raises:
         ConfigurationError: `given` is something else, or the fragments of the ranks are not the whole.
@@ -146,14 +157,21 @@ class ZeroParameters:
             )
         self._zero = given.optimizer
         self._ranks = ranks
+        self.is_whole = not any(map(is_partitioned, parameters.values()))
         self.followed = parameters
-        mine = {name: _fragment(p) for name, p in parameters.items() if is_zero(p)}
+        self.around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._stand_ins: StandIns | None = None
+        if not self.is_whole:
+            self._stand_ins = StandIns(given.module, parameters, self._zero.parameter_offload)
+            self.followed = self._stand_ins.by_name
+            self.around_forward = self._stand_ins.restored_on_demand
+        mine = {name: _fragment(p, ranks.rank) for name, p in parameters.items() if is_zero(p)}
         #: parameter name -> the ranges [first, end) of each rank.
         self._ranges: dict[str, list[tuple[int, int]]] = {
             name: [theirs[name] for theirs in ranks.gather(mine)] for name in mine
         }
         for name, ranges in self._ranges.items():
-            if sum(end - first for first, end in ranges) != parameters[name].numel():
+            if sum(end - first for first, end in ranges) != self.followed[name].numel():
                 raise ConfigurationError(
                     f"ZeRO divides the parameter {name!r} as {ranges} among the engine's "
                     f"{ranks.size} ranks, which is not the whole of it. Train on all ranks that "
@@ -173,6 +191,8 @@ class ZeroParameters:
         Args:
             whole: parameter name -> this rank's sum, of the whole parameter; empty afterwards.
         """
+        if self._stand_ins is not None:
+            self._stand_ins.forget()
         names = list(whole)
         flat = {name: whole.pop(name).reshape(-1) for name in names}
         found: dict[str, Tensor] = {}
@@ -186,23 +206,40 @@ class ZeroParameters:
 
     def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
         """Put this rank's fragment of a gradient into the one that ZeRO's optimizer steps on."""
-        held: Any = p
-        if (place := held._hp_mapping) is None:
+        zero, held = self._zero, cast(Any, p)
+        if is_partitioned(p):
+            group, first, _ = zero.grad_position[zero.get_param_id(p)]
+            parts = zero.fp32_partitioned_groups_flat
+        elif held._hp_mapping is not None:
+            group = held._hp_mapping.param_group_index
+            first = held._hp_mapping.hp_fragment_address.start
+            parts = zero.single_partition_of_fp32_groups
+        else:
             return  # other ranks step on it
-        group, gradients = place.param_group_index, self._zero.averaged_gradients
-        if gradients.get(group) is None:  # since the last step
-            part = self._zero.single_partition_of_fp32_groups[group]
-            gradients[group] = [torch.zeros_like(part)]
-        first = place.hp_fragment_address.start
-        gradients[group][0][first : first + value.numel()] = value
+        if _offloads(zero):
+            whole = parts[group].grad
+            # By this the noisy gradient is scaled, where "gradient_clipping" asks for that.
+            zero.norm_for_param_grads[zero.get_param_id(p)] = value.norm().cpu()
+        else:
+            if zero.averaged_gradients.get(group) is None:  # since the last step
+                zero.averaged_gradients[group] = [torch.zeros_like(parts[group])]
+            (whole,) = zero.averaged_gradients[group]
+        whole[first : first + value.numel()] = value.flatten()
 
 
-def _fragment(p: Any) -> tuple[int, int]:
+def _fragment(p: Any, rank: int) -> tuple[int, int]:
     """[first, end): the coordinates of a parameter, in its flat form, that this rank steps on."""
+    if is_partitioned(p):
+        return part_of_rank(p, rank)
     if p._hp_mapping is None:
         return 0, 0
     where = p._hp_mapping.lp_fragment_address
     return where.start, where.start + where.numel
+
+
+def _offloads(optimizer: Any) -> bool:
+    """Whether a ZeRO optimizer keeps its gradients and states in the memory of the CPU."""
+    return bool(getattr(optimizer, "cpu_offload", getattr(optimizer, "offload_optimizer", False)))
 
 
 def _has_class(value: object, name: str) -> bool:

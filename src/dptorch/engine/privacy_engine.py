@@ -16,6 +16,7 @@ from dptorch.clipping import groups_of
 from dptorch.distributed import Ranks
 from dptorch.distributed.placement import placement_of
 from dptorch.distributed.wrappers import silence_around, unwrapped
+from dptorch.distributed.zero3 import whole_shape
 from dptorch.engine import checkpoint
 from dptorch.engine.diagnostics import StepDiagnostics
 from dptorch.engine.loading import agree_on_data, loader_of
@@ -167,6 +168,7 @@ class PrivacyEngine:
             placement.followed,
             batch_dims=batch_dims,
             on_forward=self._begin_forward,
+            around=placement.around_forward,
             checks=first_batch_checks(model, batch_dims, parameters) if self_check else (),
         )
         if self._mode is NON_PRIVATE:
@@ -495,4 +497,4 @@ class PrivacyEngine:
         return None if self._binding is None else self._binding.optimizer
 
     def _shapes(self) -> dict[str, list[int]]:
-        return {n: list(p.shape) for n, p in self._parameters.items()}
+        return {n: list(whole_shape(p)) for n, p in self._parameters.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dptorch.distributed import Ranks
 from dptorch.distributed.agreement import shapes
 from dptorch.distributed.sharded import is_sharded
+from dptorch.distributed.zero3 import is_partitioned
 from dptorch.engine.settings import EngineSettings
 from dptorch.errors import ConfigurationError, one_of, warn
 from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
@@ -120,6 +121,7 @@ def start_together(
     )
     key = ranks.share_key(seed)
     with torch.no_grad():
-        whole = [t for t in [*model.parameters(), *model.buffers()] if not is_sharded(t)]
+        every = [*model.parameters(), *model.buffers()]
+        whole = [t for t in every if not (is_sharded(t) or is_partitioned(t))]
         ranks.copy_from_first_(t.data for t in whole)
     return key

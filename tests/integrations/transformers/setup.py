@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -238,6 +239,23 @@ def trainer_of(
         privacy=PrivacyArguments(**{**defaults, **(privacy or {})}),
         **(given or {}),
     )
+
+
+def ran(trainer: Any) -> Any:
+    """The trainer, once it has trained."""
+    trainer.train()
+    return trainer
+
+
+class Kill(TrainerCallback):
+    """Ends the process's training in the middle, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def one_step_of_sgd(trainer: Any) -> dict[str, Tensor]:

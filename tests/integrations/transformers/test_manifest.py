@@ -60,7 +60,7 @@ WRONG = {
     "neftune_noise_alpha": 5.0, "optim": "lomo",
     "optim_target_modules": "all-linear", "load_best_model_at_end": True, "save_strategy": "best",
     "lr_scheduler_type": "reduce_lr_on_plateau", "hub_strategy": "all_checkpoints",
-    "parallelism_config": object(), "deepspeed": {"zero_optimization": {"stage": 2}},
+    "parallelism_config": object(),
     "dataloader_in_order": False, "train_sampling_strategy": "group_by_length", "packing": True,
     "padding_free": True, "loss_type": "dft",
 }  # fmt: skip

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +12,21 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from accelerate import Accelerator, DistributedType
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
 from dptorch.integrations.transformers.private_trainer import PRIVATE_FOLDER
-from dptorch.integrations.transformers.sharding import sharded
 from dptorch.ledger import open_ledger
-from tests.distributed.processes import on_ranks
 from tests.integrations.transformers import setup
-from tests.integrations.transformers.setup import arguments, build, collator, data, trainer_of
+from tests.integrations.transformers.setup import (
+    Kill,
+    arguments,
+    build,
+    collator,
+    data,
+    ran,
+    trainer_of,
+)
 
 pytestmark = setup.quiet
 EVEN = [8] * setup.ROWS
@@ -87,22 +90,6 @@ def test_every_split_of_a_logical_batch_gives_the_same_update(tmp_path, float64)
     assert (ends[0] - start).abs().max() > 1e-3
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-6)
-
-
-def ran(trainer):
-    trainer.train()
-    return trainer
-
-
-class Kill(TrainerCallback):
-    """Ends the process's training in the middle, as Ctrl-C does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.slow
@@ -396,125 +383,3 @@ def test_the_package_loads_transformers_late():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"
-
-
-# -- several processes -----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_model_of_one(tmp_path):
-    """In DistributedDataParallel, with AdamW, noise, a ledger and a checkpoint gone on from."""
-    dataset = data("gpt2", [3 + i % 6 for i in range(32)])
-    settings = {
-        "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-2,
-        "save_strategy": "steps", "save_steps": 2,
-    }  # fmt: skip
-
-    def make(folder, rows, **given):
-        return trainer_of(
-            build("gpt2"), "gpt2", folder, dataset=dataset, privacy={"noise_multiplier": 0.5},
-            per_device_train_batch_size=rows, given=given, **settings,
-        )  # fmt: skip
-
-    def work(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
-        ledger = open_ledger(tmp_path / "ledger.db").dataset("reviews") if rank == 0 else None
-        killed = make(tmp_path / "two", 4, callbacks=[Kill(3)], ledger=ledger)
-        with pytest.raises(KeyboardInterrupt):
-            killed.train()
-        again = make(tmp_path / "two", 4, ledger=ledger)
-        again.train(resume_from_checkpoint=True)
-        spent = again.get_privacy_spent().epsilon
-        return (
-            parameters_of(again),
-            spent,
-            type(again.model_wrapped).__name__,
-            again.engine.ranks.size,
-        )
-
-    alone = ran(make(tmp_path / "one", 8))
-    for values, epsilon, wrapper, size in on_ranks(2, work):
-        assert (wrapper, size) == ("DistributedDataParallel", 2)
-        torch.testing.assert_close(values, parameters_of(alone), rtol=0, atol=1e-5)
-        # The third step was released twice: once before the interruption.
-        assert epsilon > alone.get_privacy_spent().epsilon
-    total = open_ledger(tmp_path / "ledger.db").dataset("reviews").total()
-    assert (total.runs, total.steps) == (1, 5)
-
-
-def parameters_in_full(trainer):
-    values = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
-    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().flatten() for p in values])
-
-
-def shard_on_cpus():
-    """Make accelerate shard where there is no GPU, which it leaves out in silence."""
-    plain = Accelerator.__init__
-
-    def init(self, *args, fsdp_plugin=None, **more):
-        plain(self, *args, fsdp_plugin=fsdp_plugin, **more)
-        self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-
-    Accelerator.__init__ = init
-
-
-@pytest.mark.slow
-def test_two_processes_with_shards_train_the_model_of_one(tmp_path):
-    """FSDP2 by accelerate, with AdamW, noise, and a checkpoint gone on from; and what is refused."""
-    dataset = data("gpt2", [3 + i % 6 for i in range(32)])
-    settings = {
-        "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-2,
-        "save_strategy": "steps", "save_steps": 2,
-    }  # fmt: skip
-    config = {
-        "transformer_layer_cls_to_wrap": ["GPT2Block"],
-        # Gloo mixes up the messages of whole ones, without an engine too.
-        "state_dict_type": "SHARDED_STATE_DICT",
-    }
-
-    def make(folder, rows, **more):
-        return trainer_of(
-            build("gpt2"), "gpt2", folder, dataset=dataset, privacy={"noise_multiplier": 0.5},
-            per_device_train_batch_size=rows, **settings, **more,
-        )  # fmt: skip
-
-    def work(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
-        on = {"fsdp": True, "fsdp_config": dict(config)}
-        with pytest.raises(ConfigurationError, match="on several GPUs only"):
-            make(tmp_path / "none", 4, **on)
-        shard_on_cpus()
-        on = {"fsdp": True, "fsdp_config": dict(config)}
-        killed = make(tmp_path / "two", 4, given={"callbacks": [Kill(3)]}, **on)
-        with pytest.raises(KeyboardInterrupt):
-            killed.train()
-        again = make(tmp_path / "two", 4, fsdp=True, fsdp_config=dict(config))
-        again.train(resume_from_checkpoint=True)
-        places = {str(getattr(p, "placements", "whole")) for p in again.model.parameters()}
-        return parameters_in_full(again), again.get_privacy_spent().epsilon, places
-
-    alone = ran(make(tmp_path / "one", 8))
-    ranks = on_ranks(2, work)
-    assert not any(isinstance(found, Exception) for found in ranks), ranks
-    for values, epsilon, places in ranks:
-        assert places == {"(Shard(dim=0),)"}
-        torch.testing.assert_close(values, parameters_in_full(alone), rtol=0, atol=1e-5)
-        assert epsilon == alone.get_privacy_spent().epsilon
-
-
-@pytest.mark.parametrize(
-    ("version", "checkpointing", "chunk", "way_out"),
-    [
-        (1, False, None, "Use version 2"),
-        (2, True, None, r"activation_checkpointing=True\)"),
-        (2, False, 8, "loss_chunk=8"),
-    ],
-)
-def test_other_ways_of_sharding_are_refused(version, checkpointing, chunk, way_out):
-    plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=checkpointing)
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    trainer = SimpleNamespace(model=None, is_fsdp_enabled=True, accelerator=accelerator)
-    with pytest.raises(ConfigurationError, match=way_out):
-        sharded(trainer, loss_chunk=chunk)

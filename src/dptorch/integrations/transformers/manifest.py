@@ -81,6 +81,7 @@ KEPT: Final = frozenset({
     "chat_template_path", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "eos_token",
     "max_length", "truncation_mode", "shuffle_dataset", "pad_to_multiple_of", "eval_packing",
     "fsdp", "fsdp_config",  # accelerate's FSDP2: see `sharding`
+    "deepspeed",  # ZeRO: see `dividing`
     "completion_only_loss", "assistant_only_loss", "activation_offloading", "pad_token",
 })  # fmt: skip
 
@@ -119,7 +120,7 @@ _SCHEDULES: Final = (
 _WHOLE_MODEL: Final = (
     "is not covered: its gradients would be averaged before they are clipped one by one. Leave it out: "
     "torchrun or `accelerate launch` trains on several processes, each with the whole model, or with a "
-    "shard of it under fsdp=True. gradient_accumulation_steps makes large batches fit."
+    "part of it under fsdp=True or deepspeed=.... gradient_accumulation_steps makes large batches fit."
 )
 _SELECTS: Final = (
     "chooses by looking at the evaluation data, which no epsilon here covers. Leave it out, or say "
@@ -161,7 +162,6 @@ REFUSED: Final = {
         "uploads checkpoints, with the exact losses in trainer_state.json. Use 'every_save' or 'end'.",
     ),
     "parallelism_config": Refusal(_OFF, _WHOLE_MODEL),
-    "deepspeed": Refusal(_OFF, _WHOLE_MODEL),
     "dataloader_in_order": Refusal(
         (True,), "parts of different batches would arrive mixed. Leave it True."
     ),

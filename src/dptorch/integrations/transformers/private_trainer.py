@@ -27,6 +27,7 @@ from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, warn
 from dptorch.integrations.transformers.chunked_loss import ChunkedLoss
 from dptorch.integrations.transformers.data_checks import check_data
+from dptorch.integrations.transformers.dividing import divided, prepared
 from dptorch.integrations.transformers.label_smoothing import SmoothLabels
 from dptorch.integrations.transformers.logical_batches import LogicalBatches
 from dptorch.integrations.transformers.manifest import settle
@@ -134,7 +135,11 @@ class PrivateTrainer(Trainer):
             "seed": privacy.seed,
         }
         private_model: Any = self.model
+        if self.is_deepspeed_enabled:
+            private_model = divided(self, steps=settings["steps"], loss_chunk=loss_chunk)
         self._bind(PrivacyEngine(private_model, ledger=ledger, **settings))
+        if self.is_deepspeed_enabled:
+            self._attach(_unwrapped(self.optimizer))
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -276,6 +281,12 @@ class PrivateTrainer(Trainer):
     def _attach(self, optimizer: Any) -> None:
         self._engine.attach(optimizer)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: Any) -> Any:
+        if self.engine is not None and self.is_deepspeed_enabled:
+            return prepared(self, max_steps, train_dataloader, checkpoint)
+        base: Any = super()
+        return base._prepare_for_training(max_steps, train_dataloader, checkpoint)
+
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -301,7 +312,7 @@ class PrivateTrainer(Trainer):
         for inputs, part in parts:
             loss = one_step(model, inputs)
             total, rows = total + loss * part.examples, rows + part.examples
-            if not part.is_last:
+            if not part.is_last and not self.is_deepspeed_enabled:  # whose backward calls step()
                 _unwrapped(self.optimizer).virtual_step()
         return total / max(rows, 1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -44,6 +44,7 @@ class ModelHooks:
         batch_dims: see `dptorch.tape.recording.batch_dims.BatchDims`.
         on_forward: called before each recorded forward; returns what its tape is made with.
         checks: each is called with the arguments of each forward, until it returns True.
+        around: makes what each recorded forward runs in.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class ModelHooks:
         batch_dims: BatchDims,
         on_forward: Callable[[], tuple[TapeConfig, TapeListener]],
         checks: Sequence[Callable[[tuple[Any, ...], dict[str, Any]], bool]] = (),
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.guard = ParameterGuard(parameters, strict=True)
         self._on_forward = on_forward
+        self._around = around
         self._checks = list(checks)
         self._paused = self._public = False
         self._warned = self._warned_of_public = False
@@ -177,6 +180,8 @@ class ModelHooks:
                 self._checks = [check for check in self._checks if not check(args, kwargs)]
         stack = ExitStack()
         stack.enter_context(uncompiled())
+        if training:
+            stack.enter_context(self._around())
         stack.enter_context(recording)
         self._open = recording, stack
         self._outer_error = sys.exc_info()[1]

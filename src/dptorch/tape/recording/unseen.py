@@ -220,7 +220,8 @@ def refuse_modes(where: str) -> None:
 
 
 def _refuse_hooks(pack: Any, where: str) -> None:
-    if str(getattr(pack, "__module__", "")).partition(".")[0] == "torch" or is_trusted(()):
+    owner = str(getattr(pack, "__module__", "")).partition(".")[0]
+    if owner in ("torch", "dptorch") or is_trusted(()):
         return
     raise NotCoveredError(
         f"{where}, {user_line()}: saved_tensors_hooks change what the backward of all examples "
