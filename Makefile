@@ -10,7 +10,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# A file's tests share what is slow to make, so they go to one worker.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo reviews quick test lint format dist docs zoo bench peers clean
@@ -27,10 +28,11 @@ reviews: $(VENV)/.reviews  ## classify movie reviews with privacy, by a pretrain
 quick: $(VENV)/.test  ## ruff and the quick tests, two minutes on 2 cores; types are in make lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) --dist loadfile --hypothesis-profile quick -m "not (slow or postgres or browser or zoo)"
+	$(PYTEST) -n 2 --hypothesis-profile quick -m "not (slow or postgres or browser or zoo)"
 
+# A third of the time is spent on waiting for other processes, so there are more workers than cores.
 test: lint  ## lint, types and all tests: a quarter of an hour on 2 cores
-	$(PYTEST)
+	$(PYTEST) -n 3
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
