@@ -82,7 +82,9 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("size", [*SIZES, (2, 9, 512, 513), (1, 40, 1, 2000)], ids=str)
+@pytest.mark.parametrize(
+    "size", [*SIZES, (2, 9, 512, 513), (1, 40, 1, 2000), (2, 530, 7, 20)], ids=str
+)
 def test_the_c_kernel_gives_the_formed_norm(
     library: None, size: tuple[int, int, int, int], threads: int
 ) -> None:
@@ -148,7 +150,8 @@ def test_a_factor_without_columns_has_norm_zero() -> None:
     [
         ("avx2", "sum += 2.0 * below", "sum += below"),  # the mirror image
         ("avx2", "if (k < depth)", "if (k > depth)"),  # columns that are left over
-        ("avx2", "column < start + row + TALL", "column < start + row"),  # the diagonal
+        ("avx2", "column < first + row + TALL", "column < first + row"),  # the diagonal
+        ("avx2", "gram + i * pitch", "gram"),  # several strips at once
         ("avx2", "at * f->stride + from, depth", "at * f->stride, depth"),
         ("avx2", "memset(gram, 0", "memset(gram, 66"),
         ("avx2,avx512", "(1 << (depth - k)) - 1 : 0xffff", "0xffff : 0xffff"),

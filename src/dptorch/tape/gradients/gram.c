@@ -1,7 +1,9 @@
 /* Norms of sums of outer products from Gram matrices; see gram.py, which this file agrees with up to
    rounding. Called from every thread of a team at once; each takes strips until none is left.
 
-   A strip is ROWS rows of one example's Gram matrices, up to the diagonal, column after column. Its
+   A strip is ROWS rows of one example's Gram matrices, up to the diagonal, column after column. Of a
+   long example, MOST strips are made at once, a block of columns at a time: each row that is read from
+   the third-level cache then serves all of them. A strip's
    entries are dot products of the factors' rows, made in tiles (with AVX2 of TALL x WIDE, with AVX-512
    of ROWS x WIDE) whose sums stay in registers, over at most DEPTH columns of the factor at a time, so that what a strip reads stays in
    the first-level cache; its own rows are copied together, as rows whose distance is a power of two
@@ -24,6 +26,9 @@ int units_found(void) { return units_of_the_processor(); }
 #define DEPTH 512
 #define LANES 8
 #define PITCH (DEPTH + 16)
+#define MOST 8   /* strips at once */
+#define LONG 512 /* positions from which on */
+#define BLOCK 96 /* columns, a multiple of WIDE: BLOCK * DEPTH floats fit the second-level cache */
 
 typedef struct {
     const float *rows;        /* of one example: [T, columns] */
@@ -125,69 +130,86 @@ FASTER static void tile_512(const float *a, const float *const b[WIDE], int64_t 
         _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), totals_512(sums[j])));
 }
 
-/* Rows [start, start + ROWS) of a factor's Gram matrix, columns up to the diagonal, into `gram`
-   [columns, ROWS]. What lies past the last position repeats it. */
-FAST static void strip(const Factor *f, int64_t start, int64_t positions, int wide, float *gram) {
-    _Alignas(64) float own[ROWS * PITCH];
+/* `count` strips of a factor's Gram matrix, of the rows from `start` on, columns up to the diagonal,
+   into `gram` [count][columns, ROWS], `pitch` floats from one to the next. What lies past the last
+   position repeats it. */
+FAST static void strips(const Factor *f, int64_t start, int64_t count, int64_t positions, int wide,
+                        float *gram, int64_t pitch, float *own) {
     int64_t last = positions - 1;
-    int64_t stop = start + ROWS < positions ? start + ROWS : positions;
     int64_t parts = (f->columns + DEPTH - 1) / DEPTH;
     int64_t most = ((f->columns + parts - 1) / parts + LANES - 1) / LANES * LANES;
-    memset(gram, 0, (stop + WIDE) * ROWS * sizeof(float));
+    memset(gram, 0, count * pitch * sizeof(float));
     for (int64_t from = 0; from < f->columns; from += most) {
         int64_t depth = f->columns - from < most ? f->columns - from : most;
-        for (int64_t row = 0; row < ROWS; row++) {
+        for (int64_t row = 0; row < count * ROWS; row++) {
             int64_t at = start + row < last ? start + row : last;
             memcpy(own + row * PITCH, f->rows + at * f->stride + from, depth * sizeof(float));
         }
-        for (int64_t column = 0; column < stop; column += WIDE) {
-            const float *b[WIDE];
-            for (int j = 0; j < WIDE; j++) {
-                int64_t at = column + j < last ? column + j : last;
-                b[j] = f->rows + at * f->stride + from;
+        for (int64_t block = 0; block < start + count * ROWS; block += BLOCK)
+            for (int64_t i = 0; i < count; i++) {
+                int64_t first = start + i * ROWS;
+                int64_t stop = first + ROWS < positions ? first + ROWS : positions;
+                int64_t end = block + BLOCK < stop ? block + BLOCK : stop;
+                for (int64_t column = block; column < end; column += WIDE) {
+                    const float *b[WIDE], *a = own + i * ROWS * PITCH;
+                    float *to = gram + i * pitch + column * ROWS;
+                    for (int j = 0; j < WIDE; j++) {
+                        int64_t at = column + j < last ? column + j : last;
+                        b[j] = f->rows + at * f->stride + from;
+                    }
+                    if (wide) tile_512(a, b, depth, to);
+                    for (int64_t row = 0; !wide && row < stop - first; row += TALL)
+                        if (column < first + row + TALL) /* not all above the diagonal */
+                            tile(a + row * PITCH, b, depth, to + row);
+                }
             }
-            if (wide) tile_512(own, b, depth, gram + column * ROWS);
-            for (int64_t row = 0; !wide && row < stop - start; row += TALL)
-                if (column < start + row + TALL) /* not all above the diagonal */
-                    tile(own + row * PITCH, b, depth, gram + column * ROWS + row);
-        }
     }
 }
 
+/* The sum over one strip, whose Gram entries are x and y, and its rows' lengths. */
+FAST static double sum_of(Gram *job, int64_t example, int64_t start, const float *x, const float *y) {
+    int64_t positions = job->positions;
+    double below[ROWS] = {0}, sum = 0.0;
+    for (int64_t column = 0; column < start; column++, x += ROWS, y += ROWS)
+        for (int row = 0; row < ROWS; row++) below[row] += (double)x[row] * y[row];
+    for (int64_t row = 0; row < ROWS && start + row < positions; row++) {
+        for (int64_t column = 0; column < row; column++)
+            below[row] += (double)x[column * ROWS + row] * y[column * ROWS + row];
+        float of_left = x[row * ROWS + row], of_right = y[row * ROWS + row];
+        /* What lies below the diagonal stands for its mirror image too. */
+        sum += 2.0 * below[row] + (double)of_left * of_right;
+        job->lengths[0][example * positions + start + row] = of_left;
+        job->lengths[1][example * positions + start + row] = of_right;
+    }
+    return sum;
+}
+
 FAST void gram_norms(Gram *job) {
-    int64_t positions = job->positions, strips = (positions + ROWS - 1) / ROWS;
-    float *work = malloc(2 * (positions + ROWS + WIDE) * ROWS * sizeof(float));
+    int64_t positions = job->positions, of_each = (positions + ROWS - 1) / ROWS;
+    int64_t at_once = positions < LONG ? 1 : MOST, bands = (of_each + at_once - 1) / at_once;
+    int64_t pitch = (positions + ROWS + WIDE) * ROWS, copied = at_once * ROWS * PITCH;
+    float *work = aligned_alloc(64, ((2 * at_once * pitch + copied) * sizeof(float) + 63) / 64 * 64);
+    int wide = (job->units & AVX512) != 0;
     for (;;) {
         int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-        if (taken >= job->examples * strips) break;
-        int64_t example = taken / strips; /* one after another: each fits the second-level cache */
-        int64_t start = (strips - 1 - taken % strips) * ROWS; /* the longest first */
-        double *out = job->sums + example * strips + start / ROWS;
+        if (taken >= job->examples * bands) break;
+        int64_t example = taken / bands; /* one after another: each fits the second-level cache */
+        int64_t first = (bands - 1 - taken % bands) * at_once; /* the longest first */
+        int64_t count = of_each - first < at_once ? of_each - first : at_once;
+        double *out = job->sums + example * of_each + first;
         if (!work) {
-            *out = NAN; /* such an example would be dropped */
+            for (int64_t i = 0; i < count; i++) out[i] = NAN; /* such an example would be dropped */
             continue;
         }
         Factor left = {job->left + example * job->left_strides[0], job->left_columns,
                        job->left_strides[1]};
         Factor right = {job->right + example * job->right_strides[0], job->right_columns,
                         job->right_strides[1]};
-        float *x = work, *y = work + (positions + ROWS + WIDE) * ROWS;
-        int wide = (job->units & AVX512) != 0;
-        strip(&left, start, positions, wide, x);
-        strip(&right, start, positions, wide, y);
-        double below[ROWS] = {0}, sum = 0.0;
-        for (int64_t column = 0; column < start; column++, x += ROWS, y += ROWS)
-            for (int row = 0; row < ROWS; row++) below[row] += (double)x[row] * y[row];
-        for (int64_t row = 0; row < ROWS && start + row < positions; row++) {
-            for (int64_t column = 0; column < row; column++)
-                below[row] += (double)x[column * ROWS + row] * y[column * ROWS + row];
-            float of_left = x[row * ROWS + row], of_right = y[row * ROWS + row];
-            /* What lies below the diagonal stands for its mirror image too. */
-            sum += 2.0 * below[row] + (double)of_left * of_right;
-            job->lengths[0][example * positions + start + row] = of_left;
-            job->lengths[1][example * positions + start + row] = of_right;
-        }
-        *out = sum;
+        float *own = work, *x = own + copied, *y = x + at_once * pitch;
+        strips(&left, first * ROWS, count, positions, wide, x, pitch, own);
+        strips(&right, first * ROWS, count, positions, wide, y, pitch, own);
+        for (int64_t i = 0; i < count; i++)
+            out[i] = sum_of(job, example, (first + i) * ROWS, x + i * pitch, y + i * pitch);
     }
     free(work);
 }

@@ -101,7 +101,13 @@ def _agrees(library: GramLibrary) -> bool:
     """With float64, on sizes with every kind of remainder, and on factors that are views."""
     generator = torch.Generator("cpu").manual_seed(0)
     kind: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    for b, t, p, d in ((1, 1, 1, 1), (2, 5, 3, 1100), (3, 8, 513, 16), (2, 21, 40, 7)):
+    for b, t, p, d in (
+        (1, 1, 1, 1),
+        (2, 5, 3, 1100),
+        (3, 8, 513, 16),
+        (2, 21, 40, 7),
+        (1, 530, 3, 5),
+    ):
         wide = torch.randn(b, t, p + 3, **kind)
         left = wide[:, :, 1 : p + 1]
         right = torch.randn(t, b, d, **kind).transpose(0, 1)
