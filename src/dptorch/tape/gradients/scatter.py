@@ -5,7 +5,7 @@ Shape legend: B examples, T positions, D features, V rows of the table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from dptorch.tape.gradients.base import (
 from dptorch.tape.gradients.clipping_modes import NormMethod
 from dptorch.tape.gradients.outer import Outer
 
-__all__ = ["Scatter"]
+__all__ = ["Scatter", "looked_up"]
 
 
 class Scatter(PerExampleGradient):
@@ -101,3 +101,19 @@ class Scatter(PerExampleGradient):
     def merged(self, others: Sequence[PerExampleGradient]) -> Scatter:
         ids, values = zip(*(f.held() for f in (self, *others)), strict=True)
         return Scatter(torch.cat(ids, 1), torch.cat(values, 1), self.shape)
+
+
+def looked_up(
+    table: Tensor, ids: Tensor, padding: int | None, batch_size: int
+) -> tuple[Tensor, Callable[[Tensor], Scatter]]:
+    """The table, and what makes its gradients of those [B, *ids.shape, D] at rows that every example
+    looked up: the same ids, as they are now."""
+    same = ids.detach().reshape(1, -1).clone().expand(batch_size, -1)
+
+    def form(values: Tensor) -> Scatter:
+        values = values.reshape(*same.shape, -1)
+        if padding is not None:
+            values = values * (same != padding % table.shape[0])[..., None]
+        return Scatter(same, values, table.shape)
+
+    return table, form

@@ -77,11 +77,13 @@ class ParamOnly(NamedTuple):
 
     `source` is the smaller tensor that this one is an ``expand`` of, where it is one: an expanded
     copy meets each example separately, so its gradient can be taken before the expansion sums it.
-    `transposed` is the matrix that this one is the transpose of.
+    `transposed` is the matrix that this one is the transpose of. `looked_up` is the table that its
+    rows were taken from (positions of a transformer), the numbers of the rows, and the padding's.
     """
 
     source: Tensor | None = None
     transposed: Tensor | None = None
+    looked_up: tuple[Tensor, Tensor, int | None] | None = None
 
 
 class Order(NamedTuple):
@@ -118,12 +120,20 @@ PARAM_ONLY = ParamOnly()
 
 
 def param_only_state(
-    name: str, args: tuple[Any, ...], out: Any, parameters: Mapping[int, str]
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    out: Any,
+    parameters: Mapping[int, str],
 ) -> ParamOnly:
     """The state of what op `name` made of parameters alone; `parameters` has their ids."""
     x = args[0] if args and isinstance(args[0], Tensor) else None
     if x is None or not isinstance(out, Tensor):
         return PARAM_ONLY
+    plain = kwargs.get("max_norm") is None and not kwargs.get("scale_grad_by_freq")
+    # F.embedding, as torch hands it on; torch.embedding has the table first.
+    if name == "embedding" and plain and len(args) == 2 and id(args[1]) in parameters:
+        return ParamOnly(looked_up=(args[1], x, kwargs.get("padding_idx")))
     if name in ("expand", "expand_as", "broadcast_to"):
         return ParamOnly(source=x)
     if id(x) in parameters and x.dim() == 2 and out.dim() == 2:

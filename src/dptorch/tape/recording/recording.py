@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dptorch.errors import NotCoveredError
 from dptorch.tape.gradients import Dense
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
+from dptorch.tape.gradients.scatter import looked_up
 from dptorch.tape.gradients.tape import Tape, TapeConfig, TapeListener
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance.calls import INFO, Call, Info, each_tensor, info, words
@@ -221,12 +222,15 @@ class Recording(TorchFunctionMode):
         source = p
         if isinstance(state, ParamOnly) and state.source is not None:
             source = state.source  # expanded to the batch by the model: take it before that
+            state = self.state(source)
         n, tape = self.states.batch.size, self.tape
-        if source is not p:
-            tape.note_use(source)
+        found = state.looked_up if isinstance(state, ParamOnly) else None
+        of, form = (source, Dense) if found is None else looked_up(*found, n)
+        if of is not p:
+            tape.note_use(of)
 
         def on_gradient(g: Tensor) -> None:
-            tape.add(source, Dense(reduce_to(g, source.shape, tag, n)))
+            tape.add(of, form(reduce_to(g, source.shape, tag, n)))
 
         return lift(source, shape, self.handle_of_taps, on_gradient)
 
@@ -396,7 +400,10 @@ class Recording(TorchFunctionMode):
         out = func(*args, **kwargs)
         if parameters:
             self.tape.note_derived(parameters.keys() & self._followed.keys())
-            self._mark_param_only(name, args, out)
+            state = param_only_state(name, args, kwargs, out, self._followed)
+            for o in leaves(out if name != "__setitem__" else args[0]):
+                if o.requires_grad and id(o) not in self._followed:
+                    self.mark(o, state)
         return out
 
     def _is_parameter(self, t: Tensor, name: str) -> bool:
@@ -414,13 +421,6 @@ class Recording(TorchFunctionMode):
             self.mark(t, PARAM_ONLY)
             return True
         refuse_not_followed(self.states, name, t)
-
-    def _mark_param_only(self, name: str, args: tuple[Any, ...], out: Any) -> None:
-        """Mark what was computed from parameters alone."""
-        state = param_only_state(name, args, out, self._followed)
-        for o in leaves(out if name != "__setitem__" else args[0]):
-            if o.requires_grad and id(o) not in self._followed:
-                self.mark(o, state)
 
     def _site(self, call: Call) -> Any:
         """An op that takes both examples and a parameter."""
