@@ -30,7 +30,7 @@ from dptorch.training.recipes import get_recipe
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
 RATES = (1 / 4, 1 / 10, 1 / 25)
 LEARNING_RATES = {"mnist-features": (5.0, 10.0, 20.0, 40.0), "reviews": (1.0, 2.0, 5.0, 10.0)}
-MECHANISMS = ("gaussian", "banded", "inverse-banded")
+MECHANISMS = ("gaussian", "banded", "inverse-banded", "buffered-toeplitz")
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def accuracy(plan: PrivacyPlan, train: Examples, test: Examples, lr: float, seed
     """Of one run, in percent."""
     key = RootKey.from_seed(seed)
     x, held = (torch.cat([d.inputs, torch.ones(len(d), 1)], 1) for d in (train, test))
-    if plan.mechanism == "inverse-banded":  # its sampler takes the order as it is
+    if plan.sampling == "sequential":  # its sampler takes the order as it is
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         x, labels = x[order], train.labels[order]
     else:

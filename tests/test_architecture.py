@@ -30,6 +30,7 @@ ROOMS = (
     "accounting.arguments",
     "accounting.events",
     "accounting.toeplitz",
+    "accounting.buffered",
     "accounting.correlated",
     "accounting.pairs",
     "accounting.composition",

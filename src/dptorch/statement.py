@@ -60,12 +60,8 @@ _MECHANISMS = {
     "discrete_gaussian": "discrete Gaussian noise",
     "banded": "Gaussian noise correlated over {bands} steps",
     "inverse-banded": "Gaussian noise made of that of {bands} steps",
+    "buffered-toeplitz": "Gaussian noise correlated over all steps by buffers",
 }
-_SEPARATED: Final = (
-    "one Gaussian mechanism of the sensitivity of C over participations so far apart (Choquette-Choo "
-    "et al. 2023, arXiv:2306.08153; Kalinin and Lampert 2024, arXiv:2405.13763, Theorem 2; adaptively: "
-    "Denisov et al. 2022, arXiv:2202.08312); no amplification by sampling is claimed"
-)
 #: What every statement assumes; ``{unit}`` is the unit of privacy.
 ASSUMED = (
     "every row of a batch, its label and its weight come from one {unit} alone: no mixing in the "
@@ -171,7 +167,7 @@ class Statement:
         if plan.bands is not None:
             numbers.append(f"groups that take turns {plan.bands}")
         if plan.coefficients:
-            numbers.append("coefficients " + ", ".join(f"{c:.4g}" for c in plan.coefficients))
+            numbers.append("coefficients " + ", ".join(f"{c:.9g}" for c in plan.coefficients))
         if plan.sample_size is not None:
             numbers.append(f"number of {plan.unit}s {plan.sample_size}")
         return numbers
@@ -225,8 +221,7 @@ class Statement:
     @property
     def theorem(self) -> str:
         """Why the event covers what ran."""
-        separated = self.plan.mechanism == "inverse-banded"
-        return _SEPARATED if separated else self.plan.scheme.theorem
+        return self.plan.theorem
 
     @property
     def not_covered(self) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from dptorch import accounting
 from dptorch.accounting import (
+    BufferedGaussian,
     CorrelatedGaussian,
     CyclicGaussian,
     EpochwiseGaussian,
@@ -34,6 +35,7 @@ EVENTS = [
     PureRelease(0.1, steps=100),
     CyclicGaussian(1.0, 0.08, bands=8, steps=100),
     SeparatedGaussian(1.0, (1.0, -0.5), separation=10, steps=30),
+    BufferedGaussian(1.0, (0.5, 0.9), separation=10, steps=30),
 ]
 every_event = pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 

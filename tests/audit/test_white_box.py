@@ -201,10 +201,18 @@ BANDED = {"mechanism": "banded", "bands": 4, "sample_rate": 0.1, "target_epsilon
 INVERSE = {"mechanism": "inverse-banded", "bands": 4, "sample_rate": 0.1, "target_epsilon": 10.0}
 
 
+BUFFERED = INVERSE | {"mechanism": "buffered-toeplitz", "bands": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "adjacency", "steps"),
-    [(BANDED, "zero-out", 40), (BANDED, "replace-one", None), (INVERSE, "zero-out", 20)],
+    [
+        (BUFFERED, "zero-out", 20),
+        (BANDED, "zero-out", 40),
+        (BANDED, "replace-one", None),
+        (INVERSE, "zero-out", 20),
+    ],
 )
 def test_correlated_noise_is_not_refuted(
     settings: dict[str, Any], adjacency: str, steps: int | None

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dptorch import __version__
+from dptorch.accounting import Workload
+from dptorch.accounting.toeplitz import coefficients_of
 from dptorch.cli.app import app
 
 
@@ -177,8 +179,13 @@ def test_plan_says_what_bands_and_mechanisms_give(tmp_path: Path) -> None:
     code, out, err = run(*NOISE, "--mechanism", "all", "--plot", str(plot))
     assert code == 0, err
     assert plot.stat().st_size > 1000
-    for mechanism in ("gaussian", "banded", "inverse-banded"):
+    for mechanism in ("gaussian", "banded", "inverse-banded", "buffered-toeplitz"):
         assert mechanism in out
+    sgd = ("--coefficients", "sgd", "--momentum", "0.9", "--decay", "linear", "--bands", "4")
+    steered = json.loads(run(*NOISE, "--mechanism", "banded", *sgd, "--json")[1])["choices"]["4"]
+    workload = Workload(0.9, tuple(1 - t / 64 for t in range(64)))
+    assert steered["coefficients"] == coefficients_of(4, 64, workload).tolist()
+    assert steered["coefficients"] != found["choices"]["4"]["coefficients"]
 
 
 @pytest.mark.slow
@@ -192,6 +199,8 @@ def test_plan_says_what_bands_and_mechanisms_give(tmp_path: Path) -> None:
             (*NOISE, "--mechanism", "banded", "--plot", "x.png"),
             "--plot 'x.png' is for",
         ),
+        ((*NOISE, "--mechanism", "banded", "--momentum", "0.9"), "--momentum 0.9 and"),
+        ((*NOISE, "--mechanism", "all", "--coefficients", "sgd"), "--coefficients 'sgd' is for"),
         ((*NOISE, "--mechanism", "all", "--batch-size", "40"), "--batch-size [20, 40]"),
         ((*NOISE[:5], *NOISE[7:], "--mechanism", "all"), "--epochs (not given)"),
         (

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tests.cli.commands import QUICK, refused, run
 
+from dptorch.accounting import Workload
+from dptorch.accounting.toeplitz import coefficients_of
 from dptorch.cli import train as train_command
 from dptorch.plan import PrivacyPlan
 
@@ -49,12 +51,15 @@ def test_style_and_mechanism_are_the_plans(data: Path) -> None:
     assert (plan.mechanism, plan.clipping_style) == ("discrete_gaussian", "all-layer")
     statement = Path("runs/whole/statement.txt").read_text()
     assert "discrete" in statement
-    result = run(*own, "--mechanism", "banded", "--bands", "2", "--name", "bands")
+    sgd = ("--coefficients", "sgd", "--momentum", "0.9")
+    result = run(*own, "--mechanism", "banded", "--bands", "2", *sgd, "--name", "bands")
     assert result.exit_code == 0, result.output
     plan = PrivacyPlan.from_json(Path("runs/bands/plan.json"))
     assert (plan.mechanism, plan.sampling, plan.bands) == ("banded", "cyclic-poisson", 2)
     statement = Path("runs/bands/statement.txt").read_text()
     assert "correlated over 2 steps" in statement
+    steered = coefficients_of(2, plan.steps, Workload(momentum=0.9)).tolist()
+    assert list(plan.coefficients) == steered != coefficients_of(2, plan.steps, Workload()).tolist()
 
 
 @pytest.mark.slow

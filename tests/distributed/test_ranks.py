@@ -78,6 +78,7 @@ def test_other_settings_of_a_plan_are_the_same_on_ranks() -> None:
         {"mechanism": "discrete_gaussian", "accountant": "rdp"},
         {"mechanism": "banded", "bands": 3, "steps": 6},
         {"mechanism": "inverse-banded", "sample_rate": 0.25, "steps": 6},
+        {"mechanism": "buffered-toeplitz", "sample_rate": 0.25, "steps": 6},
     ]  # fmt: skip
 
     def work(rank: int = 0) -> list[Trained]:

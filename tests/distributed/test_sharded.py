@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "discrete": ("MLP", {"mechanism": "discrete_gaussian", "accountant": "rdp"}),
     "banded": ("MLP", {"mechanism": "banded", "bands": 3, "steps": 6}),
     "inverse-banded": ("MLP", {"mechanism": "inverse-banded", "sample_rate": 0.25, "steps": 6}),
+    "buffered": ("MLP", {"mechanism": "buffered-toeplitz", "sample_rate": 0.25, "steps": 6}),
     "two passes": ("MLP", {"clipping_mode": "ghost"}),
 }
 

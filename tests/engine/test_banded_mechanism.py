@@ -35,6 +35,16 @@ INVERSE: dict[str, Any] = {
     "noise_multiplier": 0.7,
     "max_grad_norm": 0.5,
 }
+BUFFERED: dict[str, Any] = {
+    "mechanism": "buffered-toeplitz",
+    "bands": 2,
+    "sample_rate": 0.25,
+    "noise_multiplier": 0.7,
+    "max_grad_norm": 0.5,
+}
+CORRELATED = pytest.mark.parametrize(
+    "mechanism", [BANDED, INVERSE, BUFFERED], ids=["banded", "inverse", "buffered"]
+)
 GAUSSIAN: dict[str, Any] = {"mechanism": "gaussian", "bands": None, "coefficients": None}
 
 
@@ -80,7 +90,7 @@ def test_parts_of_a_batch_are_the_batch() -> None:
     torch.testing.assert_close(run(physical=2)[0], run()[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mechanism", [BANDED, INVERSE], ids=["banded", "inverse"])
+@CORRELATED
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(
     mechanism: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -114,7 +124,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(
             begin()[0].load_state_dict(state)
 
 
-@pytest.mark.parametrize("mechanism", [BANDED, INVERSE], ids=["banded", "inverse"])
+@CORRELATED
 def test_another_loader_is_refused_and_the_way_out_works(mechanism: dict[str, Any]) -> None:
     model = make_model()
     engine = make_engine(model, **mechanism)
@@ -146,6 +156,7 @@ def test_another_data_set_would_change_the_groups() -> None:
         {"clipping_style": "layer-wise"},
         {"clipping_mode": "ghost"},
         {"coefficients": dptorch.accounting.Workload(momentum=0.9)},
+        {**BUFFERED, "coefficients": None},
     ],
     ids=str,
 )
@@ -202,6 +213,29 @@ def test_a_run_without_sampling_is_one_gaussian_mechanism(tmp_path: Path) -> Non
     assert [type(event).__name__ for event in kept.history] == ["SeparatedGaussian"]
 
 
+def test_a_buffered_run_says_its_sensitivity_and_its_theorem(tmp_path: Path) -> None:
+    """From a dense matrix, over the steps that were taken; and what a ledger has of it."""
+    patients = open_ledger(tmp_path / "ledger.db").dataset("patients")
+    settings = {**BUFFERED, "noise_multiplier": 3.0, "coefficients": None}
+    _, engine = run(**settings, seed=None, ledger=patients)
+    scales, decays = np.split(np.array(engine.plan.coefficients), 2)
+    c = np.eye(10) + sum(sum(scales * decays ** (i - 1)) * np.eye(10, k=-i) for i in range(1, 10))
+    for steps, turns in ((3, [0]), (6, [0, 4]), (10, [0, 4, 8])):
+        sensitivity = np.linalg.norm(c[:steps, turns].sum(axis=1))
+        wanted = gaussian_epsilon(1e-3, sensitivity / 3.0)
+        assert engine.plan.epsilon(steps, accountant="exact") == pytest.approx(wanted, rel=1e-6)
+    text = " ".join(str(engine.statement()).split())
+    assert "Gaussian noise correlated over all steps by buffers" in text
+    assert "arXiv:2405.13763, Theorem 2" in text
+    assert f"{decays[0]:.9g}" in text
+    (kept,) = patients.runs()
+    (event,) = kept.history
+    assert (type(event).__name__, event.steps) == ("BufferedGaussian", 10)
+    assert event.coefficients == engine.plan.coefficients
+    anywhere = engine.plan.epsilon(10, own_loader_steps=1)
+    assert anywhere > 2 * engine.plan.epsilon()
+
+
 def test_a_run_stopped_early_has_spent_less() -> None:
     _, engine = run(steps=10)
     plan = engine.plan
@@ -239,6 +273,10 @@ def test_noise_is_drawn_after_the_step_is_counted(monkeypatch: pytest.MonkeyPatc
         ({**INVERSE, "coefficients": [1.0, 0.5]}, "must be at most 0"),
         ({**INVERSE, "coefficients": "prefix-sum"}, "must be 'square-root' for mechanism='inverse"),
         ({**INVERSE, "coefficients": dptorch.accounting.Workload()}, "a Workload is for"),
+        ({**BUFFERED, "sampling": "shuffled"}, "no theorem here covers the two together"),
+        ({**BUFFERED, "coefficients": "square-root"}, "found for the prefix sum alone"),
+        ({**BUFFERED, "coefficients": [0.9, 0.9, 0.5, 0.1]}, "at most 1"),
+        ({**BUFFERED, "adjacency": "add-remove"}, "not covered under adjacency='add-remove'"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(settings: dict[str, Any], message: str) -> None:

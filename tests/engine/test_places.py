@@ -22,6 +22,7 @@ PLANS: dict[str, dict[str, Any]] = {
     **{sampling: {"sampling": sampling} for sampling in EPOCHWISE},
     "banded": BANDED,
     "inverse-banded": INVERSE,
+    "buffered-toeplitz": {**INVERSE, "mechanism": "buffered-toeplitz"},
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dptorch import accounting
-from dptorch.accounting import CyclicGaussian, SeparatedGaussian
+from dptorch.accounting import BufferedGaussian, CyclicGaussian, SeparatedGaussian
 from dptorch.accounting.toeplitz import square_root
 from dptorch.ledger.counting import Attempts
 
@@ -45,6 +45,11 @@ def test_a_run_without_sampling_counts_its_last_step_and_the_most_repeated() -> 
     assert found.events() == [SeparatedGaussian(NOISE / 2**0.5, (1.0, -0.5), 4, 9)]
     found.take_back(one, first=0, steps=0)
     assert Attempts().events() == []
+    buffered = BufferedGaussian(NOISE, (0.5, 0.9), 4, 1)
+    found = Attempts()
+    found.add(buffered, first=0, steps=7)
+    found.add(buffered, first=5, steps=4)
+    assert found.events() == [BufferedGaussian(NOISE / 2**0.5, (0.5, 0.9), 4, 9)]
 
 
 @pytest.mark.slow

@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 
 from dptorch import make_plan
-from dptorch.accounting import Workload
-from dptorch.accounting.toeplitz import inverse_error
+from dptorch.accounting import (
+    SeparatedGaussian,
+    Workload,
+    noise_multiplier_for,
+    workload_error,
+)
+from dptorch.accounting.toeplitz import inverse_error, inverse_square_root
 from dptorch.errors import ConfigurationError
-from dptorch.plan.bands import best_bands, best_inverse, compare_bands
+from dptorch.plan.bands import best_bands, best_inverse, compare_bands, compare_mechanisms
 
 PAGE = Path(__file__).parents[2] / "docs" / "noise.md"
 # Errors at δ = 1e-5 for 2048 steps in 8 epochs with 1, 2, 4, ..., 64 and 256 bands, made once by
@@ -21,6 +26,15 @@ TABLE = {
     4: (19.74, 16.33, 13.89, 12.22, 11.19, 10.70, 10.69, 11.84),
     8: (16.23, 13.17, 10.90, 9.21, 7.99, 7.18, 6.74, 6.57),
     16: (13.38, 10.69, 8.66, 7.12, 5.95, 5.09, 4.50, 3.77),
+}
+# And without sampling, by the inverse 1, -0.96 and by the square root's inverse cut to 64 bands.
+UNSAMPLED = {
+    0.5: (115.4, 86.8),
+    1: (61.2, 46.1),
+    2: (32.7, 24.6),
+    4: (17.7, 13.3),
+    8: (9.85, 7.41),
+    16: (5.65, 4.25),
 }
 
 
@@ -39,6 +53,42 @@ def test_errors_at_one_budget(epsilon):
     if row is not None:
         said = [float(cell.strip(" *")) for cell in row.split("|")]
         assert said == list(TABLE[epsilon][:7])
+
+
+@pytest.mark.parametrize("epsilon", UNSAMPLED)
+def test_errors_without_sampling(epsilon):
+    found = []
+    for u in ((1.0, -0.96), tuple(inverse_square_root(64))):
+        noise = noise_multiplier_for(
+            lambda value, u=u: SeparatedGaussian(value, u, 256, 2048),
+            target_epsilon=epsilon,
+            delta=1e-5,
+            accountant="exact",
+            adjacency="zero-out",
+        )
+        found.append(noise * workload_error(u, 2048, inverse=True))
+    assert found == pytest.approx(UNSAMPLED[epsilon], rel=5e-3)
+
+
+def test_buffers_leave_less_noise_than_an_inverse_with_bands():
+    """At one budget, with and without sampling; and the planned run has the buffers compared."""
+    run = {"sample_rate": 1 / 16, "steps": 320, "target_epsilon": 4.0, "delta": 1e-5}
+    found = compare_mechanisms(**run)
+    assert found["buffered-toeplitz"].error < found["inverse-banded"].error
+    assert "buffered-toeplitz" not in compare_mechanisms(**run, adjacency="add-remove")
+    plan = make_plan(
+        batch_size=20,
+        sample_size=320,
+        steps=320,
+        target_epsilon=4.0,
+        target_delta=1e-5,
+        accountant="exact",
+        mechanism="buffered-toeplitz",
+    )
+    assert plan.coefficients == found["buffered-toeplitz"].coefficients
+    assert plan.noise_multiplier == pytest.approx(found["buffered-toeplitz"].noise_multiplier)
+    assert plan.epsilon() <= 4.0
+    assert plan.sampling == "sequential"
 
 
 def test_the_best_number_grows_with_the_budget():

@@ -11,6 +11,7 @@ from dptorch.accounting.accountants.protocol import Accountant
 from dptorch.accounting.accountants.registry import accountant_names, get_accountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.correlated import (
+    BufferedGaussian,
     CorrelatedGaussian,
     CyclicGaussian,
     SeparatedGaussian,
@@ -41,6 +42,7 @@ __all__ = [
     "RUN_LAWS",
     "Accountant",
     "Adjacency",
+    "BufferedGaussian",
     "Choice",
     "CorrelatedGaussian",
     "CyclicGaussian",

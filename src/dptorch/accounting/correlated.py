@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from dptorch.accounting.arguments import noise_of, number, positive_int, rate_of
+from dptorch.accounting.buffered import Buffers, sensitivity_of
 from dptorch.accounting.events import Event
 from dptorch.accounting.toeplitz import column_norms, inverse, toeplitz_sensitivity
 from dptorch.errors import ConfigurationError
 
-__all__ = ["CorrelatedGaussian", "CyclicGaussian", "SeparatedGaussian", "strategy_sensitivity"]
+__all__ = [
+    "BufferedGaussian",
+    "CorrelatedGaussian",
+    "CyclicGaussian",
+    "SeparatedGaussian",
+    "strategy_sensitivity",
+]
 
 
 @dataclass(frozen=True)
@@ -130,15 +137,63 @@ class SeparatedGaussian(Event):
     def kind(self) -> str:
         return "Gaussian with correlated noise, on participations apart"
 
+    def strategy(self, steps: int) -> NDArray[np.float64]:
+        """The first column of C, [steps]."""
+        return inverse(self.coefficients, steps)
+
     @property
     def sensitivity(self) -> float:
         """That of C over the steps taken, in units of C_clip."""
         return toeplitz_sensitivity(
-            inverse(self.coefficients, self.steps),
+            self.strategy(self.steps),
             steps=self.steps,
             participations=self.steps,
             min_separation=self.separation,
         )
+
+
+@dataclass(frozen=True)
+class BufferedGaussian(Event):
+    """One run under noise C⁻¹z of a buffered C, in which a record takes part every `separation` steps.
+
+    As `SeparatedGaussian`: one Gaussian mechanism of C's sensitivity. C's coefficients do not increase,
+    so that steps 0, b, 2b, ... are the worst (Kalinin and Lampert 2024, arXiv:2405.13763, Theorem 2).
+
+    Attributes:
+        noise_multiplier: standard deviation of z over C_clip.
+        coefficients: of the buffers, as `Buffers.of` takes them.
+        separation: fewest steps from one participation of a record to its next.
+        steps: steps taken of the run.
+
+    Example:
+        >>> round(BufferedGaussian(2.0, (0.5, 0.5), separation=10, steps=30).sensitivity, 4)
+        2.0013
+    """
+
+    noise_multiplier: float
+    coefficients: tuple[float, ...]
+    separation: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
+        object.__setattr__(self, "coefficients", tuple(float(u) for u in self.coefficients))
+        for name, least in (("separation", 1), ("steps", 0)):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
+        Buffers.of(self.coefficients)  # checks them
+
+    @property
+    def kind(self) -> str:
+        return "Gaussian with noise correlated by buffers, on participations apart"
+
+    def strategy(self, steps: int) -> NDArray[np.float64]:
+        """The first column of C, [steps]."""
+        return Buffers.of(self.coefficients).strategy(steps)
+
+    @property
+    def sensitivity(self) -> float:
+        """That of C over the steps taken, in units of C_clip."""
+        return sensitivity_of(Buffers.of(self.coefficients), self.steps, self.separation)
 
 
 def strategy_sensitivity(strategy: ArrayLike, *, participations: int, min_separation: int) -> float:

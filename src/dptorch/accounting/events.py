@@ -16,6 +16,8 @@ deviation over C = max_grad_norm, the bound on one record's contribution to one 
     FixedSizeGaussian         batches of one size, drawn afresh at each step
     EpochwiseGaussian         each record once an epoch, in any order: shuffled, sequential
     CyclicGaussian            Poisson sampling from groups that take turns; noise of bands, or white
+    SeparatedGaussian         a run whose noise has a banded inverse, on participations apart
+    BufferedGaussian          a run whose noise is correlated by buffers, on participations apart
     CorrelatedGaussian        a whole run with noise correlated over steps (DP-FTRL, banded matrices)
     PureRelease               anything that is ε-DP by itself: Laplace noise, report-noisy-max
 """

@@ -47,10 +47,13 @@ _HELP: Final[Mapping[str, str]] = {
     "max_grad_norm": "Clipping norm C: bound on the norm of one example's gradient.",
     "clipping_fn": "How gradients are clipped: abadi, automatic, ...",
     "mechanism": "The noise: gaussian; banded, correlated over steps, which leaves less of it in the "
-    "model; inverse-banded, the same without sampling; or discrete_gaussian, which needs --accountant "
-    "rdp: whole numbers, added to gradients rounded to whole numbers. It is slower.",
+    "model; inverse-banded, the same without sampling; buffered-toeplitz, that for long runs; or "
+    "discrete_gaussian, which needs --accountant rdp: whole numbers, added to gradients rounded to "
+    "whole numbers. It is slower.",
     "bands": "Over how many steps noise is correlated; auto: the number that leaves the least noise. "
-    "See dptorch plan --mechanism banded.",
+    "See dptorch plan --mechanism banded. Of buffered-toeplitz: how many buffers.",
+    "coefficients": "What correlated noise is optimised for: prefix-sum (SGD at a constant rate), sgd "
+    "(this run's momentum and learning rates), or square-root, which is not optimised.",
     "accountant": "Who computes ε: pld, exact, rdp, prv, gdp.",
     "adjacency": "Which data sets must be indistinguishable: add-remove, zero-out, replace-one.",
 }
@@ -61,6 +64,7 @@ _DEFAULTS: Final[Mapping[str, str | bool]] = {
     "mechanism": True,
     "accountant": True,
     "bands": "auto with a target ε, else at most 8",
+    "coefficients": "prefix-sum for banded and buffered-toeplitz, square-root for inverse-banded",
 }
 
 

@@ -82,6 +82,23 @@ def plan(
             rich_help_panel=NOISE,
         ),
     ] = "auto",
+    coefficients: Annotated[
+        str,
+        typer.Option(
+            help="For --mechanism banded: prefix-sum, square-root, or sgd for --momentum and --decay.",
+            rich_help_panel=NOISE,
+        ),
+    ] = "prefix-sum",
+    momentum: Annotated[
+        float, typer.Option(help="For --coefficients sgd.", rich_help_panel=NOISE)
+    ] = 0.0,
+    decay: Annotated[
+        str,
+        typer.Option(
+            help="For --coefficients sgd: how the learning rate falls to 0: constant, linear, cosine.",
+            rich_help_panel=NOISE,
+        ),
+    ] = "constant",
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -126,6 +143,11 @@ def plan(
     [cyan]dptorch plan --sample-size 50000 --epsilon 4 --epochs 8 --batch-size 256 --mechanism banded[/]
 
     [cyan]dptorch plan --sample-size 50000 --epsilon 4 --epochs 8 --batch-size 256 --mechanism all[/]
+
+    The same for SGD with momentum and a learning rate that falls:
+
+    [cyan]dptorch plan --sample-size 50000 --epsilon 4 --epochs 8 --batch-size 256 --mechanism banded
+    --coefficients sgd --momentum 0.9 --decay cosine[/]
     """
     from dptorch.accounting import RunLaw, plan_budget
     from dptorch.accounting.arguments import positive_int
@@ -138,6 +160,7 @@ def plan(
         compare_noise(
             mechanism,
             bands=bands,
+            workload=(coefficients, momentum, decay),
             plot=plot,
             batch_sizes=batch_sizes or [],
             sample_size=sample_size,

@@ -15,6 +15,7 @@ from dptorch.cli.calibrate import check_plot
 from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from dptorch.accounting import Workload
     from dptorch.plan.bands import BandChoice
 
 __all__ = ["compare_noise"]
@@ -25,6 +26,7 @@ _WHEN = {
     "gaussian": "independent noise: the tightest amplification; best at small ε",
     "banded": "cyclic Poisson batches: best from moderate ε on; a buffer of the model for a band",
     "inverse-banded": "batches in the order of the data, for what cannot be drawn from; no buffers",
+    "buffered-toeplitz": "the same for long runs, by a few buffers of the model",
 }
 
 
@@ -32,6 +34,7 @@ def compare_noise(
     mechanism: str,
     *,
     bands: str,
+    workload: tuple[str, float, str],
     plot: Path | None,
     batch_sizes: Sequence[int],
     sample_size: int,
@@ -43,6 +46,9 @@ def compare_noise(
 
     Raises:
         ConfigurationError: there is not one batch size and one length, or an option of the other.
+
+    Args:
+        workload: what coefficients are for: their name, the momentum and the decay of "sgd".
     """
     from dptorch.plan.bands import best_bands, compare_bands, compare_mechanisms
 
@@ -52,13 +58,14 @@ def compare_noise(
         if mechanism != "all":
             raise ConfigurationError(f"plot={str(plot)!r} is for mechanism='all'. Leave it out.")
         check_plot(plot)
+    coefficients = _coefficients(mechanism, workload, steps)
     if mechanism == "all":
         found = compare_mechanisms(**run)
         best = min(found, key=lambda name: found[name].error)
         rows = [(name, choice, _WHEN[name]) for name, choice in found.items()]
     else:
         only = None if bands == "auto" else [1, _number(bands)]
-        choices = compare_bands(**run, bands=only)
+        choices = compare_bands(**run, bands=only, coefficients=coefficients)
         best = str(best_bands(choices).bands)
         rows = [(str(choice.bands), choice, "") for choice in choices]
     if as_json:
@@ -96,6 +103,26 @@ def _run(
             f"batch_size={batch_sizes[0]!r} must be between 1 and sample_size={sample_size!r}."
         )
     return rate, steps if epochs is None else math.ceil(round(epochs / rate, 6))
+
+
+def _coefficients(mechanism: str, workload: tuple[str, float, str], steps: int) -> str | Workload:
+    from dptorch.accounting import Workload
+    from dptorch.training.schedules import schedule_of
+
+    coefficients, momentum, decay = workload
+    if coefficients == "sgd" and mechanism == "banded":
+        return Workload(momentum, schedule_of(decay, steps))
+    if (momentum, decay) != (0.0, "constant"):
+        raise ConfigurationError(
+            f"momentum={momentum!r} and decay={decay!r} are for mechanism='banded' with "
+            "coefficients='sgd'. Add them, or leave these out."
+        )
+    if mechanism == "all" and coefficients != "prefix-sum":
+        raise ConfigurationError(
+            f"coefficients={coefficients!r} is for mechanism='banded': mechanisms are compared by the "
+            "noise of prefix sums. Leave it out."
+        )
+    return coefficients
 
 
 def _number(bands: str) -> int:

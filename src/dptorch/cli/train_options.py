@@ -223,6 +223,7 @@ class PrivacyOptions:
     clipping_style: ClippingStyle = "all-layer"
     mechanism: Annotated[str, plan_option("mechanism", PRIVACY)] = "gaussian"
     bands: Annotated[str | None, plan_option("bands", PRIVACY)] = None
+    coefficients: Annotated[str | None, plan_option("coefficients", PRIVACY)] = None
     accountant: Annotated[str, plan_option("accountant", PRIVACY)] = "pld"
     sampling: Annotated[str, plan_option("sampling", PRIVACY)] = "poisson"
 

@@ -71,8 +71,8 @@ class Places:
                     f"the data set of step {step} is another one, or in another order, than "
                     f"{self._kept} was begun with. A record's place decides when it takes part, and "
                     "so it could take part again too soon. Go on with the same data set, in the same "
-                    "order, and change it between epochs only (under mechanism='banded' and "
-                    "'inverse-banded' not at all); or use sampling='poisson', which needs no order."
+                    "order, and change it between epochs only (under noise that is correlated "
+                    "over steps not at all); or use sampling='poisson', which needs no order."
                 )
             self._order = order
 

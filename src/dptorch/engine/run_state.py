@@ -19,7 +19,7 @@ from dptorch.statement import Statement, make_statement
 
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger, RunLedger
-    from dptorch.noise import BandedNoise, InverseBandedNoise
+    from dptorch.noise.released import CorrelatedNoise
 
 __all__ = ["RunState"]
 
@@ -47,7 +47,7 @@ class RunState:
         self.steps_done = 0
         self.sampling_run: Counter[str] = Counter()
         self.loaders = 0
-        self.noise: BandedNoise | InverseBandedNoise | None = None
+        self.noise: CorrelatedNoise | None = None
         self._places = Places(plan, ranks)
         self._resumed = 0
         self._ledger: DatasetLedger | None = None

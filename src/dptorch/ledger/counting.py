@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dptorch.accounting.correlated import CyclicGaussian, SeparatedGaussian
+from dptorch.accounting.correlated import BufferedGaussian, CyclicGaussian, SeparatedGaussian
 from dptorch.accounting.events import (
     EpochwiseGaussian,
     Event,
@@ -151,7 +151,7 @@ def _history(event: Event, times: Counter[int]) -> list[Event]:
         return [replace(event, steps=total)] if total else []
     if isinstance(event, CyclicGaussian):
         return _turns(event, times)
-    if isinstance(event, SeparatedGaussian):
+    if isinstance(event, SeparatedGaussian | BufferedGaussian):
         # Each branch of a run is Cx + z with the z of its own steps: no row was released more often.
         most, last = (
             max(times.values(), default=0),

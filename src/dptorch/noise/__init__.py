@@ -9,11 +9,13 @@ from dptorch.noise.gaussian import GaussianNoise
 
 if TYPE_CHECKING:
     from dptorch.noise.banded import BandedNoise
+    from dptorch.noise.buffered import BufferedNoise
     from dptorch.noise.inverse_banded import InverseBandedNoise
 
 __all__ = [
     "MECHANISMS",
     "BandedNoise",
+    "BufferedNoise",
     "DiscreteGaussianNoise",
     "GaussianNoise",
     "InverseBandedNoise",
@@ -26,6 +28,7 @@ MECHANISMS: Final[dict[str, str]] = {
     "discrete_gaussian": "discrete.DiscreteGaussianNoise",
     "banded": "banded.BandedNoise",
     "inverse-banded": "inverse_banded.InverseBandedNoise",
+    "buffered-toeplitz": "buffered.BufferedNoise",
 }
 
 

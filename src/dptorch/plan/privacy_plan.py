@@ -16,6 +16,7 @@ from typing import Any, Final
 from dptorch import accounting
 from dptorch.accounting import (
     Adjacency,
+    BufferedGaussian,
     CorrelatedGaussian,
     CyclicGaussian,
     EpochwiseGaussian,
@@ -25,6 +26,7 @@ from dptorch.accounting import (
     SeparatedGaussian,
 )
 from dptorch.accounting.arguments import positive, positive_int
+from dptorch.accounting.buffered import Buffers
 from dptorch.accounting.toeplitz import (
     column_norms,
     inverse_coefficients_of,
@@ -47,8 +49,13 @@ LOSS_REDUCTIONS = ("mean", "sum")
 #: What a guarantee may protect: see docs/sampling.md, "Units".
 UNITS = ("example", "user", "packed sequence")
 #: Mechanisms whose noise is correlated over steps; their plans have coefficients.
-CORRELATED: Final = ("banded", "inverse-banded")
+CORRELATED: Final = ("banded", "inverse-banded", "buffered-toeplitz")
 _FORMAT = 1
+_SEPARATED: Final = (
+    "one Gaussian mechanism of the sensitivity of C over participations so far apart (Choquette-Choo "
+    "et al. 2023, arXiv:2306.08153; Kalinin and Lampert 2024, arXiv:2405.13763, Theorem 2; adaptively: "
+    "Denisov et al. 2022, arXiv:2202.08312); no amplification by sampling is claimed"
+)
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,15 @@ class PrivacyPlan:
         sample_size: number of records, where it was given and is treated as public.
         mechanism: "gaussian"; "banded": noise that later steps take back in part, on batches of which
             no record is in two of `bands` in a row; "inverse-banded": the same for records that come
-            once an epoch, always in the same step, without amplification; or "discrete_gaussian":
+            once an epoch, always in the same step, without amplification; "buffered-toeplitz": the same
+            over all steps of a long run, by a few buffers; or "discrete_gaussian":
             contributions rounded to integers, with integer noise, which forms every example's gradient
             and is accounted by "rdp". See docs/noise.md.
         bands: groups that take turns in cyclic Poisson sampling, and so the most steps over which
             noise may be correlated.
         coefficients: of banded noise: the first column of its matrix C, at most `bands` numbers.
             noise_multiplier is that for columns of norm 1. Of inverse-banded noise that of C⁻¹, and
-            noise_multiplier that of z.
+            of buffered noise ω and then θ of each buffer; noise_multiplier is then that of z.
         clipping_fn, accountant, adjacency, loss_reduction, sampling, capacity, max_examples_per_user,
         adaptive_clipping: as in `PlanSettings`.
     """
@@ -160,6 +168,8 @@ class PrivacyPlan:
                 self.coefficients,
                 separation=self.terms.steps_per_epoch,
             )
+        if self.mechanism == "buffered-toeplitz":
+            Buffers.of(self.coefficients)  # checks them
         if self.mechanism == "banded":
             column_norms(self.coefficients, self.steps)  # checks them
             if len(self.coefficients) > (self.bands or 0):
@@ -211,6 +221,12 @@ class PrivacyPlan:
         return "the run" if self.coefficients else self.scheme.places_kept
 
     @property
+    def theorem(self) -> str:
+        """Why the event covers what runs."""
+        one_release = self.coefficients and self.bands is None
+        return _SEPARATED if one_release else self.scheme.theorem
+
+    @property
     def terms(self) -> Terms:
         """What the scheme has to know."""
         return Terms(
@@ -247,8 +263,9 @@ class PrivacyPlan:
         """
         if not own_loader_steps:
             return [self.event(steps)]
-        if self.mechanism == "inverse-banded":
-            return [SeparatedGaussian(self.noise_multiplier, self.coefficients, 1, steps)]
+        if self.mechanism in ("inverse-banded", "buffered-toeplitz"):
+            anywhere: Any = self.event(steps)
+            return [replace(anywhere, separation=1)]
         if self.coefficients:
             worst = unbounded_sensitivity(self.coefficients, min(steps, self.steps))
             return [CorrelatedGaussian(self.noise_multiplier, worst, 1)]
@@ -377,6 +394,12 @@ def _separated(event: Event, coefficients: tuple[float, ...], apart: int | None)
     return SeparatedGaussian(event.noise_multiplier, coefficients or (1.0,), apart, event.steps)
 
 
+def _buffered(event: Event, coefficients: tuple[float, ...], apart: int | None) -> Event | None:
+    if not isinstance(event, EpochwiseGaussian) or apart is None:
+        return None
+    return BufferedGaussian(event.noise_multiplier, coefficients, apart, event.steps)
+
+
 #: For each mechanism, from the event of Gaussian noise, coefficients and how many steps lie between a
 #: record's participations to its own event; None where no theorem covers it.
 _EVENTS: Final[dict[str, Callable[[Event, tuple[float, ...], int | None], Event | None]]] = {
@@ -384,4 +407,5 @@ _EVENTS: Final[dict[str, Callable[[Event, tuple[float, ...], int | None], Event 
     "discrete_gaussian": _discrete,
     "banded": lambda event, *_: event if isinstance(event, CyclicGaussian) else None,
     "inverse-banded": _separated,
+    "buffered-toeplitz": _buffered,
 }

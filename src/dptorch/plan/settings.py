@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypedDict
 
@@ -55,14 +55,18 @@ class PlanSettings(TypedDict, total=False):
         capacity: largest number of records in a batch of truncated Poisson sampling; by default
             B + 8 sqrt(B) for an expected B, or more where that would be exceeded too often.
         max_examples_per_user: largest number of one user's examples in a step, for unit="user".
-        mechanism: "gaussian" (the default), "banded", "inverse-banded" or "discrete_gaussian", see
-            `PrivacyPlan`. "banded" makes Poisson sampling cyclic, "inverse-banded" sequential.
+        mechanism: "gaussian" (the default), "banded", "inverse-banded", "buffered-toeplitz" or
+            "discrete_gaussian", see `PrivacyPlan`. "banded" makes Poisson sampling cyclic, the two
+            after it sequential.
         bands: over how many steps noise is correlated: a number, or "auto" (the default, for "banded"
             with target_epsilon): the number that leaves the least noise in the parameters.
-            `dptorch plan --mechanism banded` shows what others give.
+            `dptorch plan --mechanism banded` shows what others give. For "buffered-toeplitz" the number
+            of buffers.
         coefficients: for mechanism="banded": "prefix-sum" (the default: optimised for SGD),
             "square-root", a `dptorch.accounting.Workload` (optimised for momentum and a schedule of
-            learning rates), or the numbers themselves; for "inverse-banded": "square-root" or numbers.
+            learning rates), or the numbers themselves; for "inverse-banded": "square-root" or numbers;
+            for "buffered-toeplitz": "prefix-sum" (the default) or numbers. A function of the number of
+            steps returns one of these.
     """
 
     batch_size: float | None
@@ -86,7 +90,7 @@ class PlanSettings(TypedDict, total=False):
     max_examples_per_user: int | None
     mechanism: str
     bands: int | str | None
-    coefficients: Coefficients | None
+    coefficients: Coefficients | Callable[[int], Coefficients] | None
 
 
 # The settings that are fields of the plan as they are, with the defaults that `PrivacyPlan` states.
@@ -102,7 +106,13 @@ _FIELDS: Final = (
 )
 
 # What Poisson sampling becomes under noise that is correlated over steps.
-_SAMPLING: Final = {"banded": "cyclic-poisson", "inverse-banded": "sequential"}
+_SAMPLING: Final = {
+    "banded": "cyclic-poisson",
+    "inverse-banded": "sequential",
+    "buffered-toeplitz": "sequential",
+}
+#: Mechanisms whose number of bands or buffers is found without a budget.
+_FOUND_ALONE: Final = ("inverse-banded", "buffered-toeplitz")
 
 
 def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
@@ -139,7 +149,7 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
             batch_size,
             sample_size,
             settings.get("capacity"),
-            bands if isinstance(bands, int) and mechanism != "inverse-banded" else None,
+            bands if isinstance(bands, int) and mechanism not in _FOUND_ALONE else None,
         )
     )
     rate = terms.sample_rate
@@ -162,19 +172,22 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
             f"target_epsilon={target_epsilon!r} and noise_multiplier={noise_multiplier!r}: give "
             "exactly one; the other follows."
         )
-    asked = settings.get("coefficients")
+    given = settings.get("coefficients")
+    asked = given(steps) if callable(given) else given
     wanted: Coefficients = "prefix-sum" if asked is None else asked
     if mechanism not in CORRELATED and asked is not None:
         raise ConfigurationError(
-            f"coefficients= is for noise that is correlated over steps, by mechanism='banded' or "
-            f"'inverse-banded', and mechanism={mechanism!r}. Leave it out."
+            "coefficients= is for noise that is correlated over steps, by mechanism="
+            f"{' or '.join(map(repr, CORRELATED))}, and mechanism={mechanism!r}. Leave it out."
         )
     coefficients: tuple[float, ...] = ()
     event_of(scheme, mechanism, terms, 1.0, 0)  # refuses what no theorem covers together
     if mechanism in CORRELATED:
-        from dptorch.plan.bands import best_bands, best_inverse, compare_bands
+        from dptorch.plan.bands import best_bands, best_buffered, best_inverse, compare_bands
     if mechanism == "inverse-banded":
         coefficients = best_inverse(steps, terms.steps_per_epoch, bands, asked)
+    if mechanism == "buffered-toeplitz":
+        coefficients = best_buffered(steps, terms.steps_per_epoch, bands, asked)
     if mechanism == "banded" and bands == "auto":
         assert target_epsilon is not None
         found = compare_bands(
@@ -239,7 +252,7 @@ def _bands(
     Raises:
         ConfigurationError: it is neither, or there is no budget to find it by.
     """
-    found_alone = mechanism == "inverse-banded"
+    found_alone = mechanism in _FOUND_ALONE
     if wanted is None:
         planned = mechanism == "banded" and target_epsilon is not None
         return "auto" if found_alone or planned else None

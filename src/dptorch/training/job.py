@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from dptorch.accounting import Workload
 from dptorch.distributed import Ranks
 from dptorch.engine.checkpoint import Stateful
 from dptorch.engine.privacy_engine import PrivacyEngine
@@ -25,6 +27,7 @@ from dptorch.training.data import ReadOptions, TrainTest
 from dptorch.training.hyperparameters import Hyperparameters, for_own_data
 from dptorch.training.models import build_model
 from dptorch.training.readers import load_data
+from dptorch.training.schedules import schedule_of
 from dptorch.training.table_tasks import task_of
 from dptorch.training.task import Classification, Task
 
@@ -54,6 +57,7 @@ PLAN_SETTINGS = (
     "clipping_fn",
     "mechanism",
     "bands",
+    "coefficients",
     "accountant",
     "sampling",
 )
@@ -72,6 +76,8 @@ class RunSettings:
         target_epsilon, noise_multiplier: the budget or the noise, either way.
         target_delta, max_grad_norm, clipping_fn, mechanism, bands, accountant, sampling: see
             `dptorch.plan.PlanSettings`.
+        coefficients: of correlated noise: a name there, or "sgd" for the momentum and the schedule of
+            learning rates that the job has.
         clipping_style: a style's name, or names and patterns of modules, comma separated, each of
             which is clipped on its own.
         clipping_mode: see `dptorch.PrivacyEngine`; no effect on the result, but no "non-private".
@@ -94,6 +100,7 @@ class RunSettings:
     clipping_style: str = "all-layer"
     mechanism: str = "gaussian"
     bands: str | None = None
+    coefficients: str | None = None
     accountant: str = "pld"
     sampling: str = "poisson"
     learning_rate: float | None = None
@@ -385,7 +392,22 @@ def plan_of(job: RunSettings, **more: Unpack[PlanSettings]) -> PrivacyPlan:
     if any(mark in job.clipping_style for mark in ",.*"):  # modules, each a block of its own
         style = [part.strip() for part in job.clipping_style.split(",") if part.strip()]
     settings: Any = {name: getattr(job, name) for name in PLAN_SETTINGS} | more
+    if job.coefficients == "sgd":
+        settings["coefficients"] = partial(_workload, job)
     return make_plan(loss_reduction="mean", clipping_style=style, **settings)
+
+
+def _workload(job: RunSettings, steps: int) -> Workload:
+    """What the optimizer of a job makes of the gradients of `steps` steps."""
+    kind = getattr(job, "optimizer", None) or "sgd"
+    if kind != "sgd" or not hasattr(job, "momentum"):
+        raise ConfigurationError(
+            "coefficients='sgd' is for noise that fits SGD's momentum and learning rates, and this run "
+            "is not trained by SGD. Use 'prefix-sum' or 'square-root'."
+        )
+    momentum: float = getattr(job, "momentum", None) or 0.0
+    decay, warmup = getattr(job, "decay", None), getattr(job, "warmup", None)
+    return Workload(momentum, schedule_of(decay or "constant", steps, warmup or 0.0))
 
 
 def refuse_pairs(job: RunSettings, *pairs: tuple[str, str, str]) -> None:

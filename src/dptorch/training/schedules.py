@@ -10,7 +10,7 @@ import torch
 
 from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["DECAYS", "Schedule", "scale_rates"]
+__all__ = ["DECAYS", "Schedule", "scale_rates", "schedule_of"]
 
 DECAYS: Final = ("constant", "linear", "cosine")
 
@@ -55,6 +55,17 @@ class Schedule:
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set every learning rate to the share of what its group began with."""
         scale_rates(optimizer, self(step))
+
+
+def schedule_of(decay: str, steps: int, warmup: float = 0.0) -> tuple[float, ...]:
+    """The share of each step, as `dptorch.accounting.Workload` takes them: none for a constant rate.
+
+    Example:
+        >>> schedule_of("linear", 4), schedule_of("constant", 4)
+        ((1.0, 0.75, 0.5, 0.25), ())
+    """
+    share = Schedule(decay, steps, warmup)
+    return () if decay == "constant" and not warmup else tuple(map(share, range(steps)))
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, share: float) -> None:

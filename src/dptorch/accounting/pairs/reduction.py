@@ -8,7 +8,7 @@ One case per event class; a history's cost is the largest over its directions, e
 | TruncatedPoissonGaussian | `truncated`, or as SampledGaussian and a chance of overflow | likewise |
 | SampledDiscreteGaussian | Rényi divergences only | the same, without sampling only |
 | EpochwiseGaussian | a Gaussian | a Gaussian, sensitivity doubled |
-| CorrelatedGaussian, SeparatedGaussian | the same | the same |
+| CorrelatedGaussian, SeparatedGaussian, BufferedGaussian | the same | the same |
 | RandomAllocationGaussian | `allocation` | refused |
 | FixedSizeGaussian | zero-out: as replace-one; add/remove refused | `fixed_size` |
 | PureRelease | `pure` | `pure`, ε doubled |
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.correlated import (
+    BufferedGaussian,
     CorrelatedGaussian,
     CyclicGaussian,
     SeparatedGaussian,
@@ -61,6 +62,7 @@ _PAIRS: dict[type[Event], type] = {
     CyclicGaussian: SampledPair,
     CorrelatedGaussian: SampledPair,
     SeparatedGaussian: SampledPair,
+    BufferedGaussian: SampledPair,
     FixedSizeGaussian: FixedSizePair,
     RandomAllocationGaussian: AllocationPair,
     PureRelease: PurePair,
@@ -178,7 +180,7 @@ def pair_of(event: Event, direction: Direction, adjacency: Adjacency) -> Pair:
         case CorrelatedGaussian():
             noise = event.noise_multiplier / event.sensitivity
             return SampledPair(direction, noise, 1.0, event.steps)
-        case SeparatedGaussian():
+        case SeparatedGaussian() | BufferedGaussian():
             noise = event.noise_multiplier / event.sensitivity
             return SampledPair(direction, noise, 1.0, 1)
         case RandomAllocationGaussian() if direction != "replace":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,16 +203,16 @@ def _whitened(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[Array, Ar
 
 
 def _whitened_inverse(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[Array, Array]:
-    """The same where C⁻¹ is banded: row t of Cx + z, in the first step of each canary's.
+    """The same where nothing is sampled: row t of Cx + z, in the first step of each canary's.
 
     There it is N(b, σ²): what the canary did in earlier steps is nothing.
     """
-    steps, u = len(scores), np.asarray(plan.coefficients) / plan.coefficients[0]
+    steps = len(scores)
+    run: Any = plan.event(steps)
     signs = np.where(np.arange(steps) % 2, -1.0, 1.0)[:, None]
-    rows = signs * scores
-    for t in range(steps):
-        for j in range(1, min(t + 1, len(u))):
-            rows[t] -= u[j] * rows[t - j]
+    rows = np.zeros_like(scores)
+    for i, value in enumerate(run.strategy(steps)):
+        rows[i:] += value * (signs * scores)[: steps - i]
     first = np.where(drawn.any(axis=0), drawn.argmax(axis=0), np.arange(drawn.shape[1]) % steps)
     return signs * rows, np.arange(steps)[:, None] == first
 
