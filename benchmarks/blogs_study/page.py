@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.blogs_study.measure import Result, Study, Timing
 from benchmarks.blogs_study.methods import METHODS
+from benchmarks.blogs_study.scale import with_section
 from dptorch.training.run_charts import INK, dress
 
 __all__ = ["write_page"]
@@ -90,7 +91,7 @@ def write_page(study: Study, folder: Path) -> Path:
     for name, figure in plots.items():
         _save(figure, assets / name)
     page = folder / "blogs.md"
-    page.write_text(_markdown(study))
+    page.write_text(with_section(_markdown(study), folder))
     return page
 
 

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.sections import put
 from dptorch.blogs.shuffle import BlockShuffle
 from dptorch.randomness import RootKey
 
-__all__ = ["MODELS", "Row", "Shapes", "measure", "section", "update"]
+__all__ = ["MODELS", "Row", "Shapes", "measure", "section", "with_section"]
 
 #: How many tensors of which sizes a model has.
 Shapes = dict[int, int]
 
 TITLE = "## With more parameters"
-_BEFORE = "## Make this page"
 
 
 def _transformer(d: int, inner: int, layers: int, kv: int, vocabulary: int) -> Shapes:
@@ -115,15 +115,13 @@ def section(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def update(page: str, part: str) -> str:
-    """The page with this part in place of the one that it has."""
-    before, _, rest = page.partition(TITLE)
-    if rest:
-        rest = rest[rest.index(_BEFORE) :]
-    else:
-        before, _, after = page.partition(_BEFORE)
-        rest = _BEFORE + after
-    return before + part + rest
+def with_section(page: str, folder: Path) -> str:
+    """The page with the section of what was measured last, if anything was."""
+    file = folder / "blogs" / "scale.json"
+    if not file.exists():
+        return page
+    rows = [Row(**r) for r in json.loads(file.read_text())]
+    return put(page, section(rows), "## Make this page")
 
 
 def main() -> None:
@@ -143,7 +141,7 @@ def main() -> None:
     (folder / "blogs" / "scale.json").write_text(text + "\n")
     page = folder / "blogs.md"
     if page.exists():
-        page.write_text(update(page.read_text(), section(rows)))
+        page.write_text(with_section(page.read_text(), folder))
 
 
 if __name__ == "__main__":
