@@ -1,6 +1,7 @@
 """LoRA fine-tuning of a language model on texts, with differential privacy, by TRL.
 
 Run: python examples/sft_lora.py --model gpt2 --data texts.jsonl    (pip install 'dptorch[trl]')
+On two processes: accelerate launch --config_file examples/accelerate/zero3.yaml examples/sft_lora.py
 
 The file has one JSON object a line, with a "text". Without --model and --data a tiny model with random
 weights is trained on made-up texts, which shows that everything is installed.
@@ -9,8 +10,10 @@ weights is trained on made-up texts, which shows that everything is installed.
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -72,6 +75,8 @@ def main(arguments: list[str] | None = None) -> DPSFTTrainer:
             save_strategy="no",
             report_to=[],
             bf16=False,
+            # accelerate takes its own choice on GPUs, and under DeepSpeed makes none without.
+            ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
         ),
         train_dataset=texts,
         processing_class=tokenizer,
@@ -81,7 +86,8 @@ def main(arguments: list[str] | None = None) -> DPSFTTrainer:
     print(f"noise multiplier {trainer.plan.noise_multiplier:.3f}, {trainer.plan.steps} steps")
     trainer.train()
     trainer.save_model()
-    print(trainer.privacy_statement())
+    if trainer.is_world_process_zero():
+        print(trainer.privacy_statement())
     return trainer
 
 

@@ -1,6 +1,7 @@
 """`dptorch.compat.fastdp`: the arguments of fastDP, each against a loop over single examples."""
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from dptorch import accounting
@@ -18,6 +20,7 @@ from dptorch.compat import fastdp
 from dptorch.compat.fastdp import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyError, PrivacyWarning
 from tests.distributed.processes import on_ranks
+from tests.distributed.scenarios import values_of
 
 SIZE, BATCH = 64, 16
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -300,12 +303,50 @@ def test_what_cannot_be_honoured_is_an_error(changes: dict[str, Any], message: s
         engine_on(network(), **changes)
 
 
-def test_engines_for_shards_say_why_they_are_not_here() -> None:
-    with pytest.raises(ConfigurationError, match=r"deepspeed\.initialize or fully_shard"):
-        _ = fastdp.PrivacyEngine_Distributed_extending
+def trained_on(
+    model: nn.Module, make: Callable[..., PrivacyEngine] = PrivacyEngine, **settings: Any
+) -> tuple[list[Tensor], float, int]:
+    """Parameters, ε and processes after a run with noise."""
+    engine = make(
+        model,
+        batch_size=BATCH,
+        sample_size=SIZE,
+        num_steps=2,
+        noise_multiplier=0.5,
+        seed=0,
+        **settings,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine.attach(optimizer)
+    for x, y in itertools.islice(engine.loader(TensorDataset(*batch(SIZE))), 2):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    values = [values_of(p) for p in model.parameters()]
+    return values, engine.get_privacy_spent()["eps_rdp"], engine.engine.ranks.size
 
 
 @pytest.mark.slow
-def test_num_gpus_may_be_the_number_of_processes() -> None:
-    ranks = on_ranks(2, lambda rank: engine_on(network(), num_GPUs=2).engine.ranks.size)
-    assert ranks == [2, 2]
+def test_engines_for_shards_train_the_model_of_one_process() -> None:
+    """`num_GPUs` and fastDP's engines for several processes: in shards, and whole on each."""
+    shards = fastdp.PrivacyEngine_Distributed_Stage_2_and_3
+    extending = fastdp.PrivacyEngine_Distributed_extending
+
+    def work(rank: int) -> list[Any]:
+        return [
+            trained_on(network(), num_GPUs=2),
+            trained_on(fully_shard(network()), shards, num_GPUs=2, torch_seed_is_fixed=True),
+            trained_on(network(), extending, num_GPUs=2, grad_accum_steps=2),
+        ]
+
+    by_rank = on_ranks(2, work)
+    for i, style in enumerate(("all-layer", "layer-wise", "param-wise")):
+        values, epsilon, _ = trained_on(network(), clipping_style=style)
+        for theirs, told, size in (found[i] for found in by_rank):
+            torch.testing.assert_close(theirs, values, rtol=1e-9, atol=1e-9)
+            assert (told, size) == (epsilon, 2)
+
+
+def test_several_examples_are_not_clipped_as_one() -> None:
+    with pytest.raises(ConfigurationError, match="each example is clipped by itself"):
+        fastdp.PrivacyEngine_Distributed_extending(network(), per_sample_clip=False)

@@ -14,32 +14,20 @@ import random
 import signal
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-import dptorch
 from dptorch import accounting
 from dptorch.accounting import SampledGaussian
-from dptorch.errors import PrivacyWarning
 from dptorch.ledger import open_ledger
 from dptorch.ledger.counting import Attempts
-from dptorch.noise import GaussianNoise
 from tests.distributed.processes import start
-from tests.distributed.scenarios import loss_of, settings_of
-from tests.engine.setup import make_data, make_model
+from tests.ledger.lives import DELTA, EPSILON, NOISE, READY, go_on, watch
 from tests.ledger.processes import kill, shared, until, wait
 
 __all__ = ["check", "lives"]
-
-NOISE = 2.0
-DELTA = 1e-3
-READY, EPSILON = -2, -1  # columns of the table after those of the steps
-
 
 AT_MOST = 3  # releases after the one that the kill waits for
 GOALS = 6  # a kill waits for fewer releases than these
@@ -50,48 +38,14 @@ def life(folder: Path, row: np.ndarray, goal: int | None) -> None:
 
     goal: of the rank that will be killed: it does not go on for ever, however late the kill comes.
     """
-    model = make_model()
-    engine = dptorch.PrivacyEngine(
-        model,
-        **settings_of(
-            sample_rate=1.0,
-            steps=len(row) - 2,
-            noise_multiplier=NOISE,
-            accountant="exact",
-            seed=None,
-        ),
-        self_check=False,
-        ledger=open_ledger(folder / "ledger.db").dataset("data"),
-    )
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
-    plain = GaussianNoise.privatize
 
-    def privatize(self: GaussianNoise, clipped: Any, key: Any, step: int, **more: Any) -> Any:
-        noisy = plain(self, clipped, key, step, **more)
+    def seen(step: int) -> None:
         row[step] += 1
         while goal is not None and row[:READY].sum() >= goal + AT_MOST:
             signal.pause()
-        return noisy
 
-    GaussianNoise.privatize = privatize  # type: ignore[method-assign]
-    checkpoint = folder / "run.pt"
-    if checkpoint.exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PrivacyWarning)  # that steps were lost
-            engine.load_checkpoint(checkpoint)
-    else:
-        engine.save_checkpoint(checkpoint)
-    loader = engine.loader(make_data())
-    row[READY] = 1
-    while not engine.exhausted:
-        for x, y in loader:
-            loss_of(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if engine.steps_done % 3 == 0:
-                engine.save_checkpoint(checkpoint)
-    engine.release_budget()
-    row[EPSILON] = int(engine.get_privacy_spent().epsilon * 1e6)
+    watch(seen)
+    go_on(str(folder / "ledger.db"), folder / "run.pt", row, "data", save_every=3)
 
 
 def lives(kills: int, folder: Path, say: Callable[[str], object] = lambda line: None) -> np.ndarray:

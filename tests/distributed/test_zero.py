@@ -193,6 +193,28 @@ def refused() -> dict[str, str]:
         model, optimizer = start(**configuration)
         engine(model).attach(optimizer)
 
+    def late() -> None:
+        model = make_model()
+        private = engine(model)
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = private.attach(initialized(model, sgd, config(2))[1])
+        for x, y in private.loader(make_data()):
+            loss_of(model(x), y).backward()
+            try:
+                optimizer.step()
+            finally:
+                assert private.steps_done == 0
+
+    def old() -> None:
+        import deepspeed
+
+        whole, _ = start(**config(2))
+        version, deepspeed.__version__ = deepspeed.__version__, "0.18.9"
+        try:
+            engine(whole)
+        finally:
+            deepspeed.__version__ = version
+
     def twice(model: nn.Module) -> None:
         engine(model).detach()
         engine(model)
@@ -212,6 +234,8 @@ def refused() -> dict[str, str]:
         "inside": error_of(lambda: engine(start(**config(2))[0].module)),
         "base": error_of(lambda: private.attach(optimizer.optimizer)),
         "again": error_of(lambda: twice(start(**config(3))[0])),
+        "late": error_of(late),
+        "old": error_of(old),
         "nvme": error_of(lambda: held_by(OnDisk())),
         "stage 0": error_of(lambda: engine(start(**config(0))[0])),
         "accumulation": error_of(
@@ -345,6 +369,8 @@ def test_what_is_not_covered_says_so(world: list[dict[str, Any]]) -> None:
         assert "what deepspeed.initialize returned first" in found["inside"]
         assert "not a trainable parameter of the model" in found["base"]
         assert "deepspeed.initialize again" in found["again"]
+        assert "called after the engine was made" in found["late"]
+        assert "DeepSpeed 0.18.9 is too old" in found["old"]
         assert '"device": "cpu"' in found["nvme"]
         assert "DistributedDataParallel" in found["stage 0"]
         assert "max_physical_batch_size" in found["accumulation"]

@@ -11,33 +11,24 @@ import random
 import signal
 import sqlite3
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
-import dptorch
 from dptorch import accounting
 from dptorch.accounting import SampledGaussian
-from dptorch.errors import PrivacyWarning
 from dptorch.ledger import DatasetLedger, RunLedger, open_ledger
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import Entry
-from dptorch.noise import GaussianNoise
 from dptorch.plan import PrivacyPlan
-from tests.engine.setup import SIZE, make_data, make_model
+from tests.ledger.lives import DELTA, EPSILON, NOISE, RATE, READY, go_on, watch
 from tests.ledger.processes import kill, shared, spawn, until, wait
 
 KILLS = 200
 STEPS = 24
-# Without sampling ε is a closed form, so that a child spends its life in steps and not in numerics.
-NOISE, RATE, DELTA = 2.0, 1.0, 1e-3
-READY, EPSILON = STEPS, STEPS + 1  # columns of the table after those of the steps
 
 
 class RecordsAfter(RunLedger):
@@ -63,52 +54,18 @@ def watched(row: np.ndarray, record: type, dies_at: int | None) -> None:
         made: RunLedger = record(self, plan, provenance, **kwargs)
         return made
 
-    privatize = GaussianNoise.privatize
-
-    def seen(self: GaussianNoise, clipped: Any, key: Any, step: int, **kwargs: Any) -> Any:
-        noisy = privatize(self, clipped, key, step, **kwargs)
+    def seen(step: int) -> None:
         row[step] += 1
         if step == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return noisy
 
     DatasetLedger.run = run  # type: ignore[method-assign]
-    GaussianNoise.privatize = seen  # type: ignore[method-assign]
+    watch(seen)
 
 
 def train(location: str, folder: Path, row: np.ndarray, dataset: str) -> None:
     """Go on from the last checkpoint to the end of the plan."""
-    model = make_model()
-    engine = dptorch.PrivacyEngine(
-        model,
-        sample_rate=RATE,
-        sample_size=SIZE,
-        steps=STEPS,
-        noise_multiplier=NOISE,
-        target_delta=DELTA,
-        accountant="exact",
-        self_check=False,
-        ledger=open_ledger(location).dataset(dataset),
-    )
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-    checkpoint = folder / f"{dataset}.pt"
-    if checkpoint.exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PrivacyWarning)  # that steps were lost
-            engine.load_checkpoint(checkpoint)
-    else:
-        engine.save_checkpoint(checkpoint)
-    loader = engine.loader(make_data())
-    row[READY] = 1
-    while not engine.exhausted:
-        for x, y in loader:
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if engine.steps_done % 2 == 0:
-                engine.save_checkpoint(checkpoint)
-    engine.release_budget()
-    row[EPSILON] = int(engine.get_privacy_spent().epsilon * 1e6)
+    go_on(location, folder / f"{dataset}.pt", row, dataset, save_every=2)
 
 
 def life(

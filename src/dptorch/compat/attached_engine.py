@@ -21,6 +21,7 @@ from dptorch import accounting
 from dptorch.accounting.accountants.rdp import RDPAccountant
 from dptorch.clipping.functions import STABILITY
 from dptorch.compat.arguments import OPEN_END
+from dptorch.distributed.zero3 import whole_shape
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, PrivacyError, one_of, warn
 from dptorch.plan import PlanSettings, make_plan
@@ -102,7 +103,7 @@ class AttachedEngine:
         )
         self.module = module
         self.named_params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.num_params = sum(p.numel() for _, p in self.named_params)
+        self.num_params = sum(whole_shape(p).numel() for _, p in self.named_params)
         self.record_snr = record_snr
         self.optimizer: Optimizer | None = None
         self._engine_step: Any = None

@@ -16,10 +16,17 @@ from dptorch.compat.arguments import known_arguments
 from dptorch.compat.attached_engine import AttachedEngine, automatic_clipping
 from dptorch.compat.stand_ins import LORA, NOT_BY_LAYER, stand_in
 from dptorch.distributed import Ranks
+from dptorch.distributed.wrappers import unwrapped
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.plan import PlanSettings
 
-__all__ = ["PrivacyEngine", "lora_utils", "supported_differentially_private_layers"]
+__all__ = [
+    "PrivacyEngine",
+    "PrivacyEngine_Distributed_Stage_2_and_3",
+    "PrivacyEngine_Distributed_extending",
+    "lora_utils",
+    "supported_differentially_private_layers",
+]
 
 _MODES = {
     "ghost": "BK-ghost",
@@ -38,7 +45,6 @@ lora_utils = stand_in("lora_utils", LORA)
 supported_differentially_private_layers = stand_in(
     "supported_differentially_private_layers", NOT_BY_LAYER
 )
-_NOT_HERE = ("PrivacyEngine_Distributed_Stage_2_and_3", "PrivacyEngine_Distributed_extending")
 
 
 class PrivacyEngine(AttachedEngine):
@@ -124,7 +130,7 @@ class PrivacyEngine(AttachedEngine):
         if isinstance(style, str):
             one_of("clipping_style", style, _STYLES)
         else:
-            style = _blocks(module, list(style), settings.get("max_grad_norm", 1.0))
+            style = _blocks(unwrapped(module), list(style), settings.get("max_grad_norm", 1.0))
         settings |= {"clipping_fn": function, "clipping_style": style}
         super().__init__(
             module,
@@ -149,6 +155,56 @@ class PrivacyEngine(AttachedEngine):
     def bias_only(self) -> bool:
         """Whether nothing but biases is trained (DP-BiTFiT)."""
         return all(name.rpartition(".")[2] == "bias" for name, _ in self.named_params)
+
+
+class PrivacyEngine_Distributed_Stage_2_and_3(PrivacyEngine):
+    """fastDP's engine for models that several processes share, on the ranks that dptorch has.
+
+    fastDP's replaces functions of DeepSpeed before ``deepspeed.initialize``, is attached to no
+    optimizer, and reports ε = 0. This one is made of what ``deepspeed.initialize`` or ``fully_shard``
+    returned, and attached to the optimizer that goes with it; batches come from its `loader`.
+
+    Args:
+        module: that model. A bare one is trained whole on each process.
+        clipping_style: as of `PrivacyEngine`; by default that of fastDP's engine.
+        settings: of `PrivacyEngine`.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, clipping_style: Any = "layer-wise", **settings: Any
+    ) -> None:
+        super().__init__(module, clipping_style=clipping_style, **settings)
+
+
+class PrivacyEngine_Distributed_extending(PrivacyEngine):
+    """As `PrivacyEngine_Distributed_Stage_2_and_3`, clipped by parameter, as fastDP's is.
+
+    Args:
+        module, settings: as there.
+        grad_accum_steps, max_sequence_length, per_device_physical_batch_size: accepted: backwards
+            before a step add up, and ``loader(max_physical_batch_size=...)`` says what fits.
+        per_sample_clip: True; sums over several examples are not clipped as one.
+
+    Raises:
+        ConfigurationError: ``per_sample_clip=False``, whose noise would hide no single example.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        grad_accum_steps: int = 1,
+        max_sequence_length: int = 1,
+        per_device_physical_batch_size: int = 8,
+        per_sample_clip: bool = True,
+        **settings: Any,
+    ) -> None:
+        if not per_sample_clip:
+            raise ConfigurationError(
+                "per_sample_clip=False clips the gradient of several examples as one, and no epsilon "
+                "here covers that. Leave it out: each example is clipped by itself."
+            )
+        super().__init__(module, clipping_style="param-wise", **settings)
 
 
 def _check_origin(module: nn.Module, origin: Sequence[str] | None) -> None:
@@ -184,13 +240,3 @@ def _blocks(module: nn.Module, heads: list[str], max_grad_norm: float) -> dict[s
         )
     norm = max_grad_norm / math.sqrt(len(members))
     return {"|".join(inside): norm for inside in members.values()}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NOT_HERE:
-        raise ConfigurationError(
-            f"{name} is not here: fastDP's way of sharding reports epsilon=0 for any run. Give "
-            "dptorch.PrivacyEngine the model that deepspeed.initialize or fully_shard returned: see "
-            "docs/scale.md."
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -82,7 +82,16 @@ class Replicated:
         return form(names)
 
     def add_up(self, clipped: ClippedSum) -> ClippedSum:
-        """See `Placement`."""
+        """See `Placement`.
+
+        Raises:
+            ConfigurationError: DeepSpeed has divided the parameters since.
+        """
+        if any(map(is_zero, self.followed.values())):
+            raise ConfigurationError(
+                "deepspeed.initialize was called after the engine was made. Call it before, and give "
+                "the engine what it returned first. Nothing was spent."
+            )
         self._ranks.add_up_(clipped.values.values())
         return clipped
 

@@ -12,9 +12,10 @@ reduced, in float32 whatever the type of the parameters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ __all__ = [
     "unwrapped_from_deepspeed",
 ]
 
+_OLDEST: Final = (0, 19)  # of DeepSpeed
+
 
 def is_zero(p: Tensor) -> bool:
     """Whether ZeRO has divided a parameter, or its optimizer's state, among ranks."""
@@ -46,7 +49,14 @@ def unwrapped_from_deepspeed(model: nn.Module) -> nn.Module:
     """
     if not _is_of_deepspeed(model):
         return model
+    import deepspeed
+
     engine: Any = model
+    if _numbers(deepspeed.__version__) < _OLDEST:
+        raise ConfigurationError(
+            f"DeepSpeed {deepspeed.__version__} is too old: what is read of it here is of 0.19. "
+            "Upgrade with pip install 'deepspeed>=0.19'."
+        )
     if _has_class(model, "PipelineEngine"):
         raise ConfigurationError(
             "the model is in DeepSpeed's PipelineEngine: no rank sees an example's whole gradient, "
@@ -68,6 +78,16 @@ def unwrapped_from_deepspeed(model: nn.Module) -> nn.Module:
     )
     inside: nn.Module = engine.module
     return inside
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version.
+
+    Example:
+        >>> _numbers("0.19.8"), _numbers("1.2+cpu")
+        ((0, 19), (1, 2))
+    """
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def held_by(optimizer: Any) -> list[list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -20,10 +21,11 @@ def sharded(trainer: Any, *, loss_chunk: int | None) -> nn.Module:
     """
     model: nn.Module = trainer.model
     if not trainer.is_fsdp_enabled:
-        if trainer.args.fsdp:
+        if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ConfigurationError(
-                "fsdp=True, and accelerate leaves the model whole: it shards on several GPUs only. "
-                "Leave it out. A loop of your own shards on CPUs too: see docs/scale.md."
+                "FSDP was asked for, and accelerate leaves the model whole: it shards on several GPUs "
+                "only. Leave it out, with `accelerate launch --cpu` in its place. A loop of your own "
+                "shards on CPUs too: see docs/scale.md."
             )
         return model
     plugin = trainer.accelerator.state.fsdp_plugin
