@@ -233,6 +233,30 @@ def test_non_private_is_ordinary_training_and_says_so() -> None:
     assert engine.statement().to_dict()["epsilon"] == math.inf
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_non_private_steps_are_on_all_parts_of_a_batch(reduction: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randint(0, 2, (5,))
+    nn.functional.cross_entropy(model(x), y, reduction=reduction).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with pytest.warns(PrivacyWarning, match="neither clipped nor noised"):
+        engine = engine_on(
+            model, clipping_mode="non-private", sample_size=5, loss_reduction=reduction
+        )
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    data = torch.utils.data.TensorDataset(x, y)
+    for part, labels in engine.loader(data, max_physical_batch_size=2):
+        nn.functional.cross_entropy(model(part), labels, reduction=reduction).backward()
+        optimizer.step()
+        if engine.steps_done:
+            break
+        optimizer.zero_grad()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
 @pytest.mark.parametrize(
     ("mode", "passes", "method"),
     [

@@ -110,7 +110,7 @@ class StopAt(Silent):
 @pytest.mark.slow
 def test_a_run_with_everything_resumes_bit_for_bit(cifar: str, tmp_path: Path) -> None:
     job = VisionJob(
-        data=cifar, augment="flip-crop", views=2, ema=0.9, low_pass=0.5, optimizer="adamw",
+        data=cifar, augment="flip-crop", views=2, ema=0.9, kalman=0.7, optimizer="adamw",
         weight_decay=0.01, decay="cosine", warmup=0.2, max_physical_batch_size=20,
         **FAST | {"epochs": 2},
     )  # fmt: skip
@@ -198,6 +198,7 @@ def test_fixed_features_take_the_pixels_place(features: str, tmp_path: Path) -> 
     assert len(setup.data.input_shape) == 1
     x = setup.data.train[0][0]
     assert float(x.norm()) == pytest.approx(1.0, abs=1e-4)
+    assert setup.data.train[0][0] is x, "features are computed once"
     with pytest.raises(ConfigurationError, match="views are of pictures"):
         prepare(VisionJob(data=str(tmp_path), features=features, augment="flip", **FAST))
 
@@ -251,6 +252,7 @@ def test_a_recipe_overfits_64_pictures(tmp_path: Path) -> None:
     [
         ({"data": None}, "--data is missing"),
         ({"ema": 0.9, "tail": 0.5}, "both average the weights"),
+        ({"low_pass": 0.5, "kalman": 0.7}, "both filter the gradients"),
         ({"tail": 1.5}, r"tail=1\.5: expected a share"),
         ({"optimizer": "adma"}, "mean 'adam'"),
         ({"format": "cifar"}, "mean 'cifar10'"),

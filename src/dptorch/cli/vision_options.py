@@ -290,3 +290,12 @@ class AccuracyOptions:
             default=False,
         ),
     ] = None
+    kalman: Annotated[
+        float | None,
+        _option(
+            ACCURACY,
+            help="Filter noisy gradients by a prediction from the last step (DiSK), with this share of "
+            "the new one: 0.7. A step takes twice as long.",
+            default=False,
+        ),
+    ] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ from dptorch.errors import BudgetExhausted, PrivacyError, warn
 from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.noisy_gradient import NoisyGradient
+from dptorch.sampling.parts import PhysicalBatch
 
 __all__ = ["NOT_SHARED", "PrivateStep"]
 
@@ -78,6 +80,8 @@ class PrivateStep:
         self._ranks = run.ranks
         self._warned_exhausted = False
         self._warned_own_loader = False
+        self._kept: dict[str, Tensor] = {}  # without privacy: gradients of the parts so far
+        self._examples = 0
 
     def take(self, optimizer: Optimizer) -> bool:
         """Take the step that is due: count it, and fill ``.grad`` with the noisy gradient.
@@ -94,8 +98,7 @@ class PrivateStep:
         part = self._batch.part
         complete = part is None or part.is_last
         if not self._private:
-            self._run.steps_done += complete
-            return complete
+            return self._take_ordinary(part)
         if not complete:
             self._batch.add_pending("step")
             return False
@@ -114,6 +117,33 @@ class PrivateStep:
         noisy = self._add_noise(clipped, step, context)
         write_gradients(self._parameters, noisy, self._placement.hand_over)
         return True
+
+    def _take_ordinary(self, part: PhysicalBatch | None) -> bool:
+        """Without privacy too a step waits for the last part, and is on all of them."""
+        complete = part is None or part.is_last
+        if part is not None:
+            with torch.no_grad():
+                self._add_part(part)
+        self._run.steps_done += complete
+        return complete
+
+    def _add_part(self, part: PhysicalBatch) -> None:
+        """Keep a part's gradients; with the last of them put what all come to in ``.grad``."""
+        if part.count == 1 and part.examples:
+            return
+        mean = self._run.plan.loss_reduction == "mean"
+        if part.index == 0:
+            self._kept, self._examples = {}, 0
+        self._examples += part.examples
+        for name, p in self._parameters.items():
+            if p.grad is not None and part.examples:
+                value = p.grad * part.examples if mean else p.grad
+                self._kept[name] = self._kept[name] + value if name in self._kept else value
+            p.grad = None
+            if part.is_last and name in self._kept:
+                p.grad = self._kept[name] / self._examples if mean else self._kept[name]
+        if part.is_last:
+            self._kept = {}
 
     def _sum_over_ranks(self, optimizer: Optimizer, sampled: bool) -> ClippedSum:
         """The clipped sum of the logical batch, whichever ranks its examples are on."""

@@ -71,6 +71,7 @@ _JOB: Final = (
     "ema",
     "tail",
     "low_pass",
+    "kalman",
 )
 _DATA: Final = ("classes", "input_shape", "preparation", "train_examples")
 _TESTED: Final = ("groups", "majority")

@@ -50,6 +50,7 @@ TRAINING = (
     ("ema", "Weights averaged with decay"),
     ("tail", "Weights averaged over the last share"),
     ("low_pass", "Low-pass filter of gradients"),
+    ("kalman", "Kalman filter of gradients"),
 )
 
 

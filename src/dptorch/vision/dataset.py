@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from dptorch.vision.formats import LAYOUTS, Format, Part, Picture, find_format
 __all__ = ["Pictures", "download", "read_pictures"]
 
 _SHOWN: Final = 20  # faults of a message
+_MOST_KEPT: Final = 2**30  # bytes of fixed features that are computed once
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,25 +33,36 @@ class Pictures(Dataset[tuple[Tensor, int | Tensor]]):
         pictures: as the files hold them.
         labels: the class of each; or 0 or 1 for each of several classes.
         look: what is done to each picture.
+
+    Fixed features are computed when a picture is asked for first, and kept up to a gigabyte of them.
     """
 
     pictures: Sequence[Picture] | NDArray[np.uint8]
     labels: Sequence[int] | Sequence[Sequence[int]]
     look: Look
+    _kept: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
-        picture, look, label = self.pictures[index], self.look, self.labels[index]
+        label = self.labels[index]
+        x = self._kept.get(index)
+        if x is None:
+            x = self._inputs(self.pictures[index])
+            if self.look.features is not None and len(self._kept) * x.nbytes < _MOST_KEPT:
+                self._kept[index] = x
+        return x, label if isinstance(label, int) else torch.tensor(label, dtype=torch.float32)
+
+    def _inputs(self, picture: Picture | NDArray[np.uint8]) -> Tensor:
+        look = self.look
         side = (look.size, look.size, 3) if look.channels == 3 else (look.size, look.size)
         if isinstance(picture, np.ndarray) and picture.shape == side:
             pixels = torch.from_numpy(picture.copy()).reshape(look.size, look.size, look.channels)
             pixels = pixels.permute(2, 0, 1)
         else:
             pixels = look.pixels(_opened(picture))
-        x = look.inputs(pixels[None])[0]
-        return x, label if isinstance(label, int) else torch.tensor(label, dtype=torch.float32)
+        return look.inputs(pixels[None])[0]
 
     def picture(self, index: int) -> Any:
         """The picture itself, of Pillow."""

@@ -13,7 +13,7 @@ from torch import nn
 from dptorch.engine.checkpoint import Stateful
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
-from dptorch.postprocessing import LowPassFilter, WeightAverage
+from dptorch.postprocessing import Ahead, KalmanFilter, LowPassFilter, WeightAverage
 from dptorch.randomness import RootKey
 from dptorch.training.job import (
     RunSettings,
@@ -69,6 +69,7 @@ class VisionJob(RunSettings):
         ema, tail: an exponential average of the weights, or an even one over the last share of the
             steps; see `dptorch.postprocessing.WeightAverage`.
         low_pass: coefficient of `dptorch.postprocessing.LowPassFilter`.
+        kalman: κ of `dptorch.postprocessing.KalmanFilter`.
 
     The rest is as in `dptorch.training.job.RunSettings`, but that the clipping mode may be
     "non-private", for a comparison.
@@ -108,6 +109,7 @@ class VisionJob(RunSettings):
     ema: float | None = None
     tail: float | None = None
     low_pass: float | None = None
+    kalman: float | None = None
     max_physical_batch_size: int = 64
 
 
@@ -141,7 +143,7 @@ def prepare(job: VisionJob) -> Setup:
     network = apply_method(network, job.method or "", rank=job.lora_rank)
     augmentation = _augmentation(job, data.input_shape)
     model = Views(network, dims=len(shape) + 1) if augmentation is not None else network
-    model = model.to(device)
+    model = (model if job.kalman is None else Ahead(model)).to(device)
     engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
     optimizer = _optimizer(model, job)
     engine.attach(optimizer)
@@ -150,6 +152,10 @@ def prepare(job: VisionJob) -> Setup:
         kept["augmentation"] = augmentation
     if job.low_pass is not None:
         kept["low_pass"] = LowPassFilter(optimizer, job.low_pass)
+    kalman = None
+    if isinstance(model, Ahead):
+        assert job.kalman is not None
+        kept["kalman"] = kalman = KalmanFilter(model, optimizer, kappa=job.kalman)
     if job.ema is not None or job.tail is not None:
         first = 0 if job.tail is None else left_out(job.tail, plan.steps)
         kept["average"] = WeightAverage(model, optimizer, decay=job.ema, first_step=first)
@@ -162,6 +168,7 @@ def prepare(job: VisionJob) -> Setup:
         build=partial(build_model, job.model, shape, outputs),
         several=bool(data.preparation.get("several")),
         batch_size=2 * job.max_physical_batch_size,
+        ahead=None if kalman is None else kalman.weights,
     )
     return Setup(
         job, data, model, engine, optimizer, device, task=task, kept=kept,
@@ -176,6 +183,7 @@ def _refuse_contradictions(job: VisionJob) -> None:
         ("batch_size", "sample_rate", "one determines the other"),
         ("target_epsilon", "noise_multiplier", "one determines the other"),
         ("ema", "tail", "both average the weights"),
+        ("low_pass", "kalman", "both filter the gradients"),
     )
     if job.pretrained and job.init is not None:
         raise ConfigurationError("pretrained=True and init exclude each other: both give weights.")

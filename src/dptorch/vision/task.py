@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dptorch.postprocessing import Ahead
 from dptorch.training.groups import grouped, majority
 from dptorch.training.schedules import Schedule
 from dptorch.training.task import confusion_of, outputs_of
-from dptorch.vision.augmentation import Augmentation
+from dptorch.vision.augmentation import Augmentation, Views
 from dptorch.vision.dataset import Pictures
 from dptorch.vision.methods import plain_state
 
@@ -41,6 +42,7 @@ class ImageClassification:
         build: a network without adapters, as the trained one was built.
         several: whether a picture may have several of the classes: labels are then 0 or 1 for each.
         batch_size: of tests.
+        ahead: what the losses ahead and here count, of a model in `dptorch.postprocessing.Ahead`.
         collate: the loader's own.
     """
 
@@ -51,18 +53,27 @@ class ImageClassification:
     build: Callable[[], nn.Module]
     several: bool = False
     batch_size: int = 512
+    ahead: tuple[float, float] | None = None
     collate: Callable[[list[Any]], Any] | None = None
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, int]:
         """Return the mean over examples of the mean over their views, and the number of examples."""
         x, y = batch
         x, y = x.to(device), y.to(device)
+        if self.augmentation is not None:
+            x = self.augmentation(x, self.steps_done())
+        outputs = model(x)
+        if self.ahead is None:
+            return self._mean_over_views(outputs, y).mean(), len(y)
+        ahead, here = (self._mean_over_views(outputs[:, i], y) for i in (0, 1))
+        return (self.ahead[0] * ahead + self.ahead[1] * here).mean(), len(y)
+
+    def _mean_over_views(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each example, [B], of outputs [B, L], or [B, K, L] of K views."""
         if self.augmentation is None:
-            return self._losses(model(x), y).mean(), len(y)
-        views = self.augmentation(x, self.steps_done())
-        outputs_BKL = model(views)
-        losses = [self._losses(outputs_BKL[:, k], y) for k in range(views.shape[1])]
-        return torch.stack(losses, 1).mean(1).mean(), len(y)
+            return self._losses(outputs, labels)
+        losses = [self._losses(outputs[:, k], labels) for k in range(outputs.shape[1])]
+        return torch.stack(losses, 1).mean(1)
 
     def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of each example, [B]."""
@@ -128,7 +139,9 @@ class ImageClassification:
     def write_model(self, folder: RunFolder, model: Any, metadata: dict[str, str]) -> None:
         """Write `model.safetensors`: one network, with what adapters add in its weights."""
         plain = self.build()
-        plain.load_state_dict(plain_state(getattr(model, "network", model)))
+        while isinstance(model, Ahead | Views):
+            model = model.network
+        plain.load_state_dict(plain_state(model))
         folder.write_model(plain, metadata)
 
 
