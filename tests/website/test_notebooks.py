@@ -19,6 +19,7 @@ PRINTS = {
     "reviews_lora": "of 100 others at ε = 8.00",
     "table": "at epsilon 3.000, delta 1e-05",
     "two_processes": "ε = 3.00 after 20 steps",
+    "vision": "at epsilon 1.000, delta 1e-05",
 }
 
 
