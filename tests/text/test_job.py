@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,13 @@ def released(job: TextJob, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("task", ["text-classification", "table-to-text", "prompt"])
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        *product(["text-classification", "table-to-text"], METHODS),
+        *product(["prompt", "pooled"], ["full", "lora", "prefix"]),
+    ],
+)
 def test_a_step_is_the_clipped_sum_over_single_examples(
     task: str, method: str, bert: str, gpt2: str, reviews: str, tables: str
 ) -> None:
@@ -72,7 +78,7 @@ def test_a_step_is_the_clipped_sum_over_single_examples(
         job = TextJob(task, data=tables, model=gpt2, method=method, **FAST)
     else:
         prompted = {"template": "{text} it was {mask} .", "label_words": "bad,good"}
-        more = prompted if task == "prompt" else {}
+        more = {"prompt": prompted, "pooled": {"pool": "mean"}}.get(task, {})
         job = TextJob(
             "text-classification", data=reviews, model=bert, method=method, **FAST, **more
         )
@@ -99,6 +105,23 @@ def test_a_method_trains_what_it_says(method: str, share: float, bert: str, revi
     if method == "ffa-lora":
         assert not any("lora_A" in name for name in trainable)
         assert any("lora_B" in name for name in trainable)
+
+
+@pytest.mark.slow
+def test_a_head_moves_first(bert: str, reviews: str) -> None:
+    """Half of the steps: then the rest begins, at the rate that the schedule has come to."""
+    job = TextJob(
+        "text-classification", data=reviews, model=bert, method="bias-only", pool="mean",
+        head_first=0.5, learning_rate=0.1, head_learning_rate=0.2, **(FAST | {"epochs": 2}),
+    )  # fmt: skip
+    setup = prepare(job)
+    assert setup.engine.plan.steps == 4
+    assert not any(p.any() for p in setup.model.head.parameters())
+    rates = []
+    for step in range(4):
+        setup.task.before_step(setup.optimizer, step)
+        rates.append([group["lr"] for group in setup.optimizer.param_groups])
+    assert rates == [[0.0, 0.2], [0.0, pytest.approx(0.15)], [0.05, 0.1], [0.025, 0.05]]
 
 
 class Kill(Silent):
@@ -168,7 +191,9 @@ def test_a_run_of_tables_has_scores_samples_and_a_page(
         ({"template": "{pair} {text} {mask}", "label_words": "bad,good"}, "Give --pair"),
         ({"batch_size": 1e6, "sample_rate": None}, "expected between 1 and the"),
         ({"recipe": "e2e"}, "is one of table-to-text"),
-        ({"decay": "cosine"}, "Valid: 'linear'"),
+        ({"decay": "cosin"}, "Did you mean 'cosine'"),
+        ({"pool": "max"}, "Valid: 'model', 'mean'"),
+        ({"head_first": 1.0}, r"a share of the steps in \[0, 1\)"),
         ({"max_length": -1}, "expected a positive number"),
     ],
 )
@@ -207,7 +232,7 @@ def test_a_recipe_prepares_on_rows_of_its_columns(
     recipe = RECIPES[name]
     named = {"text": "text", **recipe.settings}
     columns = [named[c] for c in ("text", "pair", "target") if named.get(c)]
-    classes = len((recipe.settings.get("label_words") or "x").split(","))
+    classes = len((recipe.settings.get("label_words") or "x,y").split(","))
     rows = [
         {c: f"film {i} {c}" for c in columns} | {"label": i % classes, "n": str(i)}
         for i in range(24)

@@ -61,8 +61,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{"method": "full"}, {"method": "lora"}, {"method": "bias-only", "pair": "other"},
-     {"method": "full", **PROMPT}],
+    [{"method": "full"}, {"method": "lora", "pool": "mean"},
+     {"method": "bias-only", "pair": "other", "pool": "mean"}, {"method": "full", **PROMPT}],
     ids=["head", "adapters", "pairs", "prompt"],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")

@@ -94,9 +94,27 @@ class ClassOptions:
     prompt: Annotated[
         bool, _option(MODEL, "--prompt/--no-prompt", help="Use the recipe's template.")
     ] = True
+    pool: Annotated[
+        str | None,
+        _option(
+            MODEL,
+            help="What a new head is given: [bold]model[/], as the model's own class does, or "
+            "[bold]mean[/], the mean of a text's hidden states, for encoders of sentences.",
+            default=RECIPE + "model",
+        ),
+    ] = None
     head_learning_rate: Annotated[
         float | None,
         _option(TRAINING, help="Of the new head.", default="--learning-rate"),
+    ] = None
+    head_first: Annotated[
+        float | None,
+        _option(
+            TRAINING,
+            help="Share of the steps in which the new head alone moves, within the same ε. What is "
+            "below a head of zeros has no gradient.",
+            default=RECIPE + "0",
+        ),
     ] = None
 
 
@@ -154,7 +172,7 @@ class TextTrainingOptions:
         str | None,
         _option(
             TRAINING,
-            help="[bold]linear[/] to 0 at the last step, or [bold]constant[/].",
+            help="[bold]linear[/] or [bold]cosine[/] to 0 at the last step, or [bold]constant[/].",
             default=RECIPE + "linear",
         ),
     ] = None

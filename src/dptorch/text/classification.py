@@ -16,7 +16,7 @@ from dptorch.errors import ConfigurationError, DataError
 from dptorch.text.batches import Padded
 from dptorch.text.models import save_trained
 from dptorch.training.run_folder import RunFolder
-from dptorch.training.schedules import scale_rates
+from dptorch.training.schedules import Schedule
 
 __all__ = [
     "PromptedModel",
@@ -36,11 +36,11 @@ class TextClassification:
 
     Attributes:
         tokenizer: of the model.
-        schedule: share of the learning rate after a number of steps.
+        schedule: of the learning rate.
     """
 
     tokenizer: Any
-    schedule: Callable[[int], float]
+    schedule: Schedule
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
@@ -55,7 +55,7 @@ class TextClassification:
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rates of this step."""
-        scale_rates(optimizer, self.schedule(step))
+        self.schedule.apply(optimizer, step)
 
     def evaluate(
         self, model: nn.Module, test: Dataset[Any], device: torch.device

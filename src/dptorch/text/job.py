@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,16 @@ from dptorch.text.batches import Tokenized
 from dptorch.text.bible import SMALL_GPT, passages, small_gpt
 from dptorch.text.methods import apply_method, head_parameters
 from dptorch.text.models import load_pretrained
-from dptorch.text.recipes import PASSAGES, TASKS, defaults_of, get_recipe
-from dptorch.text.rows import Row, Split, read_split, require_columns, split_rows
+from dptorch.text.pooling import POOLS, PooledClassifier
+from dptorch.text.recipes import PASSAGES, SNIPPETS, TASKS, defaults_of, get_recipe
+from dptorch.text.rows import (
+    Row,
+    Split,
+    movie_reviews,
+    read_split,
+    require_columns,
+    split_rows,
+)
 from dptorch.training.data import TrainTest, encode_labels
 from dptorch.training.job import (
     RunSettings,
@@ -27,6 +36,7 @@ from dptorch.training.job import (
     require_positive,
     with_rate,
 )
+from dptorch.training.schedules import DECAYS, Schedule
 from dptorch.training.task import Task
 
 __all__ = ["TextJob", "prepare"]
@@ -53,9 +63,12 @@ class TextJob(RunSettings):
         lora_rank, prefix_length: of these methods.
         template, label_words: classify by the word at a mask; see `classification.prompt_tokens`.
         prompt: False: a new head in spite of the recipe's template.
+        pool: what the new head of a classifier is given, a name in `dptorch.text.pooling.POOLS`.
+        head_first: share of the steps in which the new head alone moves, at the run's own noise and
+            sampling rate. At a head of zeros nothing below it has a gradient.
         max_length: tokens of an example that are read.
-        learning_rate, head_learning_rate, decay, weight_decay: of AdamW; decay is "linear" or
-            "constant".
+        learning_rate, head_learning_rate, weight_decay: of AdamW.
+        decay: of the rates; see `dptorch.training.schedules.Schedule`.
         prompts: what samples begin with, one a line.
         generate: test tables that texts are generated for.
         new_tokens: of a generated text.
@@ -85,6 +98,8 @@ class TextJob(RunSettings):
     template: str | None = None
     label_words: str | None = None
     prompt: bool = True
+    pool: str | None = None
+    head_first: float | None = None
     max_length: int | None = None
     head_learning_rate: float | None = None
     decay: str | None = None
@@ -115,28 +130,16 @@ def prepare(job: TextJob) -> Setup:
         "table-to-text": _table_to_text,
         "language-model": _language_model,
     }[job.task]
-    share = _Decay(job.decay or "linear")
-    data, model, task = build(job, share)
+    data, model, task_of = build(job)
     model = model.to(device)
     size = len(data.train)  # type: ignore[arg-type]
     job = with_rate(job, size)
     plan = plan_of(job, sample_size=size)
-    share.steps = plan.steps
+    task = task_of(schedule=Schedule(job.decay or "linear", plan.steps))
     engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
-    optimizer = _optimizer(model, job)
+    optimizer = _optimizer(model, job, plan.steps)
     engine.attach(optimizer)
     return Setup(job, data, model, engine, optimizer, device, task=task)
-
-
-class _Decay:
-    """The share of the learning rate after a number of steps of `steps`."""
-
-    def __init__(self, kind: str) -> None:
-        self._constant = one_of("decay", kind, ("linear", "constant")) == "constant"
-        self.steps = 1
-
-    def __call__(self, step: int) -> float:
-        return 1.0 if self._constant else max(0.0, 1 - step / self.steps)
 
 
 def _refuse_contradictions(job: TextJob) -> None:
@@ -148,6 +151,14 @@ def _refuse_contradictions(job: TextJob) -> None:
     require_positive(
         job, "epochs", "learning_rate", "head_learning_rate", "max_length", "new_tokens"
     )
+    if job.decay is not None:
+        one_of("decay", job.decay, DECAYS)
+    if job.pool is not None:
+        one_of("pool", job.pool, POOLS)
+    if job.head_first is not None and not 0 <= job.head_first < 1:
+        raise ConfigurationError(
+            f"head_first={job.head_first}: expected a share of the steps in [0, 1)."
+        )
     if (job.template is None) != (job.label_words is None):
         raise ConfigurationError(
             f"template={job.template!r} and label_words={job.label_words!r} belong together: a "
@@ -178,16 +189,22 @@ def _decide(job: TextJob) -> TextJob:
     return job
 
 
-def _optimizer(model: Any, job: TextJob) -> torch.optim.Optimizer:
+def _optimizer(model: Any, job: TextJob, steps: int) -> torch.optim.Optimizer:
+    """AdamW, with a group for a new head."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": trainable}]
-    if job.head_learning_rate is not None and job.task == "text-classification":
-        inner = getattr(model, "model", model) if job.template and job.prompt else model
-        head = {id(p) for p in head_parameters(inner, classifier=True)}
-        groups = [
-            {"params": [p for p in trainable if id(p) not in head]},
-            {"params": [p for p in trainable if id(p) in head], "lr": job.head_learning_rate},
-        ]
+    head: set[int] = set()
+    if job.task == "text-classification" and not isinstance(model, classification.PromptedModel):
+        head = {id(p) for p in head_parameters(model, classifier=True)}
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p in trainable if id(p) not in head],
+            "first_step": round((job.head_first or 0.0) * steps) if head else 0,
+        },
+        {
+            "params": [p for p in trainable if id(p) in head],
+            "lr": job.head_learning_rate or job.learning_rate,
+        },
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=job.learning_rate or 0.0,
@@ -197,8 +214,11 @@ def _optimizer(model: Any, job: TextJob) -> torch.optim.Optimizer:
 
 # ------------------------------------------------------------------------------------------- tasks
 
+#: Data, a model, and what makes the task of a schedule, which is known once the plan is.
+Built = tuple[TrainTest, Any, Callable[..., Task]]
 
-def _classification(job: TextJob, share: Callable[[int], float]) -> tuple[TrainTest, Any, Task]:
+
+def _classification(job: TextJob) -> Built:
     assert job.text
     assert job.label
     assert job.model
@@ -210,6 +230,7 @@ def _classification(job: TextJob, share: Callable[[int], float]) -> tuple[TrainT
     texts = [tuple(as_text(row[column]) for column in columns) for row in rows]
     length = job.max_length or 128
     model: Any
+    tokens: list[dict[str, Any]]
     if job.template is not None and job.prompt:
         words = [word.strip() for word in (job.label_words or "").split(",")]
         if len(words) != len(classes):
@@ -221,24 +242,28 @@ def _classification(job: TextJob, share: Callable[[int], float]) -> tuple[TrainT
         inner = _trainable(inner, job, "masked")
         model = classification.PromptedModel(inner, classification.word_tokens(words, tokenizer))
         tokens = classification.prompt_tokens(texts, labels, tokenizer, job.template, length)
+    elif job.pool == "mean":
+        model, tokenizer = load_pretrained(job.model, "body")
+        model = PooledClassifier(_trainable(model, job, "body"), len(classes))
+        tokens = classification.tokenize_rows(texts, labels, tokenizer, length)
     else:
         model, tokenizer = load_pretrained(job.model, "classifier", num_labels=len(classes))
         model = _trainable(model, job, "classifier")
         tokens = classification.tokenize_rows(texts, labels, tokenizer, length)
-    task = classification.TextClassification(tokenizer, share)
+    task = partial(classification.TextClassification, tokenizer)
     return _data(split, tokens, classes, length), model, task
 
 
-def _language_model(job: TextJob, share: Callable[[int], float]) -> tuple[TrainTest, Any, Task]:
+def _language_model(job: TextJob) -> Built:
     assert job.text
     split = _split(job, [job.text], [job.text])
     model, tokenizer = _causal(job)
     length = job.max_length or 128
     texts = [as_text(row[job.text]) for row in (*split.train, *split.test)]
     tokens = language.tokenize_texts(texts, tokenizer, length)
-    task = language.LanguageModelling(
+    task = partial(
+        language.LanguageModelling,
         tokenizer,
-        share,
         test_texts=texts[len(split.train) :],
         max_length=length,
         prompts=[line for line in job.prompts.splitlines() if line.strip()] or ["", "", ""],
@@ -247,7 +272,7 @@ def _language_model(job: TextJob, share: Callable[[int], float]) -> tuple[TrainT
     return _data(split, tokens, (), length), model, task
 
 
-def _table_to_text(job: TextJob, share: Callable[[int], float]) -> tuple[TrainTest, Any, Task]:
+def _table_to_text(job: TextJob) -> Built:
     assert job.text
     assert job.target
     split = _split(job, [job.text], [job.text, job.target])
@@ -258,9 +283,9 @@ def _table_to_text(job: TextJob, share: Callable[[int], float]) -> tuple[TrainTe
     references: dict[str, list[str]] = {}
     for table, text in zip(tables[len(split.train) :], texts[len(split.train) :], strict=True):
         references.setdefault(table, []).append(text)
-    task = language.TableToText(
+    task = partial(
+        language.TableToText,
         tokenizer,
-        share,
         test_texts=(),
         max_length=length,
         new_tokens=job.new_tokens,
@@ -290,6 +315,8 @@ def _split(job: TextJob, key: Sequence[str], columns: Sequence[str]) -> Split:
     assert job.data is not None
     if job.data == PASSAGES:
         return split_rows(passages(), PASSAGES, fraction=job.test_fraction, key=key)
+    if job.data == SNIPPETS:
+        return movie_reviews()
     split = read_split(
         job.data,
         job.test_data,

@@ -19,7 +19,7 @@ from dptorch.text.generation import generate
 from dptorch.text.models import save_trained
 from dptorch.text.scores import text_scores
 from dptorch.training.run_folder import RunFolder
-from dptorch.training.schedules import scale_rates
+from dptorch.training.schedules import Schedule
 
 __all__ = ["LanguageModelling", "TableToText", "tokenize_pairs", "tokenize_texts"]
 
@@ -33,7 +33,7 @@ class LanguageModelling:
 
     Attributes:
         tokenizer: of the model.
-        schedule: share of the learning rate after a number of steps.
+        schedule: of the learning rate.
         test_texts: what perplexity is measured on.
         max_length: tokens of a text that are read.
         prompts: what samples begin with; public.
@@ -41,7 +41,7 @@ class LanguageModelling:
     """
 
     tokenizer: Any
-    schedule: Callable[[int], float]
+    schedule: Schedule
     test_texts: Sequence[str]
     max_length: int
     prompts: Sequence[str] = ()
@@ -65,7 +65,7 @@ class LanguageModelling:
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rates of this step."""
-        scale_rates(optimizer, self.schedule(step))
+        self.schedule.apply(optimizer, step)
 
     def evaluate(
         self, model: nn.Module, test: Dataset[Any], device: torch.device

@@ -7,6 +7,7 @@ from typing import Any, Final
 from torch import nn
 
 from dptorch.errors import ConfigurationError, one_of
+from dptorch.text.pooling import PooledClassifier
 
 __all__ = ["METHODS", "apply_method", "head_parameters"]
 
@@ -29,8 +30,8 @@ def apply_method(
     Args:
         model: a pretrained model of transformers.
         method: a name in `METHODS`.
-        kind: "classifier", with a new head, which is trained too; "masked" or "causal", which predict
-            words.
+        kind: "classifier", with a new head, which is trained too; "body", whose head is elsewhere;
+            "masked" or "causal", which predict words.
         rank: of LoRA.
         prefix_length: number of vectors of a prefix.
 
@@ -47,12 +48,15 @@ def apply_method(
     if method in ("lora", "ffa-lora", "prefix"):
         return _adapted(model, method, kind, rank, prefix_length)
     classifier = kind == "classifier"
-    head = {id(p) for p in head_parameters(model, classifier=classifier)}
+    head = (
+        set() if kind == "body" else {id(p) for p in head_parameters(model, classifier=classifier)}
+    )
     for name, parameter in model.named_parameters():
         of_method = method == "bias-only" and name.endswith("bias")
         in_head = id(parameter) in head and (classifier or method == "last-layer")
         parameter.requires_grad_(of_method or in_head)
-    if not any(p.requires_grad for p in model.parameters()):
+    head_elsewhere = kind == "body" and method == "last-layer"
+    if not head_elsewhere and not any(p.requires_grad for p in model.parameters()):
         raise ConfigurationError(
             f"method={method!r}: {type(model).__name__} has nothing of the kind. Use lora."
         )
@@ -61,6 +65,8 @@ def apply_method(
 
 def head_parameters(model: Any, *, classifier: bool) -> list[nn.Parameter]:
     """The parameters after a model's body: a classifier's head, or the layer that predicts words."""
+    if isinstance(model, PooledClassifier):
+        return list(model.head.parameters())
     base = getattr(model, "get_base_model", lambda: model)()
     if not classifier:
         output = base.get_output_embeddings()
@@ -80,7 +86,7 @@ def _adapted(model: Any, method: str, kind: str, rank: int, prefix_length: int) 
             f"method={method!r} needs the package peft, which cannot be imported ({error}). Install "
             "it with: pip install 'dptorch[text]'."
         ) from error
-    task = {"classifier": "SEQ_CLS", "masked": "FEATURE_EXTRACTION", "causal": "CAUSAL_LM"}[kind]
+    task = {"classifier": "SEQ_CLS", "causal": "CAUSAL_LM"}.get(kind, "FEATURE_EXTRACTION")
     config: Any
     if method == "prefix":
         config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=prefix_length)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
 from dptorch.errors import ConfigurationError, DataError
+from dptorch.text.pooling import PooledClassifier
+from dptorch.text.recipes import MINILM
 from dptorch.training.packages import hide_broken_torchvision
+from dptorch.training.reviews import encoder_folder
 from dptorch.training.run_folder import PRETRAINED, RunFolder
 
 __all__ = ["load_pretrained", "load_run", "save_trained"]
 
 NEW: Final = "new.safetensors"  # beside adapters: see `_made_new`
+HEAD: Final = "head.safetensors"  # of a `PooledClassifier`
 
 #: By the name that a run's record has for it: the class of transformers.
 KINDS: Final = {
     "classifier": "AutoModelForSequenceClassification",
     "masked": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
+    "body": "AutoModel",
 }
 
 
@@ -28,7 +34,8 @@ def load_pretrained(name: str, kind: str, **settings: Any) -> tuple[Any, Any]:
     """Return (model, tokenizer), without dropout: under privacy the noise is enough of it.
 
     Args:
-        name: a folder that `save_pretrained` wrote, or a name on the hub, which is downloaded.
+        name: a folder that `save_pretrained` wrote, `MINILM`, or a name on the hub, which is
+            downloaded.
         kind: a name in `KINDS`.
         settings: of the model's configuration.
 
@@ -36,23 +43,27 @@ def load_pretrained(name: str, kind: str, **settings: Any) -> tuple[Any, Any]:
         ConfigurationError: it cannot be loaded, or the tokenizer does not fit the model.
     """
     transformers = _transformers()
-    local = Path(name).is_dir()
+    place = str(encoder_folder()) if name == MINILM else name
+    local = Path(place).is_dir()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local, **settings)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local)
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=local, **settings)
         for field in vars(config):
             if field.endswith(("dropout", "dropout_prob", "_pdrop")):
                 setattr(config, field, 0.0)
         loader = getattr(transformers, KINDS[kind])
         model, about = loader.from_pretrained(
-            name, config=config, local_files_only=local, output_loading_info=True
+            place, config=config, local_files_only=local, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(
             f"--model {name} cannot be loaded as a {KINDS[kind]} ({_first_line(error)}). Give a folder "
             "with config.json, model.safetensors and the tokenizer's files, or a name on the hub."
         ) from error
+    model.name_or_path = name  # which adapters keep, to find it again
     model.made_new = tuple(about["missing_keys"])  # which no file of the pretrained model holds
+    if kind == "body" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # it would give a head something else than hidden states
     _make_fit(model, tokenizer, name)
     return model, tokenizer
 
@@ -79,12 +90,16 @@ def _make_fit(model: Any, tokenizer: Any, name: str) -> None:
 
 def save_trained(folder: RunFolder, model: Any, tokenizer: Any) -> None:
     """Write model, or its adapters alone, and tokenizer into the run's folder."""
+    from safetensors.torch import save_file
+
     path = folder.path / PRETRAINED
+    path.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PooledClassifier):
+        save_file(model.head.state_dict(), str(path / HEAD))
+        model = model.model
     model.save_pretrained(str(path))
     tokenizer.save_pretrained(str(path))
     if hasattr(model, "get_base_model"):
-        from safetensors.torch import save_file
-
         save_file(_made_new(model.get_base_model()), str(path / NEW))
 
 
@@ -119,9 +134,7 @@ def load_run(run: str | Path, kind: str | None = None) -> tuple[Any, Any]:
         raise DataError(
             f"{folder.path} is no run of a task on texts. Use dptorch.training.load_model."
         )
-    found = "causal"
-    if job["task"] == "text-classification":
-        found = "masked" if job["template"] and job["prompt"] else "classifier"
+    found = _kind_of(job)
     if kind not in (None, found):
         raise ConfigurationError(
             f"{folder.path} is a run of {job['task']}, whose model writes nothing. Give one of "
@@ -129,21 +142,34 @@ def load_run(run: str | Path, kind: str | None = None) -> tuple[Any, Any]:
         )
     if not path.is_dir():
         raise DataError(f"{path} does not exist: that run has not finished or been interrupted.")
-    if not (path / "adapter_config.json").exists():
-        model, tokenizer = load_pretrained(str(path), found)
-        return model.eval(), tokenizer
-    transformers = _transformers()
-    import peft
     from safetensors.torch import load_file
 
-    adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     classes = about["data"]["classes"]
-    settings = {"num_labels": len(classes)} if found == "classifier" else {}
-    base, _ = load_pretrained(adapter["base_model_name_or_path"], found, **settings)
-    base.load_state_dict(load_file(path / NEW), strict=False)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = peft.PeftModel.from_pretrained(base, str(path))
+    if not (path / "adapter_config.json").exists():
+        model, tokenizer = load_pretrained(str(path), found)
+    else:
+        transformers = _transformers()
+        import peft
+
+        adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = {"num_labels": len(classes)} if found == "classifier" else {}
+        base, _ = load_pretrained(adapter["base_model_name_or_path"], found, **settings)
+        base.load_state_dict(load_file(path / NEW), strict=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = peft.PeftModel.from_pretrained(base, str(path))
+    if found == "body":
+        model = PooledClassifier(model, len(classes))
+        model.head.load_state_dict(load_file(path / HEAD))
     return model.eval(), tokenizer
+
+
+def _kind_of(job: Mapping[str, Any]) -> str:
+    """The name in `KINDS` of what a job trains."""
+    if job["task"] != "text-classification":
+        return "causal"
+    if job["template"] and job["prompt"]:
+        return "masked"
+    return "body" if job.get("pool") == "mean" else "classifier"
 
 
 def _transformers() -> Any:

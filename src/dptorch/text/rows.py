@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.training.data import is_held_out, refuse_empty
+from dptorch.training.reviews import CLASSES, review_split, snippets
 
-__all__ = ["Split", "read_rows", "read_split", "require_columns", "split_rows"]
+__all__ = ["Split", "movie_reviews", "read_rows", "read_split", "require_columns", "split_rows"]
 
 Row = Mapping[str, Any]
 HUB: Final = "hub:"
@@ -81,6 +82,18 @@ def split_rows(rows: Sequence[Row], source: str, *, fraction: float, key: Sequen
     rest = [row for row, held in zip(rows, out, strict=True) if held]
     refuse_empty(len(train), len(rest), source)
     return Split(train, rest, source)
+
+
+def movie_reviews() -> Split:
+    """Return the movie-review snippets of `dptorch.training.reviews`, in their fixed split.
+
+    Raises:
+        DataError: the package cannot be had, or holds no such file.
+    """
+    texts, labels = snippets("movie")
+    rows = [{"text": t, "label": CLASSES[y]} for t, y in zip(texts, labels.tolist(), strict=True)]
+    train, test = ([rows[i] for i in side.tolist()] for side in review_split(len(rows)))
+    return Split(train, test, "movie-review snippets from the package vaderSentiment")
 
 
 def read_rows(source: str) -> Sequence[Row]:

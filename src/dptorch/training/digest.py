@@ -17,7 +17,16 @@ from dptorch.training.run_folder import PRETRAINED, SCHEMA_FILE, RunFolder
 __all__ = ["digest_of", "verify"]
 
 #: What of a job says how a text becomes tokens.
-_OF_TEXTS: Final = ("task", "text", "pair", "template", "label_words", "prompt", "max_length")
+_OF_TEXTS: Final = (
+    "task",
+    "text",
+    "pair",
+    "template",
+    "label_words",
+    "prompt",
+    "pool",
+    "max_length",
+)
 
 
 def digest_of(folder: RunFolder, about: Mapping[str, Any]) -> str:

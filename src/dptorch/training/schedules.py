@@ -10,7 +10,7 @@ import torch
 
 from dptorch.errors import ConfigurationError, one_of
 
-__all__ = ["DECAYS", "Schedule", "scale_rates", "schedule_of"]
+__all__ = ["DECAYS", "Schedule", "schedule_of"]
 
 DECAYS: Final = ("constant", "linear", "cosine")
 
@@ -53,8 +53,12 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1.0
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Set every learning rate to the share of what its group began with."""
-        scale_rates(optimizer, self(step))
+        """Set every learning rate to the share of what its group began with; to 0 before the step
+        that a group has as `first_step`."""
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            waits = step < group.get("first_step", 0)
+            group["lr"] = 0.0 if waits else group["initial_lr"] * self(step)
 
 
 def schedule_of(decay: str, steps: int, warmup: float = 0.0) -> tuple[float, ...]:
@@ -66,10 +70,3 @@ def schedule_of(decay: str, steps: int, warmup: float = 0.0) -> tuple[float, ...
     """
     share = Schedule(decay, steps, warmup)
     return () if decay == "constant" and not warmup else tuple(map(share, range(steps)))
-
-
-def scale_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Set every learning rate to a share of what its group began with."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-        group["lr"] = group["initial_lr"] * share

@@ -60,7 +60,7 @@ from dptorch.tape.rules.recorder import Gradients, Inside, WrittenOut
 __all__ = ["Recording", "active_modes", "innermost"]
 
 # Ops whose further operands lend no more than their shape or type.
-_LIKE_OTHER = words("""expand_as view_as reshape_as type_as""")
+_LIKE_OTHER = words("""expand_as view_as reshape_as type_as to""")
 
 
 class Recording(TorchFunctionMode):
