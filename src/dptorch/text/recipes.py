@@ -160,8 +160,8 @@ RECIPES: Final[Mapping[str, TextRecipe]] = {
         }),
         TextRecipe("reviews", "text-classification", {
             "data": SNIPPETS, "model": MINILM, "method": "bias-only", "pool": "mean",
-            "max_length": 64, "batch_size": 1000.0, "epochs": 6.0, "target_delta": 1e-5,
-            "head_first": 0.25, "learning_rate": 2e-3, "head_learning_rate": 5e-3,
+            "max_length": 48, "batch_size": 600.0, "epochs": 2.0, "target_delta": 1e-5,
+            "head_first": 0.3, "learning_rate": 5e-3, "head_learning_rate": 6e-3,
         }),
     )
 }  # fmt: skip

@@ -16,10 +16,12 @@ from typing import Any, Protocol
 
 from dptorch.distributed import Ranks
 from dptorch.errors import DataError
+from dptorch.sampling import PrivateLoader
 from dptorch.training.canaries import CANARY_FILE
 from dptorch.training.claims import for_machines
 from dptorch.training.digest import digest_of
 from dptorch.training.job import Setup
+from dptorch.training.physical_batches import PhysicalBatches
 from dptorch.training.run_folder import NOT_PRIVATE, SCHEMA_FILE, RunFolder
 from dptorch.training.run_page import missing_packages, write_report
 from dptorch.training.task import headline
@@ -163,26 +165,41 @@ def train(
             folder.write(SCHEMA_FILE, setup.data.table.schema.to_json())
     observer.started(setup, engine.steps_done)
     table = setup.data.table
-    loader = engine.loader(
-        setup.data.train,
-        max_physical_batch_size=setup.job.max_physical_batch_size,
-        num_workers=setup.job.num_workers,
-        **({} if setup.task.collate is None else {"collate_fn": setup.task.collate}),
-        user_ids=None if table is None or table.units is None else list(table.units),
-    )
+    collate: Any = {} if setup.task.collate is None else {"collate_fn": setup.task.collate}
+
+    def make_loader(rows: int) -> PrivateLoader:
+        return engine.loader(
+            setup.data.train,
+            max_physical_batch_size=rows,
+            num_workers=setup.job.num_workers,
+            user_ids=None if table is None or table.units is None else list(table.units),
+            **collate,
+        )
+
+    batches = PhysicalBatches(engine, make_loader, setup.job.max_physical_batch_size)
     steps_per_epoch = max(1, round(1 / plan.sample_rate))
     with StopOnSignal(engine.ranks) as stop:
         while engine.steps_done < plan.steps and not stop.requested():
             stats = _EpochStats()
             setup.model.train()
-            for batch in loader:
+            for batch in batches:
                 if stop.requested():
                     break
                 steps_before = engine.steps_done
-                loss, examples = setup.task.loss(setup.model, batch, setup.device)
-                loss.backward()
-                setup.task.before_step(setup.optimizer, steps_before)
-                setup.optimizer.step()
+                try:
+                    loss, examples = setup.task.loss(setup.model, batch, setup.device)
+                    loss.backward()
+                    setup.task.before_step(setup.optimizer, steps_before)
+                    setup.optimizer.step()
+                    fits = True
+                except (RuntimeError, MemoryError) as error:
+                    if not batches.can_halve(error, steps_before):
+                        raise
+                    fits = False
+                if not fits:  # not in the handler: its traceback holds the tensors of this part
+                    stats.drop_step()
+                    batches.halve()
+                    continue
                 setup.optimizer.zero_grad()
                 stats.add_batch(float(loss.detach()), examples)
                 if engine.steps_done > steps_before:
@@ -229,11 +246,15 @@ class _EpochStats:
         self._step_loss += mean_loss * examples
         self._step_examples += examples
 
+    def drop_step(self) -> None:
+        """Forget the batches since the last step: they are run again."""
+        self._step_loss = self._step_examples = 0.0
+
     def end_step(self, diagnostics: Any) -> float:
         mean = self._step_loss / max(1.0, self._step_examples)
         self._loss += self._step_loss
         self._examples += self._step_examples
-        self._step_loss = self._step_examples = 0.0
+        self.drop_step()
         self.steps += 1
         if diagnostics is not None:
             self._norm += diagnostics.mean_norm * diagnostics.examples
