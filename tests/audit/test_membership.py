@@ -15,9 +15,11 @@ from transformers import Trainer, TrainingArguments
 
 from dptorch import PrivacyEngine
 from dptorch.audit import ImageMIA, LanguageMIA, judge
+from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import new_token_canaries
 from dptorch.audit.membership import attack_features
 from dptorch.audit.membership.classifier import _best_f1_threshold
+from dptorch.audit.membership.plots import precision_recall
 from dptorch.audit.scores import text_gradient_norm, token_statistics, tokenize
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.integrations.membership import MembershipCallback
@@ -85,6 +87,18 @@ def test_the_threshold_of_the_best_f1() -> None:
     assert _best_f1_threshold(np.zeros(4), np.array([0, 1, 0, 1])) == 0.0
 
 
+def test_precision_and_recall_at_every_threshold() -> None:
+    """Both thresholds' precision and recall are points of the curve, ties included."""
+    rng = np.random.default_rng(0)
+    scores, member = rng.random(50).round(1), rng.random(50) < 0.5
+    found = precision_recall(Evidence(scores, member))
+    assert list(found[0]) == sorted(set(scores), reverse=True)
+    for threshold, precision, recall in zip(*found, strict=True):
+        said = scores >= threshold
+        assert precision == (said & member).sum() / said.sum()
+        assert recall == (said & member).sum() / member.sum()
+
+
 @pytest.mark.slow
 def test_the_quick_start(known: Any) -> None:
     members, others, model, tokenizer = known
@@ -101,7 +115,7 @@ def test_the_quick_start(known: Any) -> None:
     assert model.training
     assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
     assert {p.name for p in Path("plots").iterdir()} == {
-        "roc_curve.png", "scores.png", "feature_importance.png",
+        "roc_curve.png", "precision_recall.png", "scores.png", "feature_importance.png",
     }  # fmt: skip
     # The way the README of the original prints it.
     assert f"{results['roc_auc']:.4f} {results['optimal_threshold']:.4f} {results['best_model']}"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from dptorch.errors import ConfigurationError
 
-__all__ = ["text_scores"]
+__all__ = ["METEOR", "METEOR_WITHOUT_SYNONYMS", "text_scores"]
+
+METEOR: Final = "METEOR"
+#: Words match that are equal or have a stem in common; METEOR's third way needs WordNet.
+METEOR_WITHOUT_SYNONYMS: Final = "METEOR (no synonyms)"
 
 
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return BLEU (sacrebleu, 0 to 100), ROUGE-L (F of the best reference, 0 to 100) and NIST.
 
-    METEOR is among them where nltk has its WordNet data, which is downloaded by itself.
+    METEOR is nltk's (0 to 100), with synonyms where nltk has its WordNet data, which is downloaded by
+    itself; otherwise it is called `METEOR_WITHOUT_SYNONYMS`, and is at most as high.
 
     Args:
         texts: generated.
@@ -53,23 +58,33 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
         "BLEU": corpus_bleu(list(texts), by_place, lowercase=True).score,
         "ROUGE-L": 100 * sum(best) / len(best),
     }
+    found |= _meteor(words, said)
     if any(len(text) >= 5 for text in said):  # of shorter ones NIST has no five-grams
         found["NIST"] = corpus_nist(words, said)
-    meteor = _meteor(words, said)
-    if meteor is not None:
-        found["METEOR"] = 100 * meteor
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def _meteor(references: Sequence[Sequence[list[str]]], texts: Sequence[list[str]]) -> float | None:
-    """The mean METEOR, or None without WordNet."""
+def _meteor(
+    references: Sequence[Sequence[list[str]]], texts: Sequence[list[str]]
+) -> dict[str, float]:
+    """The mean METEOR of the best reference, by its name."""
+    from nltk.corpus import wordnet
     from nltk.translate.meteor_score import meteor_score
 
     try:
-        scores = [
-            meteor_score(list(written), text)
-            for written, text in zip(references, texts, strict=True)
-        ]
+        wordnet.ensure_loaded()
+        name, synonyms = METEOR, wordnet
     except LookupError:
-        return None
-    return float(sum(scores) / len(scores))
+        name, synonyms = METEOR_WITHOUT_SYNONYMS, _NoSynonyms()
+    scores = [
+        meteor_score(list(written), text, wordnet=synonyms)
+        for written, text in zip(references, texts, strict=True)
+    ]
+    return {name: 100 * sum(scores) / len(scores)}
+
+
+class _NoSynonyms:
+    """In place of WordNet: no word has a synonym."""
+
+    def synsets(self, word: str) -> list[Any]:
+        return []
