@@ -69,6 +69,26 @@ def epsilon_by_steps() -> str:
     return svg(figure)
 
 
+def reviews() -> str:
+    """Test accuracy on movie reviews against ε, as the table of docs/tasks.md has it."""
+    rows = re.findall(
+        r"^\| (\d) \| ([\d., ]+) \| ([\d.]+) \|$", (DOCS / "tasks.md").read_text(), re.M
+    )
+    figure, axes = canvas("privacy spent, ε", "test accuracy")
+    means = [(float(epsilon), 100 * float(mean)) for epsilon, _, mean in rows]
+    axes.plot(*zip(*means, strict=True), color=BLUE, linewidth=2, linestyle=DASHES[2])
+    for epsilon, runs, mean in rows:
+        found = [100 * float(run) for run in runs.split(", ")]
+        axes.plot([float(epsilon)] * len(found), found, "o", color=BLUE, markersize=6, mfc="white")
+        axes.annotate(
+            f"{100 * float(mean):.1f}%", (float(epsilon), 100 * float(mean)), xytext=(8, -14),
+            textcoords="offset points", color=INK, fontsize=9.5,
+        )  # fmt: skip
+    axes.yaxis.set_major_formatter("{x:.0f}%")
+    axes.set(xlim=(0, 9), ylim=(74, 81), xticks=[float(epsilon) for epsilon, _, _ in rows])
+    return svg(figure)
+
+
 def report(folder: Path) -> None:
     """Photograph the head of a report: a run of the default recipe, in a headless Chromium."""
     browser = next(
@@ -96,4 +116,5 @@ if __name__ == "__main__":
     pictures.mkdir(exist_ok=True)
     (pictures / "trade_off.svg").write_text(trade_off())
     (pictures / "epsilon_by_steps.svg").write_text(epsilon_by_steps())
+    (DOCS / "pictures" / "reviews.svg").write_text(reviews())
     report(DOCS / "pictures")

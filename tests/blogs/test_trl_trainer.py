@@ -11,10 +11,13 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig
+from tests.integrations.transformers.setup import WORDS, build, ids, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -23,6 +26,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from dptorch.audit import LanguageMIA
 from dptorch.blogs.trl_trainer import BloGSSFTTrainer
 from dptorch.errors import ConfigurationError, PrivacyWarning
 from dptorch.integrations.transformers.private_trainer import PRIVATE_FOLDER
@@ -77,10 +81,13 @@ def _trainer(folder, tmp_path, *, arguments=None, config=SFTConfig, **kwargs):
         "learning_rate": 1e-2,
         "disable_tqdm": True,
     }
+    made = {}
+    if folder is not None:
+        made["model"] = AutoModelForCausalLM.from_pretrained(folder)
+        made["tokenizer"] = AutoTokenizer.from_pretrained(folder)
     defaults = {
-        "model": AutoModelForCausalLM.from_pretrained(folder),
+        **made,
         "train_dataset": Dataset.from_dict({"text": TEXTS}),
-        "tokenizer": AutoTokenizer.from_pretrained(folder),
         "target_epsilon": 1.0,
         "mechanism_options": {"index": "0.1.21"},
         "seed": 0,
@@ -121,6 +128,49 @@ def test_forgetnets_call(folder, tmp_path):
     assert spent.formal_epsilon == float("inf")
     assert trainer.privacy_statement().guarantee == "none (heuristic)"
     assert "eval_loss" in trainer.evaluate()
+
+
+def texts(seed):
+    return [
+        " ".join(f"w{word}" for word in row) for row in ids([5 + i % 4 for i in range(14)], seed)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["opt", "bloom", "llama"])
+def test_a_step_of_the_documents_causal_models(name, tmp_path):
+    """Beside GPT-2: the shuffle moves every parameter."""
+    model = build(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = _trainer(
+        None, tmp_path, model=model, tokenizer=tokenizer(), target_epsilon=200.0,
+        train_dataset=Dataset.from_dict({"text": texts(1)}),
+        arguments={"num_train_epochs": 1, "per_device_train_batch_size": 7},
+    )  # fmt: skip
+    trainer.train()
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == set(before)
+    assert 0 < trainer.get_privacy_spent() <= 200.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "opt", "bloom", "llama"])
+def test_the_attack_takes_every_feature_of_the_documents_models(name):
+    model = causal_bert() if name == "bert" else build(name)
+    mia = LanguageMIA(models=("Logistic Regression",), permutations=0)
+    result = mia.attack(texts(1), texts(2), model, tokenizer())
+    assert 0 <= result["roc_auc"] <= 1
+    assert any("gradient_norm" in feature for feature in result["feature_importance"])
+    assert not any("left out" in warning for warning in result["warnings"])
+
+
+def causal_bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=WORDS, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=12, max_position_embeddings=16, is_decoder=True, pad_token_id=0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertLMHeadModel(config)
 
 
 class Watch(TrainerCallback):

@@ -23,6 +23,10 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     TrainerCallback,
@@ -142,11 +146,50 @@ def t5() -> nn.Module:
     )
 
 
-MODELS = {"gpt2": gpt2, "bert": bert, "opt": opt, "bloom": bloom, "llama": llama, "t5": t5}
+def roberta() -> nn.Module:
+    return RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=WORDS,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=12,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=3,
+            pad_token_id=0,
+        )
+    )
+
+
+def qwen2() -> nn.Module:
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=WORDS,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+        )
+    )
+
+
+MODELS = {
+    "gpt2": gpt2, "bert": bert, "opt": opt, "bloom": bloom, "llama": llama, "t5": t5,
+    "roberta": roberta, "qwen2": qwen2,
+}  # fmt: skip
+CLASSIFIERS = ("bert", "roberta")
 #: Where adapters go.
 TARGETS = {
     "gpt2": ["c_attn"], "bert": ["query", "value"], "opt": ["q_proj", "v_proj"],
     "bloom": ["query_key_value"], "llama": ["q_proj", "v_proj"], "t5": ["q", "v"],
+    "roberta": ["query", "value"], "qwen2": ["q_proj", "v_proj"],
 }  # fmt: skip
 
 
@@ -181,7 +224,7 @@ def data(name: str, lengths: list[int] = RAGGED) -> Dataset:
     """Texts of those lengths; classes, the text itself or another text of another length as labels."""
     texts = ids(lengths)
     labels: list[Any] = texts
-    if name == "bert":
+    if name in CLASSIFIERS:
         labels = [i % 3 for i in range(len(texts))]
     elif name == "t5":
         labels = ids([2 + i % 4 for i in range(len(texts))], seed=2)
@@ -192,7 +235,7 @@ def data(name: str, lengths: list[int] = RAGGED) -> Dataset:
 
 def collator(name: str) -> Any:
     """Pads texts, and labels with -100, as DataCollatorForSeq2Seq does for every model."""
-    if name == "bert":
+    if name in CLASSIFIERS:
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(tokenizer())

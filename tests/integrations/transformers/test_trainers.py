@@ -1,4 +1,4 @@
-"""What a private trainer releases, against a loop over single examples, on six architectures."""
+"""What a private trainer releases, against a loop over single examples, on eight architectures."""
 
 from __future__ import annotations
 

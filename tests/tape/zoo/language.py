@@ -212,6 +212,15 @@ def mistral() -> Case:
 
 
 @case
+def bloom_alibi() -> Case:
+    model = _build(
+        "BloomForCausalLM", vocab_size=40, hidden_size=16, n_layer=2, n_head=2,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    return Case(model, (torch.randint(3, 40, (B, 7)),), causal_lm)
+
+
+@case
 def qwen3_tied() -> Case:
     return _lm("Qwen3ForCausalLM", head_dim=8, tie_word_embeddings=True)
 
