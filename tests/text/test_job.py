@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ pytest.importorskip("peft")
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.text import load_run
+from dptorch.text.classification import tokenize_rows
 from dptorch.text.job import TextJob, prepare
+from dptorch.text.language import tokenize_pairs, tokenize_texts
 from dptorch.text.methods import METHODS
 from dptorch.text.recipes import RECIPES, defaults_of
 from dptorch.training import run_folder
@@ -214,6 +217,37 @@ def test_a_tokenizer_that_does_not_fit_is_refused(gpt2: str, tables: str, tmp_pa
     tokenizer(bert=False).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="25 tokens, but the model knows 9"):
         prepare(TextJob("table-to-text", data=tables, model=str(tmp_path), **FAST))
+
+
+@pytest.mark.slow
+def test_a_tokenizer_without_padding_and_end_is_refused(
+    gpt2: str, tables: str, tmp_path: Path
+) -> None:
+    """With a token for the end it pads with that one."""
+    words = tokenizer(bert=False)
+    words.pad_token = None
+    shutil.copytree(gpt2, tmp_path, dirs_exist_ok=True)
+    words.save_pretrained(tmp_path)
+    setup = prepare(TextJob("table-to-text", data=tables, model=str(tmp_path), **FAST))
+    assert setup.task.tokenizer.pad_token == "</s>"  # type: ignore[attr-defined]
+    words.eos_token = None
+    words.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="neither a token for padding nor one for the end"):
+        prepare(TextJob("table-to-text", data=tables, model=str(tmp_path), **FAST))
+
+
+def test_rows_in_which_nothing_counts_are_named() -> None:
+    """A row of a task has a label that counts, however long what comes before it is."""
+    words = tokenizer(bert=True)
+    with pytest.raises(DataError, match="row 1 has no word to predict"):
+        tokenize_texts(["good film", "good"], words, 8)
+    with pytest.raises(DataError, match="row 0 has no word to predict"):
+        tokenize_pairs(["film"], [" "], words, 8)
+    (row,) = tokenize_pairs(["film " * 40], ["good bad"], words, 8)
+    assert row["labels"][-2:] == words("good bad", add_special_tokens=False)["input_ids"]
+    assert len(row["labels"]) == len(row["input_ids"]) == 8
+    with pytest.raises(DataError, match="row 1 has no tokens"):
+        tokenize_rows([("good",), ("",)], [0, 1], tokenizer(bert=False), 8)
 
 
 def test_a_run_of_another_kind_is_not_loaded(tmp_path: Path) -> None:
