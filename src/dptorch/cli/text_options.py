@@ -45,8 +45,9 @@ class TextDataOptions:
         _option(
             DATA,
             help="Columns and settings of a paper: [bold]sst2[/], [bold]qnli[/], [bold]qqp[/], "
-            "[bold]mnli[/] (RoBERTa), [bold]e2e[/], [bold]dart[/] (GPT-2). Its data and model are "
-            "downloaded, unless --data and --model name folders.",
+            "[bold]mnli[/] (RoBERTa), [bold]e2e[/], [bold]dart[/] (GPT-2); or [bold]reviews[/], "
+            "[bold]bible[/], from packages. Data and model are downloaded, unless --data and --model "
+            "name folders.",
             default=False,
         ),
     ] = None
