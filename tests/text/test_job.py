@@ -196,6 +196,10 @@ def test_a_run_of_tables_has_scores_samples_and_a_page(
         ({"recipe": "e2e"}, "is one of table-to-text"),
         ({"decay": "cosin"}, "Did you mean 'cosine'"),
         ({"pool": "max"}, "Valid: 'model', 'mean'"),
+        (
+            {"pool": "mean", "template": "{text} {mask}", "label_words": "bad,good"},
+            "is for a new head",
+        ),
         ({"head_first": 1.0}, r"a share of the steps in \[0, 1\)"),
         ({"max_length": -1}, "expected a positive number"),
     ],

@@ -193,12 +193,18 @@ def _optimizer(model: Any, job: TextJob, steps: int) -> torch.optim.Optimizer:
     """AdamW, with a group for a new head."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     head: set[int] = set()
-    if job.task == "text-classification" and not isinstance(model, classification.PromptedModel):
-        head = {id(p) for p in head_parameters(model, classifier=True)}
+    if job.task == "text-classification":
+        inner = model.model if isinstance(model, classification.PromptedModel) else model
+        head = {id(p) for p in head_parameters(inner, classifier=True)}
+    if job.head_first and not head:
+        raise ConfigurationError(
+            f"head_first={job.head_first:g}: no head of {type(model).__name__} is trained. Leave it "
+            "out, or the template."
+        )
     groups: list[dict[str, Any]] = [
         {
             "params": [p for p in trainable if id(p) not in head],
-            "first_step": round((job.head_first or 0.0) * steps) if head else 0,
+            "first_step": round((job.head_first or 0.0) * steps),
         },
         {
             "params": [p for p in trainable if id(p) in head],
@@ -222,6 +228,11 @@ def _classification(job: TextJob) -> Built:
     assert job.text
     assert job.label
     assert job.model
+    if job.pool == "mean" and job.template is not None and job.prompt:
+        raise ConfigurationError(
+            f"pool='mean' is for a new head, and template={job.template!r} has the model's own fill "
+            "in a word. Leave one of them out."
+        )
     columns = [job.text] + ([job.pair] if job.pair else [])
     split = _split(job, columns, [*columns, job.label])
     rows = [*split.train, *split.test]
