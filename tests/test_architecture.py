@@ -63,6 +63,7 @@ ROOMS = (
     "text",
     "vision",
     "prediction.serving",
+    "statistics",
     "compat",
     "bench",
     "cli",

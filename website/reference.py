@@ -28,6 +28,7 @@ MODULES = {
     "Budgets": ("dptorch.accounting", "dptorch.ledger", "dptorch.risk"),
     "Data and tasks": (
         "dptorch.tables",
+        "dptorch.statistics",
         "dptorch.text",
         "dptorch.vision.augmentation",
         "dptorch.training",

@@ -66,12 +66,21 @@ def for_group(epsilon: float, delta: float, members: int) -> tuple[float, float]
     return total, min(1.0, delta * factor)
 
 
-def in_words(epsilon: float, delta: float, unit: str, size: int | None) -> list[str]:
+def in_words(
+    epsilon: float,
+    delta: float,
+    unit: str,
+    size: int | None,
+    *,
+    data: str = "training data",
+    published: str = "model",
+) -> list[str]:
     """Say what the guarantee means to somebody who has never heard of it, in three paragraphs.
 
     Args:
         unit: what one record is: example, user.
         size: number of records, if it is public.
+        data, published: what the records are in, and what an attacker has of it.
 
     Returns:
         What an attacker can find out, what δ adds, what holds for several records together.
@@ -79,8 +88,9 @@ def in_words(epsilon: float, delta: float, unit: str, size: int | None) -> list[
     what = {"user": "person"}.get(unit, unit)
     found = recognised(epsilon, delta)
     first = (
-        f"Suppose someone wants to find out whether one particular {what} was in the training data. "
-        f"They have the model, know every other {what}, and have all the computing power they like. "
+        f"Suppose someone wants to find out whether one particular {what} was in the {data}. "
+        f"They have the {published}, know every other {what}, and have all the computing power they "
+        "like. "
     )
     if found < CERTAIN:
         first += (

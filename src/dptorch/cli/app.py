@@ -30,6 +30,7 @@ from dptorch.cli.scale import scale
 from dptorch.cli.schema import schema
 from dptorch.cli.serve import serve
 from dptorch.cli.statement import statement
+from dptorch.cli.statistics import statistics
 from dptorch.cli.train import train_group
 from dptorch.cli.train_text import TASK_COMMANDS
 from dptorch.cli.train_vision import vision
@@ -124,7 +125,7 @@ app = typer.Typer(
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (tune, schema, predict, generate, serve, compare, check, release, statement, export),
     "Plan": (epsilon, calibrate, plan, scale),
-    "Measure": (bench, audit),
+    "Measure": (statistics, bench, audit),
 }
 app.add_typer(train_group, rich_help_panel="Train")
 for task in TASK_COMMANDS:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger, Ledger, RunSummary, Total
     from dptorch.plan import PrivacyPlan
     from dptorch.plan.prediction_plan import PredictionPlan
-    from dptorch.training.job import AnyJob
 
 __all__ = ["for_new_run", "for_resumed_run", "ledger"]
 
@@ -272,14 +271,20 @@ def verify(
 
 
 def for_new_run(
-    location: str | None, runs: Path, dataset: str | None, job: AnyJob
+    location: str | None,
+    runs: Path,
+    dataset: str | None,
+    *,
+    data: str | None,
+    recipe: str | None = None,
 ) -> DatasetLedger:
     """The ledger of a new run, made if there is none.
 
     Args:
         location: what was asked for; by default ``ledger.db`` in `runs`.
         dataset: its name, if one was given.
-        job: says where the data is from.
+        data: where the data is from; None for a recipe's.
+        recipe: its name.
     """
     from dptorch.ledger import beside
     from dptorch.ledger.dataset_id import sidecar_of
@@ -287,14 +292,14 @@ def for_new_run(
     opened = _open(
         location or str(runs / "ledger.db"), key_from_environment(), create=True, runs=runs
     )
-    if dataset is None and job.data is not None and job.data.startswith(("hub:", "package:")):
-        dataset = job.data
-    if dataset is None and job.data is not None:
-        known = sidecar_of(Path(job.data).resolve()).exists()
-        dataset = beside(job.data)
+    if dataset is None and data is not None and data.startswith(("hub:", "package:")):
+        dataset = data
+    if dataset is None and data is not None:
+        known = sidecar_of(Path(data).resolve()).exists()
+        dataset = beside(data)
         if not known:
-            _introduce(job.data, dataset)
-    return opened.dataset(dataset or f"recipe:{job.recipe}")
+            _introduce(data, dataset)
+    return opened.dataset(dataset or f"recipe:{recipe}")
 
 
 def _introduce(data: str, dataset: str) -> None:

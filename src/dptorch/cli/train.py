@@ -215,7 +215,13 @@ def _begin(
     if not ledger.no_ledger and setup.private:
         with ranks.together():
             if ranks.is_first:
-                account = for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job)
+                account = for_new_run(
+                    ledger.ledger,
+                    output.runs,
+                    ledger.dataset,
+                    data=setup.job.data,
+                    recipe=setup.job.recipe,
+                )
         setup.engine.use_ledger(account)
         setup.engine.reserve_budget()
     with ranks.together():

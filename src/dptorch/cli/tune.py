@@ -126,7 +126,13 @@ def tune(
 
     def run(setup: Setup, folder: RunFolder) -> Outcome:
         if not ledger.no_ledger:
-            kept = for_new_run(ledger.ledger, output.runs, ledger.dataset, setup.job)
+            kept = for_new_run(
+                ledger.ledger,
+                output.runs,
+                ledger.dataset,
+                data=setup.job.data,
+                recipe=setup.job.recipe,
+            )
             kept.number_is_secret = law.is_secret
             setup.engine.use_ledger(kept)
         return watched(setup, folder, console, resume=False)
