@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,51 @@ def test_from_raw_table_to_predictions_in_three_commands(
     np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
     statement = Path("runs/patients/statement.txt").read_text()
     assert "which columns hold numbers, dates or words" in statement
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.9), ("breast_cancer", 0.8)])
+def test_data_of_scikit_learn_by_the_same_commands(name: str, least: float) -> None:
+    """On rows that no step saw, at ε = 3."""
+    from sklearn import datasets
+
+    data = getattr(datasets, f"load_{name}")()
+    order = np.random.default_rng(0).permutation(len(data.data))
+    names = [str(feature).replace(" ", "_") for feature in data.feature_names]
+    for file, rows_of in (("rows.csv", order[120:]), ("new.csv", order[:120])):
+        with Path(file).open("w", newline="") as out:
+            writer = csv.writer(out)
+            writer.writerow([*names, "label"])
+            writer.writerows([*data.data[i], data.target_names[data.target[i]]] for i in rows_of)
+    if name == "digits":
+        known = ("--label", "label", "--bounds", "0,16")
+    else:  # ranges that the data set was published with
+        found = re.findall(r"^ *([a-z ]+) \((mean|standard error|worst)\): +([\d.]+) +([\d.]+)",
+                           data.DESCR, re.MULTILINE)  # fmt: skip
+        assert len(found) == len(names)
+        ranges = {"mean": "mean_{}", "standard error": "{}_error", "worst": "worst_{}"}
+        columns = {
+            ranges[kind].format(what.replace(" ", "_")): {
+                "kind": "number",
+                "bounds": [float(low), float(high)],
+            }
+            for what, kind, low, high in found
+        }
+        label = {"column": "label", "classes": [str(each) for each in data.target_names]}
+        Path("schema.json").write_text(
+            json.dumps({"dptorch_schema": 1, "label": label, "columns": columns})
+        )
+        known = ("--schema", "schema.json")
+    done = run(
+        "train", "--data", "rows.csv", *known, "--epsilon", "3", "--seed", "1", "--name", "x"
+    )
+    assert done.exit_code == 0, done.output
+    done = run("predict", "runs/x", "new.csv", "--out", "found.csv", "--keep", "label")
+    assert done.exit_code == 0, done.output
+    with Path("found.csv").open() as file:
+        right = [row["prediction"] == row["label"] for row in csv.DictReader(file)]
+    assert len(right) == 120
+    assert np.mean(right) > least
 
 
 @pytest.mark.slow

@@ -4,8 +4,20 @@
 batch and writes the noisy gradient that the optimizer steps with.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from dptorch.engine.diagnostics import StepDiagnostics
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.engine.sharded_checkpoint import load_shards, save_shards
+
+if TYPE_CHECKING:
+    from dptorch.engine.sharded_checkpoint import load_shards, save_shards
 
 __all__ = ["PrivacyEngine", "StepDiagnostics", "load_shards", "save_shards"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load_shards", "save_shards"):  # which few runs need
+        from dptorch.engine import sharded_checkpoint
+
+        return getattr(sharded_checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
