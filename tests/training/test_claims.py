@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import dptorch
 from dptorch.cli.app import app
 from dptorch.errors import DataError
-from dptorch.ledger import open_ledger
+from dptorch.ledger import Cap, open_ledger
 from dptorch.randomness import KeySource
 from dptorch.sampling.schemes import OWN_LOADER
 from dptorch.statement import make_statement
@@ -175,6 +175,9 @@ def test_what_all_runs_on_the_data_cost_is_said_beside_what_this_one_did(
     assert ask().stdout.startswith((run / "statement.txt").read_text())
     for form in ("text", "model-card", "registry"):
         assert text in ask("--format", form).stdout
+    assert "No cap is set: later runs may add to it." in ask().stdout
+    account.set_cap(Cap(epsilon=50.0, delta=total.delta))
+    assert f"Later runs may raise it to 50 at delta {total.delta:g}, the cap." in ask().stdout
     assert list(faults(yaml.safe_load(ask("--format", "registry").stdout), REGISTRY)) == []
     values = json.loads(ask("--format", "json").stdout)
     assert list(faults(values, SCHEMA)) == []

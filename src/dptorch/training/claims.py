@@ -69,7 +69,15 @@ def _together(total: Total) -> str:
         f"{runs} on this data in its ledger: epsilon {_shown(total.adaptive)} at delta "
         f"{total.delta:g} ({total.adjacency.value}) together, for {total.steps} steps, however later "
         f"runs were chosen; {_shown(total.planned)} if no run's settings depended on what others had "
-        f"shown.{notes}"
+        f"shown. {_cap_of(total)}{notes}"
+    )
+
+
+def _cap_of(total: Total) -> str:
+    if total.cap is None:
+        return "No cap is set: later runs may add to it."
+    return (
+        f"Later runs may raise it to {total.cap.epsilon:g} at delta {total.cap.delta:g}, the cap."
     )
 
 
