@@ -26,11 +26,11 @@ from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.plan.settings import PlanSettings
 from dptorch.randomness import RootKey
 from dptorch.statistics.contributions import integer_sum, share_of_block, unit_means
-from dptorch.statistics.quantities import Floats, Numeric, Quantity, layout
+from dptorch.statistics.quantities import Floats, Quantity, layout
 from dptorch.statistics.statement import StatisticsStatement
 from dptorch.statistics.summaries import Summary, summarise
 
-__all__ = ["MECHANISMS", "Numeric", "Statistics", "describe", "release"]
+__all__ = ["MECHANISMS", "Statistics", "describe", "release"]
 
 #: Noise that a release may have, and the accountant of each.
 MECHANISMS = {"discrete_gaussian": "rdp", "gaussian": "pld"}
@@ -91,7 +91,7 @@ def describe(
         ConfigurationError, DataError, BudgetExhausted, LedgerError: as `release`.
 
     Example:
-        >>> import numpy as np
+        >>> from dptorch.statistics import Numeric
         >>> ages = np.random.default_rng(0).normal(50, 10, 20_000)
         >>> found = describe([Numeric("age", (0, 120))], {"age": ages}, epsilon=0.5, seed=0)
         >>> round(found["age"].mean), round(found["age"].quantiles["0.5"])
