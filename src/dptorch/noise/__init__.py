@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from dptorch.errors import one_of
-from dptorch.noise.discrete import DiscreteGaussianNoise
 from dptorch.noise.gaussian import GaussianNoise
 
 if TYPE_CHECKING:
     from dptorch.noise.banded import BandedNoise
     from dptorch.noise.buffered import BufferedNoise
+    from dptorch.noise.discrete import DiscreteGaussianNoise
     from dptorch.noise.inverse_banded import InverseBandedNoise
 
 __all__ = [
