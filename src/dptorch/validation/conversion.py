@@ -20,7 +20,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from dptorch.errors import ConfigurationError, one_of
-from dptorch.validation.all_experts import AllExperts, asks_who_is_hit
 
 __all__ = ["Change", "FrozenBatchNorm", "Preparation", "preparation", "prepare"]
 
@@ -280,6 +279,9 @@ class _Step(NamedTuple):
 
 
 def _plan(model: nn.Module, batchnorm: str, groups_of: GroupsOf, fold: bool) -> Iterator[_Step]:
+    # Loaded where a model is looked at: `import dptorch` loads little.
+    from dptorch.validation.all_experts import AllExperts, asks_who_is_hit
+
     one_of("batchnorm", batchnorm, BATCHNORM)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     uses = Counter(id(p) for m in norms for p in m.parameters(recurse=False))
