@@ -43,7 +43,7 @@ def test_groups_of_train_have_the_names_of_a_job() -> None:
 
 def test_commands_have_few_parameters_of_their_own_and_all_options() -> None:
     assert len(inspect.signature(inspect.unwrap(train)).parameters) <= 8
-    assert len(inspect.signature(train).parameters) == 47
+    assert len(inspect.signature(train).parameters) == 48
     assert set(inspect.signature(epsilon).parameters) > names_of(options.RunOptions)
     assert set(inspect.signature(calibrate).parameters) > names_of(options.RunOptions)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dptorch.accounting.arguments import noise_of, number, positive_int, rate_of
-from dptorch.accounting.buffered import Buffers, sensitivity_of
 from dptorch.accounting.events import Event
 from dptorch.accounting.toeplitz import column_norms, inverse, toeplitz_sensitivity
 from dptorch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from dptorch.accounting.buffered import Buffers
 
 __all__ = [
     "BufferedGaussian",
@@ -180,7 +182,7 @@ class BufferedGaussian(Event):
         object.__setattr__(self, "coefficients", tuple(float(u) for u in self.coefficients))
         for name, least in (("separation", 1), ("steps", 0)):
             object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
-        Buffers.of(self.coefficients)  # checks them
+        _ = self._buffers  # checks them
 
     @property
     def kind(self) -> str:
@@ -188,12 +190,20 @@ class BufferedGaussian(Event):
 
     def strategy(self, steps: int) -> NDArray[np.float64]:
         """The first column of C, [steps]."""
-        return Buffers.of(self.coefficients).strategy(steps)
+        return self._buffers.strategy(steps)
 
     @property
     def sensitivity(self) -> float:
         """That of C over the steps taken, in units of C_clip."""
-        return sensitivity_of(Buffers.of(self.coefficients), self.steps, self.separation)
+        from dptorch.accounting.buffered import sensitivity_of
+
+        return sensitivity_of(self._buffers, self.steps, self.separation)
+
+    @property
+    def _buffers(self) -> Buffers:
+        from dptorch.accounting.buffered import Buffers
+
+        return Buffers.of(self.coefficients)
 
 
 def strategy_sensitivity(strategy: ArrayLike, *, participations: int, min_separation: int) -> float:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
-from dptorch.clipping.rounding import rounded_sum
 from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.distributed.placement import Formed
 from dptorch.engine.batch_checks import (
@@ -364,6 +363,8 @@ class LogicalBatch:
         if self._discrete:
             scales = dict.fromkeys(names, self.plan.max_grad_norm)
             gradients = batch.tape.per_example_gradients()
+            from dptorch.clipping.rounding import rounded_sum
+
             sums = rounded_sum(gradients, c, scales, share=self._row_share)
             batch.sums |= self._formed(names, lambda some: {n: sums[n] for n in some or sums})
             return

@@ -26,7 +26,6 @@ from dptorch.accounting import (
     SeparatedGaussian,
 )
 from dptorch.accounting.arguments import positive, positive_int
-from dptorch.accounting.buffered import Buffers
 from dptorch.accounting.toeplitz import (
     column_norms,
     inverse_coefficients_of,
@@ -168,8 +167,6 @@ class PrivacyPlan:
                 self.coefficients,
                 separation=self.terms.steps_per_epoch,
             )
-        if self.mechanism == "buffered-toeplitz":
-            Buffers.of(self.coefficients)  # checks them
         if self.mechanism == "banded":
             column_norms(self.coefficients, self.steps)  # checks them
             if len(self.coefficients) > (self.bands or 0):
