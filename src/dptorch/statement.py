@@ -83,6 +83,14 @@ ASSUMED = (
 )
 #: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"
+DRAWS = (
+    "what is drawn for one {unit} by its place in the batch (dropout, augmentation) has a secret seed: "
+    "the engine gives torch, Python and NumPy one before a batch, if torch.manual_seed was called"
+)
+SAME_GRADIENT = (
+    "the gradient of one example, a floating-point number before it is rounded, is the same in any "
+    "batch (it is where examples go through the model one at a time)"
+)
 OWN_BATCHES = (
     "what the loop computes from a batch of its own loader before the batch meets the model, and in "
     "passes without gradients, keeps the examples apart, and nothing that is trained on the data "
@@ -168,50 +176,47 @@ class Statement:
             numbers.append(f"groups that take turns {plan.bands}")
         if plan.coefficients:
             numbers.append("coefficients " + ", ".join(f"{c:.9g}" for c in plan.coefficients))
-        if plan.sample_size is not None:
-            numbers.append(f"number of {plan.unit}s {plan.sample_size}")
-        return numbers
+        size = [f"number of {plan.unit}s {plan.sample_size}"] * (plan.sample_size is not None)
+        return [*numbers, *size]
 
     @property
     def assumed(self) -> list[str]:
         """What the engine cannot see and the guarantee rests on."""
-        plan = self.plan
-        assumed = [item.format(unit=plan.unit) for item in ASSUMED]
-        if self.own_loader_steps:
-            assumed.insert(
-                0,
-                f"in the {self.own_loader_steps} steps on a loader of the user's own, "
-                f"{ONCE_A_STEP.format(unit=plan.unit)}: the loader draws without replacement, a step "
-                "does not go on over the end of an epoch, and no batch is backpropagated twice. "
-                "What is in k rows of a step counts k times",
-            )
-            assumed.append(OWN_BATCHES)
-        if plan.unit == "user":
-            assumed.append(
-                f"user_ids gives the user of each example; a batch that the engine did not draw has "
-                f"at most {plan.max_examples_per_user} examples of a user"
-            )
-        if plan.sample_size is not None and self.adjacency is Adjacency.ADD_REMOVE:
-            assumed.append(
-                f"the number {plan.sample_size} was not taken from the private data: under add/remove "
-                "the number of records is protected"
-            )
-        if self.read_from_data:
-            assumed.append(
-                "what was read off the private data to prepare it says nothing of anyone, because no "
-                f"noise was added to it: {'; '.join(self.read_from_data)}"
-            )
-        if plan.places_kept:
-            assumed.append(
-                f"the data set is the same, in the same order, throughout {plan.places_kept}: each "
-                f"{plan.unit} keeps its turns (their number and a few of the examples are compared)"
-            )
-        if plan.mechanism == "discrete_gaussian":
-            assumed.append(
-                "the gradient of one example, a floating-point number before it is rounded, is the "
-                "same in any batch (it is where examples go through the model one at a time)"
-            )
-        return assumed
+        plan, unit = self.plan, self.plan.unit
+        own = [
+            f"in the {self.own_loader_steps} steps on a loader of the user's own, "
+            f"{ONCE_A_STEP.format(unit=unit)}: the loader draws without replacement, a step "
+            "does not go on over the end of an epoch, and no batch is backpropagated twice. "
+            "What is in k rows of a step counts k times"
+        ] * bool(self.own_loader_steps)
+        users = (
+            f"user_ids gives the user of each example; a batch that the engine did not draw has "
+            f"at most {plan.max_examples_per_user} examples of a user"
+        )
+        number = (
+            f"the number {plan.sample_size} was not taken from the private data: under add/remove "
+            "the number of records is protected"
+        )
+        read = (
+            "what was read off the private data to prepare it says nothing of anyone, because no "
+            f"noise was added to it: {'; '.join(self.read_from_data)}"
+        )
+        order = (
+            f"the data set is the same, in the same order, throughout {plan.places_kept}: each "
+            f"{unit} keeps its turns (their number and a few of the examples are compared)"
+        )
+        removable = self.adjacency is Adjacency.ADD_REMOVE
+        return [
+            *own,
+            *(item.format(unit=unit) for item in ASSUMED),
+            *[OWN_BATCHES] * len(own),
+            *[users] * (unit == "user"),
+            *[number] * (plan.sample_size is not None and removable),
+            *[DRAWS.format(unit=unit)] * removable,
+            *[read] * bool(self.read_from_data),
+            *[order] * bool(plan.places_kept),
+            *[SAME_GRADIENT] * (plan.mechanism == "discrete_gaussian"),
+        ]
 
     @property
     def mechanism_text(self) -> str:
@@ -226,8 +231,7 @@ class Statement:
     @property
     def not_covered(self) -> list[str]:
         """What the guarantee says nothing of."""
-        floats = [FLOATING_POINT] if self.plan.mechanism != "discrete_gaussian" else []
-        return [*NOT_COVERED, *floats]
+        return [*NOT_COVERED, *[FLOATING_POINT] * (self.plan.mechanism != "discrete_gaussian")]
 
     @property
     def adjacency_text(self) -> str:
@@ -253,9 +257,9 @@ class Statement:
     @property
     def in_words(self) -> list[str]:
         """What the guarantee means for one person, in plain words; of a seeded run nothing."""
-        plan = self.plan
         if not self.private:
             return ["The noise came from a seed that is known, so that this run protects nobody."]
+        plan = self.plan
         return in_words(self.epsilon, plan.target_delta, plan.unit, plan.sample_size)
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,15 +311,12 @@ class Statement:
             f"These {self.steps} training steps are ({_number(self.epsilon)}, {plan.target_delta:g})-"
             f"differentially private with respect to {adjacency}"
             + (", provided that" if self.own_loader_steps else "."),
-            *(
-                [
-                    f"{ONCE_A_STEP.format(unit=plan.unit)}. ({self.own_loader_steps} of the steps took "
-                    "their batches from a loader",
-                    "of the user's own, which the engine does not see.)",
-                ]
-                if self.own_loader_steps
-                else []
-            ),
+            *[
+                f"{ONCE_A_STEP.format(unit=plan.unit)}. ({self.own_loader_steps} of the steps took "
+                "their batches from a loader",
+                "of the user's own, which the engine does not see.)",
+            ]
+            * bool(self.own_loader_steps),
             "",
             "In words:",
             *(f"  {paragraph}" for paragraph in self.in_words),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dptorch import accounting
 from dptorch.distributed import Ranks
 from dptorch.engine.places import Places
+from dptorch.engine.secret_draws import SecretDraws
 from dptorch.engine.shared_ledger import SharedLedger
 from dptorch.errors import ConfigurationError, warn
 from dptorch.plan import PrivacyPlan, PrivacySpent
@@ -49,6 +50,7 @@ class RunState:
         self.loaders = 0
         self.noise: CorrelatedNoise | None = None
         self._places = Places(plan, ranks)
+        self._draws = SecretDraws(plan, ranks)
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
         self._run_ledger: SharedLedger | None = None
@@ -82,6 +84,8 @@ class RunState:
             PrivacyError: records have their turns for the whole run, and the data set is another one.
         """
         self._places.watch(loader, user_ids)
+        loader.on_start(lambda step: self._draws.begin_batch(self.key, step))
+        loader.on_batch(lambda part: self._draws.begin_batch(self.key, part.logical_step))
         self.loaders += 1
 
     # -- the ledger --------------------------------------------------------------------------------
@@ -155,6 +159,7 @@ class RunState:
             "plan": self.plan.to_json(),
             "steps_done": self.steps_done,
             **self._places.values(),
+            **self._draws.values(),
             "noise": None if self.noise is None else self.noise.state(self.steps_done),
             "resumed": self._resumed,
             "sampling_run": dict(self.sampling_run),
@@ -190,6 +195,7 @@ class RunState:
         self._resumed = values["resumed"] + 1
         self.sampling_run = Counter(values["sampling_run"])
         self._places.restore(values)
+        self._draws.restore(values)
         self.key = key
 
     def _go_on_in_ledger(self, values: Mapping[str, Any], key: RootKey) -> None:

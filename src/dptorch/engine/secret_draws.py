@@ -1,0 +1,61 @@
+"""Seed what the loop draws in secret, where a draw's place tells of the other records.
+
+Dropout masks and augmentations come from the generators of torch, Python and NumPy, one row after the
+other. Under add/remove adjacency one record more moves all later rows: whoever knows the seed sees
+other masks for everybody. With a secret seed nobody can tell a row's place by its mask.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from dptorch.accounting import Adjacency
+from dptorch.distributed import Ranks
+from dptorch.plan import PrivacyPlan
+from dptorch.randomness import RootKey
+
+__all__ = ["SecretDraws"]
+
+
+class SecretDraws:
+    """Keeps the seed of the global generators secret while batches are handed out.
+
+    They are seeded from the run's key when they have another seed than the last that was given here:
+    at first, and whenever the program has called ``torch.manual_seed``. A run whose own key comes from
+    a seed protects nobody, and is left as it is; so are zero-out and replace-one, under which every
+    record keeps its row.
+
+    Guarantees:
+        No known seed decides the masks of a private run under add/remove adjacency.
+        Held by `test_a_known_seed_does_not_decide_the_masks_of_a_private_run`.
+    """
+
+    def __init__(self, plan: PrivacyPlan, ranks: Ranks) -> None:
+        self._needed = plan.adjacency is Adjacency.ADD_REMOVE
+        self._ranks = ranks
+        self._seed: int | None = None
+
+    def begin_batch(self, key: RootKey, step: int) -> None:
+        """Seed anew, unless it is done; `step` is due next."""
+        if not (self._needed and key.source.is_private):
+            return
+        if torch.initial_seed() == self._seed:
+            return
+        secret = key.derive("draws", step, self._ranks.rank)
+        self._seed = int.from_bytes(secret[:7], "big")
+        torch.manual_seed(self._seed)
+        random.seed(secret)
+        np.random.seed(np.frombuffer(secret[:16], np.uint32))  # noqa: NPY002
+
+    def values(self) -> dict[str, Any]:
+        """Return what was seeded, as plain values for `restore`."""
+        return {"draws": self._seed}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Go on with the generators' states of a checkpoint."""
+        self._seed = values.get("draws")
