@@ -1,5 +1,7 @@
 """Shards: every record in one, by its own content, users whole."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,42 @@ def test_each_model_sees_its_part_alone():
     assert sum(map(len, seen)) == 200
     assert len(set.union(*seen)) == 200
     assert PrivatePredictor(models, "gnmax", budget=(1.0, 1e-5), queries=3).plan.models == 4
+
+
+def changed_models(train):
+    """How many models are others once a record of the first part is gone, under one known seed."""
+
+    def fit(part):  # as long as the part is: masks, an order of rows
+        return [
+            torch.rand(1 + len(part)).tolist(),
+            [random.random() for _ in part],
+            [np.random.rand() for _ in part],  # noqa: NPY002
+        ]
+
+    models, everybody = [], torch.arange(200)
+    for kept in (everybody, everybody[everybody != assign_shards(data(), 5)[0][0]]):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        part = TensorDataset(*(t[kept] for t in data().tensors))
+        models.append(train(fit, part, 5))
+    return sum(a != b for a, b in zip(*models, strict=True))
+
+
+def test_a_record_changes_one_model():
+    assert changed_models(train_shards) == 1
+    in_one_stream = lambda fit, dataset, m: [fit(part) for part in assign_shards(dataset, m)]
+    assert changed_models(in_one_stream) > 1  # the broken twin
+
+
+def test_shards_leave_the_generators_as_they_were():
+    torch.manual_seed(0)
+    first = train_shards(lambda part: torch.rand(()).item(), data(), 3)
+    after = torch.rand(())
+    torch.manual_seed(0)
+    assert train_shards(lambda part: torch.rand(()).item(), data(), 3) == first
+    assert len(set(first)) == 3
+    assert torch.equal(torch.rand(()), after)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from dptorch.atomic_files import replacing
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.prediction.bounded import votes_of
-from dptorch.prediction.shards import assign_shards
+from dptorch.prediction.shards import assign_shards, draws_of, seed_of_all
 from dptorch.tables import Schema
 from dptorch.training import recipes
 from dptorch.training.data import TrainTest
@@ -90,16 +90,20 @@ def train_ensemble(
         torch.manual_seed(job.seed)
     votes, alone = np.zeros((data.sizes[1], len(data.classes))), []
     inputs, labels = _whole(data.test)
+    base = seed_of_all()
     for i, part in enumerate(parts):
-        model = build_model(name, data.input_shape, len(data.classes), pretrained=job.pretrained)
-        fit_plainly(
-            model.to(device),
-            Subset(data.train, part),
-            epochs=job.epochs or _EPOCHS,
-            batch_size=int(job.batch_size or _BATCH),
-            learning_rate=job.learning_rate or _LEARNING_RATE,
-            device=device,
-        )
+        with draws_of(base, i):
+            model = build_model(
+                name, data.input_shape, len(data.classes), pretrained=job.pretrained
+            )
+            fit_plainly(
+                model.to(device),
+                Subset(data.train, part),
+                epochs=job.epochs or _EPOCHS,
+                batch_size=int(job.batch_size or _BATCH),
+                learning_rate=job.learning_rate or _LEARNING_RATE,
+                device=device,
+            )
         _write(model, folder.path / _file(i))
         with torch.no_grad():
             found = votes_of(model(inputs.to(device)).double().cpu().numpy())

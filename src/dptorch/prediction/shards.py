@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+import random
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from dptorch.accounting.arguments import positive_int
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.prediction.predictor import Model
 
-__all__ = ["assign_shards", "shard_of", "train_shards"]
+__all__ = ["assign_shards", "draws_of", "seed_of_all", "shard_of", "train_shards"]
 
 
 def shard_of(content: bytes, shards: int) -> int:
@@ -91,12 +93,46 @@ def train_shards(
     Returns:
         m models, none of which may be published.
 
+    Guarantees:
+        Each part is trained with generators of its own (torch's, Python's and NumPy's global ones), so
+        that what one draws moves no other, whatever seed was set before.
+        Held by `test_a_record_changes_one_model`.
+
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.arange(40.0).reshape(20, 2))
         >>> len(train_shards(lambda part: (lambda x: x[:, :2]), data, 3))
         3
     """
-    return [fit(Subset(dataset, part)) for part in assign_shards(dataset, shards, users)]
+    base, models = seed_of_all(), []
+    for i, part in enumerate(assign_shards(dataset, shards, users)):
+        with draws_of(base, i):
+            models.append(fit(Subset(dataset, part)))
+    return models
+
+
+def seed_of_all() -> int:
+    """A number from torch's global generator, for `draws_of` of each shard."""
+    return int(torch.randint(2**62, ()))
+
+
+@contextmanager
+def draws_of(base: int, shard: int) -> Iterator[None]:
+    """Draw from generators of the shard's own inside: torch's, Python's and NumPy's global ones.
+
+    How much a shard draws depends on its rows. On one stream the weights and masks of all later shards
+    would move with it, so that one record changed many models.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    digest = hashlib.blake2b(f"{base} {shard}".encode(), digest_size=16).digest()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            random.seed(digest)
+            np.random.seed(np.frombuffer(digest, np.uint32))  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
 
 
 def _content(item: Any) -> bytes:
