@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dptorch.errors import ConfigurationError, DataError
+from dptorch.ledger import beside
 from dptorch.training import run_folder
 from dptorch.training.loop import train
 from dptorch.training.models import build_model
@@ -55,7 +56,7 @@ def test_the_statement_carries_the_guarantee_of_the_weights(cifar: str, tmp_path
     path = tmp_path / "foundation.pt"
     torch.save(cnn(100).state_dict(), path)
     job = VisionJob(data=cifar, init=str(path), init_data="ImageNet-1k", init_epsilon=2.0,
-                    init_delta=1e-7, method="last-layer", **FAST)  # fmt: skip
+                    init_delta=1e-7, method="last-layer", **FAST | {"seed": None})  # fmt: skip
     first = run_folder.create(tmp_path, "first")
     train(prepare(job), first)
     text = (first.path / "statement.txt").read_text()
@@ -75,7 +76,14 @@ def test_the_statement_carries_the_guarantee_of_the_weights(cifar: str, tmp_path
     assert torch.equal(second.model.state_dict()["head.bias"], _head(first))
     assert "the same data as this run's. The two guarantees add up" in second.notes[0]
     third = prepare(VisionJob(data=str(write_cifar10(tmp_path)), init=str(first.path), **FAST))
-    assert "That guarantee is for that data, and not for the data of this run" in third.notes[0]
+    assert "That guarantee is for that data; for what of it is in this run's data" in third.notes[0]
+    assert "Of those weights: training began from the weights of foundation.pt" in third.notes[0]
+    assert f"with ({about['result']['epsilon']:g}, " in third.notes[0]
+    seeded = run_folder.create(tmp_path, "seeded")
+    train(prepare(VisionJob(data=cifar, **FAST)), seeded)
+    note = prepare(VisionJob(data=str(tmp_path), init=str(seeded.path), **FAST)).notes[0]
+    assert "without privacy" in note
+    assert "differential privacy" not in note
 
 
 def _head(folder: run_folder.RunFolder) -> torch.Tensor:
@@ -90,9 +98,20 @@ def test_a_run_without_privacy_makes_its_data_public(cifar: str, tmp_path: Path)
     folder = run_folder.create(tmp_path, "public")
     with pytest.warns(UserWarning, match="neither clipped nor noised"):
         train(prepare(job), folder)
-    note = prepare(VisionJob(data=cifar, init=str(folder.path), **FAST)).notes[0]
+    other = str(write_cifar10(tmp_path))
+    private = FAST | {"seed": None}
+    note = prepare(VisionJob(data=other, init=str(folder.path), **private)).notes[0]
     assert "the run public, which were trained on cifar10 pictures" in note
     assert "without privacy. That data counts as public" in note
+    with pytest.raises(ConfigurationError, match="on the data of this run, and nothing"):
+        prepare(VisionJob(data=cifar, init=str(folder.path), **private))
+    # By the identity of the data too, where no path is known, as in a release.
+    about = folder.read_json("run.json")
+    del about["job"]["data"]
+    about["statement"]["ledger"] = {"run": "r", "dataset": beside(other)}
+    folder.write_json("run.json", about)
+    with pytest.raises(ConfigurationError, match="on the data of this run, and nothing"):
+        prepare(VisionJob(data=other, init=str(folder.path), **private))
 
 
 @pytest.mark.parametrize(
