@@ -133,7 +133,8 @@ class WidthCheck:
         """Widths of this batch, still to be tested, that follow its examples."""
         batches = [b for i in inputs if (b := batch_of(i.tensor)) is not None]
         batch = batches[0] if batches else latest_batch()
-        known = frozenset() if batch is None else batch.widths
+        padding = None if batch is None else batch.padding
+        known = frozenset() if padding is None else padding.widths
         found: set[int] = set()
         for name, t, batch_dim in inputs:
             for dim, size in enumerate(t.shape):

@@ -94,6 +94,7 @@ class Tape:
             from, and the number of each example in it.
         means: the means over values of an example, `dptorch.tape.recording.position_means.Mean`.
         seen_before: whether the batch is known to have gone through the model before.
+        padding: a `dptorch.tape.recording.padding.Padding`: which sizes follow its longest example.
         fired: whether any gradient has arrived.
         loss: how the loss of the last backward was reduced over the examples and what its terms were
             multiplied by; None if the recording did not see it. The kind is
@@ -132,6 +133,7 @@ class Tape:
         self.batch_size = 0
         self.rows: tuple[object, tuple[int, ...]] | None = None
         self.seen_before = False
+        self.padding: Any = None
         self.means: list[Any] = []
         self.fired = False
         self.loss: Reduced | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from dptorch.errors import ExamplesMixError
 from dptorch.tape.provenance.aliases import Aliases
 from dptorch.tape.provenance.tags import Mixed, Tag
+from dptorch.tape.recording.padding import Padding
 
 __all__ = ["Batch", "latest_batch", "own_batch"]
 
@@ -45,8 +46,7 @@ class Batch:
         left: the last tensors of its rows that left for where nothing is followed (NumPy, lists,
             copies), and what they were.
         made: what code that a recording sees has made of it since the last such code ended.
-        widths: (dimension, size) of collated tensors, but for their rows, where one example collated
-            alone has another size: those that follow the longest example of the batch.
+        padding: the sizes that follow the longest example of the batch, if its collation is known.
     """
 
     __slots__ = (
@@ -57,9 +57,9 @@ class Batch:
         "handed_out",
         "left",
         "made",
+        "padding",
         "size",
         "spent",
-        "widths",
     )
 
     def __init__(self, size: int = 0, *, handed_out: bool = False) -> None:
@@ -67,7 +67,7 @@ class Batch:
         self.handed_out = handed_out
         self.aliases = Aliases()
         self.spent = False
-        self.widths: frozenset[tuple[int, int]] = frozenset()
+        self.padding: Padding | None = None
         self.beside: Any = None
         self.cut_from: tuple[Batch, tuple[int, ...]] | None = None
         self.left: deque[_Left] = deque(maxlen=_LEFT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from dptorch.tape.recording.compiled import run_as_written, uncompiled
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
+from dptorch.tape.recording.padding import Padding, tensors
 from dptorch.tape.recording.patches import patch, unpatch
 from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
@@ -63,6 +64,7 @@ class ModelHooks:
         self._on_forward = on_forward
         self._around = around
         self._checks = list(checks)
+        self._looks_at_padding = bool(checks)
         self._paused = self._public = False
         self._warned = self._warned_of_public = False
         self._open: tuple[Recording, ExitStack] | None = None
@@ -113,8 +115,8 @@ class ModelHooks:
         """
         if self._batch is not None and self._handles:
             taint(items, self._batch, self.model)
-            if self._checks:
-                self._batch.widths = _widths_of_batch(items, alone)
+            if self._looks_at_padding:
+                self._batch.padding = Padding(items, alone)
 
     def end_batch(self) -> None:
         """Forward passes to come are on batches of unknown origin."""
@@ -175,6 +177,7 @@ class ModelHooks:
         seen_before = any(batch_of(t) is batch for t, _ in leaves) or batch.cut_from is not None
         tagged = tag_inputs(recording, _tagger(recording), module, args, kwargs, self._batch_dims)
         recording.tape.rows, recording.tape.seen_before = batch.origin(), seen_before
+        recording.tape.padding = batch.padding
         if training and self._checks:
             with self.paused():
                 self._checks = [check for check in self._checks if not check(args, kwargs)]
@@ -224,7 +227,7 @@ class ModelHooks:
         return own_batch()
 
     def _warn_of_private_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batches = (batch_of(t) for t in _tensors((args, kwargs)))
+        batches = (batch_of(t) for t in tensors((args, kwargs)))
         if not self._warned_of_public and any(b is not None and b.handed_out for b in batches):
             self._warned_of_public = True
             warn(
@@ -264,28 +267,6 @@ class ModelHooks:
                 "whether it does, on your batch."
             )
         return outputs_of(output, recording)
-
-
-def _widths_of_batch(items: Any, alone: Any) -> frozenset[tuple[int, int]]:
-    """(dimension, size) in a batch, but for its rows, where one example collated alone has another."""
-    leaves = [list(_tensors(v)) for v in (items, alone)]
-    if len(leaves[0]) != len(leaves[1]):
-        return frozenset()
-    return frozenset(
-        (dim, t.shape[dim])
-        for t, one in zip(*leaves, strict=True)
-        if t.dim() == one.dim()
-        for dim in range(1, t.dim())
-        if t.shape[dim] != one.shape[dim]
-    )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for v in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(v)
 
 
 def _tagger(recording: Recording) -> Callable[[Tensor, int], Tensor]:

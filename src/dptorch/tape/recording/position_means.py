@@ -1,8 +1,9 @@
 """Note over how many values of each example means are taken.
 
 In a batch that is padded to its longest example, a mean over positions divides by that example's
-length. Which of a model's means are over positions is not known, but their sizes are: one that
-changes from batch to batch is worth a warning.
+length. Where it is known how far the engine's loader padded a batch, such a mean in the loss is
+refused. Elsewhere it is not known which means are over positions, but their sizes are: one that changes
+from batch to batch is worth a warning.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dptorch.errors import ExamplesMixError
 from dptorch.tape.propagation.losses import reduction_of
 from dptorch.tape.provenance.calls import Call, words
-from dptorch.tape.provenance.tags import Reduced
+from dptorch.tape.provenance.tags import Reduced, Tag
+from dptorch.tape.recording.padding import Padding
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["MEANS", "Mean", "changed_mean", "note_mean"]
@@ -37,7 +40,11 @@ class Mean(NamedTuple):
 
 def note_mean(call: Call, out: Any, recording: Recorder) -> None:
     """Note the mean that `call`, one of `MEANS`, took of its examples, if it did, on the recording's
-    tape."""
+    tape.
+
+    Raises:
+        ExamplesMixError: it is over the columns of a batch in which a row is padded.
+    """
     if not isinstance(out, Tensor) or not out.requires_grad:
         return
     x = call.first
@@ -45,9 +52,13 @@ def note_mean(call: Call, out: Any, recording: Recorder) -> None:
     if tag is None or not tag.regular or not x.numel() or not out.numel():
         return
     found = Mean(x.numel() // call.batch_size, lambda: False)
+    over, over_tag = x, tag
     if call.name == "mean":
-        kept = call.batch_size if isinstance(recording.state(out), Reduced) else 1
+        is_loss = isinstance(recording.state(out), Reduced)
+        kept = call.batch_size if is_loss else 1
         found = found._replace(values=x.numel() // (out.numel() * kept))
+        if not is_loss and recording.refuses_reads:
+            over = None  # inside a model; whether its outputs depend on the width is tested
     elif reduction_of(call) != "mean":
         return
     elif call.name in _BY_CLASS:
@@ -56,7 +67,30 @@ def note_mean(call: Call, out: Any, recording: Recorder) -> None:
             return
         values = target.numel() // call.batch_size
         found = Mean(values, lambda: bool((target == ignored).any()))
+        over, over_tag = target, call.tag_of(target) or tag
     recording.tape.means.append(found)
+    padding: Padding | None = recording.tape.padding
+    if over is not None and padding is not None and padding.sizes:
+        _refuse_padded(over, over_tag, out, found, padding, recording)
+
+
+def _refuse_padded(
+    t: Tensor, tag: Tag, out: Tensor, found: Mean, padding: Padding, recording: Recorder
+) -> None:
+    """Raise if a mean over `t` is over the columns of a padded batch. A size that a parameter has too
+    is not told from that."""
+    sizes = {n for d, n in enumerate(t.shape) if d != tag.dim and n not in out.shape} | {tag.step}
+    own = {n for p in recording.tape.parameters.values() for n in p.shape}
+    for size in sizes & padding.sizes - own:
+        if not found.leaves_out() and padding.is_seen(size):
+            raise ExamplesMixError(
+                f"{recording.module_path()}: the mean is over {found.values} values of each example, "
+                f"{size} columns among them, and the batch is padded to {size} columns, the length of "
+                "its longest example. So that length divides the gradients of all others. Divide the "
+                "sum of each example's own positions by their number, (losses * mask).sum(1) / "
+                "mask.sum(1), or leave them out (labels of -100); or pad to a constant length. If this "
+                "finding is wrong, pass self_check=False."
+            )
 
 
 def changed_mean(before: Sequence[Mean], now: Sequence[Mean]) -> tuple[int, int] | None:
