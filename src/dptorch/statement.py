@@ -94,7 +94,7 @@ SAME_GRADIENT = (
 OWN_BATCHES = (
     "what the loop computes from a batch of its own loader before the batch meets the model, and in "
     "passes without gradients, keeps the examples apart, and nothing that is trained on the data "
-    "computes from it what the model or its loss takes: it is followed from the model on"
+    "computes from it what the model or its loss takes: it is followed from a model's arguments on"
 )
 
 

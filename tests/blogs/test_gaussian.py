@@ -155,7 +155,7 @@ def test_size_weights_make_the_least_noise():
 
 def test_what_is_spent_is_proven_and_stops():
     model = _model()
-    engine = _engine(model, lr=0.1)
+    engine = _engine(model, lr=0.1, seed=None)
     values = []
     for _ in range(3):
         for x, y in engine.loader(_data()):
@@ -173,6 +173,9 @@ def test_what_is_spent_is_proven_and_stops():
     assert spent.nominal_epsilon is None
     assert delta == 1e-5
     assert "differentially private" in str(engine.statement())
+    seeded = _engine(_model()).get_privacy_spent()
+    assert seeded.formal_epsilon == float("inf")
+    assert seeded.guarantee == "none (the seed of the noise is known)"
 
 
 def test_blocks_are_shuffled_after_the_noise_and_only_then():

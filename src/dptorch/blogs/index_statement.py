@@ -30,7 +30,7 @@ class BloGSSpent(float):
     Attributes:
         nominal_epsilon: the index: what the published formula calls ε. None under
             ``mechanism="gaussian"``, where the float is a proven ε.
-        formal_epsilon: the ε that is guaranteed: infinity for a shuffle.
+        formal_epsilon: the ε that is guaranteed: infinity for a shuffle, and under a known seed.
         delta: δ beside the float.
         guarantee: "none (heuristic)", or what is guaranteed.
 
@@ -61,8 +61,11 @@ class BloGSSpent(float):
         return cls(index, delta, nominal=index, formal=math.inf, guarantee=GUARANTEE)
 
     @classmethod
-    def of_gaussian(cls, epsilon: float, delta: float) -> BloGSSpent:
-        """The ε of the Gaussian mechanism."""
+    def of_gaussian(cls, epsilon: float, delta: float, *, private: bool = True) -> BloGSSpent:
+        """The ε of the Gaussian mechanism; `private` is False where its noise has a known seed."""
+        if not private:
+            text = "none (the seed of the noise is known)"
+            return cls(epsilon, delta, nominal=None, formal=math.inf, guarantee=text)
         text = f"({epsilon:.4g}, {delta:g})-differential privacy"
         return cls(epsilon, delta, nominal=None, formal=epsilon, guarantee=text)
 

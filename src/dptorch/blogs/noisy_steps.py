@@ -132,7 +132,8 @@ class NoisySteps:
 
     def spent(self) -> BloGSSpent:
         """ε so far."""
-        return BloGSSpent.of_gaussian(*self.engine.get_privacy_spent())
+        private = self.engine.statement().private
+        return BloGSSpent.of_gaussian(*self.engine.get_privacy_spent(), private=private)
 
     def statement(self) -> Statement:
         """What the run guarantees."""

@@ -10,12 +10,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
 from dptorch.distributed.zero3 import is_partitioned, whole_shape
 
 __all__ = ["digest_of_examples", "digest_of_parameters", "digest_of_values", "shapes"]
 
 _LOOKED_AT: Final = 13  # examples of the data set
+_SMALL: Final = 64 << 20  # bytes of a data set in tensors, of which all is looked at
 _WORDS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NO_VALUE: Final = "differs each time that it is read"
 
@@ -47,7 +49,8 @@ def digest_of_parameters(parameters: Mapping[str, Tensor]) -> str:
 
 
 def digest_of_examples(dataset: Any) -> str:
-    """Return a hash of some examples of a data set, first and last among them.
+    """Return a hash of some examples of a data set, first and last among them; of all of a small one
+    that is in tensors, and of the indices of a subset.
 
     They are read under a fixed state of the global random generators, which is put back. An example
     that is another each time even so (an augmentation with a generator of its own) is left out.
@@ -59,8 +62,13 @@ def digest_of_examples(dataset: Any) -> str:
         False
     """
     size = len(dataset)
-    places = sorted({i * (size - 1) // max(1, _LOOKED_AT - 1) for i in range(_LOOKED_AT)})
     whole = hashlib.sha256()
+    if isinstance(dataset, Subset):
+        _add(np.asarray(dataset.indices), whole)
+    if isinstance(dataset, TensorDataset) and sum(t.nbytes for t in dataset.tensors) <= _SMALL:
+        _add(list(dataset.tensors), whole)
+        return whole.hexdigest()[:16]
+    places = sorted({i * (size - 1) // max(1, _LOOKED_AT - 1) for i in range(_LOOKED_AT)})
     for i in places:
         once, again = _read(dataset, i), _read(dataset, i)
         whole.update((once if once == again else _NO_VALUE).encode())

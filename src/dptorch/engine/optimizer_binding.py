@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 
 from dptorch.distributed.sharded import local_part
 from dptorch.distributed.zero import held_by, not_stepped
+from dptorch.engine.step_hooks import RefuseValues, has_hooks
 from dptorch.errors import BudgetExhausted, ConfigurationError
 from dptorch.noise.noisy_gradient import NoisyGradient
 
@@ -100,7 +102,8 @@ class OptimizerBinding:
             with torch.enable_grad():
                 loss = closure()
         if self._take_step():
-            self._step()
+            with RefuseValues() if has_hooks(self.optimizer) else nullcontext():
+                self._step()
         else:
             not_stepped(self.optimizer)
         return _plain(loss)

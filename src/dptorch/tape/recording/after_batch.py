@@ -11,6 +11,7 @@ from dptorch.errors import ExamplesMixError, NotCoveredError
 from dptorch.tape.provenance.calls import Info, each_tensor
 from dptorch.tape.provenance.loss_reduction import follow_loss, plus_constant
 from dptorch.tape.provenance.tags import Mixed, Reduced, State, Tag
+from dptorch.tape.recording.finite_checks import CHECKS, note_check
 from dptorch.tape.recording.places import way_out_of_a_known_module
 from dptorch.tape.rules.recorder import Recorder
 
@@ -59,6 +60,8 @@ def after_the_batch(
         )
     before = [(t, recording.state(t)) for t in args[:1] if isinstance(t, Tensor)]
     out = func(*args, **kwargs)
+    if name in CHECKS:
+        note_check(name, args[0] if args else None, out)
     written = name == "__setitem__" or (known.in_place and not isinstance(out, Tensor))
     changed = args[:1] if name == "__setitem__" else each_tensor(args, kwargs)
     for o in changed if written else leaves(out):

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dptorch.tape.provenance.calls import Call
-
-__all__ = ["CHECKS", "is_usual", "note_check"]
+__all__ = ["CHECKS", "is_check", "is_usual", "note_check"]
 
 _USUAL = "_dptorch_usual"
 _CHECKS = {"isfinite": True, "isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
@@ -23,18 +21,28 @@ CHECKS = frozenset({*_CHECKS, "all", "any", "logical_not", "bitwise_not"})
 _READS = ("__bool__", "item", "is_nonzero")
 
 
-def note_check(call: Call, out: Any) -> None:
-    """Note what one of `CHECKS`, or all or any of one, gives for an ordinary batch."""
-    name = call.name
+def note_check(name: str, first: Any, out: Any) -> None:
+    """Note what one of `CHECKS`, or all or any of one, gives for an ordinary batch.
+
+    Args:
+        name: of the op.
+        first: its operand; not `out`, if it works in place.
+        out: its result.
+    """
     if name in _CHECKS:
         usual = _CHECKS[name]
     else:
-        before: bool | None = getattr(call.first, _USUAL, None)
+        before: bool | None = getattr(first, _USUAL, None)
         if before is None or (name == "all" and not before) or (name == "any" and before):
             return
         usual = before if name in ("all", "any") else not before
-    if isinstance(out, Tensor) and out.dtype is torch.bool and not call.in_place:
+    if isinstance(out, Tensor) and out.dtype is torch.bool and out is not first:
         setattr(out, _USUAL, usual)
+
+
+def is_check(t: Any) -> bool:
+    """Whether a tensor says that values are finite, or that they are not."""
+    return getattr(t, _USUAL, None) is not None
 
 
 def is_usual(name: str, t: Any) -> bool:

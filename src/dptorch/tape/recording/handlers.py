@@ -10,9 +10,9 @@ from torch import Tensor
 from dptorch.errors import NotCoveredError
 from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, Order, ParamOnly, Reduced, Tag
-from dptorch.tape.recording.finite_checks import is_usual
+from dptorch.tape.recording.finite_checks import is_check, is_usual
 from dptorch.tape.recording.read_numbers import read_numbers
-from dptorch.tape.recording.reads import note_read
+from dptorch.tape.recording.reads import note_decision, note_read
 from dptorch.tape.recording.tensor_states import batch_of
 from dptorch.tape.rules.recorder import Recorder
 
@@ -51,9 +51,12 @@ def read(
         ExamplesMixError: inside a forward pass or a hook; see `dptorch.tape.recording.reads`.
     """
     states = [recording.state(t) for t in each_tensor(args, kwargs)]
-    if not (args and is_usual(name, args[0])):
+    usual = bool(args) and is_usual(name, args[0])
+    if not usual:
         note_read(recording, name, states)
     out = func(*args, **kwargs)
+    if not usual and isinstance(out, (bool, float)) and not recording.refuses_reads:
+        note_decision(name, states, out, of_finiteness=is_check(args[0]))
     batch = batch_of(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is not None and isinstance(out, float):
         read_numbers.note(out, states[0], batch)

@@ -168,7 +168,8 @@ def _is_round(value: float) -> bool:
     if not math.isfinite(value) or not value:
         return False
     nearest = float(f"{value:.{_ROUND_DIGITS - 1}e}")
-    return abs(value - nearest) < 1e-10 * abs(value)
+    # What is written is a product of doubles. Less strict, and a constant is mistaken in a long run.
+    return abs(value - nearest) < 1e-14 * abs(value)
 
 
 def _key(value: float) -> int:

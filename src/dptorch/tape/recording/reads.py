@@ -13,16 +13,17 @@ for the little of it that is known to (`EQUAL`). Other code says so with `truste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dptorch.errors import ExamplesMixError
+from dptorch.errors import ExamplesMixError, warn
 from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
 from dptorch.tape.recording.places import reading_modules, user_line
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["EQUAL", "TRUSTED", "is_trusted", "note_read", "trusted_reads"]
+__all__ = ["EQUAL", "TRUSTED", "is_trusted", "note_decision", "note_read", "trusted_reads"]
 
 #: Packages whose models read values of a batch only to choose between equal computations: torch's
 #: layers and its validation of arguments, masks and experts of transformers.
@@ -122,6 +123,47 @@ def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
         "the model. If the value is only logged, or only chooses between computations that give the "
         "same result, read it inside dptorch.tape.trusted_reads()."
     )
+
+
+_DECISION = (
+    "{line}: a truth value of several examples of the batch is read. If it decides what is computed, "
+    "skipped or stepped on, one example decides it for all, and no epsilon covers that. Decide for "
+    "each example by itself (torch.where), or by what is public. If it is only logged, read it inside "
+    "dptorch.tape.trusted_reads()."
+)
+_NOT_FINITE = (
+    "{line}: a value of the batch that is read is not finite. If a step is skipped for that, or the "
+    "run ends, one example decides it, and no epsilon covers that. Leave the check out: an example "
+    "whose gradient is not finite is left out of the step by itself."
+)
+_warned: set[str] = set()
+
+
+def note_decision(name: str, states: Iterable[Any], value: Any, *, of_finiteness: bool) -> None:
+    """Warn, once for each line, of a read in the loop that decides there what is computed for all.
+
+    A truth value is read to decide. A number may be logged, but for one that is not finite.
+
+    Args:
+        name: of the function that reads.
+        states: of what it reads.
+        value: what it gives.
+        of_finiteness: whether the tensor says whether values are finite.
+    """
+    if not any(_is_of_several(s) for s in states):
+        return
+    not_finite = isinstance(value, float) and not math.isfinite(value)
+    if is_trusted() or not (not_finite or name == "__bool__" or of_finiteness):
+        return
+    line = user_line()
+    if line not in _warned:
+        _warned.add(line)
+        text = _NOT_FINITE if not_finite or of_finiteness else _DECISION
+        warn(text.format(line=line))
+
+
+def _is_of_several(state: Any) -> bool:
+    return isinstance(state, (Mixed, Reduced)) or (isinstance(state, Tag) and state.dim is not None)
 
 
 def _is_intermediate(name: str) -> bool:

@@ -47,6 +47,7 @@ from dptorch.tape.recording.finite_checks import CHECKS, note_check
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.in_front import refuse_leaf, refuse_not_followed
 from dptorch.tape.recording.parameter_graph import parameters_behind
+from dptorch.tape.recording.partial_sums import judge_sum
 from dptorch.tape.recording.position_means import MEANS, note_mean
 from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.taps import lift, reduce_to, tap, tap_inside
@@ -448,7 +449,7 @@ class Recording(TorchFunctionMode):
 
     def _propagate(self, call: Call, out: Any) -> None:
         if call.name in CHECKS:
-            note_check(call, out)
+            note_check(call.name, call.first, out)
         outputs: Sequence[Any] = (out,)
         if not isinstance(out, Tensor):
             if isinstance(out, (tuple, list)):
@@ -467,8 +468,8 @@ class Recording(TorchFunctionMode):
         for o, state in zip(outputs, states, strict=True):
             if not isinstance(o, Tensor):
                 continue
-            if type(state) is Reduced and not o.requires_grad:
-                state = self.statistic(call.name)
+            if type(state) is Reduced:
+                state = judge_sum(self, call, state, o)
             if written or o is first:
                 before = self.state(o)
                 if before != state and not (before is None and state is None):
