@@ -63,7 +63,7 @@ def test_the_loop_of_accelerate_trains_one_model_on_two_processes() -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
         torch.manual_seed(rank)
-        found: tuple[float, float] = run_path(str(EXAMPLE))["train"](epochs=3)
+        found: tuple[float, float] = run_path(str(EXAMPLE))["train"](epochs=2)
         return found
 
     first, second = on_ranks(2, work)
@@ -78,7 +78,7 @@ def test_the_loop_on_processes_trains_one_model_whole_and_in_shards() -> None:
 
     def work(rank: int) -> list[tuple[float, float]]:
         train = run_path(path)["train"]
-        return [train(epochs=3), train(epochs=3, shard=True)]
+        return [train(epochs=2), train(epochs=2, shard=True)]
 
     first, second = on_ranks(2, work)
     assert first == second

@@ -78,9 +78,9 @@ def test_fully_sharded_ranks_take_the_step_of_one_process(size: int) -> None:
 
     by_rank = on_ranks(size, work)
     cases = [case for case in names for _ in range(2 if case == "MLP" else 1)]
+    alone = {case: train(CASES[case][0], **CASES[case][1]) for case in names}
     for i, case in enumerate(cases):
-        name, settings = CASES[case]
-        same_as_one([found[i] for found in by_rank], train(name, **settings))
+        same_as_one([found[i] for found in by_rank], alone[case])
 
 
 def test_no_rank_has_the_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,3 +41,14 @@ def test_a_gan_with_a_private_discriminator_runs(capsys: pytest.CaptureFixture[s
     assert 7.9 < epsilon <= 8.0
     assert all(not torch.equal(a, b) for a, b in zip(before, generator.parameters(), strict=True))
     assert "6 steps: poisson" in capsys.readouterr().out
+
+
+def test_configurations_of_accelerate_are_those_of_their_names() -> None:
+    """`tests/integrations/transformers/test_processes.py` trains as they start it."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = {p.stem: load_config_from_file(str(p)) for p in (FOLDER / "accelerate").iterdir()}
+    assert set(found) == {"fsdp2", "zero2", "zero3"}
+    assert {each.num_processes for each in found.values()} == {2}
+    assert found["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert [found[f"zero{i}"].deepspeed_config["zero_stage"] for i in (2, 3)] == [2, 3]
