@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import dptorch
 from dptorch.distributed.sharded import ShardedParameters
 from dptorch.engine import load_shards, save_shards
-from dptorch.errors import ConfigurationError, PrivacyError
+from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from tests.distributed.processes import on_ranks
 from tests.distributed.scenarios import (
     MODELS,
@@ -192,6 +194,43 @@ def test_a_sharded_checkpoint_goes_on_on_another_number_of_ranks(before, after, 
     for later, told in on(after, "file", "folder"):
         torch.testing.assert_close(later, values, rtol=1e-5, atol=1e-6)
         assert told == epsilon
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "engine.pt"])
+@pytest.mark.parametrize("damage", [_cut, _flip_a_bit, Path.unlink])
+def test_a_damaged_folder_is_refused_and_changes_nothing(damage, file, tmp_path) -> None:
+    """torch would load a shard with one bit changed, and run what is in .metadata."""
+
+    def begun(steps: int) -> dptorch.PrivacyEngine:
+        model = make_model()
+        engine = dptorch.PrivacyEngine(model, **settings_of(steps=4))
+        optimizer = engine.attach(torch.optim.Adam(model.parameters(), 0.01))
+        for x, y in islice(engine.loader(make_data()), steps) if steps else ():
+            loss_of(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return engine
+
+    save_shards(tmp_path / "run", begun(2))
+    whole, engine = begun(0), begun(0)
+    load_shards(tmp_path / "run", whole)
+    assert whole.steps_done == 2
+    damage(tmp_path / "run" / file)
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    with pytest.raises(DataError, match=rf"{file}|not a readable|damaged"):
+        load_shards(tmp_path / "run", engine)
+    assert engine.steps_done == 0
+    assert all(map(torch.equal, before, engine.model.parameters()))
 
 
 # -- bad input -------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from dptorch.distributed.zero import refuse_whole_checkpoint
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
 from dptorch.randomness import RootKey
 
-__all__ = ["File", "Stateful", "load_run", "read", "save_run", "seal", "unseal"]
+__all__ = ["File", "Stateful", "digest_of", "load_run", "read", "save_run", "seal", "unseal"]
 
 _FORMAT: Final = 1
 _TRAILER: Final = b"\ndptorch checkpoint, sha256 of the bytes before this line: "
@@ -176,7 +176,7 @@ def write(path: File, state: Mapping[str, Any]) -> None:
         with replacing(path, private=True) as partial:
             torch.save({"format": _FORMAT, **state}, partial)
             with partial.open("rb+") as file:
-                digest = _digest(file, partial.stat().st_size)
+                digest = digest_of(file, partial.stat().st_size)
                 file.write(_TRAILER + digest.encode() + b"\n")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         kept = " The checkpoint from before is kept." if Path(path).exists() else ""
@@ -221,7 +221,7 @@ def _read(file: BinaryIO, name: str | Path) -> dict[str, Any]:
             f"{name}: not a readable checkpoint: cut short, changed, or not written by "
             "engine.save_checkpoint(). Go on from an older one."
         )
-    if _digest(file, size - _TRAILER_BYTES) != trailer[len(_TRAILER) : -1].decode():
+    if digest_of(file, size - _TRAILER_BYTES) != trailer[len(_TRAILER) : -1].decode():
         raise DataError(
             f"{name}: its content is not what was written (the digest differs): damaged or "
             "edited. Go on from an older checkpoint."
@@ -231,8 +231,8 @@ def _read(file: BinaryIO, name: str | Path) -> dict[str, Any]:
     return state
 
 
-def _digest(file: BinaryIO, size: int) -> str:
-    """SHA-256 of the first `size` bytes."""
+def digest_of(file: BinaryIO, size: int) -> str:
+    """Return the SHA-256 of the first `size` bytes, as hexadecimal digits."""
     found, left = hashlib.sha256(), size
     file.seek(0)
     while left > 0 and (chunk := file.read(min(_CHUNK, left))):
