@@ -15,6 +15,7 @@ import dptorch
 from dptorch import accounting
 from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.errors import ConfigurationError, PrivacyError, PrivacyWarning
+from dptorch.ledger.reading import plan_hash
 from dptorch.noise import MECHANISMS
 from dptorch.plan import PlanSettings, PrivacyPlan, make_plan
 from dptorch.plan.privacy_plan import _EVENTS, _with_mechanism
@@ -86,6 +87,26 @@ def test_json_round_trip(tmp_path: Path) -> None:
     worse = json.dumps(json.loads(PLAN.to_json()) | {"noise_multiplier": -1.0})
     with pytest.raises(ConfigurationError, match="noise_multiplier"):
         PrivacyPlan.from_json(worse)
+
+
+def test_the_hash_of_a_plan_stays_what_it_was() -> None:
+    """A ledger knows the runs of older versions by it: what a new field says by default is left out."""
+    assert plan_hash(PLAN) == "cd2ee5637dbfbbdded4754f76deb948c30066dd2cfadbd6aaeef9311f7c18f51"
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "truncated-poisson", "cyclic-poisson"])
+@pytest.mark.parametrize("name", PlanSettings.__annotations__)
+def test_a_setting_of_another_type_is_refused_in_words(name: str, sampling: str) -> None:
+    """Nothing but a ConfigurationError that names the setting, whatever is passed."""
+    rest = {
+        "sample_size": 1000, "batch_size": 50, "steps": 4, "noise_multiplier": 1.0,
+        "target_delta": 1e-5, "sampling": sampling,
+    }  # fmt: skip
+    if name in ("sample_rate", "epochs", "target_epsilon"):
+        del rest[{"sample_rate": "batch_size", "epochs": "steps"}.get(name, "noise_multiplier")]
+    for value in ("x", "", b"8", [], [None], {"a": "b"}, 1j, object(), float("nan"), 10**400):
+        with pytest.raises(ConfigurationError, match=name.removeprefix("target_").replace("_", ".")):
+            make_plan(**{**rest, name: value})
 
 
 def test_differences_are_named() -> None:

@@ -62,9 +62,9 @@ def number(name: str, value: object) -> float:
     """Return any number but NaN, as a float; else raise ConfigurationError."""
     try:
         found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
-    if math.isnan(found) or isinstance(value, (bool, str)):
+    if math.isnan(found) or isinstance(value, (bool, str, bytes)):
         raise ConfigurationError(f"{name}={value!r} is not a number. Pass a float.")
     return found
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dptorch.accounting.arguments import number
 from dptorch.clipping.functions import LEAST_NORM
 from dptorch.clipping.groups import ClippingGroup
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, one_of
 
 __all__ = ["COUNTS", "AdaptiveClipping", "noise_scales"]
 
@@ -58,7 +59,7 @@ class AdaptiveClipping:
             ("min_norm", self.min_norm, 0, math.inf),
             ("max_norm", self.max_norm, self.min_norm or 0, math.inf),
         ):
-            if value is not None and not low < value < high:
+            if value is not None and not low < number(name, value) < high:
                 raise ConfigurationError(
                     f"adaptive clipping: {name}={value!r} must lie between {low} and {high}."
                 )
@@ -71,8 +72,10 @@ class AdaptiveClipping:
         if value is True:
             return cls()
         if isinstance(value, Mapping):
+            for name in value:
+                one_of("adaptive_clipping", name, (field.name for field in fields(cls)))
             return cls(**value)
-        return value if isinstance(value, cls) else cls(quantile=float(value))
+        return value if isinstance(value, cls) else cls(number("adaptive_clipping", value))
 
     def stddev(self, expected_batch_size: float) -> float:
         """Standard deviation of the noise on a count."""

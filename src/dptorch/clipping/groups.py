@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from dptorch.accounting.arguments import number
 from dptorch.errors import ConfigurationError, one_of
 
 __all__ = ["STYLES", "ClippingGroup", "GroupSpec", "groups_of", "read_style"]
@@ -102,11 +103,13 @@ def read_style(
             norm, weight = value if isinstance(value, (tuple, list)) else (value, None)
             if norm is None:
                 raise ConfigurationError(f"clipping_style: group {pattern!r} has no norm.")
-            found.append(GroupSpec(str(pattern), float(norm), weight))
+            found.append(
+                GroupSpec(str(pattern), number(f"clipping_style of {pattern!r}", norm), weight)
+            )
         if not found:
             raise ConfigurationError("clipping_style={}: no group. Name one, or use 'all-layer'.")
         return _NAMED, _checked(found)
-    patterns = list(style)
+    patterns = list(style) if isinstance(style, Iterable) else []
     if not patterns or not all(isinstance(p, str) for p in patterns):
         raise ConfigurationError(
             f"clipping_style={style!r}: expected one of {', '.join(STYLES)}, a list of module names "

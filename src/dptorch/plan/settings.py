@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypedDict
 
@@ -12,9 +12,10 @@ from typing_extensions import Unpack
 from dptorch import accounting
 from dptorch.accounting import Adjacency
 from dptorch.accounting.arguments import number, positive, positive_int
-from dptorch.accounting.toeplitz import Coefficients, coefficients_of
+from dptorch.accounting.toeplitz import Coefficients, Workload, coefficients_of
 from dptorch.clipping import AdaptiveClipping, read_style
 from dptorch.errors import ConfigurationError, one_of, warn
+from dptorch.noise import get_mechanism
 from dptorch.plan.privacy_plan import CORRELATED, PrivacyPlan, event_of
 from dptorch.sampling import Terms, get_scheme
 
@@ -105,6 +106,21 @@ _FIELDS: Final = (
     "mechanism",
 )
 
+# The settings that have to be numbers. What they must be beyond that is checked where they are used.
+_NUMBERS: Final = (
+    "batch_size",
+    "sample_rate",
+    "sample_size",
+    "epochs",
+    "steps",
+    "target_epsilon",
+    "noise_multiplier",
+    "target_delta",
+    "max_grad_norm",
+    "capacity",
+    "max_examples_per_user",
+)
+
 # What Poisson sampling becomes under noise that is correlated over steps.
 _SAMPLING: Final = {
     "banded": "cyclic-poisson",
@@ -133,10 +149,13 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
         >>> plan.steps, plan.target_delta, plan.epsilon() <= 2.0
         (586, 1e-06, True)
     """
-    for name in settings:
+    for name, value in settings.items():
         one_of("setting", name, PlanSettings.__annotations__)
+        if name in _NUMBERS and value is not None:
+            _refuse_no_number(name, value)
     sample_size = settings.get("sample_size")
     mechanism = settings.get("mechanism", PrivacyPlan.mechanism)
+    get_mechanism(mechanism)  # refuses one that is unknown
     sampling = settings.get("sampling", "poisson")
     if sampling == "poisson":
         sampling = _SAMPLING.get(mechanism, sampling)
@@ -148,7 +167,7 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
             rate,
             batch_size,
             sample_size,
-            settings.get("capacity"),
+            _capacity(settings.get("capacity")),
             bands if isinstance(bands, int) and mechanism not in _FOUND_ALONE else None,
         )
     )
@@ -173,7 +192,7 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
             "exactly one; the other follows."
         )
     given = settings.get("coefficients")
-    asked = given(steps) if callable(given) else given
+    asked = _coefficients(given(steps) if callable(given) else given)
     wanted: Coefficients = "prefix-sum" if asked is None else asked
     if mechanism not in CORRELATED and asked is not None:
         raise ConfigurationError(
@@ -244,6 +263,33 @@ def default_delta(sample_size: int) -> float:
     return min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
 
 
+def _refuse_no_number(name: str, value: object) -> None:
+    """Raise ConfigurationError for what is no number, or an integer that no float can hold."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        pass
+    else:
+        if not isinstance(value, (str, bytes)):
+            return
+    shown = repr(value) if not isinstance(value, int) else f"10**{len(str(value)) - 1}"
+    raise ConfigurationError(f"{name}={shown} is not a number that can be computed with.")
+
+
+def _capacity(wanted: int | None) -> int | None:
+    return None if wanted is None else positive_int("capacity", wanted)
+
+
+def _coefficients(asked: Any) -> Coefficients | None:
+    if asked is None or isinstance(asked, (str, Workload)):
+        return asked
+    if not isinstance(asked, Iterable) or isinstance(asked, (bytes, Mapping)):
+        raise ConfigurationError(
+            f"coefficients={asked!r}: expected 'prefix-sum', 'square-root', a Workload or numbers."
+        )
+    return [number("coefficients", value) for value in asked]
+
+
 def _bands(
     wanted: int | str | None, mechanism: str, target_epsilon: float | None
 ) -> int | str | None:
@@ -261,6 +307,7 @@ def _bands(
     if wanted != "auto":
         if isinstance(wanted, str):
             raise ConfigurationError(f"bands={wanted!r} must be a whole number or 'auto'.")
+        _refuse_no_number("bands", wanted)
         return positive_int("bands", wanted)
     if not found_alone and (mechanism != "banded" or target_epsilon is None):
         raise ConfigurationError(
@@ -273,7 +320,7 @@ def _bands(
 def _steps(epochs: float | None, steps: int | None, rate: float) -> int:
     """The length of the run in steps, from the one of the two that is given."""
     if epochs is None and steps is not None:
-        return steps
+        return positive_int("steps", steps, least=0)
     if epochs is None or steps is not None:
         raise ConfigurationError(
             f"epochs={epochs!r} and steps={steps!r}: give exactly one, the length of the run."
@@ -307,7 +354,10 @@ def _rate(
 ) -> tuple[float, float]:
     """(sample_rate, expected_batch_size) from any two of the three."""
     if sample_size is not None and (
-        isinstance(sample_size, bool) or int(sample_size) != sample_size or sample_size < 1
+        isinstance(sample_size, bool)
+        or not math.isfinite(sample_size)
+        or int(sample_size) != sample_size
+        or sample_size < 1
     ):
         raise ConfigurationError(
             f"sample_size={sample_size!r} must be a whole number of records, at least 1."

@@ -415,7 +415,10 @@ def refuse_pairs(job: RunSettings, *pairs: tuple[str, str, str]) -> None:
     for first, second, why in pairs:
         a, b = getattr(job, first), getattr(job, second)
         if a is not None and b is not None:
-            raise ConfigurationError(f"{first}={a:g} and {second}={b:g} exclude each other: {why}.")
+            one, other = (f"{v:g}" if isinstance(v, float) else repr(v) for v in (a, b))
+            raise ConfigurationError(
+                f"{first}={one} and {second}={other} exclude each other: {why}."
+            )
 
 
 def require_positive(job: RunSettings, *names: str) -> None:
