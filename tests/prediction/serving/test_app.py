@@ -90,7 +90,6 @@ BAD = [
     ('{"rows": [[3, 0]]}', 422, "dictionary"),
     ('{"rows": [' + ",".join([ROW] * 51) + "]}", 422, "at most 50"),
     ('{"rows": [' + ROW + '], "more": 1}', 422, "not permitted"),
-    (ROW.join(["[" * 5000, "]" * 5000]), 400, "parsing"),
     ("x" * 30_000, 413, "too large"),
 ]
 
@@ -101,6 +100,15 @@ def test_what_is_refused_costs_nothing(server, body, status, reason):
     found = client.post("/predict", content=body, headers={"Content-Type": "application/json"})
     assert found.status_code == status
     assert reason.lower() in found.text.lower()
+    assert service.predictor.account.spent == 0
+
+
+def test_deep_nesting_costs_nothing(server):
+    """Python 3.11 cannot parse it; 3.13 can, and then it is no row."""
+    client, service = server
+    body = ROW.join(["[" * 5000, "]" * 5000])
+    found = client.post("/predict", content=body, headers={"Content-Type": "application/json"})
+    assert found.status_code in (400, 422)
     assert service.predictor.account.spent == 0
 
 
