@@ -103,9 +103,9 @@ def read_style(
             norm, weight = value if isinstance(value, (tuple, list)) else (value, None)
             if norm is None:
                 raise ConfigurationError(f"clipping_style: group {pattern!r} has no norm.")
-            found.append(
-                GroupSpec(str(pattern), number(f"clipping_style of {pattern!r}", norm), weight)
-            )
+            if not isinstance(norm, float):  # a NaN is refused with what else is out of range
+                norm = number(f"clipping_style, group {pattern!r}: norm", norm)
+            found.append(GroupSpec(str(pattern), norm, weight))
         if not found:
             raise ConfigurationError("clipping_style={}: no group. Name one, or use 'all-layer'.")
         return _NAMED, _checked(found)
