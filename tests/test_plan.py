@@ -105,7 +105,9 @@ def test_a_setting_of_another_type_is_refused_in_words(name: str, sampling: str)
     if name in ("sample_rate", "epochs", "target_epsilon"):
         del rest[{"sample_rate": "batch_size", "epochs": "steps"}.get(name, "noise_multiplier")]
     for value in ("x", "", b"8", [], [None], {"a": "b"}, 1j, object(), float("nan"), 10**400):
-        with pytest.raises(ConfigurationError, match=name.removeprefix("target_").replace("_", ".")):
+        with pytest.raises(
+            ConfigurationError, match=name.removeprefix("target_").replace("_", ".")
+        ):
             make_plan(**{**rest, name: value})
 
 
