@@ -9,17 +9,17 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dptorch.distributed.sharded import local_part
 from dptorch.distributed.zero import held_by, not_stepped
-from dptorch.engine.step_hooks import RefuseValues, has_hooks
 from dptorch.errors import BudgetExhausted, ConfigurationError
 from dptorch.noise.noisy_gradient import NoisyGradient
 
@@ -102,7 +102,7 @@ class OptimizerBinding:
             with torch.enable_grad():
                 loss = closure()
         if self._take_step():
-            with RefuseValues() if has_hooks(self.optimizer) else nullcontext():
+            with _watched() if has_hooks(self.optimizer) else nullcontext():
                 self._step()
         else:
             not_stepped(self.optimizer)
@@ -152,6 +152,22 @@ class OptimizerBinding:
             self.optimizer.__dict__.pop(name, None)
         if self._own[_SCALES] is not None:
             setattr(self.optimizer, _SCALES, self._own[_SCALES])
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Whether code of the user's own runs inside the optimizer's step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def _watched() -> AbstractContextManager[Any]:
+    from dptorch.engine.step_hooks import RefuseValues
+
+    return RefuseValues()
 
 
 def _only_makes_state(optimizer: Optimizer) -> bool:

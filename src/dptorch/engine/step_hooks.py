@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.optim.optimizer as torch_optimizer
-from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from dptorch.errors import PrivacyError
@@ -16,17 +14,7 @@ from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.reads import is_trusted
 from dptorch.tape.recording.tensor_states import batch_of
 
-__all__ = ["RefuseValues", "has_hooks"]
-
-
-def has_hooks(optimizer: Optimizer) -> bool:
-    """Whether code of the user's own runs inside the optimizer's step."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
-    )
+__all__ = ["RefuseValues"]
 
 
 class RefuseValues(TorchFunctionMode):

@@ -47,8 +47,7 @@ from dptorch.tape.recording.finite_checks import CHECKS, note_check
 from dptorch.tape.recording.handlers import SPECIAL, reorder
 from dptorch.tape.recording.in_front import refuse_leaf, refuse_not_followed
 from dptorch.tape.recording.parameter_graph import parameters_behind
-from dptorch.tape.recording.partial_sums import judge_sum
-from dptorch.tape.recording.position_means import MEANS, note_mean
+from dptorch.tape.recording.position_means import MEANS, judge_sum, note_mean
 from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.taps import lift, reduce_to, tap, tap_inside
 from dptorch.tape.recording.tensor_states import TensorStates
