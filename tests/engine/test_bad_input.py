@@ -1,6 +1,8 @@
 """Every mistake the engine can see is an error that states the value and the way out."""
 
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +213,31 @@ def test_inputs_with_different_numbers_of_examples() -> None:
     engine.detach()
     make_engine(model, batch_dims={"table": None})
     assert model(torch.randn(4, 3), torch.randn(5, 2)).shape == (4, 2)
+
+
+class _InsideAnObject(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.linear(batch["x"] if isinstance(batch, dict) else batch.x)
+
+
+def test_a_batch_inside_an_object_of_ones_own() -> None:
+    """What the message names as the way out works: a dict."""
+    for wrap in (lambda x: SimpleNamespace(x=x), lambda x: {"x": x}):
+        model = _InsideAnObject()
+        engine = make_engine(model)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        data = TensorDataset(torch.randn(SIZE, 5), torch.zeros(SIZE, dtype=torch.long))
+        refused = pytest.raises(PrivacyError, match="no argument of the model was a tensor")
+        for x, y in engine.loader(data):
+            with nullcontext() if isinstance(wrap(x), dict) else refused:
+                F.cross_entropy(model(wrap(x)), y).backward()
+                optimizer.step()
+            break
+        assert engine.steps_done == isinstance(wrap(x), dict)
 
 
 def test_a_loss_over_pairs_of_examples() -> None:

@@ -13,12 +13,19 @@ from dptorch.tape.recording.places import way_out_of_a_trainer
 __all__ = ["check_factors", "check_rows", "gradient_scale", "planned_factors"]
 
 
-def check_rows(rows: int, part: PhysicalBatch) -> None:
-    """Check that the model was given as many rows as the loader handed out.
+def check_rows(rows: int, part: PhysicalBatch | None) -> None:
+    """Check that the model was given rows, as many as the loader handed out if it is the engine's.
 
     Raises:
         PrivacyError: it was not.
     """
+    if rows == 0:
+        raise PrivacyError(
+            "no argument of the model was a tensor of examples, so that its rows are not known. "
+            "Call it with the batch's tensors, or with a list, tuple or dict of them."
+        )
+    if part is None:
+        return
     expected = part.examples + part.padding
     if rows != expected:
         raise PrivacyError(

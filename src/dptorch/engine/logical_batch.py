@@ -402,6 +402,7 @@ class LogicalBatch:
         """
         tape, part = batch.tape, batch.part
         b = tape.batch_size
+        check_rows(b, part)
         plan = self.plan
         factors = planned_factors(batch.losses, b, plan.loss_reduction, plan.expected_batch_size)
         if factors and self.loss_factors is not None:
@@ -415,7 +416,6 @@ class LogicalBatch:
             if tape.seen_before and tape.rows is not None and self._counted(*tape.rows):
                 raise PrivacyError(_TWICE)
             return weights
-        check_rows(b, part)
         place = (part.logical_step, part.index)
         if place in self._kept.places or place in self._pending.places:
             raise PrivacyError(_TWICE)
