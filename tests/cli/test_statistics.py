@@ -62,7 +62,6 @@ def test_channels_of_cifar() -> None:
         ((*ASKED[1:4], "--quantiles", "1.5"), "between 0 and 1"),
         ((*ASKED[1:4], "--bins", "1"), "--bins 1 of 'admitted'"),
         ((*ASKED[1:4], "--mechanism", "laplace"), "mechanism"),
-        ((*ASKED[1:4], "--on-bad-row", "stop"), "on-bad-row"),
         ((*ASKED[1:4], "--delta", "2"), "delta"),
     ],
 )

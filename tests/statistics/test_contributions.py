@@ -75,6 +75,20 @@ def test_a_unit_that_is_too_long_or_not_finite_is_left_out():
     assert units == 5
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (1, 68), (66,), (1, 1, 66)])
+def test_parts_of_another_shape_are_refused(shape):
+    """NumPy would spread a narrow one over all coordinates: 22 times the bound."""
+    with pytest.raises(DataError, match="the coordinates of what is asked for"):
+        integer_sum([Numeric("x", (0, 1), bins=64)], [np.ones(shape)])
+
+
+def test_a_part_in_half_precision_is_measured_in_full():
+    asked = [Numeric("x", (0, 1), bins=1024)]
+    (part,) = unit_means(asked, np.array([[0.0]]))
+    total, _ = integer_sum(asked, [part.astype(np.float32)])
+    assert sum(int(r) ** 2 for r in total) <= BOUND
+
+
 def test_the_order_of_rows_changes_nothing():
     asked = ASKED[3]
     values = values_for(asked, 9000, seed=3)

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.distributed.processes import on_ranks
 
-from dptorch.accounting import SampledDiscreteGaussian, get_accountant
+from dptorch.accounting import Adjacency, SampledDiscreteGaussian, get_accountant
 from dptorch.clipping.sums import RoundedSum
 from dptorch.errors import BudgetExhausted, ConfigurationError, DataError
 from dptorch.ledger import Cap, open_ledger
@@ -62,10 +63,11 @@ def test_the_noise_is_that_of_the_plan(mechanism):
     assert noise.std() == pytest.approx(plan.noise_multiplier, rel=0.05)
     assert abs(noise.mean()) < 4 * noise.std() / math.sqrt(len(noise))
     if mechanism == "discrete_gaussian":
-        drawn = DiscreteGaussianNoise(plan.noise_multiplier).privatize(
-            RoundedSum({"sum": torch.from_numpy(exact)}, 1.0), RootKey.from_seed(4), 0
+        whole = torch.from_numpy(exact)  # in whole numbers, to which the noise is added in place
+        DiscreteGaussianNoise(plan.noise_multiplier).privatize(
+            RoundedSum({"sum": whole}, 1.0), RootKey.from_seed(4), 0
         )
-        assert np.array_equal(counts, drawn.values["sum"].double().numpy())
+        assert np.array_equal(counts, whole.double().numpy() / RoundedSum.UNITS)
 
 
 def test_two_releases_have_other_noise():
@@ -117,6 +119,45 @@ def test_a_person_is_a_unit_with_all_their_rows():
     assert (plan.unit, plan.sample_size) == ("user", 300)
     assert found["age"].mean == pytest.approx(AGES.mean(), abs=5 * found["age"].mean_noise)
     assert "one user with all their rows" in str(found)
+
+
+def test_a_person_is_one_however_their_name_is_written():
+    terms = {"epsilon": 5.0, "seed": 0}
+    found = describe([AGE], {"age": [1.0] * 5}, owners=[1, 1.0, "1", " 1 ", "z"], **terms)
+    assert found.statement.plan.sample_size == 2
+    for nobody in (None, math.nan, ""):
+        with pytest.raises(DataError, match="row 1 has no owner"):
+            describe([AGE], {"age": [1.0, 2.0]}, owners=["a", nobody], **terms)
+
+
+def test_an_error_quotes_no_cell():
+    with pytest.raises(DataError, match="column 'age' holds what is no number") as error:
+        describe([AGE], {"age": ["50", "secret"]}, epsilon=1.0)
+    assert "secret" not in str(error.value)
+    assert error.value.__suppress_context__
+
+
+def test_a_cap_that_protects_the_number_of_records_admits_no_statistics(tmp_path):
+    ledger = open_ledger(tmp_path / "ledger.db").dataset("people")
+    ledger.set_cap(Cap(epsilon=9.0, delta=1e-5, adjacency=Adjacency.ADD_REMOVE))
+    with pytest.raises(ConfigurationError, match="which statistics publish"):
+        describe([AGE], {"age": AGES}, epsilon=1.0, delta=1e-5, ledger=ledger)
+    assert ledger.runs() == []
+
+
+@pytest.mark.slow
+def test_each_rank_is_charged_for_the_release_that_it_makes(tmp_path):
+    """Their noise differs, so that two answers tell more than one."""
+
+    def work(rank):
+        ledger = open_ledger(tmp_path / "ledger.db").dataset("people")
+        terms = {"epsilon": 1.0, "delta": 1e-5, "ledger": ledger}
+        return describe([AGE], {"age": AGES}, **terms)["age"].mean
+
+    open_ledger(tmp_path / "ledger.db")
+    one, other = on_ranks(2, work)
+    assert one != other
+    assert open_ledger(tmp_path / "ledger.db").dataset("people").total().steps == 2
 
 
 @pytest.mark.slow

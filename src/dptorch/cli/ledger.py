@@ -320,7 +320,8 @@ def _introduce(data: str, dataset: str) -> None:
             " A copy of it, or the same people in another format, would have another: give both one "
             "name with --dataset."
         )
-    _console().print(text)
+    # Not among the results, which may be JSON.
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
 
 
 def for_resumed_run(

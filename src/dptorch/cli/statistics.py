@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dptorch.cli.options import AsJson
-from dptorch.errors import ConfigurationError, DataError, one_of
+from dptorch.errors import ConfigurationError, DataError
 
 __all__ = ["statistics"]
 
@@ -48,9 +48,6 @@ def statistics(
             show_default="64; 0 for pictures",
         ),
     ] = None,
-    on_bad_row: Annotated[
-        str, typer.Option(help="[bold]error[/], or [bold]skip[/] rows that do not fit.")
-    ] = "error",
     format: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +110,6 @@ def statistics(
     from dptorch.cli.ledger import for_new_run
     from dptorch.statistics import describe_pictures, describe_table
 
-    one_of("on_bad_row", on_bad_row, ("error", "skip"))
     if not data.exists():
         raise DataError(f"{data} does not exist (looked from {Path.cwd()}).")
     if data.is_file() and schema is None and data.suffix not in (".parquet", ".pq"):
@@ -137,7 +133,6 @@ def statistics(
             schema,
             columns=names,
             bins=64 if bins is None else bins,
-            skip_bad_rows=on_bad_row == "skip",
             **terms,
         )
     else:

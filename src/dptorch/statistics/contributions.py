@@ -41,7 +41,7 @@ def unit_means(
     Args:
         quantities: a column each.
         values: [N, quantities], a row each; NaN for what is missing.
-        owners: the unit of each row; None where a row is a unit.
+        owners: the unit of each row, as a text; None where a row is a unit.
 
     Raises:
         DataError: a value is infinite, or missing where none may be.
@@ -51,7 +51,8 @@ def unit_means(
         for start in range(0, len(values), _ROWS):
             yield _rows(quantities, values[start : start + _ROWS])
         return
-    _, place = np.unique(np.asarray(owners, dtype=object).astype(str), return_inverse=True)
+    numbers = {owner: i for i, owner in enumerate(sorted(set(owners)))}
+    place = np.array([numbers[owner] for owner in owners])
     order = np.argsort(place, kind="stable")
     counts = np.bincount(place)
     ends = np.cumsum(counts)
@@ -86,10 +87,19 @@ def integer_sum(
     blocks = layout(quantities)
     each = share_of_block(len(blocks))
     total, units = np.zeros(blocks[-1].stop, np.int64), 0
-    for part in parts:
-        whole = np.trunc(part * each)
+    for values in parts:
+        part = np.asarray(values, np.float64)
+        if part.ndim != 2 or part.shape[1] != len(total):
+            # NumPy would spread a narrower part over all coordinates, past the bound.
+            raise DataError(
+                f"a part of shape {list(part.shape)}: expected [units, {len(total)}], the coordinates "
+                "of what is asked for. Use unit_means or picture_means."
+            )
+        with np.errstate(all="ignore"):
+            whole = np.trunc(part * each)
         whole = np.where(np.isfinite(whole), whole, np.inf)
-        kept = np.square(whole).sum(1) <= float(RoundedSum.UNITS) ** 2
+        with np.errstate(all="ignore"):
+            kept = np.square(whole).sum(1) <= float(RoundedSum.UNITS) ** 2
         total += whole[kept].astype(np.int64).sum(0)
         units += len(part)
     return total, units

@@ -73,7 +73,8 @@ class Numeric:
 
     def __post_init__(self) -> None:
         low, high = self.bounds
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        wide = math.isfinite(high - low) and low < high and math.isfinite(2 / (high - low))
+        if not (math.isfinite(low) and math.isfinite(high) and wide):
             raise ConfigurationError(
                 f"bounds={self.bounds} of {self.name!r}: expected two finite numbers, low < high, that "
                 "are not read off the data."
@@ -133,6 +134,8 @@ class Choice:
     def __post_init__(self) -> None:
         if len(self.values) < 1:
             raise ConfigurationError(f"values=() of {self.name!r}: expected a public list.")
+        if twice := sorted({v for v in self.values if self.values.count(v) > 1}):
+            raise ConfigurationError(f"values of {self.name!r}: {twice[0]!r} is there twice.")
 
     @property
     def blocks(self) -> tuple[tuple[str, int], ...]:
@@ -143,9 +146,11 @@ class Choice:
         """What rows with these values, [N], contribute: float64 [N, values]."""
         there = ~np.isnan(values)
         last = len(self.values) - 1
-        places = np.where(there, values, last).astype(np.int64)
-        counted = (places >= 0) & (places <= last) & (there | self.missing)
-        return _one_hot(np.clip(places, 0, last), counted, len(self.values))
+        numbers = np.where(there, values, last)
+        counted = (numbers >= 0) & (numbers <= last) & (there | self.missing)
+        counted &= numbers == np.trunc(numbers)
+        places = np.clip(numbers, 0, last).astype(np.int64)
+        return _one_hot(places, counted, len(self.values))
 
 
 @lru_cache(maxsize=8)

@@ -29,6 +29,7 @@ from dptorch.statistics.contributions import integer_sum, share_of_block, unit_m
 from dptorch.statistics.quantities import Floats, Quantity, layout
 from dptorch.statistics.statement import StatisticsStatement
 from dptorch.statistics.summaries import Summary, summarise
+from dptorch.tables.columns import is_empty, text_of
 
 __all__ = ["MECHANISMS", "Statistics", "describe", "release"]
 
@@ -97,18 +98,35 @@ def describe(
         >>> round(found["age"].mean), round(found["age"].quantiles["0.5"])
         (50, 50)
     """
-    columns = [np.asarray(values[q.name], np.float64).reshape(-1) for q in quantities]
+    columns = [_numbers_of(q.name, values) for q in quantities]
     lengths = {len(column) for column in columns} | ({len(owners)} if owners is not None else set())
     if len(lengths) != 1:
         raise ConfigurationError(f"columns of {sorted(lengths)} rows: all need the same.")
-    units = lengths.pop() if owners is None else len({str(owner) for owner in owners})
+    texts = None if owners is None else _texts_of(owners)
+    units = lengths.pop() if texts is None else len(set(texts))
     return release(
         quantities,
-        unit_means(quantities, np.stack(columns, axis=1), owners),
+        unit_means(quantities, np.stack(columns, axis=1), texts),
         units=units,
         unit="example" if owners is None else "user",
         **terms,
     )
+
+
+def _numbers_of(name: str, values: Mapping[str, Any]) -> Floats:
+    try:
+        return np.asarray(values[name], np.float64).reshape(-1)
+    except (ValueError, TypeError):
+        # Python's error would quote a cell.
+        raise DataError(f"column {name!r} holds what is no number.") from None
+
+
+def _texts_of(owners: Sequence[Any]) -> list[str]:
+    """The person of each row as a text: 1, 1.0 and "1 " are one, as in tables."""
+    for row, owner in enumerate(owners):
+        if is_empty(owner):
+            raise DataError(f"row {row} has no owner. Leave it out, or say whose it is.")
+    return [text_of(owner) for owner in owners]
 
 
 def release(
@@ -123,6 +141,7 @@ def release(
     unit: str = "example",
     adjacency: Adjacency | str = Adjacency.ZERO_OUT,
     ledger: DatasetLedger | None = None,
+    read_from_data: Sequence[str] = (),
     seed: int | None = None,
 ) -> Statistics:
     """Release statistics of what units contribute, all together under (ε, δ).
@@ -140,6 +159,8 @@ def release(
         unit: what is protected: "example", or "user" where the parts are means over a user's rows.
         adjacency: zero-out, or replace-one, which costs twice the noise.
         ledger: of the data set; the release is written down there before its noise is drawn.
+        read_from_data: what of the bounds and lists of values was read off the private data, in words;
+            the statement says so.
         seed: for tests; a release with a seed is not private.
 
     Guarantees:
@@ -159,8 +180,14 @@ def release(
     levels = _levels(quantiles)
     blocks = layout(quantities)
     key = RootKey.from_os() if seed is None else RootKey.from_seed(seed)
-    run = RunState(plan, key, Ranks.of())
+    # Each process that calls this makes a release of its own, with other noise, and is charged for it.
+    run = RunState(plan, key, Ranks.alone())
     if ledger is not None:
+        if (cap := ledger.cap) is not None and cap.adjacency is Adjacency.ADD_REMOVE:
+            raise ConfigurationError(
+                "the data set's cap protects how many records there are (adjacency='add-remove'), "
+                "which statistics publish. Give it a cap under 'zero-out' or 'replace-one'."
+            )
         run.use_ledger(ledger)
         run.reserve_budget()
     try:
@@ -181,6 +208,7 @@ def release(
         quantities=tuple(quantities),
         key_source=key.source,
         ledger=None if kept is None else {name: kept[name] for name in ("run", "dataset")},
+        read_from_data=tuple(read_from_data),
     )
     return Statistics(summaries, statement)
 
@@ -242,5 +270,7 @@ def _noised(sums: torch.Tensor, run: RunState) -> Floats:
     noisy = get_mechanism(plan.mechanism)(plan.noise_multiplier).privatize(
         clipped, key, 0, context=context
     )
-    found: Floats = noisy.values["sum"].double().numpy()
+    # Exact noise was added to the whole numbers in place; the gradient's float32 would round them.
+    values = sums.double() / RoundedSum.UNITS if exact else noisy.values["sum"].double()
+    found: Floats = values.numpy()
     return found

@@ -30,6 +30,10 @@ _NOT_COVERED: Final = (
 )
 
 
+def _text(number: float) -> str:
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+
+
 @dataclass(frozen=True)
 class StatisticsStatement:
     """A statement about one release; ``str()`` is the text, `to_dict` the same for machines.
@@ -40,6 +44,7 @@ class StatisticsStatement:
         quantities: what was released.
         key_source: where the noise came from.
         ledger: the run and data set under which it was charged beforehand.
+        read_from_data: what of the bounds and lists of values was read off the private data.
     """
 
     plan: PrivacyPlan
@@ -47,6 +52,7 @@ class StatisticsStatement:
     quantities: tuple[Quantity, ...]
     key_source: KeySource
     ledger: Mapping[str, str] | None = None
+    read_from_data: tuple[str, ...] = ()
 
     @property
     def in_words(self) -> list[str]:
@@ -84,7 +90,9 @@ class StatisticsStatement:
         for quantity in self.quantities:
             if isinstance(quantity, Numeric):
                 low, high = quantity.bounds
-                found.append(f"{quantity.name}: bounds {low:g} to {high:g}, {quantity.bins} bins")
+                found.append(
+                    f"{quantity.name}: bounds {_text(low)} to {_text(high)}, {quantity.bins} bins"
+                )
             else:
                 found.append(f"{quantity.name}: the values {', '.join(quantity.values)}")
         return found
@@ -93,7 +101,11 @@ class StatisticsStatement:
     def not_covered(self) -> list[str]:
         """What the guarantee says nothing of."""
         floats = [FLOATING_POINT] if self.plan.mechanism != "discrete_gaussian" else []
-        return [*(item.format(unit=self.plan.unit) for item in _NOT_COVERED), *floats]
+        read = [
+            f"what was read off the private data, without noise, to say what is public: {each}"
+            for each in self.read_from_data
+        ]
+        return [*read, *(item.format(unit=self.plan.unit) for item in _NOT_COVERED), *floats]
 
     def to_dict(self) -> dict[str, Any]:
         """The statement as plain values."""
@@ -117,13 +129,15 @@ class StatisticsStatement:
             "in_words": self.in_words,
             "public": self.public,
             "not_covered": self.not_covered,
+            "read_from_data": list(self.read_from_data),
         }
 
     def __str__(self) -> str:
         plan = self.plan
         epsilon = f"{math.ceil(self.epsilon * 1e4) / 1e4:.4f}"  # never below the bound
+        first = "These" if self.key_source.is_private else "But for a seed that is known, these"
         lines = [
-            f"These statistics are ({epsilon}, {plan.target_delta:g})-differentially private with "
+            f"{first} statistics are ({epsilon}, {plan.target_delta:g})-differentially private with "
             f"respect to {self.adjacency_text}.",
             "",
             "In words:",

@@ -25,7 +25,6 @@ def describe_table(
     *,
     columns: Sequence[str] | None = None,
     bins: int = 64,
-    skip_bad_rows: bool = False,
     **terms: Any,
 ) -> Statistics:
     """Release statistics of the columns of a table.
@@ -38,11 +37,11 @@ def describe_table(
             since 1970-01-01. Texts have no statistics.
         columns: which, in this order; None for all that have statistics, the label too.
         bins: of the histograms of numbers, from which quantiles are read; 0 for none.
-        skip_bad_rows: leave out rows that do not fit the schema.
         terms: see `dptorch.statistics.release`.
 
     Raises:
-        DataError: the file cannot be read, or rows do not fit.
+        DataError: the file cannot be read, or rows do not fit. None are left out: how many there are is
+            published, and would tell which cells fit.
         ConfigurationError: a column has no statistics, or the schema no bounds for it.
     """
     if not isinstance(schema, Schema):
@@ -50,7 +49,7 @@ def describe_table(
     quantities = quantities_of(schema, columns, bins)
     table = open_table(Path(path), schema.file)
     faults = Faults(str(path), table.place)
-    rows = encode(schema, table.chunks(faults), faults, skip=skip_bad_rows)
+    rows = encode(schema, table.chunks(faults), faults, skip=False)
     if not len(rows):
         raise DataError(f"{path}: no rows.")
     return release(
@@ -58,6 +57,7 @@ def describe_table(
         unit_means(quantities, _values(schema, rows, quantities), rows.units),
         units=len(rows) if rows.units is None else len(set(rows.units)),
         unit="example" if rows.units is None else "user",
+        read_from_data=schema.read_from_data,
         **terms,
     )
 
