@@ -156,9 +156,11 @@ class OptimizerBinding:
 
 def has_hooks(optimizer: Optimizer) -> bool:
     """Whether code of the user's own runs inside the optimizer's step."""
+    # DeepSpeed's is no optimizer of torch, and holds one.
+    inner = optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", None)
     return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
+        getattr(inner, "_optimizer_step_pre_hooks", None)
+        or getattr(inner, "_optimizer_step_post_hooks", None)
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
     )
