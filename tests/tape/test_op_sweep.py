@@ -33,7 +33,7 @@ from dptorch.tape.recording.handlers import SPECIAL
 from dptorch.tape.rules import LOSSES, RULES
 
 PARTS = 16
-SAMPLES, CHOICES, CALLS = 5, 6, 16  # of each op, of each sample, of each op in all
+SAMPLES, CHOICES, CALLS = 5, 4, 10  # of each op, of each sample, of each op in all
 # Results without meaning; and rrelu, which draws a number for each negative element: independent ones
 # for each example, but where others' are in the stream depends on how many there were before.
 _LEFT_OUT = (
