@@ -51,6 +51,15 @@ def test_channels_of_cifar() -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("patients")
+def test_json_has_nothing_before_it() -> None:
+    """A data set that is new to the ledger is introduced elsewhere."""
+    done = run(*ASKED, "--epsilon", "2", "--json")
+    assert set(json.loads(done.stdout)["columns"]) == {"age", "sex"}
+    assert "has an account of its own" in done.stderr
+
+
 @pytest.mark.usefixtures("patients")
 @pytest.mark.parametrize(
     ("arguments", "message"),

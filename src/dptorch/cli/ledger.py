@@ -277,6 +277,7 @@ def for_new_run(
     *,
     data: str | None,
     recipe: str | None = None,
+    as_json: bool = False,
 ) -> DatasetLedger:
     """The ledger of a new run, made if there is none.
 
@@ -285,6 +286,7 @@ def for_new_run(
         dataset: its name, if one was given.
         data: where the data is from; None for a recipe's.
         recipe: its name.
+        as_json: the command prints JSON, which a new data set is then not introduced among.
     """
     from dptorch.ledger import beside
     from dptorch.ledger.dataset_id import sidecar_of
@@ -298,11 +300,11 @@ def for_new_run(
         known = sidecar_of(Path(data).resolve()).exists()
         dataset = beside(data)
         if not known:
-            _introduce(data, dataset)
+            _introduce(data, dataset, Console(stderr=True) if as_json else _console())
     return opened.dataset(dataset or f"recipe:{recipe}")
 
 
-def _introduce(data: str, dataset: str) -> None:
+def _introduce(data: str, dataset: str, console: Console) -> None:
     """Say that a data set is new to the ledger, and what to do if it is not."""
     from dptorch.ledger.dataset_id import neighbours
 
@@ -320,8 +322,7 @@ def _introduce(data: str, dataset: str) -> None:
             " A copy of it, or the same people in another format, would have another: give both one "
             "name with --dataset."
         )
-    # Not among the results, which may be JSON.
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 def for_resumed_run(

@@ -125,7 +125,7 @@ def statistics(
         "seed": seed,
     }
     if not no_ledger:
-        terms["ledger"] = for_new_run(ledger, runs, dataset, data=str(data))
+        terms["ledger"] = for_new_run(ledger, runs, dataset, data=str(data), as_json=as_json)
     if schema is not None:
         names = None if columns is None else [name.strip() for name in columns.split(",")]
         found = describe_table(
