@@ -25,14 +25,13 @@ demo: $(VENV)/.demo  ## train the default recipe with differential privacy; see 
 reviews: $(VENV)/.reviews  ## classify movie reviews with privacy, by a pretrained encoder
 	$(BIN)/dptorch train --recipe reviews --name reviews --overwrite
 
-quick: $(VENV)/.test  ## ruff and the quick tests, two minutes on 2 cores; types are in make lint
+quick: $(VENV)/.test  ## ruff and the quick tests, two to three minutes on 2 cores; types are in make lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -n 2 --hypothesis-profile quick -m "not (slow or postgres or browser or zoo)"
 
-# A third of the time is spent on waiting for other processes, so there are more workers than cores.
-test: lint  ## lint, types and all tests: a quarter of an hour on 2 cores
-	$(PYTEST) -n 3
+test: lint  ## lint, types and all tests: half an hour on 2 cores
+	$(PYTEST) -n 2
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
