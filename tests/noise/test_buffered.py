@@ -10,22 +10,10 @@ from dptorch.errors import PrivacyError
 from dptorch.noise import BufferedNoise, GaussianNoise, recursive
 from dptorch.noise.compiled import compiled
 from dptorch.noise.normal import KEYSTREAM_BLOCK
-from dptorch.randomness import RootKey
+from tests.noise.correlated import KEY, in_shards_after_a_restart, taken
 
-KEY = RootKey.from_seed(3)
 ONE = (0.6, 0.7)
 THREE = (0.02, 0.15, 0.3, 0.999, 0.9, 0.2)
-
-
-def taken(noise, steps, *, size=46, first=0, norm=1.0, skip=(), **more):
-    """The noise of steps, [steps, coordinates]."""
-    found = []
-    for t in range(first, steps):
-        if t not in skip:
-            sums = ClippedSum({"weight": torch.zeros(size)}, norm)
-            released = noise.privatize(sums, KEY, t, context=100 + t, **more)
-            found.append(released.values["weight"].double().numpy())
-    return np.stack(found)
 
 
 def dense(coefficients, steps):
@@ -66,16 +54,10 @@ def test_covariance_of_released_buffered_noise():
 def test_shards_and_restarts_give_the_buffered_noise_of_the_whole():
     steps = 9
     whole = taken(BufferedNoise(1.0, THREE, steps), steps, size=70_003)
-
-    def part(first, size):
-        before = BufferedNoise(1.0, THREE, steps)
-        taken(before, 5, size=size, offsets={"weight": first})
-        after = BufferedNoise(1.0, THREE, steps)
-        after.restore(before.state(5), 5)
-        return taken(after, steps, size=size, first=5, offsets={"weight": first})
-
-    parts = [part(0, 4_001), part(4_001, 66_002)]
-    assert (np.concatenate(parts, axis=1) == whole[5:]).all()
+    shards = in_shards_after_a_restart(
+        lambda: BufferedNoise(1.0, THREE, steps), steps, size=70_003, restart=5
+    )
+    assert (shards == whole[5:]).all()
 
 
 def test_a_restart_with_a_buffer_lost_is_not_the_run():

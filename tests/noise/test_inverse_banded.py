@@ -8,21 +8,9 @@ from dptorch.accounting.toeplitz import inverse_square_root
 from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import PrivacyError
 from dptorch.noise import GaussianNoise, InverseBandedNoise
-from dptorch.randomness import RootKey
+from tests.noise.correlated import KEY, in_shards_after_a_restart, taken
 
-KEY = RootKey.from_seed(3)
 COEFFICIENTS = [np.array([1.0, -0.9]), inverse_square_root(4), inverse_square_root(30)]
-
-
-def taken(noise, steps, *, size=46, first=0, norm=1.0, skip=(), **more):
-    """The noise of steps, [steps, coordinates]."""
-    found = []
-    for t in range(first, steps):
-        if t not in skip:
-            sums = ClippedSum({"weight": torch.zeros(size)}, norm)
-            released = noise.privatize(sums, KEY, t, context=100 + t, **more)
-            found.append(released.values["weight"].double().numpy())
-    return np.stack(found)
 
 
 def dense(coefficients, steps):
@@ -55,16 +43,10 @@ def test_covariance_of_released_noise():
 def test_shards_and_restarts_give_the_noise_of_the_whole():
     steps, u = 9, inverse_square_root(4)
     whole = taken(InverseBandedNoise(1.0, u, steps), steps, size=10_003)
-
-    def part(first, size):
-        before = InverseBandedNoise(1.0, u, steps)
-        taken(before, 5, size=size, offsets={"weight": first})
-        after = InverseBandedNoise(1.0, u, steps)
-        after.restore(before.state(5), 5)
-        return taken(after, steps, size=size, first=5, offsets={"weight": first})
-
-    parts = [part(0, 4_001), part(4_001, 6_002)]
-    assert (np.concatenate(parts, axis=1) == whole[5:]).all()
+    shards = in_shards_after_a_restart(
+        lambda: InverseBandedNoise(1.0, u, steps), steps, size=10_003, restart=5
+    )
+    assert (shards == whole[5:]).all()
 
 
 def test_no_memory_is_kept():
