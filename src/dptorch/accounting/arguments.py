@@ -62,7 +62,9 @@ def number(name: str, value: object) -> float:
     """Return any number but NaN, as a float; else raise ConfigurationError."""
     try:
         found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:  # and Python may refuse to write it out
+        raise ConfigurationError(f"{name} is an integer that is too large for a float.") from None
+    except (TypeError, ValueError):
         found = math.nan
     if math.isnan(found) or isinstance(value, (bool, str, bytes)):
         raise ConfigurationError(f"{name}={value!r} is not a number. Pass a float.")

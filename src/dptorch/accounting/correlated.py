@@ -129,10 +129,7 @@ class SeparatedGaussian(Event):
     steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
-        object.__setattr__(self, "coefficients", tuple(float(u) for u in self.coefficients))
-        for name, least in (("separation", 1), ("steps", 0)):
-            object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
+        _check_apart(self)
         column_norms(self.coefficients, 1)  # checks them
 
     @property
@@ -178,10 +175,7 @@ class BufferedGaussian(Event):
     steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
-        object.__setattr__(self, "coefficients", tuple(float(u) for u in self.coefficients))
-        for name, least in (("separation", 1), ("steps", 0)):
-            object.__setattr__(self, name, positive_int(name, getattr(self, name), least=least))
+        _check_apart(self)
         _ = self._buffers  # checks them
 
     @property
@@ -253,3 +247,11 @@ def _largest_sum(values: Any, picks: int, separation: int) -> float:
             following[i] = max(following[i - 1], best[max(0, i - separation)] + value)
         best = following
     return float(best[-1])
+
+
+def _check_apart(event: SeparatedGaussian | BufferedGaussian) -> None:
+    """Check the fields that two events have, and give them their types."""
+    object.__setattr__(event, "noise_multiplier", noise_of(event.noise_multiplier))
+    object.__setattr__(event, "coefficients", tuple(float(u) for u in event.coefficients))
+    for name, least in (("separation", 1), ("steps", 0)):
+        object.__setattr__(event, name, positive_int(name, getattr(event, name), least=least))

@@ -151,8 +151,8 @@ def make_plan(**settings: Unpack[PlanSettings]) -> PrivacyPlan:
     """
     for name, value in settings.items():
         one_of("setting", name, PlanSettings.__annotations__)
-        if name in _NUMBERS and value is not None:
-            _refuse_no_number(name, value)
+        if name in _NUMBERS and value is not None and not isinstance(value, bool):
+            number(name, value)
     sample_size = settings.get("sample_size")
     mechanism = settings.get("mechanism", PrivacyPlan.mechanism)
     get_mechanism(mechanism)  # refuses one that is unknown
@@ -263,19 +263,6 @@ def default_delta(sample_size: int) -> float:
     return min(1e-5, 10.0 ** math.floor(math.log10(1 / (10 * sample_size))))
 
 
-def _refuse_no_number(name: str, value: object) -> None:
-    """Raise ConfigurationError for what is no number, or an integer that no float can hold."""
-    try:
-        float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        pass
-    else:
-        if not isinstance(value, (str, bytes)):
-            return
-    shown = repr(value) if not isinstance(value, int) else f"10**{len(str(value)) - 1}"
-    raise ConfigurationError(f"{name}={shown} is not a number that can be computed with.")
-
-
 def _capacity(wanted: int | None) -> int | None:
     return None if wanted is None else positive_int("capacity", wanted)
 
@@ -307,7 +294,7 @@ def _bands(
     if wanted != "auto":
         if isinstance(wanted, str):
             raise ConfigurationError(f"bands={wanted!r} must be a whole number or 'auto'.")
-        _refuse_no_number("bands", wanted)
+        number("bands", wanted)
         return positive_int("bands", wanted)
     if not found_alone and (mechanism != "banded" or target_epsilon is None):
         raise ConfigurationError(

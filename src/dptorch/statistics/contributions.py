@@ -97,8 +97,7 @@ def integer_sum(
             )
         with np.errstate(all="ignore"):
             whole = np.trunc(part * each)
-        whole = np.where(np.isfinite(whole), whole, np.inf)
-        with np.errstate(all="ignore"):
+            whole = np.where(np.isfinite(whole), whole, np.inf)
             kept = np.square(whole).sum(1) <= float(RoundedSum.UNITS) ** 2
         total += whole[kept].astype(np.int64).sum(0)
         units += len(part)

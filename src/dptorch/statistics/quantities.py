@@ -73,8 +73,7 @@ class Numeric:
 
     def __post_init__(self) -> None:
         low, high = self.bounds
-        wide = math.isfinite(high - low) and low < high and math.isfinite(2 / (high - low))
-        if not (math.isfinite(low) and math.isfinite(high) and wide):
+        if not (low < high and math.isfinite(high - low) and math.isfinite(2 / (high - low))):
             raise ConfigurationError(
                 f"bounds={self.bounds} of {self.name!r}: expected two finite numbers, low < high, that "
                 "are not read off the data."
