@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import dptorch
 from dptorch.engine.secret_draws import SecretDraws
+from dptorch.errors import PrivacyError
 from dptorch.randomness import RootKey
 from tests.engine.setup import parameters
 
@@ -47,23 +48,26 @@ def data(first: int = 0) -> TensorDataset:
     return TensorDataset(x[first:], torch.randint(0, 2, (SIZE,), generator=generator)[first:])
 
 
-def step(run: Any, dataset: TensorDataset) -> Tensor:
-    """The sum of a step in clipping norms, with masks of a seed that everybody knows."""
+def step(run: Any, dataset: TensorDataset, *, late: bool = False) -> Tensor:
+    """The sum of a step in clipping norms, under a seed that everybody knows, set before its batch
+    or after it."""
     engine, model, optimizer = run
     before = parameters(model)
     torch.manual_seed(0)
     x, y = next(iter(engine.loader(dataset)))
+    if late:
+        torch.manual_seed(0)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
     return parameters(model) - before
 
 
-def moved(monkeypatch: pytest.MonkeyPatch) -> float:
+def moved(monkeypatch: pytest.MonkeyPatch, *, late: bool = False) -> float:
     """How far one record less moves a step, in clipping norms, under one secret key."""
     key = RootKey.from_os()
     monkeypatch.setattr(RootKey, "from_os", classmethod(lambda cls: key))
-    with_it, without_it = step(start(), data()), step(start(), data(1))
+    with_it, without_it = (step(start(), each, late=late) for each in (data(), data(1)))
     return float((with_it - without_it).norm())
 
 
@@ -134,3 +138,48 @@ def test_a_run_that_goes_on_has_the_masks_that_it_would_have_had(tmp_path: Path)
     later[0].load_checkpoint(tmp_path / "run.pt")
     steps(later, 4)
     assert torch.equal(parameters(later[1]), parameters(whole[1]))
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_a_seed_set_after_the_batch_is_refused(size: int | None) -> None:
+    """Nothing is counted, and the step that is due can still be taken."""
+    engine, model, optimizer = start()
+    parts = iter(engine.loader(data(), max_physical_batch_size=size))
+    x, y = next(parts)
+    torch.manual_seed(0)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(PrivacyError, match="seeded with 0"):
+        optimizer.step()
+    assert engine.steps_done == 0
+    optimizer.zero_grad()
+    parts.close()
+    step((engine, model, optimizer), data())
+    assert engine.steps_done == 1
+
+
+def test_without_the_refusal_a_late_seed_moves_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin."""
+    monkeypatch.setattr(SecretDraws, "refuse_known", lambda _: None)
+    assert moved(monkeypatch, late=True) > 3
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.0}, {"seed": 1}, {"adjacency": "zero-out"}])
+def test_seeds_that_tell_nothing_are_no_reason_to_refuse(settings: dict[str, Any]) -> None:
+    engine, model, optimizer = start(**settings)
+    model[0].train(settings.get("dropout") != 0.0)
+    for x, y in engine.loader(data()):
+        torch.manual_seed(0)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert engine.steps_done
+
+
+def test_two_engines_may_take_turns() -> None:
+    first, second = start(), start()
+    for one, other in zip(first[0].loader(data()), second[0].loader(data()), strict=True):
+        for (_, model, optimizer), (x, y) in ((first, one), (second, other)):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert first[0].steps_done == second[0].steps_done > 0

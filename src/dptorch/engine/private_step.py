@@ -100,6 +100,7 @@ class PrivateStep:
         if not self._private:
             return self._take_ordinary(part)
         if not complete:
+            self._run.refuse_known_draws()
             self._batch.add_pending("step")
             return False
         sampled = part is not None and part.logical_step == self._run.steps_done
@@ -152,6 +153,8 @@ class PrivateStep:
                 raise PrivacyError(NOT_SHARED)
             if not sampled and self._run.plan.coefficients:
                 raise PrivacyError(NOT_APART)
+            if sampled:
+                self._run.refuse_known_draws()
             self._batch.add_pending("step")
             clipped = self._pop_clipped_sum(optimizer)
         return self._placement.add_up(clipped)

@@ -88,6 +88,10 @@ class RunState:
         loader.on_batch(lambda part: self._draws.begin_batch(self.key, part.logical_step))
         self.loaders += 1
 
+    def refuse_known_draws(self) -> None:
+        """See `SecretDraws.refuse_known`."""
+        self._draws.refuse_known()
+
     # -- the ledger --------------------------------------------------------------------------------
 
     def use_ledger(self, ledger: DatasetLedger | None) -> None:

@@ -16,10 +16,22 @@ import torch
 
 from dptorch.accounting import Adjacency
 from dptorch.distributed import Ranks
+from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import RootKey
 
 __all__ = ["SecretDraws"]
+
+
+#: The seeds that engines of this process gave: one's batch may be handed out before another's step.
+_SECRET: set[int] = set()
+
+_KNOWN = (
+    "torch was seeded with {} after the batch was handed out, and numbers were drawn before the step. "
+    "Under add/remove adjacency a known seed gives each row a mask by its place, which tells of the "
+    "records before it. The step was neither taken nor counted. Call torch.manual_seed before the loop;"
+    " draw what is not for the training from a torch.Generator of your own."
+)
 
 
 class SecretDraws:
@@ -32,7 +44,9 @@ class SecretDraws:
 
     Guarantees:
         No known seed decides the masks of a private run under add/remove adjacency.
-        Held by `test_a_known_seed_does_not_decide_the_masks_of_a_private_run`.
+        Held by `test_a_known_seed_does_not_decide_the_masks_of_a_private_run` and, for seeds that are
+        set between the batch and its step, `test_a_seed_set_after_the_batch_is_refused`. Seeds of
+        single devices, and generators that the program makes, are not looked at.
     """
 
     def __init__(self, plan: PrivacyPlan, ranks: Ranks) -> None:
@@ -48,9 +62,23 @@ class SecretDraws:
             return
         secret = key.derive("draws", step, self._ranks.rank)
         self._seed = int.from_bytes(secret[:7], "big")
+        _SECRET.add(self._seed)
         torch.manual_seed(self._seed)
         random.seed(secret)
         np.random.seed(np.frombuffer(secret[:16], np.uint32))  # noqa: NPY002
+
+    def refuse_known(self) -> None:
+        """Refuse draws since the last batch that came from another seed than the secret one.
+
+        Raises:
+            PrivacyError: such draws were made. Seeding alone reveals nothing, and passes.
+        """
+        seed = torch.initial_seed()
+        if self._seed is None or seed in _SECRET:
+            return
+        untouched = torch.Generator().manual_seed(seed).get_state()
+        if not torch.equal(torch.get_rng_state(), untouched):
+            raise PrivacyError(_KNOWN.format(seed))
 
     def values(self) -> dict[str, Any]:
         """Return what was seeded, as plain values for `restore`."""
@@ -59,3 +87,5 @@ class SecretDraws:
     def restore(self, values: Mapping[str, Any]) -> None:
         """Go on with the generators' states of a checkpoint."""
         self._seed = values.get("draws")
+        if self._seed is not None:
+            _SECRET.add(self._seed)
