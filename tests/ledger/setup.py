@@ -1,9 +1,10 @@
 """Small plans and runs for the tests of ledgers."""
 
+import pytest
 import sqlalchemy as sa
 
 import dptorch
-from dptorch.ledger import DatasetLedger
+from dptorch.ledger import DatasetLedger, connection, store
 from dptorch.ledger.store import Store
 
 OS = "operating system"
@@ -47,3 +48,11 @@ def execute(location: str, *statements: str) -> None:
         for statement in statements:
             connection.execute(sa.text(statement))
     store.close()
+
+
+def do_not_look(patch: pytest.MonkeyPatch) -> None:
+    """The broken twin: nobody looks what a path leads to, and the file is left to its log."""
+    patch.setattr(connection, "files_of", lambda path: None)
+    patch.setattr(store, "files_of", lambda path: None)
+    patch.setattr(store, "files_in_use", lambda engine: None)
+    patch.setattr(store, "copy_log_into_file", lambda engine: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,45 @@ def test_a_sole_run_keeps_its_reservation_when_it_stops_early(location: str) -> 
     unused.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
     take(unused, 0, p)  # closed before its first step: nothing happened
     take(unused, 1, p)
+
+
+def test_a_sole_run_changes_what_its_steps_are_under_the_adaptive_count_only(location: str) -> None:
+    """What a later step is to be may be chosen after looking at the earlier ones."""
+    patients = open_ledger(location).dataset("a")
+    p, other = plan(10, 2.0, 0.1), SampledGaussian(2.0, 0.11, 1)  # as of another loader
+    mixed = [p.event(1), replace(other, steps=9)]
+    room = planned_epsilon(mixed, 1e-5, Adjacency.ZERO_OUT) * 1.01
+    assert room < adaptive_epsilon(p.history(10), 1e-5, Adjacency.ZERO_OUT)
+    patients.set_cap(Cap(room, 1e-5))
+    run = patients.run(p, OS)
+    run.count(0, p.event(1))
+    with pytest.raises(BudgetExhausted, match="Nothing was spent"):
+        run.count(1, other)
+    run.count(1, p.event(1))  # as planned
+    patients.set_cap(Cap(adaptive_epsilon(mixed, 1e-5, Adjacency.ZERO_OUT) * 1.2, 1e-5))
+    run.count(2, other)
+    from_the_first = open_ledger(location).dataset("b")
+    from_the_first.set_cap(Cap(room, 1e-5))
+    begun = from_the_first.run(p, OS)
+    for step in range(10):
+        begun.count(step, other)
+
+
+def test_the_planned_count_is_not_for_a_run_that_has_stopped_early(location: str) -> None:
+    """It may have stopped for what it had shown."""
+    patients = open_ledger(location).dataset("a")
+    p = plan(10, 2.0)
+    planned, adaptive = (
+        f(p.history(4), 1e-5, Adjacency.ZERO_OUT) for f in (planned_epsilon, adaptive_epsilon)
+    )
+    assert planned * 1.05 < adaptive
+    take(patients, 4, p)
+    with pytest.raises(ConfigurationError, match="too late"):
+        patients.set_cap(Cap(planned * 1.05, 1e-5))
+    patients.set_cap(Cap(adaptive, 1e-5))
+    whole = open_ledger(location).dataset("b")
+    take(whole, 4, plan(4, 2.0))
+    whole.set_cap(Cap(planned * 1.05, 1e-5))
 
 
 def test_runs_share_a_cap_and_give_back_what_they_do_not_use(location: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import sqlite3
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,18 @@ import pytest
 
 import dptorch
 from dptorch.accounting import SampledGaussian
-from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyWarning
-from dptorch.ledger import Cap, Total, open_ledger
+from dptorch.errors import (
+    BudgetExhausted,
+    ConfigurationError,
+    LedgerError,
+    PrivacyError,
+    PrivacyWarning,
+)
+from dptorch.ledger import Cap, Total, datasets, open_ledger
 from dptorch.ledger.budget import adaptive_epsilon
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.record import RunLedger
-from dptorch.ledger.store import Store
+from dptorch.ledger.store import Store, Transaction
 from tests.ledger.processes import shared, spawn, wait
 from tests.ledger.setup import EDITS, execute, plan, take
 
@@ -111,6 +120,38 @@ def test_a_run_closed_from_outside_stops_at_its_next_step(location: str) -> None
     with pytest.raises(LedgerError, match="closed or gone on"):
         run.count(3, STEP)
     assert open_ledger(location).runs()[0].steps == 8  # its block counts in full
+
+
+def test_a_run_closed_from_outside_would_go_on(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken twin: within a block that is on disk, nobody looks."""
+    run = begin(location, 3, steps_per_write=8)
+    open_ledger(location).close_run(run.run)
+    monkeypatch.setattr(RunLedger, "_refuse_unless_owned", lambda self, transaction: None)
+    for step in range(3, 8):
+        run.count(step, STEP)
+    assert not open_ledger(location).runs()[0].open
+
+
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_the_ledger_of_a_run_is_not_copied(
+    location: str, make_copy: Callable[[RunLedger], Any]
+) -> None:
+    with pytest.raises(PrivacyError, match="not copied or pickled"):
+        make_copy(begin(location, 1))
+
+
+def test_a_copy_would_count_once_what_two_release(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken twin."""
+    monkeypatch.delattr(RunLedger, "__reduce__")
+    run = begin(location, 1, steps_per_write=8)
+    for each in (run, copy.copy(run)):
+        for step in range(1, 8):
+            each.count(step, STEP)
+    assert open_ledger(location).runs()[0].repeated == 0
 
 
 def test_a_change_of_event_gives_back_and_reserves_in_one_transaction(location: str) -> None:
@@ -245,22 +286,26 @@ def test_a_later_check_reads_only_what_is_new(
 
 def old_copy(location: str, folder: Path) -> Path:
     """The file of a ledger as it is now, in one piece."""
-    copy = folder / "copy.db"
-    with closing(sqlite3.connect(location)) as source, closing(sqlite3.connect(copy)) as target:
+    old = folder / "copy.db"
+    with closing(sqlite3.connect(location)) as source, closing(sqlite3.connect(old)) as target:
         source.backup(target)
-    return copy
+    return old
+
+
+def put_back(copy_of_ledger: Path, location: str) -> None:
+    """Under open connections, which would go on with the file that is gone."""
+    for suffix in ("-wal", "-shm"):
+        Path(location + suffix).unlink(missing_ok=True)
+    copy_of_ledger.rename(location)
 
 
 def test_an_older_copy_of_the_ledger_is_refused(tmp_path: Path) -> None:
     location = str(tmp_path / "ledger.db")
     run = begin(location, 3)
-    copy = old_copy(location, tmp_path)
+    old = old_copy(location, tmp_path)
     for step in range(3, 6):
         run.count(step, STEP)
-    # Under the open connection of the run, which would go on with the file that is gone.
-    for suffix in ("-wal", "-shm"):
-        Path(location + suffix).unlink(missing_ok=True)
-    copy.rename(location)
+    put_back(old, location)
     with pytest.raises(LedgerError, match="older copy"):
         run.count(6, STEP)  # the run that is alive
     with pytest.raises(LedgerError, match="older copy"):
@@ -268,6 +313,19 @@ def test_an_older_copy_of_the_ledger_is_refused(tmp_path: Path) -> None:
     # What cannot be known: a checkpoint that is as old as the copy.
     early = open_ledger(location).dataset("a")
     early.run(PLAN, OS, run=run.run, steps_done=3).open()
+
+
+def test_an_older_copy_would_lose_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin: no process knows what it has written."""
+    location = str(tmp_path / "ledger.db")
+    run = begin(location, 3)
+    old = old_copy(location, tmp_path)
+    for step in range(3, 6):
+        run.count(step, STEP)
+    put_back(old, location)
+    monkeypatch.setattr(Transaction, "holds", lambda self, seq, hash: True)
+    run.count(6, STEP)
+    assert open_ledger(location).runs()[0].steps == 4  # of seven
 
 
 def test_a_ledger_that_is_gone_is_refused(tmp_path: Path) -> None:
@@ -310,3 +368,15 @@ def test_runs_and_cap_have_one_unit_in_either_order(location: str, unit: str) ->
     unused = open_ledger(location).dataset("b")
     take(unused, 0, mine)  # nothing was released
     take(unused, 2, theirs)
+
+
+def test_units_would_be_mixed(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin: neither a run nor a cap looks at the units of others."""
+    monkeypatch.setattr(RunLedger, "_refuse_other_units", lambda *given: None)
+    monkeypatch.setattr(datasets, "_refuse_other_units", lambda *given: None)
+    patients = open_ledger(location).dataset("a")
+    take(patients, 2)
+    take(patients, 2, of_users())
+    patients.set_cap(Cap(50.0, 1e-5, unit="user"))
+    with pytest.raises(LedgerError, match="protect different units"):
+        patients.total()

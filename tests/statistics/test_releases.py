@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.distributed.processes import on_ranks
 from dptorch.accounting import Adjacency, SampledDiscreteGaussian, get_accountant
 from dptorch.clipping.sums import RoundedSum
 from dptorch.errors import BudgetExhausted, ConfigurationError, DataError
-from dptorch.ledger import Cap, open_ledger
+from dptorch.ledger import Cap, DatasetLedger, open_ledger
 from dptorch.noise.discrete import DiscreteGaussianNoise
 from dptorch.randomness import RootKey
 from dptorch.statistics import Choice, Numeric, describe
@@ -143,6 +144,23 @@ def test_a_cap_that_protects_the_number_of_records_admits_no_statistics(tmp_path
     with pytest.raises(ConfigurationError, match="which statistics publish"):
         describe([AGE], {"age": AGES}, epsilon=1.0, delta=1e-5, ledger=ledger)
     assert ledger.runs() == []
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_add_remove_covers_no_statistics_that_were_released(tmp_path, monkeypatch, told):
+    """The broken twin does not tell the ledger that the number of records is published."""
+    ledger = open_ledger(tmp_path / "ledger.db").dataset("people")
+    if not told:
+        untold = property(lambda _: False, lambda _, told: None)
+        monkeypatch.setattr(DatasetLedger, "size_is_public", untold, raising=False)
+    describe([AGE], {"age": AGES}, epsilon=1.0, delta=1e-5, ledger=ledger)
+    cap = Cap(epsilon=9.0, delta=1e-5, adjacency=Adjacency.ADD_REMOVE)
+    for asked in (lambda: ledger.total(adjacency="add-remove"), lambda: ledger.set_cap(cap)):
+        refuses = pytest.raises(ConfigurationError, match="how many records there are")
+        with refuses if told else nullcontext():
+            asked()
+    assert ledger.total(adjacency="zero-out").planned == pytest.approx(1.0, rel=1e-3)
+    assert not ledger.size_is_public  # of runs that are no statistics
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
@@ -14,7 +15,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dptorch.errors import ConfigurationError, LedgerError
 
-__all__ = ["connect", "parse", "without_password"]
+__all__ = [
+    "Files",
+    "connect",
+    "copy_log_into_file",
+    "files_in_use",
+    "files_of",
+    "parse",
+    "without_password",
+]
+
+Files = tuple[str, tuple[int, int], tuple[int, int] | None]
 
 
 def parse(location: str | Path) -> tuple[Path | None, sa.URL]:
@@ -71,7 +82,62 @@ def connect(url: sa.URL, path: Path | None, timeout_s: float) -> sa.Engine:
     return engine
 
 
+def files_of(path: Path) -> Files:
+    """What the path of a SQLite ledger leads to: where, which file, and which log beside it.
+
+    SQLite looks for the log (``-wal``) beside the file, under the file's name. Processes that come to
+    one file by different names therefore write two logs, and do not see each other's entries: links
+    are followed, and a file with a second name is refused.
+
+    Raises:
+        LedgerError: the file is gone, or has several names.
+    """
+    real = os.path.realpath(path)
+    try:
+        found = os.stat(real)
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger {path} is gone ({error.strerror}). Put it back where it was. "
+            "Nothing was released, and nothing was spent."
+        ) from None
+    if found.st_nlink > 1:
+        raise LedgerError(
+            f"The ledger {path} has {found.st_nlink} names (hard links). Processes that use another "
+            "of them would not see what is written here. Nothing was released, and nothing was spent. "
+            "Delete the other names (`find . -samefile` lists them), or make symbolic links of them."
+        )
+    return real, (found.st_dev, found.st_ino), _file(f"{real}-wal")
+
+
+def files_in_use(engine: sa.Engine) -> Files | None:
+    """What `files_of` found when the newest connection of `engine` was made; None before, and on a
+    server."""
+    newest = _files.get(engine)
+    return newest[0] if newest else None
+
+
+def copy_log_into_file(engine: sa.Engine) -> None:
+    """Bring the file of a SQLite ledger up to date, as far as no process reads an older state of it.
+
+    What is committed is on disk before, in the log. A file that is copied or moved without its log has
+    what it had at the last such call.
+    """
+    if engine.dialect.name == "sqlite":
+        failures = (SQLAlchemyError, engine.dialect.loaded_dbapi.Error)
+        with contextlib.suppress(*failures), engine.connect() as connection:
+            connection.connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def _file(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 _engines: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+_files: weakref.WeakKeyDictionary[sa.Engine, list[Files]] = weakref.WeakKeyDictionary()
 _in_use_by_the_parent: set[sa.URL] = set()
 
 
@@ -111,12 +177,15 @@ def _engine(url: sa.URL, path: Path | None, timeout_s: float) -> sa.Engine:
         connect_args = {"options": settings, "connect_timeout": max(2, round(timeout_s))}
         return sa.create_engine(url, connect_args=connect_args, pool_pre_ping=True)
     engine = sa.create_engine(url, connect_args={"timeout": timeout_s})
+    newest = _files[engine] = []
 
     @sa_event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # the "begin" hook below decides what is begun
         _wal_mode(connection, timeout_s)
         connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("SELECT 1 FROM sqlite_master").fetchall()  # opens the log
+        newest[:] = [files_of(path)]
 
     @sa_event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:

@@ -40,6 +40,7 @@ class RunSummary:
         steps: steps released at least once.
         repeated: further releases of them, after the run was killed.
         history: all releases, for an accountant.
+        reserved: its history as it would be at the end of its plan, when last it reserved it.
         committed: what counts under the cap: what it reserved, or, once closed, spent.
         adjacencies: the neighbouring relations under which its history is covered.
         number_is_secret: see `DatasetLedger`.
@@ -54,6 +55,7 @@ class RunSummary:
     steps: int
     repeated: int
     history: list[Event]
+    reserved: list[Event]
     committed: list[Event]
     adjacencies: tuple[Adjacency, ...]
     number_is_secret: bool = False
@@ -157,10 +159,13 @@ class DatasetLedger:
     Attributes:
         number_is_secret: whether runs that begin are among several of which the best is published,
             at a cost that counts on nobody being told how many there were.
+        size_is_public: whether runs that begin publish how many records there are, as statistics do.
+            Add/remove does not cover them.
     """
 
     def __init__(self, ledger: Ledger, dataset: str) -> None:
         self.number_is_secret = False
+        self.size_is_public = False
         self.ledger = ledger
         self.dataset = dataset
         self.store = ledger.store
@@ -215,9 +220,9 @@ class DatasetLedger:
                 committed = committed_in(transaction, self.dataset)
                 events = [event for history in committed.values() for event in history]
                 already = adaptive_epsilon(events, cap.delta, cap.adjacency)
-                runs = sum(bool(history) for history in committed.values())
-                if runs == 1:
-                    already = min(already, planned_epsilon(events, cap.delta, cap.adjacency))
+                whole = [run.reserved for run in runs_so_far if run.committed]
+                if len(whole) == 1:  # and not what it has spent: when it stopped was its choice
+                    already = min(already, planned_epsilon(whole[0], cap.delta, cap.adjacency))
                 if already > cap.epsilon * (1 + 1e-9):
                     raise ConfigurationError(
                         f"a cap of epsilon={cap.epsilon:g} comes too late: runs on {self.dataset!r} "
@@ -290,6 +295,7 @@ def _summaries(entries: Iterable[Entry]) -> list[RunSummary]:
 def _summary(entries: list[Entry]) -> RunSummary:
     sessions = [entry for entry in entries if entry.kind != "steps"]
     begun, last = sessions[0], sessions[-1]
+    reserved = next(entry for entry in reversed(sessions) if entry.kind != "close")
     attempts = Attempts.of(entries)
     plan = read_plan(begun.detail["plan"])
     return RunSummary(
@@ -302,10 +308,17 @@ def _summary(entries: list[Entry]) -> RunSummary:
         steps=attempts.distinct,
         repeated=attempts.total - attempts.distinct,
         history=attempts.events(),
-        committed=[Event.from_dict(event) for event in last.detail["committed"]],
-        adjacencies=adjacencies_of(plan, attempts),
+        reserved=_events(reserved.detail["committed"]),
+        committed=_events(last.detail["committed"]),
+        adjacencies=adjacencies_of(
+            plan, attempts, size_is_public=begun.detail.get("size_is_public", False)
+        ),
         number_is_secret=begun.detail.get("number_is_secret", False),
     )
+
+
+def _events(values: list[dict[str, Any]]) -> list[Event]:
+    return [Event.from_dict(event) for event in values]
 
 
 def _refuse_other_units(runs: list[RunSummary], cap: Cap) -> None:
@@ -325,9 +338,9 @@ def _refuse_uncovered(runs: list[RunSummary], adjacency: Adjacency) -> None:
             able = " or ".join(repr(each.value) for each in run.adjacencies)
             raise ConfigurationError(
                 f"adjacency={adjacency.value!r} does not cover run {run.run} on {run.dataset!r} "
-                f"(its sampling, or steps on batches of the user's own loader). It "
-                f"is covered under {able}. Ask for that, and give the data set's cap, if it has one, "
-                "that adjacency (`dptorch ledger cap ... --adjacency`)."
+                "(its sampling, steps on batches of the user's own loader, or statistics, which say "
+                f"how many records there are). It is covered under {able}. Ask for that, and give the "
+                "data set's cap, if it has one, that adjacency (`dptorch ledger cap ... --adjacency`)."
             )
 
 

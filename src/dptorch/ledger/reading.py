@@ -21,16 +21,19 @@ __all__ = ["Plan", "adjacencies_of", "cap_in", "committed_in", "plan_hash", "rea
 Plan = PrivacyPlan | PredictionPlan
 
 
-def adjacencies_of(plan: Plan, attempts: Attempts) -> tuple[Adjacency, ...]:
+def adjacencies_of(
+    plan: Plan, attempts: Attempts, *, size_is_public: bool = False
+) -> tuple[Adjacency, ...]:
     """The neighbouring relations that cover a run: those of its plan's sampling scheme.
 
     Not add/remove, where a step took its batch from a loader of the user's own: a record that is
-    added may move other records into other batches.
+    added may move other records into other batches. Nor where the run publishes how many records
+    there are, as statistics do.
     """
     if isinstance(plan, PredictionPlan):
         return tuple(Adjacency)  # its events hold under all three
     planned = {plan.event(1)}
-    if attempts.released <= planned:
+    if attempts.released <= planned and not size_is_public:
         return plan.scheme.adjacencies
     return tuple(a for a in plan.scheme.adjacencies if a is not Adjacency.ADD_REMOVE)
 

@@ -11,11 +11,11 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
-from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, warn
+from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyError, warn
 from dptorch.ledger.budget import Cap, admit
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.entry import Entry
@@ -30,7 +30,7 @@ __all__ = ["RunLedger", "close_dead", "committed_in"]
 
 class LedgerOfData(Protocol):
     """What a run needs of `DatasetLedger`: the data set, the store, steps in one write, whether the
-    number of runs is secret."""
+    number of runs is secret, whether that of records is published."""
 
     @property
     def dataset(self) -> str: ...
@@ -43,6 +43,9 @@ class LedgerOfData(Protocol):
 
     @property
     def number_is_secret(self) -> bool: ...
+
+    @property
+    def size_is_public(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,12 @@ class RunLedger:
                 self._in_ledger = self._read(transaction)
         self.attempts, _ = self._with_unknown(self._in_ledger[0])
 
+    def __reduce__(self) -> NoReturn:
+        raise PrivacyError(
+            "a RunLedger is not copied or pickled: of two that have one block of steps on disk, each "
+            "would take the steps, and they would count once. Resume the run from a checkpoint."
+        )
+
     def open(self) -> None:
         """Reserve what remains of the plan, before the first step; does nothing if it is open.
 
@@ -218,12 +227,15 @@ class RunLedger:
     @property
     def adjacencies(self) -> tuple[Adjacency, ...]:
         """The neighbouring relations under which what was released is covered."""
-        return adjacencies_of(self._plan, self.attempts)
+        return self._adjacencies(self.attempts)
 
     @property
     def repeated_steps(self) -> int:
         """Releases beyond one for each step done: what being killed has cost."""
         return self.attempts.total - self._next
+
+    def _adjacencies(self, attempts: Attempts) -> tuple[Adjacency, ...]:
+        return adjacencies_of(self._plan, attempts, size_is_public=self._ledger.size_is_public)
 
     # -- reserving ---------------------------------------------------------------------------------
 
@@ -251,6 +263,7 @@ class RunLedger:
                     "plan": json.loads(self._plan.to_json()),
                     "plan_hash": plan_hash(self._plan),
                     **({"number_is_secret": True} if self._ledger.number_is_secret else {}),
+                    **({"size_is_public": True} if self._ledger.size_is_public else {}),
                 },
             )
             lease = entry.seq
@@ -293,13 +306,9 @@ class RunLedger:
         if cap is not None:
             self._refuse_other_terms(cap, whole_run)
             may_be_sole = session is None or session.detail["sole"] or not counted.total
-            sole = admit(
-                cap,
-                committed,
-                self.run,
-                history,
-                may_be_sole=may_be_sole and not unknown,
-            )
+            # To take steps as something else from now on is a choice made after looking.
+            as_planned = len(whole_run.released) <= 1 and not unknown
+            sole = admit(cap, committed, self.run, history, may_be_sole=may_be_sole and as_planned)
         return _Reservation(session is not None, in_ledger, unknown, attempts, history, sole)
 
     def _read(self, transaction: Transaction) -> tuple[Attempts, int]:
@@ -377,9 +386,9 @@ class RunLedger:
 
     def _refuse_other_terms(self, cap: Cap, whole_run: Attempts) -> None:
         _refuse_other_unit(cap.unit, self._plan.unit)
-        able = adjacencies_of(self._plan, whole_run)
+        able = self._adjacencies(whole_run)
         if cap.adjacency not in able:
-            allowed = adjacencies_of(self._plan, Attempts())
+            allowed = self._adjacencies(Attempts())
             what = (
                 "a step on a batch of the user's own loader"
                 if cap.adjacency in allowed

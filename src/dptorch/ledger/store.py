@@ -21,7 +21,14 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlc
 
 from dptorch.errors import ConfigurationError, DataError, LedgerError
 from dptorch.ledger import chain
-from dptorch.ledger.connection import connect, parse, without_password
+from dptorch.ledger.connection import (
+    connect,
+    copy_log_into_file,
+    files_in_use,
+    files_of,
+    parse,
+    without_password,
+)
 from dptorch.ledger.entry import GENESIS, Entry, canonical, seal
 
 __all__ = ["FORMAT", "Store", "Transaction"]
@@ -179,6 +186,11 @@ class Store:
         which counts a step too many and never one too few.
         Held by `test_200_kills_lose_no_step`.
 
+        Processes that come to one file by different names, or after it or its log was moved or
+        deleted, never admit more together than one could alone
+        (`test_of_two_processes_on_one_file_each_sees_what_the_other_has_reserved`), nor does a copy of
+        the file without its log (`test_a_copy_without_its_log_has_what_was_reserved`).
+
     Raises:
         DataError: there is no ledger there, or the file is something else.
         ConfigurationError: a URL that is not understood; a key that is missing or not needed.
@@ -220,8 +232,8 @@ class Store:
                 if not create:
                     raise DataError(f"{self.location} holds no dptorch ledger.")
                 self._create()
+                copy_log_into_file(self._engine)
             self._check_format()
-        self._file = self._identity()
 
     @property
     def backend(self) -> str:
@@ -253,6 +265,7 @@ class Store:
         with self.write() as transaction:
             self.verify(transaction)
             yield transaction
+        copy_log_into_file(self._engine)
 
     def verify(self, transaction: Transaction) -> None:
         """Raise LedgerError if the chain is broken.
@@ -300,23 +313,8 @@ class Store:
                 f"this ledger was opened in process {self._process} and is used in its fork "
                 f"{os.getpid()}, which would share its connection. Open it again there."
             )
-        found = self._identity()
-        if found != self._file:  # an open connection would go on with the file that is gone
-            self._engine.dispose()
-            self._file = found
-
-    def _identity(self) -> tuple[int, int] | None:
-        """Which file the path of the ledger leads to; None on a server."""
-        if self._path is None:
-            return None
-        try:
-            found = self._path.stat()
-        except OSError as error:
-            raise LedgerError(
-                f"The ledger {self.location} is gone ({error.strerror}). Put it back where it was. "
-                "Nothing was released, and nothing was spent."
-            ) from None
-        return found.st_dev, found.st_ino
+        if self._path is not None and files_of(self._path) != files_in_use(self._engine):
+            self._engine.dispose()  # a connection would go on with a file or log that is gone
 
     def _tables_exist(self) -> bool:
         with self._engine.connect() as connection:

@@ -188,7 +188,9 @@ def release(
                 "the data set's cap protects how many records there are (adjacency='add-remove'), "
                 "which statistics publish. Give it a cap under 'zero-out' or 'replace-one'."
             )
-        run.use_ledger(ledger)
+        account = ledger.ledger.dataset(ledger.dataset)
+        account.size_is_public = True
+        run.use_ledger(account)
         run.reserve_budget()
     try:
         sums, found = integer_sum(quantities, parts)
