@@ -10,8 +10,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-# A file's tests share what is slow to make, so they go to one worker.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile
+# A file's tests share what is slow to make, so they go to one worker. Compiled files are kept whatever
+# the environment says: without them every process that a test starts would compile the package anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo reviews quick test lint format dist docs zoo bench peers clean
