@@ -45,7 +45,8 @@ def step(loss: Any, collate: Any, data: list[Row] | None = None, **settings: Any
     """The clipped sum of one step on all rows."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    engine = make_engine(model, max_grad_norm=BOUND, sample_size=SIZE, steps=1, **settings)
+    plan = {"max_grad_norm": BOUND, "sample_size": SIZE, "steps": 1, "self_check": True}
+    engine = make_engine(model, **plan | settings)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=SIZE))
     before = parameters(model)
     for batch in engine.loader(data or rows(), collate_fn=collate):

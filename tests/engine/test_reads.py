@@ -487,7 +487,7 @@ def test_reads_of_library_code_are_warned_of_but_for_those_of_masks() -> None:
 @pytest.mark.parametrize("make", [models.bert, models.gpt2])
 def test_masks_of_transformers_are_not_warned_of(make: Callable[[], nn.Module]) -> None:
     model = make()
-    engine = make_engine(model, sample_size=models.N)
+    engine = make_engine(model, sample_size=models.N, self_check=True)
     engine.attach(torch.optim.SGD(model.parameters(), 0.1))
     words, mask, _ = next(iter(engine.loader(models._sentences(), max_physical_batch_size=4)))
     with warnings.catch_warnings(record=True) as seen:

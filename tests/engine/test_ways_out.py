@@ -68,7 +68,7 @@ def test_a_mean_over_masked_values() -> None:
 def test_noise_that_is_drawn_once_for_pictures() -> None:
     def pictures(public: bool) -> list[Tensor]:
         model = make_model()
-        engine = make_engine(model, steps=2)
+        engine = make_engine(model, steps=2, self_check=True)
         optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
         noise, made = torch.randn(SIZE, 5), []
         for _ in range(2):
@@ -88,7 +88,7 @@ def test_noise_that_is_drawn_once_for_pictures() -> None:
 def test_outputs_for_public_data(own: bool) -> None:
     def steps(public: bool) -> int:
         model, rows = make_model(), torch.randn(4, 5)
-        engine = make_engine(model, steps=2)
+        engine = make_engine(model, steps=2, self_check=True)
         optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
         for _ in range(2):
             loader = DataLoader(make_data(), batch_size=24) if own else engine.loader(make_data())
@@ -108,7 +108,9 @@ def test_outputs_for_public_data(own: bool) -> None:
 def test_lbfgs_with_many_evaluations() -> None:
     def steps(**settings: Any) -> int:
         model = make_model()
-        engine = make_engine(model, steps=3, noise_multiplier=1.0, target_delta=1e-5)
+        engine = make_engine(
+            model, steps=3, self_check=True, noise_multiplier=1.0, target_delta=1e-5
+        )
         optimizer = engine.attach(torch.optim.LBFGS(model.parameters(), lr=0.1, **settings))
         for _ in range(3):
             for x, y in engine.loader(make_data()):

@@ -99,7 +99,8 @@ class Run:
         self.loss = program.loss
         plan = {"sample_rate": 0.5, "sample_size": N, "steps": STEPS, "max_grad_norm": BOUND}
         self.engine = make_engine(
-            self.model, **plan | {"loss_reduction": program.reduction} | program.settings
+            self.model,
+            **plan | {"loss_reduction": program.reduction, "self_check": True} | program.settings,
         )
         self.optimizer = self.engine.attach(torch.optim.SGD(self.trained(), lr=0.1))
         self.physical: int | None = None
