@@ -17,7 +17,7 @@ from dptorch import PrivacyEngine
 from dptorch.audit import ImageMIA, LanguageMIA, judge
 from dptorch.audit.evidence import Evidence
 from dptorch.audit.games import new_token_canaries
-from dptorch.audit.membership import attack_features
+from dptorch.audit.membership import attack_features, classifier
 from dptorch.audit.membership.classifier import _best_f1_threshold
 from dptorch.audit.membership.plots import precision_recall
 from dptorch.audit.scores import text_gradient_norm, token_statistics, tokenize
@@ -50,7 +50,14 @@ def known() -> tuple[list[str], list[str], nn.Module, Any]:
     return members, others, model, tokenizer
 
 
+@pytest.fixture
+def small_forests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forests of 15 trees: what is asked of them does not hang on how many there are."""
+    monkeypatch.setattr(classifier, "_TREES", 15)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_forests")
 def test_noise_is_reported_as_noise() -> None:
     # Twelve attacks on features that know nothing: the mean AUC has a standard error of 0.01.
     rng = np.random.default_rng(0)
@@ -65,6 +72,7 @@ def test_noise_is_reported_as_noise() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_forests")
 def test_every_kind_of_attack_model_works() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(90) % 2

@@ -23,6 +23,7 @@ MODELS = ("Random Forest", "Logistic Regression", "Neural Network", "Stacking En
 FEWEST_RECORDS = 10
 _FOLDS = 3
 _KEPT_FEATURES = 20
+_TREES = 100
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def _families(names: Sequence[str], seed: int) -> dict[str, _Family]:
         raise ConfigurationError(
             "membership inference needs scikit-learn: pip install 'dptorch[audit]'."
         ) from error
-    forest = RandomForestClassifier(n_estimators=100, min_samples_leaf=5, random_state=seed)
+    forest = RandomForestClassifier(n_estimators=_TREES, min_samples_leaf=5, random_state=seed)
     linear = LogisticRegression(max_iter=1000)
     every = {
         "Random Forest": _Family(forest, {"min_samples_leaf": (3, 10)}),
