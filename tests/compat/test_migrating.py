@@ -2,13 +2,18 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
 from tests.source import REPOSITORY, functions, trees
 
 PAGE = (REPOSITORY / "docs" / "migrating.md").read_text()
-TESTS = {f.name for tree in trees().values() for f in functions(tree) if f.name[:5] == "test_"}
+
+
+@cache
+def names_of_tests() -> set[str]:
+    return {f.name for tree in trees().values() for f in functions(tree) if f.name[:5] == "test_"}
 
 
 def rows(page: str) -> Iterator[tuple[str, list[str]]]:
@@ -30,7 +35,7 @@ def faults(page: str) -> list[str]:
     found = [f"{call}: names no test" for call, tests in rows(page) if not tests]
     return found + [
         f"{call}: there is no {test}" for call, tests in rows(page) for test in tests
-        if test not in TESTS
+        if test not in names_of_tests()
     ]  # fmt: skip
 
 
