@@ -36,10 +36,10 @@ from dptorch.ledger.counting import Attempts
 from dptorch.ledger.record import RunLedger
 from dptorch.noise import GaussianNoise
 from tests.engine.setup import SIZE, make_data, make_model
-from tests.ledger.processes import kill, shared, spawn
+from tests.ledger.processes import kill, shared, spawn, until
 
-PROCESSES, RUNS, STEPS, ROUNDS = 4, 40, 8, 8
-COMMANDS = ["begin", "resume", "resume", "step", "step", "step", "save", "pause", "close"]
+PROCESSES, RUNS, STEPS, ROUNDS = 4, 40, 8, 6
+COMMANDS = ["begin", *["resume"] * 2, *["step"] * 4, "save", "pause", "close"]
 SCHEDULES = {"sqlite": 200, "postgresql": 40}
 # Without sampling ε is a closed form, so that a process spends its life in steps and not in numerics.
 NOISE, RATE, DELTA = 4.0, 1.0, 1e-3
@@ -205,6 +205,7 @@ class Schedule:
         self, crew: Crew, place: Place, chance: random.Random, tally: Counter[str]
     ) -> None:
         self.crew, self.place, self.chance, self.tally = crew, place, chance, tally
+        self.busy: set[int] = set()  # processes that have a run
         self.checkpoints: list[tuple[int, int]] = []  # (run, number): files that are whole
         self.ids: dict[int, str] = {}  # of the runs
         self.files = 0
@@ -229,12 +230,12 @@ class Schedule:
             if "://" not in self.place.location and self.chance.random() < 0.2:
                 self.put_back_or_copy()
 
-    def command(self) -> tuple[Any, ...]:
-        """What one process is told to do."""
+    def command(self, i: int) -> tuple[Any, ...]:
+        """What process `i` is told to do: to take up a run, if it has none to go on with."""
         self.files += 1
-        name = self.chance.choice(
-            ["begin", "resume", "resume", "step", "step", "step", "save", "pause", "close"]
-        )
+        name = self.chance.choice(COMMANDS)
+        if i not in self.busy and name in ("step", "save", "pause"):
+            name = "resume" if self.runs else "begin"
         if name == "begin" and self.runs < RUNS:
             self.runs += 1
             return "begin", self.place, self.runs - 1, self.files
@@ -250,18 +251,29 @@ class Schedule:
 
     def round(self) -> None:
         """All at once, one of them perhaps killed in the middle."""
-        told = {i: self.command() for i in range(PROCESSES) if self.chance.random() < 0.85}
+        told = {i: self.command(i) for i in range(PROCESSES) if self.chance.random() < 0.85}
         victim = self.chance.choice([*told]) if told and self.chance.random() < 0.3 else None
+        before = self.crew.table.sum((1, 2))
         for i, command in told.items():
             self.crew.pipes[i].send(command)
         if victim is not None:
+            if told[victim][0] == "step":  # a step further, however busy the machine is
+                until(
+                    lambda: (
+                        self.crew.table[victim].sum() > before[victim]
+                        or self.crew.pipes[victim].poll()
+                    )
+                )
             time.sleep(self.chance.random() * 0.03)
             self.crew.killed(victim)
             self.tally["kills"] += 1
+            self.busy.discard(victim)
             del told[victim]
         for i, command in told.items():
             found = self.crew.pipes[i].recv()
             self.tally[f"{command[0]} {found if isinstance(found, str) else 'done'}"] += 1
+            if command[0] in ("begin", "resume"):
+                (self.busy.add if found is None else self.busy.discard)(i)
             if command[0] == "begin" and found is None:
                 self.checkpoints.append(command[2:])
                 self.ids[command[2]] = self.crew.ask(i, "id")
