@@ -69,10 +69,11 @@ ASSUMED = (
     "what the model is given in a step beside the batch is no other copy of the data (a second loader)",
     "what the loss and its terms are multiplied by is public: constants, and what the program says is "
     "public (public_number)",
-    "no number that is read from a batch, no size that its values decide (how many rows a mask picks) "
-    "and no error that they raise decides what is computed for another {unit}: in the loop (a loss, a "
-    "norm, a text of them), or in the model by code that is trusted (transformers, timm, torchvision, "
-    "peft, what runs in dptorch.tape.trusted_reads)",
+    "no number or array that is read from a batch, no size that its values decide (how many rows a "
+    "mask picks) and no error that they raise decides what is computed for another {unit}: in the loop "
+    "(a loss, a norm, a text of them; a scheduler of the learning rate that follows the loss), or in "
+    "the model by code that is trusted (transformers, timm, torchvision, peft, what runs in "
+    "dptorch.tape.trusted_reads)",
     "no value of the batch leaves the model, or comes back, by what torch functions do not show: code "
     "that turns them off, threads that run already, extensions in other languages, writes to the .data "
     "of a parameter, storages, constructors of one type (torch.FloatTensor(t))",
@@ -85,7 +86,7 @@ ASSUMED = (
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"
 DRAWS = (
     "what is drawn for one {unit} by its place in the batch (dropout, augmentation) has a secret seed: "
-    "the engine gives torch, Python and NumPy one before a batch, if torch.manual_seed was called"
+    "engine.loader gives torch, Python and NumPy one before a batch, if torch.manual_seed was called"
 )
 SAME_GRADIENT = (
     "the gradient of one example, a floating-point number before it is rounded, is the same in any "
@@ -212,7 +213,7 @@ class Statement:
             *[OWN_BATCHES] * len(own),
             *[users] * (unit == "user"),
             *[number] * (plan.sample_size is not None and removable),
-            *[DRAWS.format(unit=unit)] * removable,
+            DRAWS.format(unit=unit),
             *[read] * bool(self.read_from_data),
             *[order] * bool(plan.places_kept),
             *[SAME_GRADIENT] * (plan.mechanism == "discrete_gaussian"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import dptorch
 from dptorch.engine.secret_draws import SecretDraws
@@ -63,6 +63,62 @@ def step(run: Any, dataset: TensorDataset, *, late: bool = False) -> Tensor:
     return parameters(model) - before
 
 
+class Ragged(Dataset[Any]):
+    """Rows that are padded to the longest of their batch; the last is short, or longer than all."""
+
+    def __init__(self, last: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.rows = [torch.randn(n, 5, generator=generator) for n in [4] * (SIZE - 1) + [last]]
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.rows[i], -100 if i == SIZE - 1 else i % 2
+
+
+def ragged_sum(last: int) -> Tensor:
+    """The sum of a step under a seed that everybody knows; the last row adds nothing to it."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 2))
+    engine = dptorch.PrivacyEngine(
+        model,
+        sample_rate=1.0,
+        sample_size=SIZE,
+        adjacency="zero-out",
+        steps=1,
+        noise_multiplier=1e-9,
+        target_delta=1e-3,
+        max_grad_norm=0.05,
+    )
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), SIZE / 0.05))
+    before = parameters(model)
+
+    def collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        x = nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True)
+        return x, torch.tensor([label for _, label in rows])
+
+    torch.manual_seed(0)
+    for x, y in engine.loader(Ragged(last), collate_fn=collate):
+        losses = F.cross_entropy(model(x).sum(1), y, reduction="none", ignore_index=-100)
+        losses.mean().backward()
+        optimizer.step()
+    return parameters(model) - before
+
+
+def test_one_long_row_does_not_move_the_masks_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows keep their places under zero-out adjacency, and their masks only with a secret seed."""
+    one, other = ragged_sum(4), ragged_sum(4)
+    assert not torch.equal(one, other)
+    # Broken twin: masks of a known seed are those of the places.
+    monkeypatch.setattr(SecretDraws, "begin_batch", lambda *_: None)
+    one, same, other = ragged_sum(4), ragged_sum(4), ragged_sum(9)
+    assert torch.allclose(one, same, atol=1e-5)
+    assert float((one - other).norm()) > 2
+
+
 def moved(monkeypatch: pytest.MonkeyPatch, *, late: bool = False) -> float:
     """How far one record less moves a step, in clipping norms, under one secret key."""
     key = RootKey.from_os()
@@ -94,11 +150,10 @@ def test_without_the_secret_one_record_moves_everybody(monkeypatch: pytest.Monke
     assert moved(monkeypatch) <= 1 + 1e-4
 
 
-@pytest.mark.parametrize("settings", [{"seed": 1}, {"adjacency": "zero-out"}])
-def test_runs_that_it_would_not_help_keep_their_seed(settings: dict[str, Any]) -> None:
+def test_runs_that_protect_nobody_keep_their_seed() -> None:
     drawn = []
     for _ in range(2):
-        run = start(**settings)
+        run = start(seed=1)
         torch.manual_seed(0)
         for _ in run[0].loader(data()):
             drawn.append(torch.rand(8))
@@ -163,7 +218,7 @@ def test_without_the_refusal_a_late_seed_moves_everybody(monkeypatch: pytest.Mon
     assert moved(monkeypatch, late=True) > 3
 
 
-@pytest.mark.parametrize("settings", [{"dropout": 0.0}, {"seed": 1}, {"adjacency": "zero-out"}])
+@pytest.mark.parametrize("settings", [{"dropout": 0.0}, {"seed": 1}])
 def test_seeds_that_tell_nothing_are_no_reason_to_refuse(settings: dict[str, Any]) -> None:
     engine, model, optimizer = start(**settings)
     model[0].train(settings.get("dropout") != 0.0)

@@ -50,7 +50,7 @@ class RunState:
         self.loaders = 0
         self.noise: CorrelatedNoise | None = None
         self._places = Places(plan, ranks)
-        self._draws = SecretDraws(plan, ranks)
+        self._draws = SecretDraws(ranks)
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
         self._run_ledger: SharedLedger | None = None

@@ -1,8 +1,9 @@
-"""Seed what the loop draws in secret, where a draw's place tells of the other records.
+"""Seed what the loop draws in secret: the place of a draw tells of the other records.
 
 Dropout masks and augmentations come from the generators of torch, Python and NumPy, one row after the
-other. Under add/remove adjacency one record more moves all later rows: whoever knows the seed sees
-other masks for everybody. With a secret seed nobody can tell a row's place by its mask.
+other. A record more or less moves all later rows, and so does one that is longer than the others of
+its batch, has more rows (of a user), or draws more numbers when it is augmented: whoever knows the
+seed sees other masks for everybody. With a secret seed nobody can tell a row's place by its mask.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dptorch.accounting import Adjacency
 from dptorch.distributed import Ranks
 from dptorch.errors import PrivacyError
-from dptorch.plan import PrivacyPlan
 from dptorch.randomness import RootKey
 
 __all__ = ["SecretDraws"]
@@ -28,9 +27,9 @@ _SECRET: set[int] = set()
 
 _KNOWN = (
     "torch was seeded with {} after the batch was handed out, and numbers were drawn before the step. "
-    "Under add/remove adjacency a known seed gives each row a mask by its place, which tells of the "
-    "records before it. The step was neither taken nor counted. Call torch.manual_seed before the loop;"
-    " draw what is not for the training from a torch.Generator of your own."
+    "A known seed gives each row a mask by its place, which tells of the records before it. The step "
+    "was neither taken nor counted. Call torch.manual_seed before the loop; draw what is not for the "
+    "training from a torch.Generator of your own."
 )
 
 
@@ -39,26 +38,22 @@ class SecretDraws:
 
     They are seeded from the run's key when they have another seed than the last that was given here:
     at first, and whenever the program has called ``torch.manual_seed``. A run whose own key comes from
-    a seed protects nobody, and is left as it is; so are zero-out and replace-one, under which every
-    record keeps its row.
+    a seed protects nobody, and is left as it is.
 
     Guarantees:
-        No known seed decides the masks of a private run under add/remove adjacency.
+        No known seed decides the masks of a private run.
         Held by `test_a_known_seed_does_not_decide_the_masks_of_a_private_run` and, for seeds that are
         set between the batch and its step, `test_a_seed_set_after_the_batch_is_refused`. Seeds of
         single devices, and generators that the program makes, are not looked at.
     """
 
-    def __init__(self, plan: PrivacyPlan, ranks: Ranks) -> None:
-        self._needed = plan.adjacency is Adjacency.ADD_REMOVE
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._seed: int | None = None
 
     def begin_batch(self, key: RootKey, step: int) -> None:
         """Seed anew, unless it is done; `step` is due next."""
-        if not (self._needed and key.source.is_private):
-            return
-        if torch.initial_seed() == self._seed:
+        if not key.source.is_private or torch.initial_seed() == self._seed:
             return
         secret = key.derive("draws", step, self._ranks.rank)
         self._seed = int.from_bytes(secret[:7], "big")
