@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from dptorch.engine import optimizer_binding
+from dptorch.engine import optimizer_binding, step_hooks
 from dptorch.errors import ExamplesMixError, PrivacyError
 from dptorch.tape import trusted_reads
 from dptorch.tape.recording import reads, recording
@@ -186,3 +187,30 @@ def test_public_hooks_and_logs_run() -> None:
     assert stepped(lambda g, loss: g.clamp_(-0.1, 0.1)) == 1
     assert stepped(lambda g, loss: log.append(float(g.norm()) / loss.item())) == 1
     assert len(log) == 4
+
+
+@pytest.mark.parametrize("metric", ["loss", "item", "mean of the batch"])
+def test_a_schedule_that_follows_a_private_loss_is_refused(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate() -> float:
+        model = make_model()
+        engine = make_engine(model, sample_rate=0.5, steps=4)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        schedule = ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+        for x, y in (batch for _ in range(2) for batch in engine.loader(make_data())):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step(
+                {"loss": loss, "item": loss.item(), "mean of the batch": x.mean()}[metric]
+            )
+        return float(optimizer.param_groups[0]["lr"])
+
+    with pytest.raises(PrivacyError, match="ReduceLROnPlateau is given a value"):
+        rate()
+    # Broken twin: torch's own method, by which the batches' losses decide the learning rate.
+    monkeypatch.setattr(step_hooks, "watch_schedulers", lambda: None)
+    monkeypatch.setattr(ReduceLROnPlateau, "step", step_hooks._plain_step)
+    assert rate() < 0.1

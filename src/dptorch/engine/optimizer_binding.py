@@ -87,6 +87,9 @@ class OptimizerBinding:
         setattr(optimizer, _SCALES, True)
         optimizer.virtual_step = add_pending  # type: ignore[attr-defined]
         optimizer.privacy_engine = owner  # type: ignore[attr-defined]
+        from dptorch.engine.step_hooks import watch_schedulers
+
+        watch_schedulers()
 
     def _private_step(self, closure: Closure | None = None) -> Any:
         if not self._attached:  # a scheduler wrapped this method and still calls it

@@ -1,10 +1,14 @@
-"""Watch what hooks of an optimizer compute with the noisy gradients in its step."""
+"""Watch what decides a step beside the noisy gradients: hooks of the optimizer, and losses that a
+scheduler of its learning rate follows."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.overrides import TorchFunctionMode
 
 from dptorch.errors import PrivacyError
@@ -14,7 +18,9 @@ from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.reads import is_trusted
 from dptorch.tape.recording.tensor_states import batch_of
 
-__all__ = ["RefuseValues"]
+__all__ = ["RefuseValues", "watch_schedulers"]
+
+_plain_step = ReduceLROnPlateau.step
 
 
 class RefuseValues(TorchFunctionMode):
@@ -53,3 +59,24 @@ class RefuseValues(TorchFunctionMode):
                     "it is only logged, do it inside dptorch.tape.trusted_reads()."
                 )
         return func(*args, **kwargs)
+
+
+def watch_schedulers() -> None:
+    """Let ``ReduceLROnPlateau`` refuse what it is given of a private batch, for good."""
+    ReduceLROnPlateau.step = _step  # type: ignore[method-assign]
+
+
+@functools.wraps(_plain_step)
+def _step(self: ReduceLROnPlateau, metrics: Any, *args: Any, **kwargs: Any) -> None:
+    private = (
+        batch_of(metrics) is not None
+        if isinstance(metrics, Tensor)
+        else read_numbers.owner_of(metrics) is not None
+    )
+    if private and hasattr(self.optimizer, "privacy_engine") and not is_trusted(()):
+        raise PrivacyError(
+            f"{user_line()}: ReduceLROnPlateau is given a value of the private batch, whose examples "
+            "then decide the learning rate of all steps to come. No noise covers that. Give it the "
+            "loss on public data, or take a schedule by the number of the step."
+        )
+    _plain_step(self, metrics, *args, **kwargs)
