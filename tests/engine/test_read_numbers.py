@@ -17,7 +17,7 @@ from dptorch.tape.provenance.tags import Mixed
 from dptorch.tape.recording import recording
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.read_numbers import ReadNumbers
-from tests.engine.setup import Loss, make_model, steps_with
+from tests.engine.setup import Loss, make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 
@@ -84,6 +84,66 @@ READ: dict[str, Loss] = {
     "hinge": _in_a_hinge,
     "the last step's": _of_the_last_step,
 }
+
+
+FILLED: dict[str, Callable[[int, float], Tensor]] = {
+    "full": lambda n, k: torch.full((n,), k),
+    "one value": lambda n, k: torch.full((1,), k),
+    "scalar": lambda n, k: torch.full((), k),
+    "product": lambda n, k: torch.ones(n) * k,
+    "inverse": lambda n, k: torch.ones(n) / k,
+    "sum": lambda n, k: torch.zeros(n) + k,
+    "fill": lambda n, k: torch.zeros(n).fill_(k),
+    "diagonal": lambda n, k: torch.diag(torch.eye(n) * k),
+    "linspace": lambda n, k: torch.linspace(k, k, n),
+}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", FILLED)
+def test_tensors_that_a_read_number_fills_are_recognised(
+    name: str, double: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a factor of the losses, and as the weights of their backward."""
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(m(x), y, reduction="none")
+        weights = FILLED[name](len(x), x.norm().item())
+        return (each * (weights.double() if double else weights)).mean()
+
+    with pytest.raises((ExamplesMixError, PrivacyError), match=r"line \d+: the number .* was read"):
+        steps_with(loss, make_model())
+    # Broken twin: only numbers are looked at. (That the factor changes is seen in another batch.)
+    monkeypatch.setattr(ReadNumbers, "filled", lambda *_: None)
+    assert steps_with(loss, make_model(), sample_rate=1.0) == 1
+
+
+def test_weights_of_a_backward_that_a_read_number_fills_are_refused() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    for x, y in engine.loader(make_data()):
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        with pytest.raises(ExamplesMixError, match="weights given to backward"):
+            losses.backward(torch.full((len(x),), x.norm().item()))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y, reduction="none").backward(torch.full((len(x),), 1 / 3))
+        optimizer.step()
+        break
+    assert engine.steps_done == 1
+
+
+def test_a_tensor_that_was_there_before_the_number_does_not_hold_it() -> None:
+    """Whatever its value is: constants are not mistaken in a long run."""
+    constant = torch.full((), 0.3)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        out = m(x) * constant
+        read = (x.sum() * 0 + constant).item()
+        assert read == constant.item()
+        return F.cross_entropy(out * constant, y)
+
+    assert steps_with(loss, make_model()) == 2
 
 
 @pytest.mark.slow

@@ -219,3 +219,15 @@ def test_saved_tensors_hooks_around_a_loss_are_refused() -> None:
     x = torch.ones(3, requires_grad=True)
     with torch.no_grad(), normed():
         assert x.square().sum() == 3
+
+
+def _weighed_by_an_array(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    weights = np.abs(x.numpy()).max(axis=1)
+    return (F.cross_entropy(m(x), y, reduction="none") * torch.from_numpy(weights)).mean()
+
+
+@pytest.mark.filterwarnings("default::dptorch.errors.PrivacyWarning")
+def test_arrays_of_a_batch_that_weigh_its_losses_are_warned_of() -> None:
+    """They may keep the examples apart, and are on the statement's list of what is assumed."""
+    with pytest.warns(PrivacyWarning, match="whose origin is not known, enters the loss"):
+        assert steps_with(_weighed_by_an_array, make_model()) == 2

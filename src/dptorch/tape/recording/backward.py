@@ -15,7 +15,9 @@ from dptorch.tape.recording.backward_pass import run_backward
 from dptorch.tape.recording.handlers import handler
 from dptorch.tape.recording.loss_factors import factors_of
 from dptorch.tape.recording.parameter_graph import note_trained_beside
+from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.tensor_states import batch_of
+from dptorch.tape.recording.unknown_rows import warn_of_array
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["backward", "differentiate", "gradient", "retain"]
@@ -117,6 +119,11 @@ def backward(
     if isinstance(mixed, (Mixed, Reduced)):
         reason = mixed.reason if isinstance(mixed, Mixed) else "They are reduced over the examples."
         raise ExamplesMixError(f"the weights given to backward() mix examples. {reason} {_OWN_ROW}")
+    if isinstance(weights, Tensor) and read_numbers.filled(weights, recording.states) is not None:
+        raise ExamplesMixError(
+            "the weights given to backward() are a number that was read from the batch (item(), "
+            f"float()), or a function of it. {_OWN_ROW}"
+        )
     if isinstance(state, (Tag, Reduced)):
         if args[3:4] == (True,) or kwargs.get("create_graph"):
             raise NotCoveredError(
@@ -125,6 +132,8 @@ def backward(
         batch = batch_of(loss)
         if batch is not None and batch.left:
             batch.refuse_written()
+            if isinstance(weights, Tensor) and mixed is None:
+                warn_of_array(weights)
         recording.spend_batch()
         for tape in (recording.tape, *recording.joined):
             tape.note_loss(_reduction(loss, state, None if isinstance(mixed, Tag) else weights))

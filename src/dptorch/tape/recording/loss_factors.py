@@ -100,6 +100,7 @@ def _number(recording: Recorder, value: Any) -> float | None:
     if isinstance(value, PublicNumber):
         return 1.0
     if isinstance(value, Tensor):
-        constant = value.numel() == 1 and recording.state(value) is None
-        return float(value.detach()) if constant else None
+        constant = value.numel() and not value.requires_grad and recording.state(value) is None
+        first = value.detach().reshape(-1)[:1]
+        return float(first) if constant and bool((value == first).all()) else None
     return float(value) if isinstance(value, (int, float)) else None

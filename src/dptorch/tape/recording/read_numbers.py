@@ -4,7 +4,8 @@
 number that was read from several examples, or from another batch, must not enter what is computed
 for one example. So what was read is remembered by its value. An operand of an op on the batch that
 equals it, or a simple function of it, or a round number times or over it, is known for what it is:
-values that were read have random digits, which a public constant does not share by chance. A number
+values that were read have random digits, which a public constant does not share by chance. A tensor
+that was filled with such a number is known as well, by its first, middle and last value. A number
 that went through other arithmetic (a moving average, an average over a list), and a decision that was
 made by one, are not recognised.
 """
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dptorch.tape.provenance.public_number import PublicNumber
@@ -52,6 +54,10 @@ _PAIRS: tuple[Callable[[float, float], float], ...] = (
     lambda v, w: v - w,
 )
 _ROUND_DIGITS = 3
+#: Of the latest values, those that are looked for in tensors of single precision, whose numbers have
+#: fewer digits and could be the same by chance.
+_IN_TENSORS = 4
+_MET = "_dptorch_met"  # on a tensor: the version that was looked at
 
 
 class _Read(NamedTuple):
@@ -96,14 +102,43 @@ class ReadNumbers:
         """The state of what op `name` makes of an operand that was read from other examples than those
         of its operands `tagged`, or from another batch; None if there is none such."""
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, float) and _has_random_digits(value):
+            if isinstance(value, Tensor):
+                read = self.filled(value, states)
+            elif isinstance(value, float) and _has_random_digits(value):
                 read = self._look_up(value)
-                if read is not None and not _is_own(read, [t for _, t in tagged], states.batch):
-                    return Mixed(
-                        f"{states.module_path()}: the number {value:.6g} in '{name}' was read from "
-                        "several examples, or from those of another step (item(), float())."
-                    )
+            else:
+                continue
+            if read is not None and not _is_own(read, [t for _, t in tagged], states.batch):
+                return Mixed(
+                    f"{states.module_path()}: the number {read.value:.6g}, which '{name}' takes or a "
+                    "function of it, was read from several examples, or from those of another step "
+                    "(item(), float())."
+                )
         return None
+
+    def filled(self, t: Tensor, states: TensorStates) -> _Read | None:
+        """What was read, if that number fills a tensor of no example; None for any other tensor.
+
+        A tensor that was met before the number was read does not hold it.
+        """
+        if t.requires_grad or not t.is_floating_point() or not t.numel():
+            return None
+        if not self.latest or states.state(t) is not None:
+            return None
+        with torch._C.DisableTorchFunction():
+            if getattr(t, _MET, None) == t._version:
+                return None
+            setattr(t, _MET, t._version)
+            flat = t.detach().reshape(-1)
+            some = {float(flat[i]) for i in (0, len(flat) // 2, -1)} - {0.0}
+        value = some.pop() if len(some) == 1 else 0.0
+        if not _has_random_digits(value):
+            return None
+        for read in list(self.latest)[-_IN_TENSORS:]:
+            dtype = torch.float32 if t.dtype == torch.float64 else t.dtype
+            if value in torch.tensor([read.value, 1 / read.value], dtype=dtype).tolist():
+                return read
+        return self._look_up(value) if t.dtype == torch.float64 else None
 
     def owner_of(self, value: object) -> tuple[Batch | None, int | None] | None:
         """The batch, if it is still there, and the example (None for several) that a number was read

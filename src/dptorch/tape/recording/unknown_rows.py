@@ -15,14 +15,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dptorch.errors import warn
 from dptorch.tape.propagation import FAMILIES
 from dptorch.tape.propagation.elementwise import elementwise
 from dptorch.tape.provenance.calls import words
 from dptorch.tape.provenance.tags import Mixed, Tag
+from dptorch.tape.recording.places import user_line
 from dptorch.tape.recording.tensor_states import GUESSED, TensorStates, batch_of
 
-__all__ = ["rows_of_unknown"]
+__all__ = ["rows_of_unknown", "warn_of_array"]
 
+_ARRAY = (
+    "{line}: a tensor of shape {shape}, whose origin is not known, enters the loss, and values of the "
+    "batch went to NumPy or a list before. If it was computed from them, it is taken to keep the "
+    "examples apart, which nothing checks: weights over their sum do not. Compute with tensors of "
+    "torch, which are followed."
+)
+_warned: set[str] = set()
 _LOSSES = words(
     """mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div poisson_nll_loss
     binary_cross_entropy_with_logits soft_margin_loss cosine_similarity pairwise_distance copy
@@ -59,7 +68,18 @@ def rows_of_unknown(
             setattr(t, GUESSED, "loss")
             states.mark(t, mine)
             found.append((t, mine))
+        elif batch.left:
+            warn_of_array(t)
     return found, None
+
+
+def warn_of_array(t: Tensor) -> None:
+    """Warn, once for each line, that a tensor of unknown origin enters the loss after values of the
+    batch have left for where nothing is followed."""
+    line = user_line()
+    if t.is_floating_point() and line not in _warned:
+        _warned.add(line)
+        warn(_ARRAY.format(line=line, shape=tuple(t.shape)))
 
 
 def _tag(name: str, t: Tensor, first: Tensor, tag: Tag, size: int) -> Tag | None:
