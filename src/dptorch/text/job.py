@@ -26,7 +26,7 @@ from dptorch.text.rows import (
     require_columns,
     split_rows,
 )
-from dptorch.training.data import TrainTest, encode_labels
+from dptorch.training.data import CLASSES_READ, TrainTest, encode_labels
 from dptorch.training.job import (
     RunSettings,
     Setup,
@@ -346,7 +346,8 @@ def _data(
     size = len(split.train)
     train: Any = Tokenized(tokens[:size])
     test: Any = Tokenized(tokens[size:])
-    return TrainTest(train, test, classes, (length,), split.source)
+    read = CLASSES_READ if classes else ()
+    return TrainTest(train, test, classes, (length,), split.source, read_from_data=read)
 
 
 def as_text(value: Row | Any) -> str:

@@ -24,6 +24,7 @@ from dptorch.errors import ConfigurationError, DataError, one_of
 from dptorch.tables import Schema
 
 __all__ = [
+    "CLASSES_READ",
     "Examples",
     "ReadOptions",
     "TableFacts",
@@ -92,6 +93,10 @@ class TableFacts:
     subgroups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+#: `TrainTest.read_from_data` where nobody but the labels says which classes there are.
+CLASSES_READ = ("the list of classes",)
+
+
 @dataclass(frozen=True)
 class TrainTest:
     """A training set, a test set that shares no example with it, and what is public about both.
@@ -105,6 +110,7 @@ class TrainTest:
         preparation: what was done to an input, so that it can be done again to predict: plain values,
             which `dptorch.training.preparation` understands.
         table: what is known of a table; None for other data.
+        read_from_data: what was read off the private data beside a table's schema, in words.
     """
 
     train: Dataset[Example]
@@ -114,6 +120,7 @@ class TrainTest:
     source: str
     preparation: Mapping[str, Any] = field(default_factory=dict)
     table: TableFacts | None = None
+    read_from_data: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, int]:

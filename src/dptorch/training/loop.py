@@ -360,11 +360,11 @@ def _finish(setup: Setup, folder: RunFolder, rows: list[Row], status: str) -> No
         if status == "complete":  # it may take its time, for which Ctrl-C does not wait
             about |= setup.task.finish(setup.model, setup.data.test, setup.device)
     table = setup.data.table
-    read = () if table is None else table.schema.read_from_data
+    schema_read = () if table is None else table.schema.read_from_data
     statement = replace(
         setup.engine.statement(),
         model_digest=digest_of(folder, about),
-        read_from_data=read,
+        read_from_data=(*setup.data.read_from_data, *schema_read),
         notes=setup.notes,
     )
     if chosen is not None:

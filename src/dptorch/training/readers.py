@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.tables.files import is_table
 from dptorch.training.data import (
+    CLASSES_READ,
     Example,
     Examples,
     ReadOptions,
@@ -134,7 +135,13 @@ def read_image_folder(root: Path, options: ReadOptions) -> TrainTest:
     look = Look(options.image_size, options.channels)
     prepared = {"kind": "images", **look.to_dict()}
     return TrainTest(
-        files(train), files(test), classes, look.shape, f"images in {root}", preparation=prepared
+        files(train),
+        files(test),
+        classes,
+        look.shape,
+        f"images in {root}",
+        preparation=prepared,
+        read_from_data=CLASSES_READ,
     )
 
 
@@ -230,7 +237,15 @@ def read_npz(path: Path, options: ReadOptions) -> TrainTest:
         "column_bounds": {name: list(pair) for name, pair in options.column_bounds.items()},
     }
     shape = tuple(inputs.shape[1:])
-    return TrainTest(train, test, classes, shape, f"arrays in {path}", preparation=prepared)
+    return TrainTest(
+        train,
+        test,
+        classes,
+        shape,
+        f"arrays in {path}",
+        preparation=prepared,
+        read_from_data=CLASSES_READ,
+    )
 
 
 def _same_length(path: Path, x_name: str, x: Tensor, y_name: str, y: NDArray[Any]) -> None:

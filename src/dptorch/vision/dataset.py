@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.training.data import TrainTest, is_held_out, refuse_empty
+from dptorch.training.data import CLASSES_READ, TrainTest, is_held_out, refuse_empty
 from dptorch.training.pictures import Look
 from dptorch.vision.formats import LAYOUTS, Format, Part, Picture, find_format
 
@@ -109,6 +109,8 @@ def read_pictures(
         look.shape,
         f"{kind.name} pictures in {data}",
         preparation={"kind": "images", **look.to_dict(), **several},
+        # What the files of a published data set hold is known to everybody.
+        read_from_data=() if kind.torchvision else CLASSES_READ,
     )
 
 
