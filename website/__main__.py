@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from website.links import built_faults
@@ -13,11 +14,10 @@ from website.staging import ROOT, stage
 def build(folder: Path) -> list[str]:
     """Write the pages below `folder` and the site to ``folder/site``; return what is wrong with it."""
     stage(folder)
-    zensical = Path(sys.executable).with_name("zensical")
-    if not zensical.exists():
+    if find_spec("zensical") is None:
         return ["zensical is not installed: pip install 'dptorch[docs]', on Python 3.11 or newer"]
-    command = [str(zensical), "build", "--strict", "--clean", "-f", str(folder / "mkdocs.yml")]
-    done = subprocess.run(command, cwd=folder)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    done = subprocess.run([*command, "-f", str(folder / "mkdocs.yml")], cwd=folder)
     if done.returncode:
         return ["zensical build --strict failed"]
     return list(built_faults(folder / "site"))

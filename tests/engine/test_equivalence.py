@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import dptorch
+from dptorch.errors import ConfigurationError
 from tests.engine.setup import (
     SIZE,
     clipped_mean,
@@ -72,6 +73,14 @@ def test_every_optimizer_steps_as_without_the_engine(name: str) -> None:
     found = train(model, optimizer, engine.loader(data), epochs=2)
     # Adam-like optimizers divide by tiny gradients, which magnifies the order of summation.
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_optimizer_of_sparse_gradients_is_refused_before_a_step() -> None:
+    model = make_model()
+    engine = make_engine(model)
+    with pytest.raises(ConfigurationError, match=r"noise in every row.*torch\.optim\.Adam"):
+        engine.attach(torch.optim.SparseAdam(model.parameters()))
+    engine.attach(torch.optim.Adam(model.parameters()))
 
 
 def test_muon_steps_matrices() -> None:

@@ -429,6 +429,8 @@ def test_data_that_cannot_be_sampled() -> None:
     engine = make_engine(make_model())
     with pytest.raises(ConfigurationError, match=r"Stream cannot be sampled.*map-style"):
         engine.loader(Stream())
+    with pytest.raises(ConfigurationError, match=r"Pass engine\.loader\(loader\.dataset"):
+        engine.loader(DataLoader(make_data()))
     with pytest.raises(DataError, match="empty"):
         engine.loader(TensorDataset(torch.empty(0, 5)))
     assert len(engine.loader(make_data())) == 1, "the engine is as before"

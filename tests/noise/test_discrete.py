@@ -122,9 +122,9 @@ def test_a_decision_takes_as_many_bits_as_it_needs() -> None:
     assert not discrete._Uniform((true + 2) << 11, more).below_exp(x)
     assert asked == 0
     # The word that agrees with exp(-1/3) in all of its 64 bits says nothing yet.
-    from decimal import Decimal, localcontext
+    from decimal import Context, Decimal, localcontext
 
-    with localcontext(prec=50):
+    with localcontext(Context(prec=50)):
         word = int((-Decimal(1) / 3).exp() * 2**64)
     assert discrete._Uniform(word, more).below_exp(x)
     assert asked > 0

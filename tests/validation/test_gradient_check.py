@@ -62,6 +62,20 @@ def test_models_without_fault_pass(name: str, dtype: torch.dtype) -> None:
     assert "NOT" not in str(report)
 
 
+def test_sparse_gradients_are_compared_as_dense_ones() -> None:
+    class Rated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.items = nn.Embedding(5, 3, sparse=True)
+
+        def forward(self, items: Tensor) -> Tensor:
+            return self.items(items).sum(1)
+
+    rated = torch.tensor([0, 1, 1, 4, 2, 0]), torch.randn(N)
+    report = check(Rated(), rated, lambda m, b: F.mse_loss(m(b[0]), b[1]))
+    assert report.ok, str(report)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_reduction_of_the_loss_is_seen(reduction: str) -> None:
     def loss(model: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
@@ -435,7 +449,7 @@ def test_what_cannot_be_checked_is_refused() -> None:
         check(mlp(), (x, y), lambda m, b: mean_loss(m, b).item())
     with pytest.raises(ConfigurationError, match="does not require grad"):
         check(mlp(), (x, y), lambda m, b: mean_loss(m, b).detach())
-    with pytest.raises(ConfigurationError, match="did not call"):
+    with pytest.raises(ConfigurationError, match=r"did not call.*Call model\(\.\.\.\) itself"):
         check(mlp(), (x, y), lambda m, b: b[0].sum())
     with pytest.raises(ConfigurationError, match="no trainable"):
         check(mlp().requires_grad_(False), (x, y), mean_loss)

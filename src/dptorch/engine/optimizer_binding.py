@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from dptorch.distributed.sharded import local_part
 from dptorch.distributed.zero import held_by, not_stepped
@@ -62,6 +62,11 @@ class OptimizerBinding:
             raise ConfigurationError(
                 "this optimizer already has a privacy engine. Call engine.detach() on it first, or "
                 "make a new optimizer."
+            )
+        if isinstance(optimizer, SparseAdam):
+            raise ConfigurationError(
+                "SparseAdam takes sparse gradients, and a private gradient has noise in every row, "
+                "those of the examples that were not drawn too. Use torch.optim.Adam."
             )
         self.optimizer = optimizer
         self._take_step = take_step

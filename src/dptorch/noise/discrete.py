@@ -73,7 +73,7 @@ class DiscreteNormals:
         self._variance = exact**2
         self._centre = self._variance / 2**self._log_t
         # Thresholds rounded down: a word that equals one is decided with more digits, in `_geometric`.
-        with decimal.localcontext(prec=60):
+        with decimal.localcontext(decimal.Context(prec=60)):
             tops = [int((-decimal.Decimal(v)).exp() * 2**64) for v in range(1, 45)]
         self._tops = np.array(tops[::-1], np.uint64)  # floor(2**64 exp(-v)), ascending
 
@@ -173,7 +173,8 @@ class _Uniform:
         """Return whether the number is below exp(-x), x >= 0. The answer is exact."""
         while x > 0:
             digits = 30 + self._bits // 3
-            with decimal.localcontext(prec=digits, Emin=-decimal.MAX_EMAX, Emax=decimal.MAX_EMAX):
+            wide = decimal.Context(digits, Emin=-decimal.MAX_EMAX, Emax=decimal.MAX_EMAX)
+            with decimal.localcontext(wide):
                 p = (-(decimal.Decimal(x.numerator) / x.denominator)).exp()
                 # Division and exp round in the last digit; x multiplies the error of the former.
                 doubt = p * decimal.Decimal(10) ** (4 - digits) * (1 + math.ceil(x))

@@ -338,6 +338,12 @@ def dataset_size(dataset: Any) -> int:
         ConfigurationError: its examples cannot be reached by index, or it has no length.
         DataError: it is empty.
     """
+    if isinstance(dataset, DataLoader):
+        raise ConfigurationError(
+            "engine.loader() takes the data set and draws the batches itself; this is a DataLoader, "
+            "which has drawn them. Pass engine.loader(loader.dataset, collate_fn=loader.collate_fn), "
+            "or use dptorch.make_private(model, optimizer, loader, ...)."
+        )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
             f"{type(dataset).__name__} cannot be sampled: each example must be reachable by "

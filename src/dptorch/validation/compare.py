@@ -203,7 +203,8 @@ def compare(
         with preserving_state(model):
             loss = loss_value(model, cutter.select([i], cast), loss_fn).sum()
             losses.append(loss.item())
-            singles.append(list(torch.autograd.grad(loss, tensors, allow_unused=True)))
+            found = torch.autograd.grad(loss, tensors, allow_unused=True)
+            singles.append([g if g is None else _dense(g) for g in found])
     result.reduction = recorded.reduction or _reduction(recorded.loss, losses)
     scale = examples if result.reduction == "mean" else 1
     floor = _FLOOR.get(dtype, 1e-1)
@@ -242,6 +243,11 @@ def leakage(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     change = torch.stack([_norms(after[n] - g) for n, g in before.items()]).square().sum(0).sqrt()
     whole = torch.stack([_norms(g) for g in before.values()]).square().sum(0).sqrt()
     return _worst((change / whole.clamp(min=1e-300))[1:])
+
+
+def _dense(g: Tensor) -> Tensor:
+    """The gradient as the tape has it: ``nn.Embedding(sparse=True)`` makes a sparse one."""
+    return g.to_dense() if g.is_sparse else g
 
 
 def _norms(g: Tensor) -> Tensor:

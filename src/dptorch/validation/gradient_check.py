@@ -182,7 +182,10 @@ class _Check:
     def _look_for_mixing(self) -> None:
         calls = self._calls(self.cutter.select(self.index))
         if not calls:
-            raise ConfigurationError("loss_fn did not call the model that it was given.")
+            raise ConfigurationError(
+                "loss_fn did not call the model that it was given. Call model(...) itself: what "
+                "its layers or its other methods compute on their own is not followed."
+            )
         for args, kwargs in calls[:_CALLS]:
             try:
                 where = find_mixing(self.model, args, kwargs, self.batch_dims)

@@ -38,6 +38,11 @@ _PAIRS_BYTES = 2**26
 _GROUPED_BYTES = 2**20
 
 
+def _behind(dims: int, *window: slice) -> tuple[slice, ...]:
+    """An index that takes `window` of the dimensions behind the first `dims`."""
+    return (slice(None),) * dims + window
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How the kernel moves: one entry a spatial dimension."""
@@ -166,7 +171,7 @@ class Convolution(PerExampleGradient):
         inputs, windows = self._padded()
         grads = self.grads.transpose(1, 2).flatten(2)  # [B, P, m * positions]
         for window in windows:
-            seen = inputs[(slice(None), slice(None), slice(None), *window)]
+            seen = inputs[_behind(3, *window)]
             seen = seen.transpose(1, 2).flatten(2)  # [B, C, m * positions]
             yield torch.bmm(grads, seen.transpose(1, 2))
 
@@ -269,11 +274,11 @@ class Convolution(PerExampleGradient):
         b, p = inputs.shape[0], self.shape[0]
         flat = inputs.flatten(3)[:, 0]  # [B, C, positions of the padded input]
         pairs = torch.bmm(flat.transpose(1, 2), flat).view(b, *inputs.shape[3:], *inputs.shape[3:])
-        gram = pairs[(slice(None), *windows[0], *windows[0])].clone(
+        gram = pairs[_behind(1, *windows[0], *windows[0])].clone(
             memory_format=torch.contiguous_format
         )
         for window in windows[1:]:
-            gram += pairs[(slice(None), *window, *window)]
+            gram += pairs[_behind(1, *window, *window)]
         grads = self.grads.reshape(b, p, -1)
         product = torch.bmm(grads.transpose(1, 2), grads)
         product *= gram.view(product.shape)
@@ -281,7 +286,7 @@ class Convolution(PerExampleGradient):
 
     def _unfolded_gram_norm(self) -> Tensor:
         inputs, windows = self._padded()
-        seen = [inputs[:, 0][(slice(None), slice(None), *w)].flatten(2) for w in windows]
+        seen = [inputs[:, 0][_behind(2, *window)].flatten(2) for window in windows]
         columns = torch.cat(seen, 1).transpose(1, 2)  # [B, positions, C * offsets]
         return gram_norm(self.grads[:, 0].flatten(2).transpose(1, 2), columns)
 

@@ -87,6 +87,7 @@ def _leak(name: str) -> NotCoveredError:
     return NotCoveredError(
         f"autograd reached parameter '{name}' directly, past the tape: it is used by code that a "
         "recording cannot see (TorchScript, a custom autograd.Function that closes over it, or a "
-        "use outside the model's forward pass). Its gradient was not kept. Call the model eagerly, "
-        "pass the parameter to the Function as an argument, or freeze it with requires_grad_(False)."
+        "use outside the model's forward pass). Its gradient was not kept. Call model(...) itself, "
+        "eagerly (what its other methods or its layers compute belongs into forward), pass the "
+        "parameter to the Function as an argument, or freeze it with requires_grad_(False)."
     )
