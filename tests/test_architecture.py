@@ -255,28 +255,3 @@ def test_every_room_of_the_map_exists():
         or (word.endswith((".py", ".c")) and word not in files)
     ]
     assert gone == []
-
-
-#: What `typing` has from Python 3.11 or later on; `typing_extensions` has it before.
-NEWER = frozenset(
-    {"LiteralString", "Never", "NotRequired", "Required", "Self", "TypeVarTuple", "Unpack"}
-    | {"assert_never", "assert_type", "override", "reveal_type"}
-)
-
-
-def newer_names(text: str) -> list[str]:
-    """What a file imports that the oldest supported Python, 3.10, does not have."""
-    return [
-        f"{node.module}.{alias.name}"
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-        if (node.module == "typing" and alias.name in NEWER)
-        or (node.module, alias.name) in {("enum", "StrEnum"), ("datetime", "UTC")}
-    ]
-
-
-def test_the_oldest_python_has_what_is_imported() -> None:
-    found = {path.name: newer_names(path.read_text()) for path in modules_of(SOURCE).values()}
-    assert {name: names for name, names in found.items() if names} == {}
-    assert newer_names("def f():\n    from typing import Any, Unpack") == ["typing.Unpack"]

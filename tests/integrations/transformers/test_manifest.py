@@ -102,6 +102,12 @@ def test_the_defaults_are_settled_in_silence_and_the_callers_object_stays(tmp_pa
     assert settled.average_tokens_across_devices is False
 
 
+def test_the_loss_in_chunks_that_was_the_default_is_the_loss(tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True)
+    args.loss_type = "chunked_nll"  # the default of TRL before 1.16
+    assert settle(args, PRIVACY).loss_type == "nll"
+
+
 def test_what_is_changed_is_said(tmp_path):
     args = TrainingArguments(str(tmp_path), max_grad_norm=0.3, include_num_input_tokens_seen="all")
     with pytest.warns(PrivacyWarning, match=r"max_grad_norm=0\.0 instead of 0\.3: .*num_input"):

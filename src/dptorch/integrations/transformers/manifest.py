@@ -179,7 +179,8 @@ REFUSED: Final = {
     ),
     "padding_free": Refusal(_OFF, _JOINS),
     "loss_type": Refusal(
-        ("nll",), "takes TRL's fused head, which gradients cannot be followed through. Use 'nll'."
+        ("nll", "chunked_nll"),
+        "takes TRL's fused head, which gradients cannot be followed through. Use 'nll'.",
     ),
 }
 
@@ -232,6 +233,8 @@ def settle(args: Any, privacy: PrivacyArguments) -> Any:
                 f"{name}={value!r}: this argument is newer than this version of dptorch, so it is not "
                 "known whether it keeps the guarantee. Leave it at its default."
             )
+    if getattr(settled, "loss_type", None) == "chunked_nll":
+        settled.loss_type = "nll"  # the same loss; before TRL 1.16 the default, by a fused head
     if said:
         warn("training arguments changed for privacy: " + "; ".join(said) + ".")
     return settled
