@@ -196,6 +196,7 @@ def _named(name: str, words: str) -> bool:
     return any(name == w or (w[-1] == "_" and name.startswith(w)) for w in words.split())
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="older torch lacks names that are sorted")
 def test_every_public_function_of_torch_has_its_place() -> None:
     places: Counter[str] = Counter()
     nowhere = set()

@@ -203,8 +203,8 @@ def compare(
         with preserving_state(model):
             loss = loss_value(model, cutter.select([i], cast), loss_fn).sum()
             losses.append(loss.item())
-            found = torch.autograd.grad(loss, tensors, allow_unused=True)
-            singles.append([g if g is None else _dense(g) for g in found])
+            row = torch.autograd.grad(loss, tensors, allow_unused=True)
+            singles.append([g if g is None else _dense(g) for g in row])
     result.reduction = recorded.reduction or _reduction(recorded.loss, losses)
     scale = examples if result.reduction == "mean" else 1
     floor = _FLOOR.get(dtype, 1e-1)
