@@ -8,12 +8,17 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.text.folders import WORDS, bert_folder, gpt2_folder, write_jsonl
+from tests.text.folders import WORDS, bert_folder, gpt2_folder, roberta_large_folder, write_jsonl
 
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     return bert_folder(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def roberta_large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return roberta_large_folder(tmp_path_factory.mktemp("roberta-large"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("peft")
 
+from transformers import RobertaConfig, RobertaForMaskedLM
+
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.text import load_run
 from dptorch.text.classification import tokenize_rows
@@ -23,7 +25,7 @@ from dptorch.training import run_folder
 from dptorch.training.loop import Silent, train
 from dptorch.training.run_folder import RunFolder
 from tests.oracles.loop import norms_of, one_example_loop, relative_error
-from tests.text.folders import tokenizer, write_jsonl
+from tests.text.folders import ROBERTA_LARGE, tokenizer, write_jsonl
 
 C = 0.05
 FAST: dict[str, Any] = {"epochs": 1, "sample_rate": 0.5, "noise_multiplier": 1.0, "seed": 0}
@@ -261,12 +263,8 @@ def test_a_run_of_another_kind_is_not_loaded(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_prepares_on_rows_of_its_columns(
-    name: str, bert: str, gpt2: str, tmp_path: Path
-) -> None:
-    """The data's own model and rows are downloads; here a small model, and rows of the same form."""
+def on_rows_of_its_columns(name: str, model: str, folder: Path, **settings: Any) -> TextJob:
+    """A recipe's job; its own model and rows are downloads, and these are small ones of their form."""
     recipe = RECIPES[name]
     named = {"text": "text", **recipe.settings}
     columns = [named[c] for c in ("text", "pair", "target") if named.get(c)]
@@ -276,22 +274,52 @@ def test_a_recipe_prepares_on_rows_of_its_columns(
         for i in range(24)
     ]
     words = ",".join(["bad", "good", "not"][:classes])
-    job = TextJob(
+    return TextJob(
         recipe.task,
         recipe=name,
-        data=write_jsonl(tmp_path / "rows.jsonl", rows),
-        model=bert if recipe.task == "text-classification" else gpt2,
-        batch_size=4,
+        data=write_jsonl(folder / "rows.jsonl", rows),
+        model=model,
         label_words=words if "label_words" in recipe.settings else None,
         template=recipe.settings.get("template"),
+        **settings,
     )
-    setup = prepare(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_prepares_on_rows_of_its_columns(
+    name: str, bert: str, roberta_large: str, gpt2: str, tmp_path: Path
+) -> None:
+    recipe = RECIPES[name]
+    model = bert if name == "reviews" else gpt2
+    if recipe.settings["model"] == "roberta-base":
+        model = roberta_large
+    setup = prepare(on_rows_of_its_columns(name, model, tmp_path, batch_size=4))
     plan = setup.engine.plan
     assert plan.epsilon() <= recipe.settings.get("target_epsilon", 3.0)
     assert plan.max_grad_norm == recipe.settings.get("max_grad_norm", 1.0)
     assert setup.optimizer.param_groups[0]["lr"] == recipe.settings["learning_rate"]
     per_epoch = len(setup.data.train) / 4  # type: ignore[arg-type]
     assert plan.steps == pytest.approx(recipe.settings["epochs"] * per_epoch, abs=1)
+
+
+@pytest.mark.slow
+def test_roberta_large_trains_by_a_recipe(roberta_large: str, tmp_path: Path) -> None:
+    """Its 24 layers, narrow: every parameter takes part, and the budget is kept."""
+    job = on_rows_of_its_columns("mnli", roberta_large, tmp_path, batch_size=10, epochs=1)
+    setup = prepare(job)
+    names = {n for n, p in setup.model.named_parameters() if p.requires_grad}
+    with torch.device("meta"):
+        published = RobertaForMaskedLM(RobertaConfig(**ROBERTA_LARGE, hidden_size=1024))
+    assert {n.split("model.", 1)[-1] for n in names} == {n for n, _ in published.named_parameters()}
+    folder = run_folder.create(tmp_path / "runs", "mnli")
+    outcome = train(setup, folder)
+    assert outcome.last["step"] == setup.engine.plan.steps >= 2
+    assert 2.9 < outcome.last["epsilon"] <= 3.0
+    model, _ = load_run(folder.path)
+    before = RobertaForMaskedLM.from_pretrained(roberta_large).state_dict()
+    after = {n.split("model.", 1)[-1]: t for n, t in model.state_dict().items()}
+    assert {n for n, t in before.items() if torch.equal(t, after[n])} == set()
 
 
 def test_a_recipe_changes_with_the_method() -> None:
