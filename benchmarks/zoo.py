@@ -201,9 +201,10 @@ def write_table() -> None:
 
 
 def all_by_command(prefixes: tuple[str, ...]) -> int:
-    """Say of each name whether its step was taken; 1 if one was not."""
+    """Say of each name, the smallest first, whether its step was taken; 1 if one was not."""
     failed = []
-    for name in TIMM:
+    sizes = {r["model"]: r.get("parameters", 0) for r in rows() if r["library"] == "timm"}
+    for name in sorted(TIMM, key=lambda name: sizes.get(name, 0)):
         if prefixes and not name.startswith(prefixes):
             continue
         try:

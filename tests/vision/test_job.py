@@ -110,8 +110,8 @@ class StopAt(Silent):
 @pytest.mark.slow
 def test_a_run_with_everything_resumes_bit_for_bit(cifar: str, tmp_path: Path) -> None:
     job = VisionJob(
-        data=cifar, augment="flip-crop", views=2, ema=0.9, kalman=0.7, optimizer="adamw",
-        weight_decay=0.01, decay="cosine", warmup=0.2, max_physical_batch_size=20,
+        data=cifar, augment="flip-crop", views=2, ema=0.9, kalman=0.7, moment_scaling=0.5,
+        optimizer="adamw", weight_decay=0.01, decay="cosine", warmup=0.2, max_physical_batch_size=20,
         **FAST | {"epochs": 2},
     )  # fmt: skip
     whole = run(job, tmp_path / "whole")

@@ -299,3 +299,12 @@ class AccuracyOptions:
             default=False,
         ),
     ] = None
+    moment_scaling: Annotated[
+        float | None,
+        _option(
+            ACCURACY,
+            help="Scale gradients by their noisy second moments before they are clipped, and back "
+            "after the noise (scale-then-privatize), with this memory in [0, 1): 0.9.",
+            default=False,
+        ),
+    ] = None

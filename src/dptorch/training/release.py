@@ -74,6 +74,7 @@ _JOB: Final = (
     "tail",
     "low_pass",
     "kalman",
+    "moment_scaling",
 )
 _DATA: Final = ("classes", "input_shape", "preparation", "train_examples")
 _TESTED: Final = ("groups", "majority")

@@ -51,6 +51,7 @@ TRAINING = (
     ("tail", "Weights averaged over the last share"),
     ("low_pass", "Low-pass filter of gradients"),
     ("kalman", "Kalman filter of gradients"),
+    ("moment_scaling", "Gradients scaled by second moments"),
 )
 
 

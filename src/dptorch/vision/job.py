@@ -13,7 +13,14 @@ from torch import nn
 from dptorch.engine.checkpoint import Stateful
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
-from dptorch.postprocessing import Ahead, KalmanFilter, LowPassFilter, WeightAverage
+from dptorch.postprocessing import (
+    Ahead,
+    KalmanFilter,
+    LowPassFilter,
+    MomentScaling,
+    Scaled,
+    WeightAverage,
+)
 from dptorch.randomness import RootKey
 from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.training.job import (
@@ -71,6 +78,7 @@ class VisionJob(RunSettings):
             steps; see `dptorch.postprocessing.WeightAverage`.
         low_pass: coefficient of `dptorch.postprocessing.LowPassFilter`.
         kalman: κ of `dptorch.postprocessing.KalmanFilter`.
+        moment_scaling: β of `dptorch.postprocessing.MomentScaling`.
 
     The rest is as in `dptorch.training.job.RunSettings`, but that the clipping mode may be
     "non-private", for a comparison.
@@ -111,6 +119,7 @@ class VisionJob(RunSettings):
     tail: float | None = None
     low_pass: float | None = None
     kalman: float | None = None
+    moment_scaling: float | None = None
     max_physical_batch_size: int = 64
 
 
@@ -144,19 +153,25 @@ def prepare(job: VisionJob) -> Setup:
     network = apply_method(network, job.method or "", rank=job.lora_rank)
     augmentation = _augmentation(job, data.input_shape)
     model = Views(network, dims=len(shape) + 1) if augmentation is not None else network
-    model = (model if job.kalman is None else Ahead(model)).to(device)
+    ahead = None if job.kalman is None else Ahead(model)
+    model = model if ahead is None else ahead
+    scaled = None if job.moment_scaling is None else Scaled(model)
+    model = (model if scaled is None else scaled).to(device)
     engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
     optimizer = _optimizer(model, job)
     engine.attach(optimizer)
     kept: dict[str, Stateful] = {}
     if augmentation is not None:
         kept["augmentation"] = augmentation
+    if scaled is not None:  # before the filters, which take gradients as they are
+        assert job.moment_scaling is not None
+        kept["moment_scaling"] = MomentScaling(scaled, optimizer, beta=job.moment_scaling)
     if job.low_pass is not None:
         kept["low_pass"] = LowPassFilter(optimizer, job.low_pass)
     kalman = None
-    if isinstance(model, Ahead):
+    if ahead is not None:
         assert job.kalman is not None
-        kept["kalman"] = kalman = KalmanFilter(model, optimizer, kappa=job.kalman)
+        kept["kalman"] = kalman = KalmanFilter(ahead, optimizer, kappa=job.kalman)
     if job.ema is not None or job.tail is not None:
         first = 0 if job.tail is None else left_out(job.tail, plan.steps)
         kept["average"] = WeightAverage(model, optimizer, decay=job.ema, first_step=first)

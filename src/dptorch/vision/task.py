@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dptorch.postprocessing import Ahead
+from dptorch.postprocessing import Ahead, Scaled
 from dptorch.training.groups import grouped, majority
 from dptorch.training.schedules import Schedule
 from dptorch.training.task import confusion_of, outputs_of
@@ -139,7 +139,7 @@ class ImageClassification:
     def write_model(self, folder: RunFolder, model: Any, metadata: dict[str, str]) -> None:
         """Write `model.safetensors`: one network, with what adapters add in its weights."""
         plain = self.build()
-        while isinstance(model, Ahead | Views):
+        while isinstance(model, Ahead | Scaled | Views):
             model = model.network
         plain.load_state_dict(plain_state(model))
         folder.write_model(plain, metadata)
