@@ -119,7 +119,7 @@ def backward(
     if isinstance(mixed, (Mixed, Reduced)):
         reason = mixed.reason if isinstance(mixed, Mixed) else "They are reduced over the examples."
         raise ExamplesMixError(f"the weights given to backward() mix examples. {reason} {_OWN_ROW}")
-    if isinstance(weights, Tensor) and read_numbers.filled(weights, recording.states) is not None:
+    if isinstance(weights, Tensor) and mixed is None and read_numbers.filled(weights) is not None:
         raise ExamplesMixError(
             "the weights given to backward() are a number that was read from the batch (item(), "
             f"float()), or a function of it. {_OWN_ROW}"

@@ -103,7 +103,7 @@ class ReadNumbers:
         of its operands `tagged`, or from another batch; None if there is none such."""
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, Tensor):
-                read = self.filled(value, states)
+                read = self.filled(value) if states.state(value) is None else None
             elif isinstance(value, float) and _has_random_digits(value):
                 read = self._look_up(value)
             else:
@@ -116,14 +116,12 @@ class ReadNumbers:
                 )
         return None
 
-    def filled(self, t: Tensor, states: TensorStates) -> _Read | None:
-        """What was read, if that number fills a tensor of no example; None for any other tensor.
+    def filled(self, t: Tensor) -> _Read | None:
+        """What was read, if that number fills `t`, a tensor of no example; None for any other.
 
         A tensor that was met before the number was read does not hold it.
         """
-        if t.requires_grad or not t.is_floating_point() or not t.numel():
-            return None
-        if not self.latest or states.state(t) is not None:
+        if not self.latest or t.requires_grad or not t.is_floating_point() or not t.numel():
             return None
         with torch._C.DisableTorchFunction():
             if getattr(t, _MET, None) == t._version:
