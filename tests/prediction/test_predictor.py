@@ -15,7 +15,7 @@ from dptorch.ledger import Cap, open_ledger
 from dptorch.plan.prediction_plan import ANSWERS
 from dptorch.prediction import PrivatePredictor
 from dptorch.prediction import predictor as module
-from dptorch.prediction.mechanisms import Released
+from dptorch.prediction.mechanisms import NoisyAnswers
 
 
 @pytest.mark.parametrize("mechanism", ANSWERS)
@@ -52,7 +52,7 @@ def spent_at_each_draw(made):
 class AnswersFirst(PrivatePredictor):
     """A broken twin: it charges when the answer is there."""
 
-    def _release(self, combined) -> Released:
+    def _release(self, combined) -> NoisyAnswers:
         found = self._mechanism.release(combined, self.plan, self._draws)
         self.account.charge([self.plan.event(len(combined))])
         return found

@@ -35,7 +35,7 @@ __all__ = [
     "NO_LABEL",
     "Mechanism",
     "Mixing",
-    "Released",
+    "NoisyAnswers",
     "radius_of",
     "scale_of",
     "sensitivity_of",
@@ -48,7 +48,7 @@ NO_LABEL: Final = -1
 
 
 @dataclass(frozen=True)
-class Released:
+class NoisyAnswers:
     """Answers to N queries, with their noise.
 
     Attributes:
@@ -66,7 +66,7 @@ class Mechanism(Protocol):
     def combine(self, outputs: Array, plan: PredictionPlan) -> Array:
         """Bound and combine logits [m, N, K] into [N, K], of sensitivity `sensitivity_of(plan)`."""
 
-    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Released:
+    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> NoisyAnswers:
         """Add the noise that `plan.event(N)` stands for."""
 
 
@@ -82,10 +82,10 @@ class Logits:
         assert plan.clip is not None
         return clip_logits(outputs, plan.clip, self.norm).mean(0)
 
-    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Released:
+    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> NoisyAnswers:
         """See `Mechanism`."""
         scores = combined + scale_of(plan) * getattr(draws, self.law)(combined.shape)
-        return Released(scores.argmax(-1), scores)
+        return NoisyAnswers(scores.argmax(-1), scores)
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class NoisyMax:
         assert plan.clip is not None
         return clip_logits(outputs, plan.clip, self.norm).mean(0)
 
-    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Released:
+    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> NoisyAnswers:
         """See `Mechanism`."""
         noisy = combined + scale_of(plan) * draws.gumbel(combined.shape)
-        return Released(noisy.argmax(-1))
+        return NoisyAnswers(noisy.argmax(-1))
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Votes:
         """See `Mechanism`."""
         return votes_of(outputs).sum(0)
 
-    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Released:
+    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> NoisyAnswers:
         """See `Mechanism`."""
         noisy = combined + scale_of(plan) * draws.normal(combined.shape)
-        return Released(noisy.argmax(-1), noisy)
+        return NoisyAnswers(noisy.argmax(-1), noisy)
 
     def agree(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Array:
         """Which queries pass the check of "confident-gnmax": bool [N].
@@ -162,9 +162,9 @@ class Mixing:
         mixed = (1 + share * (ratios - 1)).mean(0)
         return public[0] + np.log(mixed)
 
-    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> Released:
+    def release(self, combined: Array, plan: PredictionPlan, draws: Draws) -> NoisyAnswers:
         """Draw a label of each row; see `Mechanism`."""
-        return Released((combined + draws.gumbel(combined.shape)).argmax(-1))
+        return NoisyAnswers((combined + draws.gumbel(combined.shape)).argmax(-1))
 
 
 def radius_of(plan: PredictionPlan) -> float:

@@ -27,7 +27,7 @@ from dptorch.prediction.mechanisms import (
     MECHANISMS,
     NO_LABEL,
     Mixing,
-    Released,
+    NoisyAnswers,
     Votes,
     scale_of,
 )
@@ -293,12 +293,12 @@ class PrivatePredictor:
         if self.plan is not None:
             self.account.close()
 
-    def _release(self, combined: NDArray[Any]) -> Released:
+    def _release(self, combined: NDArray[Any]) -> NoisyAnswers:
         """Charge [n, K] combined outputs and add their noise."""
         plan, n = self.plan, len(combined)
         assert plan is not None
         if n == 0:
-            return Released(np.empty(0, np.int64), combined)
+            return NoisyAnswers(np.empty(0, np.int64), combined)
         if plan.check_noise is None:
             self.account.charge([plan.event(n)])
             return self._mechanism.release(combined, plan, self._draws)
@@ -311,7 +311,7 @@ class PrivatePredictor:
         if agree.any():
             self.account.charge([plan.event(int(agree.sum()))])
             labels[agree] = self._mechanism.release(combined[agree], plan, self._draws).labels
-        return Released(labels)
+        return NoisyAnswers(labels)
 
     def _combined(self, inputs: Tensor) -> NDArray[Any]:
         assert self.plan is not None
