@@ -112,7 +112,7 @@ class Replicated:
 class Sharded:
     """Each rank steps on a part of every parameter that FSDP2 or ZeRO took, and on the others whole.
 
-    The clipped sums of a rank's examples are formed, reduced and scattered some parameters at a time,
+    The clipped sums of a rank's examples are formed, added up and scattered some parameters at a time,
     after each physical batch: each rank keeps its shard of the sum, adds its slice of the noise and
     steps on it. No rank ever has the whole sum (`test_no_rank_has_the_whole_sum`).
     """
@@ -131,7 +131,7 @@ class Sharded:
         for some in in_buckets(list(self.followed if names is None else names), self.followed):
             whole = form(some)
             found |= {n: whole.pop(n) for n in some if n not in self._shards}
-            found |= self._shards.reduced(whole)
+            found |= self._shards.summed(whole)
         return found
 
     def add_up(self, clipped: ClippedSum) -> ClippedSum:

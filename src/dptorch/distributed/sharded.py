@@ -4,7 +4,7 @@ A parameter has two objects. The *sharded* one is a DTensor, `Shard(0)`, which t
 forward passes and the optimizer holds. The *unsharded* one is an ordinary parameter that FSDP puts in
 its place for a forward or backward, fills by an all-gather and empties again; it is the same object
 each time. The recording follows the unsharded ones. No gradient reaches them, since the recording
-detaches parameters, and so FSDP has nothing to reduce: the clipped sums are reduced here.
+detaches parameters, and so FSDP has nothing to reduce: the clipped sums are added up here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dptorch.errors import ConfigurationError
 
 __all__ = ["ShardedParameters", "in_buckets", "is_sharded", "local_part"]
 
-#: Elements of sums that are reduced in one message.
+#: Elements of sums that are added up in one message.
 BUCKET: Final = 2**23
 #: Methods of FSDP that move memory, which is none of a recording's business.
 _MOVES: Final = ("lazy_init", "unshard", "wait_for_unshard", "reshard")
@@ -91,7 +91,7 @@ class ShardedParameters:
         rows, of_row = _chunk(p)
         return min(int(p.shape[0]), self._ranks.rank * rows) * of_row
 
-    def reduced(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def summed(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's shards of the sums over all ranks, in one message.
 
         Args:

@@ -5,8 +5,8 @@ float32 copies, with the optimizer's state of it. The parts cut through one long
 parameters, so that a rank's *fragment* of one parameter is a range of it, at times an empty one. Under
 ZeRO-3 each parameter is cut by itself, and forward passes gather it: see `zero3`. ZeRO's
 own reduction runs when autograd accumulates into a parameter. It never does under an engine, since the
-recording detaches parameters, and so ZeRO has nothing to reduce. The clipped sums are reduced here,
-each fragment to the rank that steps on it. What that rank has noised is put where ZeRO puts what it has
+recording detaches parameters, and so ZeRO has nothing to reduce. The clipped sums are added up here,
+each fragment on the rank that steps on it. What that rank has noised is put where ZeRO puts what it has
 reduced, in float32 whatever the type of the parameters.
 """
 
@@ -205,7 +205,7 @@ class ZeroParameters:
         """Return where this rank's fragment begins in the parameter, in its flat form."""
         return self._ranges[name][self._ranks.rank][0] if name in self._ranges else 0
 
-    def reduced(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def summed(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's fragments of the sums over all ranks, in a message to each rank.
 
         Args:
