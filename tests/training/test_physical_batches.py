@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from dptorch.engine.out_of_memory import is_out_of_memory
 from dptorch.errors import PrivacyWarning
 from dptorch.training import load_model, run_folder
 from dptorch.training.job import Job, Setup, prepare
 from dptorch.training.loop import train
-from dptorch.training.physical_batches import is_out_of_memory
 
 
 class Memory(torch.autograd.Function):

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from dptorch.bench.workloads import Unavailable
+from dptorch.engine.out_of_memory import is_out_of_memory
 from dptorch.errors import ConfigurationError
 
 __all__ = [
@@ -154,9 +155,7 @@ def _fits(
     except MemoryError:
         return False
     except Unavailable as error:
-        if isinstance(error.__cause__, (MemoryError, torch.OutOfMemoryError)):
-            return False
-        if "can't allocate memory" in str(error) or "out of memory" in str(error):
+        if is_out_of_memory(error.__cause__) or is_out_of_memory(error):
             return False
         raise
 

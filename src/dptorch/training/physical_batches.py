@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
-import torch
-
+from dptorch.engine import out_of_memory
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import warn
 from dptorch.sampling import PrivateLoader
 
-__all__ = ["PhysicalBatches", "is_out_of_memory"]
-
-#: How torch says so where it raises no class of its own.
-_SAID: Final = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice.
-
-    Example:
-        >>> is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
-        True
-    """
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
-    )
+__all__ = ["PhysicalBatches"]
 
 
 class PhysicalBatches:
@@ -65,24 +48,12 @@ class PhysicalBatches:
                     break
 
     def can_halve(self, error: BaseException, steps_before: int) -> bool:
-        """Whether smaller parts may help against `error`: no step was counted, and no other rank waits
-        for a part of this size."""
-        return (
-            self.rows > 1
-            and self._engine.ranks.size == 1
-            and self._engine.steps_done == steps_before
-            and is_out_of_memory(error)
-        )
+        """Whether smaller parts may help against `error`, and no step was counted."""
+        no_step = self._engine.steps_done == steps_before
+        return no_step and out_of_memory.can_halve(self._engine, self.rows, error)
 
     def halve(self) -> None:
         """Begin the logical batch that is due again, in parts of half as many examples."""
-        self._engine.drop_batch()
-        before, self.rows = self.rows, max(1, self.rows // 2)
+        advice = "--max-physical-batch-size says how many to begin with."
+        self.rows = out_of_memory.halve(self._engine, self.rows, advice)
         self._again = True
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        warn(
-            f"out of memory with {before} examples in the model: from here on {self.rows}. Logical "
-            "batches, noise and epsilon stay as planned. --max-physical-batch-size says how many to "
-            "begin with."
-        )

@@ -60,10 +60,10 @@ class LogicalBatches:
             if part.is_last:
                 return
 
-    def halve(self) -> None:
-        """Hand out parts of half as many rows, beginning with the step that is due, drawn again: a
+    def begin_again(self, rows: int) -> None:
+        """Hand out parts of at most `rows` rows, beginning with the step that is due, drawn again: a
         draw is a function of the key and the step, so that it is the same."""
         self._iteration.close()  # or its end would drop what the next one has begun
-        self.rows = max(1, self.rows // 2)
+        self.rows = rows
         self._take(self._make_loader(self.rows))
         self._iteration = iter(self._loader)

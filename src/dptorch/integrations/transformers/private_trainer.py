@@ -15,16 +15,15 @@ from typing import Any, Final
 
 import torch
 import transformers
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from dptorch.accounting import Adjacency
 from dptorch.distributed.wrappers import unwrapped
-from dptorch.engine import checkpoint
+from dptorch.engine import checkpoint, out_of_memory
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import BudgetExhausted, ConfigurationError, warn
+from dptorch.errors import BudgetExhausted, ConfigurationError
 from dptorch.integrations.transformers.chunked_loss import ChunkedLoss
 from dptorch.integrations.transformers.data_checks import check_data
 from dptorch.integrations.transformers.dividing import divided, prepared
@@ -299,10 +298,8 @@ class PrivateTrainer(Trainer):
         while True:
             try:
                 return self._run_parts(base.training_step, model, parts)
-            except RuntimeError as error:
-                # The other processes would not take smaller parts.
-                alone = self._engine.ranks.size == 1
-                if not alone or self._batches.rows == 1 or not should_reduce_batch_size(error):
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory.can_halve(self._engine, self._batches.rows, error):
                     raise
             # Not in the handler: its traceback holds the tensors of the part that failed.
             parts = self._in_smaller_parts()
@@ -317,14 +314,7 @@ class PrivateTrainer(Trainer):
         return total / max(rows, 1)
 
     def _in_smaller_parts(self) -> Any:
-        self._engine.drop_batch()
-        before = self._batches.rows
-        self._batches.halve()
-        clear_device_cache()
-        warn(
-            f"out of memory with {before} examples in the model: from here on {self._batches.rows}. "
-            "Logical batches, noise and epsilon stay as planned."
-        )
+        self._batches.begin_again(out_of_memory.halve(self._engine, self._batches.rows))
         return self._batches.parts()
 
     def compute_loss(
