@@ -92,6 +92,7 @@ class AdaptiveClipping:
                 for every other, with noise.
             expected_batch_size: the public number that makes a fraction of it.
         """
+        # Noise may carry a fraction out of [0, 1], from where the norm would leap.
         fractions = (noisy_counts.double() / expected_batch_size + 0.5).clamp(0, 1).tolist()
         low, high = max(self.min_norm or 0.0, LEAST_NORM), self.max_norm or math.inf
         rate = self.learning_rate
@@ -128,6 +129,7 @@ def noise_scales(
     room = 1.0
     scales = {}
     if adaptive is not None:
+        # Without noise any scale serves, as long as it divides.
         scales[COUNTS] = 1.0
     if adaptive is not None and noise_multiplier:
         stddev = adaptive.stddev(expected_batch_size)
@@ -141,6 +143,7 @@ def noise_scales(
                 f"{least:g}."
             )
     for group, norm in zip(groups, norms, strict=True):
+        # What the counts leave of the one unit by which an example may move all that is released.
         scale = norm / math.sqrt(group.noise_weight * room)
         scales |= dict.fromkeys(group.parameters, scale)
     return scales

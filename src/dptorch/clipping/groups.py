@@ -192,6 +192,7 @@ def groups_of(
         if spec is not None:
             assert spec.max_grad_norm is not None
             norm = spec.max_grad_norm
+        # Shares that give all groups noise of one size: C_g / sqrt(w_g) is then the joint norm.
         weight = (norm / max_grad_norm) ** 2
         if spec is not None and spec.noise_weight is not None:
             weight = spec.noise_weight
@@ -237,6 +238,7 @@ def _named(model: nn.Module, names: Sequence[str], specs: Sequence[GroupSpec]) -
         _refuse_empty(hits)
         for matched in hits.values():
             for n in matched:
+                # The first pattern that matches takes a parameter, so that a last '*' takes the rest.
                 takers.setdefault(n, spec.pattern)
     for n in names:
         if n not in takers:

@@ -67,6 +67,7 @@ class BandedNoise(RecursiveNoise):
         columns = column_norms(coefficients, steps)  # checks them
         c = np.asarray(coefficients, np.float64)[:steps]
         self._coefficients = tuple(float(value) for value in c / c[0])
+        # Row t of C⁻¹ is its first column backwards: the variance of step t adds up squares to t.
         stddevs = columns * np.sqrt(np.cumsum(inverse(c / c[0], steps) ** 2))
         super().__init__(noise_multiplier, steps, stddevs, columns, secure_rng=secure_rng)
 

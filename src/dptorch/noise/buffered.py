@@ -61,6 +61,7 @@ class BufferedNoise(RecursiveNoise):
         secure_rng: bool = False,
     ) -> None:
         buffers = Buffers.of(tuple(coefficients))
+        # Row t of C⁻¹ is its first column backwards: the variance of step t adds up squares to t.
         stddevs = np.sqrt(np.cumsum(buffers.inverse(steps) ** 2))
         super().__init__(noise_multiplier, steps, stddevs, np.ones(steps), secure_rng=secure_rng)
         self._taps = Taps(tuple(range(len(buffers.scales))), buffers.scales, buffers.decays)

@@ -83,10 +83,12 @@ class InverseBandedNoise(CorrelatedNoise):
         draws = [
             Draw(step - j, of_step, u)
             for j, (of_step, u) in enumerate(zip(contexts, self._coefficients, strict=True))
+            # A step that failed released no noise, so there is none to take back.
             if of_step is not None and u
         ]
         with torch.no_grad():
             self._gaussian.add(spans, key, draws[::-1], divisor)
+        # Not before: where drawing fails, later steps may not take back what was never added.
         self._released.record(step, context)
         size = math.sqrt(sum(draw.factor**2 for draw in draws))
         return divided(

@@ -69,6 +69,7 @@ class RecursiveNoise(CorrelatedNoise):
         self, noise_multiplier: float, steps: int, stddevs: Any, columns: Any, *, secure_rng: bool
     ) -> None:
         super().__init__(noise_multiplier, steps, secure_rng=secure_rng)
+        # Of z alone: the rows hold w, which σ and the scales multiply where it is released.
         self._white = GaussianNoise(1.0, secure_rng=secure_rng)
         self._stddevs, self._columns = stddevs, columns
         self._buffers: dict[str, Tensor] = {}  # parameter -> [rows, coordinates]
@@ -105,6 +106,7 @@ class RecursiveNoise(CorrelatedNoise):
         """
         stddevs, spans = self._gaussian.prepared(clipped, key, offsets, divisor)
         self._released.check(step)
+        # Nothing to take back: it is independent noise, bit for bit.
         if not self.rows or not self.noise_multiplier:
             self._released.record(step, context)
             return self._gaussian.privatize(
@@ -215,6 +217,7 @@ class RecursiveNoise(CorrelatedNoise):
             here = Span(span.start + part.start, noise, noise, 1.0)
             self._white.add([here], key, [Draw(step, context)], 1.0)
             if taps.decays is None:
+                # The oldest row was taken back just now, so it has room for this step.
                 rows[0].copy_(noise)
             for row, decay in zip(rows, taps.decays or (), strict=False):
                 row.mul_(decay).add_(noise)

@@ -34,6 +34,7 @@ def linear(call: Call, recording: Recorder) -> Any:
     """``x @ w.T + b`` for x of any rank."""
     x, w, b = call.arg("input"), call.arg("weight"), call.arg("bias")
     tag = call.tag_of(x)
+    # Where the examples are the features, each output adds them up: no rule can part them again.
     if tag is None or tag.dim == x.dim() - 1 or len(call.tagged) > 1:
         return NotImplemented
     if w.dim() != 2:
@@ -125,6 +126,7 @@ def _sum_over_positions(g_BTP: Tensor) -> Tensor:
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
+    # In half precision a sum over many positions would stop growing.
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
@@ -220,6 +222,7 @@ def _contract(
 def _factor(w: str, x: str, out: str) -> tuple[bool, str, str] | None:
     """Split the parameter's letters into those of the output and those of the input, if they are
     two runs: (first run is the output's, first run, second run)."""
+    # A letter of both sides, or of none, is no input and no output: no product of two factors.
     if any((c in x) == (c in out) for c in w):
         return None
     for first_is_out in (True, False):

@@ -81,6 +81,7 @@ def embedding_bag(call: Call, recording: Recorder) -> Any:
     tag = call.tag_of(ids)
     if tag is None or tag.dim not in (0, None) or mode == "max":
         return NotImplemented
+    # Weights of single ids that are trained too are left to the generic rule.
     if [id(p) for p in call.parameters] != [id(table)]:
         return NotImplemented
     if scale is not None and call.tag_of(scale) != tag:
@@ -99,6 +100,7 @@ def embedding_bag(call: Call, recording: Recorder) -> Any:
     if ids.dim() > 1 and tag.explicit is not None:
         explicit = tuple(o for o in tag.explicit for _ in range(ids.shape[1]))
         ids_tag = Tag(0, 1, explicit)
+    # A negative index counts from the end, and is compared with ids below.
     padding = None if padding is None else padding % table.shape[0]
 
     def gradients(
@@ -110,6 +112,7 @@ def embedding_bag(call: Call, recording: Recorder) -> Any:
         share = (flat != padding if padding is not None else torch.ones_like(flat)).to(g.dtype)
         if mode == "mean":
             counts = g.new_zeros(bags).index_add(0, bag_of_id, share)
+            # A bag of padding alone has the mean zero, and not 0 / 0.
             share = share / counts.clamp(min=1)[bag_of_id]
         if weights:
             share = share * weights[0]

@@ -83,6 +83,7 @@ def generic(call: Call, recording: Recorder) -> Any:
             found = batched_vjp(others, leaves, separated, n, size)
             for grad in found:
                 if grad is not None:
+                    # The spare run put zeros for them: a finite gradient would hide what they are.
                     grad[broken] = math.nan
         for p, grad in zip(parameters, found, strict=True):
             if grad is not None:

@@ -141,6 +141,7 @@ def _layer(
 
     def gradients(inner: Inner) -> Iterator[tuple[Tensor, PerExampleGradient]]:
         at_inputs = at_states = where.by_example(inner.at_inputs, n)
+        # In a GRU the reset gate stands between, so that its state weights see another gradient.
         if inner.at_states is not inner.at_inputs:
             at_states = where.by_example(inner.at_states, n)
         for w, left, right in (
@@ -183,6 +184,7 @@ def _is_plain(
     """Whether each parameter is one weight, or states, and the examples are in the other operands."""
     if any(recording.untransposed(p)[1] for p in call.parameters):
         return False
+    # A weight in two places would get two gradients here; the generic rule adds up its uses.
     if len({*map(id, weights), *map(id, states)}) < len(weights) + len({*map(id, states)}):
         return False
     if any(call.tag_of(w) is not None for w in weights):
@@ -203,6 +205,7 @@ def _dtypes(
     if not torch.is_autocast_enabled(x.device.type):
         return [x.dtype] * (1 + len(states))
     if call.name.endswith("_cell"):
+        # One row has the types of all, at the cost of one.
         table = {id(t): t.detach()[:1] for t in (x, *states)}
     else:
         table = {id(s): s.detach()[:, :1] for s in states}
