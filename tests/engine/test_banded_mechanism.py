@@ -17,7 +17,7 @@ from dptorch.accounting.toeplitz import square_root
 from dptorch.engine.checkpoint import seal, unseal
 from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.ledger import open_ledger
-from dptorch.noise import GaussianNoise
+from dptorch.noise.recursive import RecursiveNoise
 from tests.engine.setup import make_data, make_engine, make_model, parameters, train
 
 BANDED: dict[str, Any] = {
@@ -248,7 +248,7 @@ def test_noise_is_drawn_after_the_step_is_counted(monkeypatch: pytest.MonkeyPatc
     engine = make_engine(model, **BANDED)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
     with monkeypatch.context() as patch:
-        patch.setattr(GaussianNoise, "add", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(RecursiveNoise, "_advance", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             train(model, optimizer, engine.loader(make_data()))
     assert engine.steps_done == 1

@@ -91,7 +91,7 @@ def test_one_band_is_independent_noise():
 
 
 def test_shards_and_restarts_give_the_noise_of_the_whole():
-    steps, c = 9, square_root(4).tolist()
+    steps, c = 9, square_root(8).tolist()  # the restart is within steps that read rows together
     sizes = {"weight": (100_003,)}
     whole = taken(BandedNoise(1.0, c, steps), steps, sizes=sizes)
 
@@ -108,7 +108,7 @@ def test_shards_and_restarts_give_the_noise_of_the_whole():
     assert (parts == whole[5:]).all()
 
 
-@pytest.mark.parametrize("bands", [2, 5])
+@pytest.mark.parametrize("bands", [2, 8])
 def test_the_compiled_pass_makes_the_bits_of_torch(monkeypatch, bands):
     """In several parameters with scales of their own, and after a restart, which only moves rows on."""
     library = compiled()
@@ -148,23 +148,37 @@ def test_memory_is_one_buffer_for_each_band():
         assert largest <= 4 * KEYSTREAM_BLOCK
 
 
-def test_a_step_that_failed_is_not_taken_back(monkeypatch):
-    """Its number is spent, its noise was never seen: as if its column of C ended on the diagonal."""
-    steps, c = 8, square_root(3)
+@pytest.mark.parametrize(("bands", "failed"), [(3, 3), (8, 3), (8, 4)])
+def test_a_step_that_failed_is_not_taken_back(monkeypatch, bands, failed):
+    """Its number is spent, its noise was never seen: as if its column of C ended on the diagonal.
+
+    Also where it was to read all rows for later steps, and where it was one of those.
+    """
+    steps, c = 8, square_root(bands)
     noise = BandedNoise(1.0, c.tolist(), steps)
-    first = taken(noise, 3)
+    first = taken(noise, failed)
     with monkeypatch.context() as patch:
-        patch.setattr(noise._white, "add", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(noise, "_advance", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
-            taken(noise, 4, first=3)
-    found = np.concatenate([first, taken(noise, steps, first=4)])
+            taken(noise, failed + 1, first=failed)
+    found = np.concatenate([first, taken(noise, steps, first=failed + 1)])
     matrix = dense(c, steps)
-    matrix[4:, 3] = 0
+    matrix[failed + 1 :, failed] = 0
     wanted = np.linalg.inv(matrix) @ white(steps)
-    assert np.allclose(found, np.delete(wanted, 3, axis=0), atol=3e-6)
+    assert np.allclose(found, np.delete(wanted, failed, axis=0), atol=3e-6)
     again = BandedNoise(1.0, c.tolist(), steps)
     again.restore(noise.state(steps - 1) | {"contexts": noise.state(steps)["contexts"][:6]}, 6)
     assert (taken(again, steps, first=6) == found[-2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("bands", "together", "numbers"), [(2, 1, 2), (4, 1, 4), (8, 3, 17 / 3), (64, 11, 149 / 11)]
+)
+def test_what_a_step_reads_and_writes(bands, together, numbers):
+    """Rows by one reading of all for several steps; without that it would be b numbers a coordinate."""
+    noise = BandedNoise(1.0, square_root(bands).tolist(), 10**4)
+    taps = [noise.taps(step) for step in range(1000 * together, 1001 * together)]
+    assert sum(len(t.rows) + len(t.weights) for t in taps) / together == numbers <= bands
 
 
 def test_what_cannot_go_on_is_refused():

@@ -98,7 +98,7 @@ def test_a_failed_step_is_made_good(monkeypatch):
     noise = BufferedNoise(1.0, THREE, steps)
     first = taken(noise, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(noise._white, "add", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(noise, "_advance", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             taken(noise, 4, first=3)
     noise._buffers["weight"][0] = 7.0

@@ -20,7 +20,7 @@ from dptorch.errors import ConfigurationError
 from dptorch.native import LIMIT, SWITCH, Units, units
 from dptorch.native import threads as team
 from dptorch.noise import GaussianNoise
-from dptorch.noise.compiled import SOURCES, Compiled, compiled
+from dptorch.noise.compiled import SOURCES, Compiled, _same_bits, compiled, compiled_for
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.noise.keystream import Keystream
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
@@ -215,10 +215,14 @@ def test_the_cipher_is_aes_256() -> None:
         ("job->stddevs[key * job->span_count + span]", "job->stddevs[span]"),
         ("key + 1 == job->key_count", "key + 1 <= job->key_count"),  # divided after each
         # of noise that recurs
-        ("job->weights[j], j == 0", "job->weights[0], j == 0"),
+        ("job->weights + k * job->row_count", "job->weights"),
+        ("weights + j, left", "weights + k, left"),
+        ("sum, rows + j, at", "sum, rows + k, at"),
+        ("- c[i] * w[2]) }", ") }"),
+        ("-(a[i] * w[0])", "(a[i] * w[0])"),
+        ("memcpy(rows[k] + at", "memcpy(rows[0] + at"),
         ("rows[j] + at, noise", "rows[j], noise"),
         ("row[i] * decay + noise[i]", "(row[i] + noise[i]) * decay"),
-        ("sum[i] -= row[i] * weight", "sum[i] += row[i] * weight"),
         ("memcpy(rows[0] + at", "memcpy(rows[job->row_count - 1] + at"),
         # of the hash
         ("key + 2 * (i + pass)", "key + 2 * i"),
@@ -238,6 +242,18 @@ def test_code_that_makes_other_bits_is_not_used(
     assert sum(right.encode() in path.read_bytes() for path in SOURCES) == 1
     monkeypatch.setattr(type(SOURCES[0]), "read_bytes", changed)
     assert compiled() is None
+
+
+@needs_compiler
+def test_it_is_loaded_where_it_saves_more_than_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a large step at once; for small ones after some, so that two steps do not compile."""
+    loaded = object()
+    monkeypatch.setattr("dptorch.noise.compiled.compiled", lambda: loaded)
+    monkeypatch.setattr("dptorch.noise.compiled._asked_blocks", 0)
+    assert compiled_for(4) is loaded
+    monkeypatch.setattr("dptorch.noise.compiled._asked_blocks", 0)
+    asked = [compiled_for(0) for _ in range(40)]
+    assert asked == [None] * 31 + [loaded] * 9
 
 
 @pytest.mark.slow
@@ -324,8 +340,11 @@ def test_every_instruction_set_makes_the_same_bits(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(LIMIT, names)
         limited = Compiled(library._library, units(library._library))
         assert limited.has_cipher == (Units.AES in has and "aes," in f"{names},")
+        assert _same_bits(limited)  # of correlated noise too
         for user in ("gaussian", "fingerprint"):
-            monkeypatch.setattr(f"dptorch.noise.{user}.compiled", lambda limited=limited: limited)
+            monkeypatch.setattr(
+                f"dptorch.noise.{user}.compiled_for", lambda blocks, limited=limited: limited
+            )
         again = noisy_sum()
         assert torch.equal(with_all[0], again[0])
         assert with_all[1] == again[1]

@@ -16,7 +16,8 @@ typedef struct {
     /* What noise that is correlated over steps keeps of earlier ones; without it there are no rows. */
     float *const *rows;     /* of each span, as long as it */
     int64_t row_count;
-    const float *weights;   /* of each row: what the step takes back of it */
+    int64_t sum_count;      /* what this step takes back, and later ones, of the rows that are there */
+    const float *weights;   /* of each row in each sum */
     const float *decays;    /* of each row; null: the first becomes the step's own, the others stay */
     float divisor;          /* once all noise is added */
     int32_t units;
@@ -50,19 +51,33 @@ FOR_EVERY_CPU(add,
                float divisor, int64_t size, int units),
               (to, noise, stddev, divisor, size, units))
 
-INLINED void take_back_body(float *restrict sum, const float *restrict row, float weight, int first,
-                            int64_t size, int units) {
+#define AT_A_TIME 4 /* rows in one pass over a sum: each pass reads and writes it */
+
+/* Takes `count` rows back, one after the other; `first`: the sum is to begin with them. */
+INLINED void take_back_body(float *restrict sum, float *const *rows, int64_t at,
+                            const float *weights, int count, int first, int64_t size, int units) {
     (void)units;
-    if (first)
-        for (int64_t i = 0; i < size; i++) sum[i] = -(row[i] * weight);
-    else
-        for (int64_t i = 0; i < size; i++) sum[i] -= row[i] * weight;
+    const float *r[AT_A_TIME];
+    float w[AT_A_TIME];
+    for (int j = 0; j < AT_A_TIME; j++) { /* those past the last are not read */
+        r[j] = rows[j < count ? j : 0] + at;
+        w[j] = weights[j < count ? j : 0];
+    }
+    const float *restrict a = r[0], *restrict b = r[1], *restrict c = r[2], *restrict d = r[3];
+#define PASS(rest) \
+    if (first) for (int64_t i = 0; i < size; i++) sum[i] = -(a[i] * w[0]) rest; \
+    else for (int64_t i = 0; i < size; i++) sum[i] = sum[i] - a[i] * w[0] rest;
+    if (count == 1) { PASS() }
+    else if (count == 2) { PASS(- b[i] * w[1]) }
+    else if (count == 3) { PASS(- b[i] * w[1] - c[i] * w[2]) }
+    else { PASS(- b[i] * w[1] - c[i] * w[2] - d[i] * w[3]) }
+#undef PASS
 }
 
 FOR_EVERY_CPU(take_back,
-              (float *restrict sum, const float *restrict row, float weight, int first,
-               int64_t size, int units),
-              (sum, row, weight, first, size, units))
+              (float *restrict sum, float *const *rows, int64_t at, const float *weights, int count,
+               int first, int64_t size, int units),
+              (sum, rows, at, weights, count, first, size, units))
 
 INLINED void decay_body(float *restrict row, const float *restrict noise, float decay, int64_t size,
                         int units) {
@@ -75,13 +90,28 @@ FOR_EVERY_CPU(decay,
                int units),
               (row, noise, decay, size, units))
 
+/* Sum number k: of the rows from the k-th on, whose place it is to take. */
+static void take_all_back(const Noise *job, float *const *rows, int64_t at, int64_t k, float *sum,
+                          int64_t size) {
+    const float *weights = job->weights + k * job->row_count;
+    for (int64_t j = k; j < job->row_count; j += AT_A_TIME) {
+        int64_t left = job->row_count - j;
+        take_back(sum, rows + j, at, weights + j, left < AT_A_TIME ? (int)left : AT_A_TIME, j == k,
+                  size, job->units);
+    }
+}
+
 /* The noise of a step from `made`, what is new of it, and from the rows, which go on to the next step. */
 static void recur(const Noise *job, int64_t span, int64_t at, const float *made, float *noise,
                   int64_t size) {
+    _Alignas(64) float later[AT_ONCE];
     float *const *rows = job->rows + span * job->row_count;
-    for (int64_t j = 0; j < job->row_count; j++)
-        take_back(noise, rows[j] + at, job->weights[j], j == 0, size, job->units);
+    take_all_back(job, rows, at, 0, noise, size);
     add(noise, made, 1.0f, 1.0f, size, job->units);
+    for (int64_t k = 1; k < job->sum_count; k++) {
+        take_all_back(job, rows, at, k, later, size);
+        memcpy(rows[k] + at, later, size * sizeof *later);
+    }
     if (!job->decays) memcpy(rows[0] + at, noise, size * sizeof *noise);
     else
         for (int64_t j = 0; j < job->row_count; j++)

@@ -41,6 +41,8 @@ class BandedNoise(RecursiveNoise):
         - On the CPU it has the same bits with and without a compiler. Held by
           `test_the_compiled_pass_makes_the_bits_of_torch`.
         - Memory: b - 1 numbers for each coordinate, held by `test_memory_is_one_buffer_for_each_band`.
+        - Of these a step reads and writes about √(2b) on average: for 8 bands 5.7, for 64 bands 13.5.
+          Held by `test_what_a_step_reads_and_writes`.
 
     Raises:
         ConfigurationError: a number is out of range.
@@ -67,6 +69,7 @@ class BandedNoise(RecursiveNoise):
         columns = column_norms(coefficients, steps)  # checks them
         c = np.asarray(coefficients, np.float64)[:steps]
         self._coefficients = tuple(float(value) for value in c / c[0])
+        self._together = steps_together(len(self._coefficients) - 1)
         # Row t of C⁻¹ is its first column backwards: the variance of step t adds up squares to t.
         stddevs = columns * np.sqrt(np.cumsum(inverse(c / c[0], steps) ** 2))
         super().__init__(noise_multiplier, steps, stddevs, columns, secure_rng=secure_rng)
@@ -82,10 +85,37 @@ class BandedNoise(RecursiveNoise):
         return self.bands - 1
 
     def taps(self, step: int) -> Taps:
-        """Row t mod (b - 1) is that of step t, and before it of step t - b + 1, taken back first."""
-        back = (self.rows, *range(1, self.rows))
-        rows = tuple((step - j) % self.rows for j in back)
-        return Taps(rows, tuple(self._coefficients[j] for j in back))
+        """Row t mod (b - 1) is that of step t.
+
+        The first of the steps that belong together reads all rows, for the others too: it leaves the
+        sum of what step t is to take back in the row that is to be that of t, which none of them needs
+        otherwise. They read that sum, and the rows that have come since.
+        """
+        own, rows = step % self._together, self.rows
+        order = tuple((step + i) % rows for i in range(rows))  # from the oldest step on
+        if own:
+            since = order[rows - own :]
+            return Taps((order[0], *since), ((-1.0, *self._coefficients[own:0:-1]),))
+        sums = tuple(
+            tuple(self._coefficients[rows + k - i] if i >= k else 0.0 for i in range(rows))
+            for k in range(self._together)
+        )
+        return Taps(order, sums)
 
     def __repr__(self) -> str:
         return f"BandedNoise(noise_multiplier={self.noise_multiplier}, bands={self.bands})"
+
+
+def steps_together(rows: int) -> int:
+    """How many steps share one reading of all rows, so that a step reads and writes least of them.
+
+    Example:
+        >>> steps_together(1), steps_together(7), steps_together(63)
+        (1, 3, 11)
+    """
+
+    def moved(steps: int) -> float:
+        later = sum(own + 2 for own in range(1, steps))
+        return (rows + steps + later) / steps
+
+    return min(range(1, max(1, rows) + 1), key=moved)

@@ -64,7 +64,7 @@ class BufferedNoise(RecursiveNoise):
         # Row t of C⁻¹ is its first column backwards: the variance of step t adds up squares to t.
         stddevs = np.sqrt(np.cumsum(buffers.inverse(steps) ** 2))
         super().__init__(noise_multiplier, steps, stddevs, np.ones(steps), secure_rng=secure_rng)
-        self._taps = Taps(tuple(range(len(buffers.scales))), buffers.scales, buffers.decays)
+        self._taps = Taps(tuple(range(len(buffers.scales))), (buffers.scales,), buffers.decays)
 
     @property
     def rows(self) -> int:

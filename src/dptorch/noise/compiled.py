@@ -28,7 +28,7 @@ from dptorch.noise.normal import (
     to_float32,
 )
 
-__all__ = ["MOST_KEYS", "Compiled", "Memory", "Target", "compiled"]
+__all__ = ["MOST_KEYS", "Compiled", "Memory", "Target", "compiled", "compiled_for"]
 
 #: Keystreams that one pass adds.
 MOST_KEYS: Final = 32
@@ -65,12 +65,13 @@ class Memory:
 
     Args:
         rows: those of each target, float32 [n], contiguous; changed in place.
-        weights: what a step takes back of each.
+        weights: what the step takes back of each; and after it, what a later step does, a sum that
+            takes the place of row 1, 2, ... and has nothing of the rows before.
         decays: what is left of each; None: the first becomes the step's noise, the others stay.
     """
 
     rows: Sequence[Sequence[NDArray[np.float32]]]
-    weights: Sequence[float]
+    weights: Sequence[Sequence[float]]
     decays: Sequence[float] | None
 
 
@@ -127,7 +128,7 @@ class Compiled:
             np.array([t.stop for t in targets], np.int64),
             np.array([[t.stddev * f for t in targets] for f in keys.values()], np.float32),
             np.array(rows, np.uintp),
-            np.array([] if memory is None else memory.weights, np.float32),
+            np.array([[]] if memory is None else memory.weights, np.float32),
             np.array([] if memory is None else memory.decays or [], np.float32),
         ]
         numbers, data, starts, stops, stddevs, kept, weights, decays = (
@@ -135,8 +136,8 @@ class Compiled:
         )
         job = _Noise(
             b"".join(keys), len(keys), numbers, len(blocks), data, starts, stops, stddevs,
-            len(targets), kept, columns[6].size, weights, decays if columns[7].size else None,
-            divisor, self._units, 0,
+            len(targets), kept, columns[6].shape[-1], columns[6].shape[0], weights,
+            decays if columns[7].size else None, divisor, self._units, 0,
         )  # fmt: skip
         run_in_team(self._library.add_noise, job, threads)
 
@@ -170,6 +171,7 @@ class _Noise(ctypes.Structure):
         ("span_count", ctypes.c_int64),
         ("rows", ctypes.c_void_p),
         ("row_count", ctypes.c_int64),
+        ("sum_count", ctypes.c_int64),
         ("weights", ctypes.c_void_p),
         ("decays", ctypes.c_void_p),
         ("divisor", ctypes.c_float),
@@ -191,6 +193,24 @@ class _Hash(ctypes.Structure):
         ("units", ctypes.c_int64),
         ("next", ctypes.c_int64),
     )
+
+
+def compiled_for(blocks: int) -> Compiled | None:
+    """The library, if it saves more than its loading costs: for much at once, or little, often.
+
+    Args:
+        blocks: how many blocks of numbers are to be made or hashed now.
+    """
+    global _asked_blocks
+    _asked_blocks += max(1, blocks)
+    return compiled() if blocks >= _BLOCKS_AT_ONCE or _asked_blocks >= _BLOCKS_IN_ALL else None
+
+
+# numpy takes a millisecond or two for a block; loading the library 50 ms, compiling it, the first time
+# on a machine, a second.
+_BLOCKS_AT_ONCE: Final = 4
+_BLOCKS_IN_ALL: Final = 32
+_asked_blocks = 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -253,35 +273,44 @@ def _same_hash(library: Compiled, generator: np.random.Generator) -> bool:
 def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:
     """On targets within a block, across blocks, side by side and apart, with and without division.
 
-    The noise of one key and of two, and with a memory that stays and one that decays.
+    The noise of one key and of two, and with a memory that stays, also for later steps, and one that
+    decays.
     """
     keys = {generator.bytes(32): 1.0, generator.bytes(32): -0.3}
     one, end = dict(list(keys.items())[:1]), 2 * KEYSTREAM_BLOCK
     places = [(3, 50), (50, 700), (40_000, KEYSTREAM_BLOCK + 33), (end - 9, end + 5)]
     values, *rows = (
         [generator.standard_normal(stop - start, np.float32) for start, stop in places]
-        for _ in range(4)
+        for _ in range(8)
     )
     streams = [KeystreamNormals(key, np.dtype(np.float32)) for key in keys]
     noises = [np.concatenate([s.block(i).copy() for i in range(3)]) for s in streams]
-    weights, decays = (0.7, -0.2, 0.4), (0.9, 0.99, 0.5)
-    for divisor, kept in ((1.0, None), (7.0, None), (7.0, ()), (1.0, decays)):
+    some, all_of_them = rows[:3], rows
+    weights = [generator.standard_normal(len(rows)) for _ in range(3)]
+    for divisor, kept in (
+        (1.0, None),
+        (7.0, None),
+        (7.0, (some, [weights[0][:3]], None)),
+        (1.0, (some, [weights[0][:3]], (0.9, 0.99, 0.5))),
+        (7.0, (all_of_them, weights, None)),
+        (1.0, (all_of_them[:5], [w[:5] for w in weights], None)),
+    ):
         used = keys if kept is None else one
         found = [v.copy() for v in values]
-        held = [[row[i].copy() for row in rows] for i in range(len(values))]
+        held = [[row[i].copy() for row in kept[0]] if kept else [] for i in range(len(values))]
         targets = [
             Target(v, start, stop, 1.5 + i)
             for i, (v, (start, stop)) in enumerate(zip(found, places, strict=True))
         ]
-        memory = None if kept is None else Memory(held, weights, kept or None)
+        memory = None if kept is None else Memory(held, kept[1], kept[2])
         library.add_noise(used, (0, 1, 2), targets, divisor, 2, memory)
         for i, (start, stop) in enumerate(places):
-            mine = [row[i].copy() for row in rows]
+            mine = [row[i].copy() for row in kept[0]] if kept else []
             wanted = values[i].copy()
             for noise, factor in zip(noises, used.values(), strict=False):
                 made = noise[start:stop]
                 if kept is not None:
-                    made = recurred(made, mine, weights, kept or None)
+                    made = recurred(made, mine, kept[1], kept[2])
                 wanted += made * np.float32(targets[i].stddev * factor)
             if not all(map(_equal, [wanted / np.float32(divisor), *mine], [found[i], *held[i]])):
                 return False
@@ -291,16 +320,20 @@ def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:
 def recurred(
     made: NDArray[np.float32],
     rows: Sequence[NDArray[np.float32]],
-    weights: Sequence[float],
+    weights: Sequence[Sequence[float]],
     decays: Sequence[float] | None,
 ) -> NDArray[np.float32]:
     """The noise that `made` and the rows give, which go on to the next step."""
-    noise = -(rows[0] * np.float32(weights[0]))
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        noise -= row * np.float32(weight)
-    noise += made
+    sums = []
+    for k, own in enumerate(weights):
+        taken = -(rows[k] * np.float32(own[k]))
+        for row, weight in zip(rows[k + 1 :], own[k + 1 :], strict=True):
+            taken -= row * np.float32(weight)
+        sums.append(taken)
+    noise = sums[0] + made
     if decays is None:
-        rows[0][:] = noise
+        for row, kept in zip(rows, [noise, *sums[1:]], strict=False):
+            row[:] = kept
     for row, decay in zip(rows, decays or (), strict=False):
         row[:] = row * np.float32(decay) + noise
     return noise

@@ -10,9 +10,10 @@ import torch
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 from torch import Tensor
 
-from dptorch.noise.compiled import compiled
+from dptorch.noise.compiled import compiled_for
 from dptorch.noise.keystream import CIPHER_BLOCK, Keystream
 from dptorch.noise.nh import CHUNK, KEY_WORDS, nh
+from dptorch.noise.normal import KEYSTREAM_BLOCK
 from dptorch.randomness import RootKey
 
 __all__ = ["fingerprint"]
@@ -23,8 +24,8 @@ _DEVICE_PURPOSE: Final = "fingerprint of a sum on a device"
 _TAG_PURPOSE: Final = "fingerprint of a sum, last stage"
 # Numbers weighed at once on a device: 32 MiB of weights.
 _CHUNK: Final = 2**22
-# Words from which on compiling saves more than it costs, and a thread too.
-_LARGE_WORDS: Final = 16 * CHUNK
+# Words from which on a thread saves more than it costs.
+_WORDS_PER_THREAD: Final = 16 * CHUNK
 
 _Words = np.ndarray[tuple[int], np.dtype[np.uint32]]
 
@@ -84,10 +85,11 @@ def _nh_key(secret: bytes) -> _Words:
 
 def _hashed(messages: list[_Words], key: _Words) -> np.ndarray[Any, np.dtype[np.uint64]]:
     words = sum(len(m) for m in messages)
-    library = compiled() if words >= _LARGE_WORDS else None
+    library = compiled_for(words // KEYSTREAM_BLOCK)
     if library is None:
         return np.concatenate([nh(m, key) for m in messages])
-    return library.nh(messages, key, min(torch.get_num_threads(), words // _LARGE_WORDS))
+    threads = max(1, min(torch.get_num_threads(), words // _WORDS_PER_THREAD))
+    return library.nh(messages, key, threads)
 
 
 def _weighed_bits(flat: Tensor, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise.compiled import MOST_KEYS, Compiled, Target, compiled
+from dptorch.noise.compiled import MOST_KEYS, Compiled, Target, compiled, compiled_for
 from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, KeystreamNormals
 from dptorch.randomness import RootKey
@@ -48,8 +48,6 @@ _NUMPY_DTYPE: Final[Mapping[torch.dtype, np.dtype[Any]]] = {
 _STDDEV_RANGE: Final = (1e-30, 1e30)
 # Below this many blocks a thread costs more than it saves.
 _BLOCKS_PER_THREAD: Final = 4
-# From here on a step gains more than a millisecond from compiling, which takes a second once.
-_COMPILE_BLOCKS: Final = 4
 
 
 class GaussianNoise:
@@ -305,9 +303,9 @@ def pass_over(spans: list[Span]) -> tuple[Compiled | None, list[int], int]:
         the library or None, the numbers of the blocks that the spans need, and a number of threads.
     """
     numbers = _blocks(spans, KEYSTREAM_BLOCK)
-    worth = spans[0].flat.dtype == torch.float32 and len(numbers) >= _COMPILE_BLOCKS
     threads = max(1, min(torch.get_num_threads(), len(numbers) // _BLOCKS_PER_THREAD))
-    return compiled() if worth else None, numbers, threads
+    takes = spans[0].flat.dtype == torch.float32
+    return compiled_for(len(numbers)) if takes else None, numbers, threads
 
 
 def _add_on_cpu(

@@ -11,7 +11,7 @@ and then either w_t takes the place of the first row (`noise.banded`), or each b
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,12 +45,14 @@ class Taps:
 
     Attributes:
         rows: numbers of the rows, in the order in which they are taken back.
-        weights: of each.
+        weights: of each for this step; and of each for later ones, whose sums, less than nothing as
+            they are taken back, take the places of row 1, 2, ... of `rows`. Sum k has nothing of the
+            rows before k.
         decays: what is left of each; None: w takes the place of the first, and the others stay.
     """
 
     rows: tuple[int, ...]
-    weights: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
     decays: tuple[float, ...] | None = None
 
 
@@ -157,11 +159,14 @@ class RecursiveNoise(CorrelatedNoise):
     def _leave_out(self, step: int, pairs: list[tuple[Span, Tensor]]) -> None:
         """Go past a step that failed: nobody saw its noise, so that w is 0."""
         taps = self.taps(step)
-        for _, buffer in pairs:
-            if taps.decays is None:
-                buffer[taps.rows[0]].zero_()
-            for row, decay in zip(taps.rows, taps.decays or (), strict=False):
-                buffer[row].mul_(decay)
+        for span, buffer in pairs:
+            for part in _parts(span):
+                rows = [buffer[row, part] for row in taps.rows]
+                _sum_for_later_steps(rows, taps)
+                if taps.decays is None:
+                    rows[0].zero_()
+                for row, decay in zip(rows, taps.decays or (), strict=False):
+                    row.mul_(decay)
 
     def _advance(
         self,
@@ -210,10 +215,9 @@ class RecursiveNoise(CorrelatedNoise):
         taps = self.taps(step)
         for part in _parts(span):
             rows = [buffer[row, part] for row in taps.rows]
-            noise = rows[0] * -taps.weights[0]
-            other = torch.empty_like(noise)
-            for row, weight in zip(rows[1:], taps.weights[1:], strict=True):
-                noise.sub_(torch.mul(row, weight, out=other))
+            noise = torch.empty_like(rows[0])
+            _take_back(noise, rows, taps.weights[0])
+            _sum_for_later_steps(rows, taps)
             here = Span(span.start + part.start, noise, noise, 1.0)
             self._white.add([here], key, [Draw(step, context)], 1.0)
             if taps.decays is None:
@@ -226,6 +230,19 @@ class RecursiveNoise(CorrelatedNoise):
                 released = span.flat[part].add_(noise.mul_(span.stddev * column))
                 if divisor != 1.0:
                     released.div_(divisor)
+
+
+def _take_back(into: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """What is taken back of the rows, less than nothing; `into` may be the first of them."""
+    torch.mul(rows[0], -weights[0], out=into)
+    other = torch.empty_like(into)
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        into.sub_(torch.mul(row, weight, out=other))
+
+
+def _sum_for_later_steps(rows: Sequence[Tensor], taps: Taps) -> None:
+    for k, weights in enumerate(taps.weights[1:], 1):
+        _take_back(rows[k], rows[k:], weights[k:])
 
 
 def _parts(span: Span) -> Iterator[slice]:
