@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from tests.cli.commands import QUICK, refused, run
-from tests.ledger.setup import OS, plan
+from tests.ledger.setup import OS, plan, take
 
-from dptorch.ledger import open_ledger
+from dptorch.cli.ledger import for_new_run
+from dptorch.ledger import beside, open_ledger
 
 
 def parsed(*arguments: str) -> Any:
@@ -69,6 +70,28 @@ def test_a_named_data_set_in_a_shared_ledger(data: Path) -> None:
     assert "no run on 'other'" in refused(
         run("ledger", "total", "--ledger", "shared/all.db", "--dataset", "other")
     )
+
+
+def test_accounts_that_may_be_of_the_same_data_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+
+    def said(dataset: str | None, data: Path | None) -> str:
+        account = for_new_run(None, tmp_path, dataset, data=None if data is None else str(data))
+        take(account, 1)
+        return capsys.readouterr().out
+
+    of_folder = beside(folder)
+    assert said(None, folder) == ""  # known
+    outer = said(None, folder.parent)
+    assert f"So has {folder}, and one lies in the other" in outer
+    assert f"--dataset {of_folder}" in outer
+    assert f"{of_folder} has an account here too" in said("cifar", folder)
+    assert said("patients-2026", None) == said("patients-2026", None) == ""
+    assert "patients-2026 has an account here too" in said("Patients_2026", None)
+    assert said("patients-2027", None) == ""
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 import dptorch
 from dptorch.accounting import Adjacency, SampledGaussian
 from dptorch.engine.privacy_engine import PrivacyEngine
-from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyWarning
-from dptorch.ledger import Cap, DatasetLedger, open_ledger
+from dptorch.errors import BudgetExhausted, ConfigurationError, LedgerError, PrivacyWarning
+from dptorch.ledger import Cap, DatasetLedger, RunLedger, open_ledger
 from dptorch.noise import GaussianNoise
-from tests.engine.setup import SIZE, make_data, make_model, train
+from tests.engine.setup import SIZE, make_data, make_model, parameters, train
 
 SETTINGS: dict[str, Any] = {
     "sample_rate": 0.25,
@@ -169,6 +170,43 @@ def test_resuming_counts_what_the_checkpoint_does_not_know(
     assert statement.epsilon > engine.statement().epsilon
     assert "4 repeated after a kill" in str(statement)
     assert statement.epsilon_unamplified > engine.statement().epsilon_unamplified
+
+
+@pytest.mark.parametrize("leased", [True, False])
+@pytest.mark.parametrize("paused", [True, False])
+def test_an_engine_whose_run_another_has_gone_on_with_draws_no_noise(
+    patients: DatasetLedger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    paused: bool,
+    leased: bool,
+) -> None:
+    """The broken twin has no lease: four steps more are released, and the one that resumed states less."""
+    drawn, privatize = [], GaussianNoise.privatize
+    if not leased:
+        monkeypatch.setattr(RunLedger, "_refuse_unless_owned", lambda self, transaction: None)
+
+    def spy(self: GaussianNoise, *given: Any, **more: Any) -> Any:
+        drawn.append(given)
+        return privatize(self, *given, **more)
+
+    monkeypatch.setattr(GaussianNoise, "privatize", spy)
+    engine, optimizer = make(patients)
+    loader = engine.loader(make_data())
+    train(engine.model, optimizer, loader)
+    engine.save_checkpoint(tmp_path / "run.pt")
+    if paused:
+        engine.release_budget()
+    resumed, its_optimizer = make(patients)
+    resumed.load_checkpoint(tmp_path / "run.pt")
+    train(resumed.model, its_optimizer, resumed.loader(make_data()))
+    before = parameters(engine.model)
+    with pytest.raises(LedgerError, match="another process") if leased else nullcontext():
+        train(engine.model, optimizer, loader)
+    assert (len(drawn), engine.steps_done) == ((8, 4) if leased else (12, 8))
+    assert torch.equal(parameters(engine.model), before) is leased
+    stated = resumed.get_privacy_spent().epsilon
+    assert (patients.total().planned <= stated * 1.001) is leased
 
 
 def test_going_on_without_the_ledger_warns(patients: DatasetLedger, tmp_path: Path) -> None:

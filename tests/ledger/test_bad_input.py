@@ -24,6 +24,7 @@ from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, DataError, LedgerError, PrivacyWarning
 from dptorch.ledger import Cap, connection, open_ledger, store
 from tests.engine.setup import SIZE, make_data, make_model, parameters
+from tests.ledger.conftest import new_database
 from tests.ledger.processes import spawn, wait
 from tests.ledger.setup import do_not_look
 
@@ -234,6 +235,19 @@ def test_a_server_that_does_not_answer_and_passwords_in_messages() -> None:
         open_ledger("postgresql://me:geheim@127.0.0.1:9/ledger", timeout_s=2)
     assert "geheim" not in str(refused.value)
     assert "postgresql://me@127.0.0.1:9/ledger" in str(refused.value)
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("name", ["fsync", "full_page_writes", "synchronous_commit"])
+def test_a_server_that_may_forget_what_it_has_confirmed_is_refused(
+    postgres: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    location = new_database(postgres)
+    monkeypatch.setitem(store._DURABLE, name, "as here never")
+    with pytest.raises(LedgerError, match=f"runs with {name}=on"):
+        open_ledger(location)
+    monkeypatch.undo()
+    open_ledger(location)
 
 
 def test_a_clock_that_goes_backwards_is_recorded_and_breaks_nothing(

@@ -9,7 +9,7 @@ import pytest
 
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.ledger import beside
-from dptorch.ledger.dataset_id import named, neighbours, sidecar_of
+from dptorch.ledger.dataset_id import named, neighbours, nested, of_path, sidecar_of
 from tests.ledger.processes import shared, spawn, wait
 
 
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         beside(tmp_path / "file" / "x.csv")
 
 
-@pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 201, "a\x1b[31m"])
+@pytest.mark.parametrize("name", ["", " x", "x ", "a\nb", "a\n", "x" * 201, "a\x1b[31m"])
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(ConfigurationError, match="name is public"):
         named(name)
@@ -78,3 +78,18 @@ def test_neighbours_are_other_data_with_an_identity(tmp_path: Path) -> None:
     sidecar_of(tmp_path / "new.csv").write_text("{}")
     assert neighbours(tmp_path / "x.csv") == known
     assert neighbours(tmp_path / "patients.csv") == {"patients.parquet": known["patients.parquet"]}
+
+
+def test_folders_in_each_other_are_found_from_either_side(tmp_path: Path) -> None:
+    outer = tmp_path / "data"
+    inner = outer / "cifar-10-batches-py"
+    (inner / "deeper").mkdir(parents=True)
+    assert nested(outer) == nested(inner) == {}
+    name = beside(outer)
+    for inside in (inner, inner / "deeper", inner / "deeper" / "rows.csv"):
+        assert nested(inside) == {str(outer): name}
+        assert neighbours(inside) == {}
+    assert nested(outer) == {}
+    of_inner = beside(inner)
+    assert nested(outer) == {str(inner): of_inner}
+    assert (of_path(inner), of_path(tmp_path / "other")) == (of_inner, None)

@@ -136,6 +136,10 @@ MISSING: dict[str, Any] = {
     "empty": ["b", "a", "", "a"],
     "blank": ["b", "a", " \t", "a"],
     "empty bytes": [b"b", b"a", b"", b"a"],
+    "a byte-order mark alone": ["b", "a", "\ufeff", "a"],
+    "NaN as bytes": np.array(["b", "a", NAN, NAN]).astype("S"),
+    "codes of pandas.factorize": np.array([1, 0, -1, 0]),
+    "codes in a list": [1, 0, -1, 0],
     "masked": np.ma.masked_equal([2, 1, 9, 9], 9),
     "pandas": lambda pd: pd.Series(["b", "a", pd.NA, "a"], dtype="string"),
     "pandas integers": lambda pd: pd.Series([2, 1, None, 1], dtype="Int64"),
@@ -168,14 +172,31 @@ AMBIGUOUS: dict[str, tuple[Any, str]] = {
     "a trailing NUL in bytes": ([b"b", b"a\0"], r"NUL, at user_ids\[1\]"),
     "large floats": (
         [2.0**53, 2.0**53 + 1, 0.5],
-        r"at user_ids\[0\], user_ids\[1\], where",
+        r"floats so large, at user_ids\[0\], user_ids\[1\], that",
     ),
     "large floats in an array": (
         np.array([0.5, 2.0**53]),
-        r"2\*\*53 or more, at user_ids\[1\], where",
+        r"floats so large, at user_ids\[1\], that",
     ),
-    "infinity": (np.array([0.5, np.inf]), r"2\*\*53 or more, at user_ids\[1\], where"),
-    "tuples": (((1, 2), (1, 2)), r"shape \(2, 2\)"),
+    "large floats of 32 bits": (
+        np.array([0.5, 2.0**24], np.float32),
+        r"floats so large, at user_ids\[1\], that",
+    ),
+    "large floats of 32 bits in a list": (
+        [np.float32(0.5), np.float32(2.0**24)],
+        r"floats so large, at user_ids\[1\], that",
+    ),
+    "large floats of 16 bits": (
+        torch.tensor([1.0, 256.0], dtype=torch.bfloat16),
+        r"floats so large, at user_ids\[1\], that",
+    ),
+    "spaces around": (["b", "a", "a "], r"user_ids\[1\] and user_ids\[2\] differ only by"),
+    "spaces around bytes": ([b"a ", b"a"], r"user_ids\[0\] and user_ids\[1\] differ only by"),
+    "a byte-order mark": (["\ufeffada", "ada"], r"user_ids\[0\] and user_ids\[1\] differ only by"),
+    "forms of Unicode": (["e\u0301", "\u00e9"], r"user_ids\[0\] and user_ids\[1\] differ only by"),
+    "infinity": (np.array([0.5, np.inf]), r"floats so large, at user_ids\[1\], that"),
+    "tuples": (((1, 2), (1, 2)), r"user_ids\[0\] has the shape \(2,\)"),
+    "lists of several lengths": ([["a"], ["b", "c"]], r"user_ids\[0\] has the shape \(1,\)"),
     "dates": (np.array(["2020-01-01"], dtype="M8[s]"), r"user_ids\[0\] is of type datetime64"),
 }
 
@@ -188,7 +209,11 @@ def test_ambiguous_ids_are_refused_and_the_first_named(kind: str) -> None:
 
 
 def test_ids_are_one_user_if_type_and_value_are_the_same() -> None:
-    assert len(Users(["a", "a ", "A", "a"])) == 3
+    assert len(Users(["a", "A", "a"])) == len(Users(["a b", "ab", "ab"])) == 2
+    assert len(Users([-1, -2, 0])) == 3  # no codes of pandas.factorize
+    assert len(Users([0.0, -0.0])) == len(Users(np.array([0.0, -0.0]))) == 1
+    assert len(Users(torch.tensor([1.0, 2.0], requires_grad=True))) == 2
+    assert len(Users(torch.tensor([1.0, 255.0], dtype=torch.bfloat16))) == 2
     assert len(Users([2**53, 2**53 + 1, -1, 2**64])) == 4
     assert len(Users(np.array([np.int64(7), 7, np.uint8(7)], dtype=object))) == 1
     assert len(Users([torch.tensor(7), 7])) == 1
@@ -210,7 +235,12 @@ def test_columns_of_pyarrow() -> None:
     pa = pytest.importorskip("pyarrow")
     for ids in (pa.array(IDS), pa.chunked_array([IDS]), pa.array([ord(u) for u in IDS])):
         assert len(Users(ids)) == 6
-    for missing in (pa.array(["b", "a", None]), pa.chunked_array([[2, 1, None]])):
+    assert len(Users(pa.array(IDS).dictionary_encode())) == 6
+    for missing in (
+        pa.array(["b", "a", None]),
+        pa.array(["b", "a", None]).dictionary_encode(),
+        pa.chunked_array([[2, 1, None]]),
+    ):
         with pytest.raises(DataError, match=r"missing ids, at user_ids\[2\]"):
             Users(missing)
 
@@ -224,6 +254,7 @@ def test_ids_as_text_would_pass_what_is_missing_or_mixed(monkeypatch: pytest.Mon
     monkeypatch.setattr("dptorch.sampling.users._owners", as_text)
     assert len(Users(MISSING["NaN among strings"])) == 3
     assert len(Users(AMBIGUOUS["1 and 1.0 and a string"][0])) == 3
+    assert len(Users(AMBIGUOUS["a byte-order mark"][0])) == 2
     assert len(Users([1, "1"])) == 1
 
 

@@ -289,28 +289,60 @@ def for_new_run(
         as_json: the command prints JSON, which a new data set is then not introduced among.
     """
     from dptorch.ledger import beside
-    from dptorch.ledger.dataset_id import sidecar_of
+    from dptorch.ledger.dataset_id import of_path
 
     opened = _open(
         location or str(runs / "ledger.db"), key_from_environment(), create=True, runs=runs
     )
     if dataset is None and data is not None and data.startswith(("hub:", "package:")):
         dataset = data
-    if dataset is None and data is not None:
-        known = sidecar_of(Path(data).resolve()).exists()
+    console = Console(stderr=True) if as_json else _console()
+    if dataset is not None:
+        _mention_accounts_alike(data, dataset, opened.datasets(), console)
+    elif data is not None:
+        known = of_path(data)
         dataset = beside(data)
-        if not known:
-            _introduce(data, dataset, Console(stderr=True) if as_json else _console())
+        if known is None:
+            _introduce(data, dataset, console)
     return opened.dataset(dataset or f"recipe:{recipe}")
+
+
+def _mention_accounts_alike(
+    data: str | None, dataset: str, accounts: list[str], console: Console
+) -> None:
+    """Say what other accounts the same data may have: by its path, or by a name almost the same."""
+    from dptorch.ledger.dataset_id import of_path
+
+    own = None if data is None else of_path(data)
+    alike = own if own in accounts else None
+    if alike is None and dataset not in accounts:
+        alike = next((name for name in accounts if _letters(name) == _letters(dataset)), None)
+    if alike not in (None, dataset):
+        console.print(
+            f"[bold]Ledger[/]   {alike} has an account here too. If {dataset} is the same data, their "
+            f"costs add up only under one name: --dataset {alike}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).casefold()
 
 
 def _introduce(data: str, dataset: str, console: Console) -> None:
     """Say that a data set is new to the ledger, and what to do if it is not."""
-    from dptorch.ledger.dataset_id import neighbours
+    from dptorch.ledger.dataset_id import neighbours, nested
 
-    others = neighbours(data)
+    others, same = neighbours(data), nested(data)
     text = f"[bold]Ledger[/]   {data} has an account of its own from now on: {dataset}."
-    if others:
+    if same:
+        path, known = next(iter(same.items()))
+        text += (
+            f" So has {path}, and one lies in the other: they have records in common, whose costs "
+            f"add up only under one name: --dataset {known}"
+        )
+    elif others:
         name, known = next(iter(others.items()))
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         text += (

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dptorch.errors import ConfigurationError, DataError
 
-__all__ = ["beside", "named", "neighbours", "sidecar_of"]
+__all__ = ["beside", "named", "neighbours", "nested", "of_path", "sidecar_of"]
 
 _SUFFIX = ".dptorch-id.json"
 
@@ -35,10 +35,11 @@ def named(name: str) -> str:
         >>> named("patients-2026")
         'patients-2026'
     """
-    if not re.fullmatch(r"[\w][\w .:/@+\-]{0,199}", name):
+    if not re.fullmatch(r"\w([\w .:/@+\-]{0,198}[\w.:/@+\-])?", name):
         raise ConfigurationError(
             f"dataset={name!r} cannot name a data set. Expected 1 to 200 letters, digits, spaces and "
-            ". : / @ + - _, beginning with a letter or digit. The name is public."
+            ". : / @ + - _, beginning with a letter or digit and not ending in a space. The name is "
+            "public."
         )
     return name
 
@@ -75,22 +76,52 @@ def beside(data: str | Path) -> str:
     return named(str(found))
 
 
+def of_path(data: str | Path) -> str | None:
+    """The fingerprint that a file or folder has; None where none was drawn, or none can be read."""
+    sidecar = sidecar_of(Path(data).resolve())
+    return _read(sidecar) if sidecar.exists() else None
+
+
 def neighbours(data: str | Path) -> dict[str, str]:
     """The fingerprints of other files and folders beside this one, by name.
 
     The same people may be in several of them: as CSV and as Parquet, in a copy. Nothing but their owner
     can tell.
     """
-    own = sidecar_of(Path(data).resolve())
+    path = Path(data).resolve()
+    found = _in_folder(path.parent)
+    found.pop(path, None)
+    return {other.name: name for other, name in found.items()}
+
+
+def nested(data: str | Path) -> dict[str, str]:
+    """The fingerprints of folders that this file or folder is in, and of what is in it, by path.
+
+    Unlike those of neighbours, they have records in common with it: ``data`` and
+    ``data/cifar-10-batches-py`` are one data set.
+    """
+    path = Path(data).resolve()
+    found = {folder: name for folder in path.parents if (name := of_path(folder))}
+    if path.is_dir():
+        found |= _in_folder(path)
+    return {str(other): name for other, name in found.items() if other != path}
+
+
+def _in_folder(folder: Path) -> dict[Path, str]:
+    """What of a folder has a fingerprint."""
     found = {}
-    for sidecar in sorted(own.parent.glob(f"*{_SUFFIX}")):
-        if sidecar != own and sidecar.with_name(sidecar.name.removesuffix(_SUFFIX)).exists():
-            try:
-                name = json.loads(sidecar.read_text(encoding="utf-8"))["dataset"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            found[sidecar.name.removesuffix(_SUFFIX)] = str(name)
+    for sidecar in sorted(folder.glob(f"*{_SUFFIX}")):
+        data = sidecar.with_name(sidecar.name.removesuffix(_SUFFIX))
+        if data.exists() and (name := _read(sidecar)) is not None:
+            found[data] = name
     return found
+
+
+def _read(sidecar: Path) -> str | None:
+    try:
+        return str(json.loads(sidecar.read_text(encoding="utf-8"))["dataset"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _draw(sidecar: Path) -> None:

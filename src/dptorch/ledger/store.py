@@ -228,6 +228,7 @@ class Store:
                 f"A PostgreSQL ledger needs psycopg ({error}): pip install 'dptorch[postgres]'."
             ) from None
         with self._errors("open"):
+            self._refuse_forgetful_server()
             if not self._tables_exist():
                 if not create:
                     raise DataError(f"{self.location} holds no dptorch ledger.")
@@ -315,6 +316,20 @@ class Store:
             )
         if self._path is not None and files_of(self._path) != files_in_use(self._engine):
             self._engine.dispose()  # a connection would go on with a file or log that is gone
+
+    def _refuse_forgetful_server(self) -> None:
+        """Raise LedgerError where what is committed may be lost by a crash of a server."""
+        if self.backend != "postgresql":
+            return
+        with self._engine.connect() as connection:
+            for name, wanted in _DURABLE.items():
+                found = connection.exec_driver_sql(f"SHOW {name}").scalar_one()
+                if found != wanted:
+                    raise LedgerError(
+                        f"The server of the ledger {self.location} runs with {name}={found}, so that a "
+                        f"crash may lose what it has confirmed. Set {name}={wanted}, and connect "
+                        "without a pooler that drops the settings of connections."
+                    )
 
     def _tables_exist(self) -> bool:
         with self._engine.connect() as connection:
@@ -406,6 +421,7 @@ class Store:
         return "Check the path or URL, and that the database answers."
 
 
+_DURABLE = {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}  # of PostgreSQL
 _PAST = {"open": "opened", "write": "written", "read": "read"}
 _ADVICE = {
     "locked": "Another process has held it for {timeout:g} s: let it finish, or end it if it hangs.",

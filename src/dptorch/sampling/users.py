@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 from uuid import UUID
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dptorch.errors import ConfigurationError, DataError
@@ -16,23 +18,26 @@ from dptorch.sampling.sampler import Sampler, check_key, distinct_indices
 __all__ = ["UserSampler", "Users"]
 
 _WORDS_FOR_MISSING: Final = frozenset({"nan", "NaN", "None", "NaT", "<NA>"})
-_LARGEST_EXACT_FLOAT: Final = 2.0**53
+_UNSEEN: Final = (
+    "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"  # a byte-order mark, and spaces of no width
+)
 _NAMED: Final = 3  # how many places an error names
 
 
 class Users:
     """The user of each example.
 
-    Two ids are one user if they have the same type and the same value: spaces, case and forms of
-    Unicode count. An id is an integer, a string, bytes, a `uuid.UUID` or a finite float, and all
-    ids are of one type. What does not say for sure who somebody is, is refused, because a person
-    who is taken for two would be protected half as well:
+    Two ids are one user if they have the same type and the same value; case counts. An id is an
+    integer, a string, bytes, a `uuid.UUID` or a finite float, and all ids are of one type. What does
+    not say for sure who somebody is, is refused, because a person who is taken for two would be
+    protected half as well:
 
-    - missing ids: None, NaN, NaT, masked and null entries, empty or blank strings, and the words
-      that Python writes for them ("nan", "None", "NaT", "<NA>");
+    - missing ids: None, NaN, NaT, masked and null entries, empty or blank strings, the words that
+      Python writes for them ("nan", "None", "NaT", "<NA>"), and the -1 of `pandas.factorize`;
     - ids of several types, such as 1 beside 1.0, True or "1";
+    - strings that differ only by what is around them and cannot be seen, or by the form of Unicode;
     - strings and bytes with a NUL, since numpy takes "a" and "a\\0" for one;
-    - floats from 2**53 on, at which different integers have become one.
+    - floats so large that different integers have become one (from 2**53 on, of float32 2**24).
 
     Args:
         user_ids: one id for each example, in any order: a list, an array, a tensor, or a column of
@@ -160,6 +165,11 @@ def _owners(user_ids: Any) -> NDArray[np.int64]:
     """The number of the user of each example, [N]: 0, 1, ... in the order of their ids."""
     if isinstance(user_ids, np.ma.MaskedArray):
         _refuse_missing(np.flatnonzero(np.ma.getmaskarray(user_ids)).tolist())
+    exact_below = 0.0
+    if isinstance(user_ids, torch.Tensor):
+        user_ids = user_ids.detach().cpu()
+        if user_ids.is_floating_point():  # numpy lacks some of torch's types
+            exact_below, user_ids = _exact_below(user_ids.dtype), user_ids.double()
     plain = isinstance(user_ids, Sequence) and not isinstance(user_ids, str | bytes)
     # An array of a list would turn 1 into "1" and NaN into "nan".
     ids: Any = _one_dimensional(user_ids) if plain else np.asarray(user_ids)
@@ -169,27 +179,54 @@ def _owners(user_ids: Any) -> NDArray[np.int64]:
         )
     if ids.dtype.kind == "f":
         _refuse_missing(np.flatnonzero(np.isnan(ids)).tolist())
-        _refuse_inexact(np.flatnonzero(~(np.abs(ids) < _LARGEST_EXACT_FLOAT)).tolist())
+        limit = exact_below or _exact_below(ids.dtype)
+        _refuse_inexact(np.flatnonzero(~(np.abs(ids) < limit)).tolist())
     if ids.dtype.kind in "iuf":
-        owners: NDArray[np.int64] = np.unique(ids, return_inverse=True)[1]
-        return owners
+        found, owners = np.unique(ids, return_inverse=True)
+        if ids.dtype.kind == "i" and _are_codes(found.tolist()):
+            _refuse_missing(np.flatnonzero(ids == -1).tolist())
+        return np.asarray(owners, np.int64)
     if ids.dtype.kind in "mM":
         _refuse_missing(np.flatnonzero(np.isnat(ids)).tolist())
     values = [_plain(value) for value in ids]
     _refuse_missing([i for i, value in enumerate(values) if _is_missing(value)])
     _refuse_mixed(values)
     if isinstance(values[0], float):
-        _refuse_inexact([i for i, v in enumerate(values) if not abs(v) < _LARGEST_EXACT_FLOAT])
+        pairs = enumerate(zip(ids, values, strict=True))
+        _refuse_inexact([i for i, (raw, v) in pairs if not abs(v) < _exact_below_of(raw)])
     if isinstance(values[0], str | bytes):
         _refuse_nul(values)
-    number = {value: i for i, value in enumerate(sorted(set(values)))}
+        _refuse_alike(values)
+    users = sorted(set(values))
+    if isinstance(values[0], int) and _are_codes(users):
+        _refuse_missing([i for i, value in enumerate(values) if value == -1])
+    number = {value: i for i, value in enumerate(users)}
     return np.array([number[value] for value in values])
 
 
+def _exact_below(dtype: Any) -> float:
+    """Below it, each integer is a float of this type of numpy or torch."""
+    info: Any = torch.finfo(dtype) if isinstance(dtype, torch.dtype) else np.finfo(dtype)
+    return 2.0 / float(info.eps)
+
+
+def _exact_below_of(value: Any) -> float:
+    """`_exact_below` for the type of a scalar of numpy, torch or Python."""
+    return _exact_below(getattr(value, "dtype", np.float64))
+
+
+def _are_codes(users: Sequence[int]) -> bool:
+    """Whether ids, in order, are -1, 0, 1, 2, ...: what pandas.factorize makes of a column that has
+    missing values."""
+    return len(users) > 1 and users[0] == -1 and users[-1] == len(users) - 2
+
+
 def _one_dimensional(values: Sequence[Any]) -> NDArray[Any]:
-    """An array [N] of the objects in a list, or an array of the list's shape where it is nested."""
+    """An array [N] of the objects in a list."""
     if values and np.ndim(values[0]):
-        return np.empty(np.shape(values), object)
+        raise DataError(
+            f"user_ids[0] has the shape {np.shape(values[0])}; expected one id for each example."
+        )
     ids = np.empty(len(values), object)
     ids[:] = values
     return ids
@@ -208,11 +245,16 @@ def _is_missing(value: Any) -> bool:
     if value is None:
         return True
     if isinstance(value, str | bytes):
-        return not value.strip() or value in _WORDS_FOR_MISSING
+        return not _seen(_text(value)) or _text(value) in _WORDS_FOR_MISSING
     try:
         return bool(value != value)
     except (TypeError, ValueError):  # pandas.NA is neither equal nor unequal to anything
         return True
+
+
+def _seen(value: str) -> str:
+    """What a reader sees of a string: in one form of Unicode, without what is around it unseen."""
+    return unicodedata.normalize("NFC", value.strip().strip(_UNSEEN).strip())
 
 
 def _kind(value: Any) -> str:
@@ -232,17 +274,17 @@ def _places(indices: Iterable[int]) -> str:
 def _refuse_missing(indices: list[int]) -> None:
     if indices:
         raise DataError(
-            f"user_ids has missing ids, at {_places(indices)}: None, NaN, a blank string, or a word "
-            "for it such as 'nan'. Every example needs an owner. Drop these examples, or give each "
-            "of them the id of a user."
+            f"user_ids has missing ids, at {_places(indices)}: None, NaN, a blank string, a word for "
+            "it such as 'nan', or the -1 that pandas.factorize writes for it. Every example needs an "
+            "owner. Drop these examples, or give each of them the id of a user."
         )
 
 
 def _refuse_inexact(indices: list[int]) -> None:
     if indices:
         raise DataError(
-            f"user_ids has floats of 2**53 or more, at {_places(indices)}, where two different "
-            "integers can have become one float. Give the ids as integers or as strings."
+            f"user_ids has floats so large, at {_places(indices)}, that two different integers can "
+            "have become one float. Give the ids as integers or as strings."
         )
 
 
@@ -254,6 +296,23 @@ def _refuse_nul(values: list[Any]) -> None:
             f"user_ids has ids with a NUL, at {_places(found)}: numpy takes 'a' and 'a\\0' for one "
             "id, and others do not. Strip it, as in [u.rstrip('\\0') for u in user_ids]."
         )
+
+
+def _refuse_alike(values: list[Any]) -> None:
+    first: dict[str, Any] = {}
+    for value in dict.fromkeys(values):
+        other = first.setdefault(_seen(_text(value)), value)
+        if other != value:
+            raise DataError(
+                f"user_ids[{values.index(other)}] and user_ids[{values.index(value)}] differ only by "
+                "what is around them and cannot be seen, as spaces, or by the form of Unicode: they "
+                "may be one person or two. Strip the ids, as in [u.strip() for u in user_ids], or give "
+                "each user a number."
+            )
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def _refuse_mixed(values: list[Any]) -> None:
