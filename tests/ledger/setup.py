@@ -16,6 +16,7 @@ EDITS = {
     "moved to another data set": "UPDATE dptorch_ledger_entries SET dataset = 'b' WHERE seq = 4",
     "deleted": "DELETE FROM dptorch_ledger_entries WHERE seq = 4",
     "cut off": "DELETE FROM dptorch_ledger_entries WHERE seq > 4",
+    "a hash of other letters": "UPDATE dptorch_ledger_entries SET hash = 'é' WHERE seq = 4",
     "backdated": "UPDATE dptorch_ledger_entries SET time = '2020-01-01T00:00:00' WHERE seq = 4",
     "swapped": "UPDATE dptorch_ledger_entries SET seq = -seq WHERE seq IN (4, 5); "
     "UPDATE dptorch_ledger_entries SET seq = 9 + seq WHERE seq < 0",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dptorch
 from dptorch import accounting
@@ -338,10 +340,47 @@ def test_the_default_cap_and_total_cover_every_scheme(tmp_path: Path, sampling: 
     assert patients.total().adjacency is Adjacency.ZERO_OUT
 
 
-@pytest.mark.parametrize("values", [(0.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0)])
-def test_an_impossible_cap_is_refused(values: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        (0.0, 1e-5),
+        (float("inf"), 1e-5),
+        (1.0, 0.0),
+        (1.0, 1.0),
+        ("1", 1e-5),
+        (True, 1e-5),
+        (1.0, None),
+        (1.0, 1e-5, "zero-out", "usr"),
+        (1.0, 1e-5, "zero-out", None),
+    ],
+)
+def test_an_impossible_cap_is_refused(values: tuple[Any, ...]) -> None:
     with pytest.raises(ConfigurationError, match="of a cap"):
         Cap(*values)
+
+
+def test_what_is_no_ledger_of_a_data_set_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    for settings in ({"steps_per_write": 1.5}, {"timeout_s": "x"}, {"timeout_s": -1}):
+        with pytest.raises(ConfigurationError, match=next(iter(settings))):
+            open_ledger(path, **settings)
+    for location in (None, "", 5):
+        with pytest.raises(ConfigurationError, match="no place of a ledger"):
+            open_ledger(location)
+    assert not path.exists()
+    ledger = open_ledger(path)
+    for other in (str(path), path, ledger):
+        with pytest.raises(ConfigurationError, match="expected the ledger of one data set"):
+            dptorch.PrivacyEngine(torch.nn.Linear(2, 1), plan=plan(), ledger=other)
+    with pytest.raises(ConfigurationError, match=r"expected Cap\(epsilon, delta\)"):
+        ledger.dataset("a").set_cap(8.0)
+    for name in (None, 5):
+        with pytest.raises(ConfigurationError, match="name is public"):
+            ledger.dataset(name)
+    take(ledger.dataset("a"), 1)
+    with pytest.raises(LedgerError, match="does not know run"):
+        ledger.close_run(None)
+    assert "no entry has the pinned hash" in ledger.verify("é").problems[0]
 
 
 # -- the chain -----------------------------------------------------------------------------------------
@@ -354,6 +393,22 @@ def test_every_kind_of_edit_is_found(location: str, edit: str) -> None:
     assert ledger.verify().problems == []
     execute(location, *EDITS[edit].split("; "))
     assert ledger.verify().problems
+
+
+def test_an_entry_that_cannot_be_read_is_said_and_admits_nothing(tmp_path: Path) -> None:
+    """SQLite keeps in a row whatever is written there."""
+    ledger = open_ledger(tmp_path / "ledger.db")
+    patients = ledger.dataset("a")
+    take(patients, 5)
+    row = "UPDATE dptorch_ledger_entries SET body = {} WHERE seq = 2"
+    for body in ("X'00ff'", "'no JSON'", "'[]'", "'{}'"):
+        execute(str(tmp_path / "ledger.db"), row.format(body))
+        assert "entry 2 was edited" in ledger.verify().problems[0]
+        for refused in (patients.total, patients.runs):
+            with pytest.raises(LedgerError, match=r"cannot be read.*ledger verify"):
+                refused()
+        with pytest.raises(LedgerError, match=r"is broken.*Nothing was spent"):
+            open_ledger(tmp_path / "ledger.db").dataset("a").run(plan(), OS).open()
 
 
 def test_a_consistent_cut_is_found_by_a_pinned_head_only(location: str) -> None:

@@ -93,6 +93,23 @@ def test_steps_taken_after_a_checkpoint_was_loaded_are_counted(location: str) ->
     assert adaptive_epsilon(run.committed, 1e-5) == adaptive_epsilon(run.history, 1e-5)
 
 
+def test_without_reading_anew_they_would_not_be_counted(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken twin counts by what the ledger had when the checkpoint was loaded."""
+    first = begin(location, 2)
+    second = resume(location, first, 2)
+    for step in range(2, 8):
+        first.count(step, STEP)
+    monkeypatch.setattr(RunLedger, "_read", lambda self, transaction: self._in_ledger)
+    for step in range(2, 10):
+        second.count(step, STEP)
+    (run,) = open_ledger(location).runs()
+    assert (second.repeated_steps, run.repeated) == (0, 6)
+    committed, spent = (adaptive_epsilon(e, 1e-5) for e in (run.committed, run.history))
+    assert committed < spent
+
+
 def test_a_run_that_does_not_fit_any_more_when_it_is_taken_over_is_refused(location: str) -> None:
     patients = open_ledger(location).dataset("a")
     patients.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 1.05, 1e-5))

@@ -101,6 +101,10 @@ class RunState:
                 "give the engine its one ledger before its loader and its first step: what was "
                 "released before would be missing in it."
             )
+        if ledger is not None:
+            from dptorch.ledger.datasets import of_one_data_set
+
+            of_one_data_set(ledger)
         self._ledger = ledger
         self._run_ledger = SharedLedger(self.ranks, lambda: self._make_run(self.key))
 

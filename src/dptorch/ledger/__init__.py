@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dptorch.accounting.arguments import number, positive, positive_int
 from dptorch.errors import ConfigurationError
 from dptorch.ledger.budget import Cap
 from dptorch.ledger.chain import Verification
@@ -61,8 +62,13 @@ def open_ledger(
     """
     from dptorch.ledger.store import Store  # SQLAlchemy is imported by those who need it
 
-    if steps_per_write < 1:
-        raise ConfigurationError(f"steps_per_write={steps_per_write!r} must be at least 1.")
+    steps_per_write = positive_int("steps_per_write", steps_per_write)
+    positive("timeout_s", number("timeout_s", timeout_s))
+    if not isinstance(location, str | Path) or not str(location).strip():
+        raise ConfigurationError(
+            f"location={location!r} is no place of a ledger. Give a path such as 'ledger.db', or "
+            "'postgresql://user@host/database'."
+        )
     key = None if key_file is None else _read_key(Path(key_file))
     store = Store(location, create=create, key=key, timeout_s=timeout_s)
     return Ledger(store, key=key, steps_per_write=steps_per_write)

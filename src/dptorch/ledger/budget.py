@@ -34,7 +34,9 @@ from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
 from dptorch.accounting.accountants.protocol import Compositions
 from dptorch.accounting.accountants.rdp import RDPAccountant, renyi_divergences, renyi_orders
-from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyError
+from dptorch.accounting.arguments import number
+from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyError, one_of
+from dptorch.plan import UNITS
 
 __all__ = ["Cap", "adaptive_epsilon", "admit", "planned_epsilon"]
 
@@ -51,6 +53,9 @@ class Cap:
         adjacency: the neighbouring relation that it is about. By default zero-out, which covers every
             sampling scheme, and costs what add/remove does where that covers it too.
         unit: what one record is; runs with another unit cannot be added to it.
+
+    Raises:
+        ConfigurationError: a value out of range, or an adjacency or unit that is not known.
     """
 
     epsilon: float
@@ -59,6 +64,8 @@ class Cap:
     unit: str = "example"
 
     def __post_init__(self) -> None:
+        for name in ("epsilon", "delta"):
+            object.__setattr__(self, name, number(f"{name} of a cap", getattr(self, name)))
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ConfigurationError(
                 f"epsilon={self.epsilon!r} of a cap must be finite and above 0, such as 8.0."
@@ -68,6 +75,7 @@ class Cap:
                 f"delta={self.delta!r} of a cap must lie between 0 and 1, and well below one over "
                 "the number of records, such as 1e-5."
             )
+        one_of("unit of a cap", self.unit, UNITS)
         object.__setattr__(self, "adjacency", Adjacency.of(self.adjacency))
 
 

@@ -35,7 +35,7 @@ def named(name: str) -> str:
         >>> named("patients-2026")
         'patients-2026'
     """
-    if not re.fullmatch(r"\w([\w .:/@+\-]{0,198}[\w.:/@+\-])?", name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w([\w .:/@+\-]{0,198}[\w.:/@+\-])?", name):
         raise ConfigurationError(
             f"dataset={name!r} cannot name a data set. Expected 1 to 200 letters, digits, spaces and "
             ". : / @ + - _, beginning with a letter or digit and not ending in a space. The name is "

@@ -24,7 +24,7 @@ from dptorch.randomness import KeySource
 if TYPE_CHECKING:
     from dptorch.ledger.store import Store
 
-__all__ = ["DatasetLedger", "Ledger", "RunSummary", "Total"]
+__all__ = ["DatasetLedger", "Ledger", "RunSummary", "Total", "of_one_data_set"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Ledger:
         Raises:
             LedgerError: there is no such run.
         """
-        return close_dead(self.store, run)
+        return close_dead(self.store, str(run))
 
     def verify(self, pinned_head: str | None = None) -> Verification:
         """Recompute every hash; see `dptorch.ledger.chain.verify`.
@@ -212,6 +212,10 @@ class DatasetLedger:
                 unit, or is not covered under its adjacency.
             LedgerError: the ledger is broken, or cannot be written.
         """
+        if not isinstance(cap, Cap | None):
+            raise ConfigurationError(
+                f"cap={cap!r}: expected Cap(epsilon, delta), or None to lift it."
+            )
         with self.store.decide() as transaction:
             if cap is not None:
                 runs_so_far = _summaries(transaction.entries(dataset=self.dataset))
@@ -284,12 +288,32 @@ class DatasetLedger:
         )
 
 
+def of_one_data_set(ledger: object) -> DatasetLedger:
+    """Return `ledger`, if it is the ledger of a data set.
+
+    Raises:
+        ConfigurationError: it is something else, such as a path, or the ledger of all data sets.
+    """
+    if not isinstance(ledger, DatasetLedger):
+        raise ConfigurationError(
+            f"ledger={ledger!r}: expected the ledger of one data set, as in "
+            "ledger=open_ledger('ledger.db').dataset('patients-2026')."
+        )
+    return ledger
+
+
 def _summaries(entries: Iterable[Entry]) -> list[RunSummary]:
     of_runs: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.run is not None:
             of_runs.setdefault(entry.run, []).append(entry)
-    return [_summary(of_run) for of_run in of_runs.values()]
+    try:
+        return [_summary(of_run) for of_run in of_runs.values()]
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise LedgerError(
+            f"the ledger has an entry that cannot be read ({error!r}): it was edited. Run `dptorch "
+            "ledger verify`, and restore the newest copy that is whole."
+        ) from None
 
 
 def _summary(entries: list[Entry]) -> RunSummary:

@@ -19,7 +19,7 @@ from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.distributed import Ranks
 from dptorch.engine.run_state import RunState
 from dptorch.errors import ConfigurationError, DataError, one_of
-from dptorch.ledger.datasets import DatasetLedger
+from dptorch.ledger.datasets import DatasetLedger, of_one_data_set
 from dptorch.noise import get_mechanism
 from dptorch.noise.fingerprint import fingerprint
 from dptorch.plan import PrivacyPlan, make_plan
@@ -183,6 +183,7 @@ def release(
     # Each process that calls this makes a release of its own, with other noise, and is charged for it.
     run = RunState(plan, key, Ranks.alone())
     if ledger is not None:
+        ledger = of_one_data_set(ledger)
         if (cap := ledger.cap) is not None and cap.adjacency is Adjacency.ADD_REMOVE:
             raise ConfigurationError(
                 "the data set's cap protects how many records there are (adjacency='add-remove'), "
