@@ -181,7 +181,7 @@ def test_an_engine_whose_run_another_has_gone_on_with_draws_no_noise(
     paused: bool,
     leased: bool,
 ) -> None:
-    """The broken twin has no lease: four steps more are released, and the one that resumed states less."""
+    """The broken twin has no lease: four more steps are released, and one states less."""
     drawn, privatize = [], GaussianNoise.privatize
     if not leased:
         monkeypatch.setattr(RunLedger, "_refuse_unless_owned", lambda self, transaction: None)
