@@ -13,6 +13,7 @@ import torch
 
 from dptorch import accounting
 from dptorch.accounting import Adjacency, Event
+from dptorch.distributed.agreement import SAME_DATA
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
@@ -124,6 +125,7 @@ class Statement:
         model_digest: SHA-256 of the model that a run released, weights and preprocessing.
         read_from_data: what of the preprocessing was read off the private data, in words.
         notes: what else a reader has to know, in words: what weights training began from.
+        ranks: how many processes took the steps together.
     """
 
     plan: PrivacyPlan
@@ -143,6 +145,7 @@ class Statement:
     model_digest: str | None = None
     read_from_data: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    ranks: int = 1
 
     @property
     def sampling_holds(self) -> bool:
@@ -216,6 +219,7 @@ class Statement:
             DRAWS.format(unit=unit),
             *[read] * bool(self.read_from_data),
             *[order] * bool(plan.places_kept),
+            *[SAME_DATA] * (self.ranks > 1),
             *[SAME_GRADIENT] * (plan.mechanism == "discrete_gaussian"),
         ]
 

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 import dptorch
 from dptorch.clipping.sums import ClippedSum
 from dptorch.noise import GaussianNoise
+from dptorch.noise.spans import Columns
 from tests.engine.setup import make_data, make_model
 from tests.source import REPOSITORY
 
@@ -229,12 +230,16 @@ def initialized(model: nn.Module, optimizer: Any, config: dict[str, Any]) -> tup
 
 
 def _places(clipped: ClippedSum, offsets: Any) -> Tensor:
-    starts, at = [], 0
+    found, at = [], 0
     for name, value in clipped.values.items():
-        starts.append(at if offsets is None else offsets[name])
+        place = at if offsets is None else offsets[name]
+        if isinstance(place, Columns):
+            rows = torch.arange(value.shape[0]) * place.row
+            found.append((place.first + rows[:, None] + torch.arange(value.shape[1])).flatten())
+        else:
+            found.append(torch.arange(place, place + value.numel()))
         at += value.numel()
-    sizes = [value.numel() for value in clipped.values.values()]
-    return torch.cat([torch.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)])
+    return torch.cat(found)
 
 
 def values_of(p: Any) -> Tensor:

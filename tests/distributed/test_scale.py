@@ -39,8 +39,8 @@ def test_the_first_program_of_the_page_runs_under_torchrun(tmp_path: Path) -> No
     assert 2.9 < float(told) <= 3.0
 
 
-def test_the_program_with_fully_shard_runs(tmp_path: Path) -> None:
-    program = programs()[1]
+@pytest.mark.parametrize("program", [programs()[1], programs()[3]], ids=["shards", "features"])
+def test_the_programs_with_divided_models_run(program: str, tmp_path: Path) -> None:
 
     def work(rank: int) -> float:
         os.chdir(tmp_path)

@@ -69,7 +69,7 @@ def test_a_restart_with_a_buffer_lost_is_not_the_run():
     again = BufferedNoise(1.0, THREE, steps)
     again.restore(noise.state(5), 5)
     assert (taken(again, steps, first=5) == whole[5:]).all()
-    noise._buffers["weight"][1].zero_()
+    noise._buffers[0][1].zero_()
     assert np.abs(taken(noise, steps, first=5) - whole[5:]).max() > 0.05
     with pytest.raises(PrivacyError, match="noise of 4 of the 5 steps"):
         again.restore({"contexts": [1, 2, 3, 4], "made_on": []}, 5)
@@ -101,7 +101,7 @@ def test_a_failed_step_is_made_good(monkeypatch):
         patch.setattr(noise, "_advance", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             taken(noise, 4, first=3)
-    noise._buffers["weight"][0] = 7.0
+    noise._buffers[0][0] = 7.0
     found = np.concatenate([first, taken(noise, steps, first=4)])
     matrix = dense(THREE, steps)
     matrix[4:, 3] = 0

@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from dptorch.clipping.sums import ClippedSum
+from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise import GaussianNoise
-from dptorch.noise.gaussian import DEVICE_BLOCK, Span, _add_on_device
+from dptorch.noise import (
+    BandedNoise,
+    DiscreteGaussianNoise,
+    GaussianNoise,
+    InverseBandedNoise,
+)
+from dptorch.noise.gaussian import DEVICE_BLOCK, _add_on_device
 from dptorch.noise.noisy_gradient import NoisyGradient
+from dptorch.noise.spans import Columns, Span
 from dptorch.randomness import RootKey
 
 KEY = RootKey.from_seed(11)
@@ -157,6 +163,56 @@ def test_shards_get_the_slices_of_the_noise_of_the_whole(ranks: int) -> None:
         for n, (a, b) in cuts.items():
             found[n][a:b] = noisy.values[n]
     assert torch.equal(torch.cat(list(found.values())), noise_of(whole))
+
+
+def banded(kind: type[Any]) -> Any:
+    return kind(1.5, [1.0, 0.5], 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GaussianNoise(1.5),
+        lambda: banded(BandedNoise),
+        lambda: banded(InverseBandedNoise),
+        lambda: DiscreteGaussianNoise(1.5),
+    ],
+)
+@pytest.mark.parametrize("in_memory", [torch.Tensor.contiguous, lambda t: t.t().contiguous().t()])
+def test_columns_get_their_part_of_the_noise_of_the_whole(make: Any, in_memory: Any) -> None:
+    """As of a linear layer whose inputs are divided: each rank has some columns of the weight."""
+    discrete = isinstance(make(), DiscreteGaussianNoise)
+    dtype = torch.int64 if discrete else torch.float32
+    kind = RoundedSum if discrete else ClippedSum
+
+    def sums(parts: dict[str, torch.Tensor]) -> ClippedSum:
+        placed = {n: v.clone() if v.dim() == 1 else in_memory(v.clone()) for n, v in parts.items()}
+        return kind(placed, 1.0)
+
+    def steps_of(parts: dict[str, torch.Tensor], **more: Any) -> list[dict[str, torch.Tensor]]:
+        noise = make()
+        return [noise.privatize(sums(parts), KEY, step, **more).values for step in range(3)]
+
+    shape = {"before": (5,), "weight": (300, 217), "after": (70_000,)}
+    whole = {name: torch.zeros(each, dtype=dtype) for name, each in shape.items()}
+    expected = steps_of(whole)
+    for a, b in ((0, 100), (100, 217)):
+        mine = whole | {"weight": whole["weight"][:, a:b]}
+        where = {"before": 0, "weight": Columns(5 + a, 217), "after": 5 + 300 * 217}
+        for found, all_of_it in zip(steps_of(mine, offsets=where), expected, strict=True):
+            assert torch.equal(found["weight"], all_of_it["weight"][:, a:b])
+            assert torch.equal(found["after"], all_of_it["after"])
+
+
+def test_columns_that_are_none_are_refused() -> None:
+    sums = {"a": torch.zeros(4, 3), "b": torch.zeros(9)}
+    for first, row in ((-1, 3), (0, 2)):
+        where: dict[str, Any] = {"a": Columns(first, row), "b": 100}
+        with pytest.raises(ConfigurationError, match="offsets"):
+            GaussianNoise(1.0).privatize(ClippedSum(sums, 1.0), KEY, 0, offsets=where)
+    where = {"a": Columns(0, 6), "b": 20}  # the last of its columns is number 20
+    with pytest.raises(PrivacyError, match="'b' and 'a' overlap"):
+        GaussianNoise(1.0).privatize(ClippedSum(sums, 1.0), KEY, 0, offsets=where)
 
 
 def test_offsets_that_would_repeat_noise_are_refused() -> None:

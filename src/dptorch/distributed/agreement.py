@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -13,10 +13,26 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from dptorch.distributed.zero3 import is_partitioned, whole_shape
+from dptorch.randomness import RootKey
 
-__all__ = ["digest_of_examples", "digest_of_parameters", "digest_of_values", "shapes"]
+__all__ = [
+    "SAME_DATA",
+    "digest_of_examples",
+    "digest_of_parameters",
+    "digest_of_values",
+    "places_of_key",
+    "shapes",
+]
+
+#: What the statement of a run on several ranks assumes.
+SAME_DATA: Final = (
+    "all processes have the same data set in the same order, and those that train one share trust the "
+    "network between them: compared were its number of examples and, at each loader, 13 of them and "
+    "64 that the secret key chooses (all of a TensorDataset of up to 64 MB, all indices of a Subset)"
+)
 
 _LOOKED_AT: Final = 13  # examples of the data set
+_CHOSEN: Final = 64  # more of them, by the key
 _SMALL: Final = 64 << 20  # bytes of a data set in tensors, of which all is looked at
 _WORDS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NO_VALUE: Final = "differs each time that it is read"
@@ -48,9 +64,21 @@ def digest_of_parameters(parameters: Mapping[str, Tensor]) -> str:
     return f"{total % 2**64:016x}"
 
 
-def digest_of_examples(dataset: Any) -> str:
+def places_of_key(key: RootKey, step: int, size: int) -> list[int]:
+    """Return places in a data set of `size` examples, chosen by the key: others at each step."""
+    if not size:
+        return []
+    drawn = (key.derive("places that ranks compare", step, i) for i in range(_CHOSEN))
+    return [int.from_bytes(each[:8], "little") % size for each in drawn]
+
+
+def digest_of_examples(dataset: Any, also: Iterable[int] = ()) -> str:
     """Return a hash of some examples of a data set, first and last among them; of all of a small one
     that is in tensors, and of the indices of a subset.
+
+    Args:
+        dataset: of map style.
+        also: places of further examples to look at.
 
     They are read under a fixed state of the global random generators, which is put back. An example
     that is another each time even so (an augmentation with a generator of its own) is left out.
@@ -68,7 +96,7 @@ def digest_of_examples(dataset: Any) -> str:
     if isinstance(dataset, TensorDataset) and sum(t.nbytes for t in dataset.tensors) <= _SMALL:
         _add(list(dataset.tensors), whole)
         return whole.hexdigest()[:16]
-    places = sorted({i * (size - 1) // max(1, _LOOKED_AT - 1) for i in range(_LOOKED_AT)})
+    places = sorted({i * (size - 1) // max(1, _LOOKED_AT - 1) for i in range(_LOOKED_AT)} | {*also})
     for i in places:
         once, again = _read(dataset, i), _read(dataset, i)
         whole.update((once if once == again else _NO_VALUE).encode())

@@ -67,10 +67,12 @@ def _shard(value: Any, like: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     spread: Any = like
-    mesh = spread.device_mesh
-    parts = value.chunk(mesh.size())
-    rank = mesh.get_local_rank()
-    mine = parts[rank] if rank < len(parts) else value[:0]
+    mesh, mine = spread.device_mesh, value
+    for axis, layout in enumerate(spread.placements):
+        if layout.is_shard():
+            parts, rank = mine.chunk(mesh.size(axis), layout.dim), mesh.get_local_rank(axis)
+            none = mine.narrow(layout.dim, 0, 0)
+            mine = parts[rank] if rank < len(parts) else none
     return DTensor.from_local(
         mine.clone().to(spread.device),
         mesh,

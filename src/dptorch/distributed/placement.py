@@ -7,25 +7,30 @@ part lies in the whole gradient, so that its noise is that part of the whole's n
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from dptorch.clipping.sums import ClippedSum
+from dptorch.distributed.parallel_layers import layers_of
 from dptorch.distributed.ranks import Ranks
-from dptorch.distributed.sharded import ShardedParameters, in_buckets, is_sharded
+from dptorch.distributed.sharded import (
+    Form,
+    Names,
+    ShardedParameters,
+    in_buckets,
+    is_sharded,
+    one_fingerprint,
+)
+from dptorch.distributed.tensor_parallel import TensorParallel
 from dptorch.distributed.zero import ZeroParameters, is_zero
 from dptorch.errors import ConfigurationError
+from dptorch.noise.spans import Offsets
+from dptorch.tape import Tape
 
-__all__ = ["Formed", "Placement", "Replicated", "Sharded", "placement_of"]
-
-
-Names: TypeAlias = Sequence[str] | None
-Form: TypeAlias = Callable[[Names], dict[str, Tensor]]
-Formed: TypeAlias = Callable[[Names, Form], dict[str, Tensor]]
+__all__ = ["Placement", "Replicated", "Sharded", "placement_of"]
 
 
 class Placement(Protocol):
@@ -35,8 +40,9 @@ class Placement(Protocol):
         is_whole: whether this rank can run the model without the others.
         followed: parameter name -> what the model's forward passes use.
         around_forward: makes what a recorded forward pass runs in.
-        offsets: parameter name -> place of the first coordinate of this rank's part in the whole
-            gradient; None where the part is the whole. Known once `add_up` was called.
+        offsets: parameter name -> place of this rank's part in the whole gradient; None where the
+            part is the whole. Known once `add_up` was called.
+        data_ranks: those that have other examples than this one.
     """
 
     @property
@@ -49,7 +55,17 @@ class Placement(Protocol):
     def around_forward(self) -> Callable[[], AbstractContextManager[None]]: ...
 
     @property
-    def offsets(self) -> Mapping[str, int] | None: ...
+    def offsets(self) -> Offsets | None: ...
+
+    @property
+    def data_ranks(self) -> Ranks: ...
+
+    def any_rank(self, wanted: bool) -> bool:
+        """Return whether a rank wants what changes the messages of a backward pass; where it has
+        none, whether this one does."""
+
+    def norms(self, tape: Tape, names: Names) -> Tensor:
+        """Return the norm of each example's whole gradient, as `Tape.norms`."""
 
     def formed(self, names: Names, form: Form) -> dict[str, Tensor]:
         """Return what ``form(names)`` returns, the sums over the examples of this rank; or, where a
@@ -65,17 +81,31 @@ class Placement(Protocol):
     def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
         """Hand this rank's part of the gradient of parameter `p` to the optimizer."""
 
+    def remove(self) -> None:
+        """Leave the model as it was, as far as that can be."""
+
 
 class Replicated:
     """Every rank has all parameters."""
 
     is_whole = True
-    offsets: Mapping[str, int] | None = None
+    offsets: Offsets | None = None
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, ranks: Ranks, parameters: dict[str, Tensor]) -> None:
-        self._ranks = ranks
+        self._ranks = self.data_ranks = ranks
         self.followed = parameters
+
+    def any_rank(self, wanted: bool) -> bool:
+        """See `Placement`. A backward pass of a whole model sends nothing."""
+        return wanted
+
+    def norms(self, tape: Tape, names: Names) -> Tensor:
+        """See `Placement`."""
+        return tape.norms(names)
+
+    def remove(self) -> None:
+        """See `Placement`."""
 
     def formed(self, names: Names, form: Form) -> dict[str, Tensor]:
         """See `Placement`."""
@@ -118,12 +148,23 @@ class Sharded:
     """
 
     def __init__(self, ranks: Ranks, shards: ShardedParameters | ZeroParameters) -> None:
-        self._ranks = ranks
+        self._ranks = self.data_ranks = ranks
         self._shards = shards
         self.is_whole = shards.is_whole
         self.followed = shards.followed
         self.around_forward = shards.around_forward
-        self.offsets: Mapping[str, int] | None = None
+        self.offsets: Offsets | None = None
+
+    def any_rank(self, wanted: bool) -> bool:
+        """See `Placement`."""
+        return self._ranks.any_rank(wanted)
+
+    def norms(self, tape: Tape, names: Names) -> Tensor:
+        """See `Placement`. Examples are whole on their rank."""
+        return tape.norms(names)
+
+    def remove(self) -> None:
+        """See `Placement`. What was put around FSDP's and ZeRO's functions is without effect."""
 
     def formed(self, names: Names, form: Form) -> dict[str, Tensor]:
         """See `Placement`."""
@@ -146,8 +187,7 @@ class Sharded:
 
     def common(self, fingerprint: int) -> int:
         """See `Placement`."""
-        parts = b"".join(part.to_bytes(8, "little") for part in self._ranks.gather(fingerprint))
-        return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "little")
+        return one_fingerprint(self._ranks, fingerprint)
 
     def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
         """See `Placement`."""
@@ -172,6 +212,8 @@ def placement_of(
         ConfigurationError: they are spread over processes in a way that is not covered.
     """
     spread: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if is_sharded(p)]
+    by_fsdp = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
+    layers = [] if by_fsdp else list(layers_of(model))
     if any(map(is_zero, parameters.values())):
         return Sharded(ranks, ZeroParameters(given, parameters, ranks))
     if not spread:
@@ -183,4 +225,6 @@ def placement_of(
             f"ranks are {ranks.size}. Shard over all of them, or give the engine "
             "ranks=dptorch.distributed.Ranks.of(mesh.get_group())."
         )
+    if not by_fsdp:
+        return TensorParallel(model, parameters, layers, ranks)
     return Sharded(ranks, ShardedParameters(model, parameters, ranks))

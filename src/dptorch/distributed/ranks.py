@@ -131,7 +131,7 @@ class Ranks:
     def _meet(self, same: Mapping[str, int], error: str | None) -> str | None:
         """Exchange whether this rank may go on; returns why it may not, if another's state says so."""
         mine = torch.tensor([error is not None, *same.values()], dtype=torch.int64)
-        found = self._gathered(mine)
+        found = self.gather_rows(mine)
         failed = [rank for rank, row in enumerate(found.tolist()) if row[0]]
         if failed:
             messages = self.gather(error)
@@ -149,8 +149,12 @@ class Ranks:
                 )
         return None
 
-    def _gathered(self, numbers: Tensor) -> Tensor:
-        """A row of numbers from each rank: [size, n]."""
+    def any_rank(self, wanted: bool) -> bool:
+        """Return whether some rank gave True."""
+        return bool(self.gather_rows(torch.tensor([wanted])).any()) if self.size > 1 else wanted
+
+    def gather_rows(self, numbers: Tensor) -> Tensor:
+        """Return numbers of one shape from each rank, [size, *shape], on the CPU."""
         numbers = numbers.to(self._device)
         rows = list(torch.empty(self.size, *numbers.shape, dtype=numbers.dtype).to(self._device))
         with explained():
@@ -216,7 +220,7 @@ class Ranks:
         """
         if self.size > 1:
             halves = torch.tensor([fingerprint >> 32, fingerprint & (2**32 - 1)], dtype=torch.int64)
-            if self._gathered(halves).unique(dim=0).shape[0] > 1:
+            if self.gather_rows(halves).unique(dim=0).shape[0] > 1:
                 raise PrivacyError(
                     "the sum over all ranks is not the same on each, so that they would add different "
                     "noise to it, and the models drift apart. Nothing was released. The communication "

@@ -9,9 +9,10 @@ detaches parameters, and so FSDP has nothing to reduce: the clipped sums are add
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,19 @@ from dptorch.distributed.hidden import hidden
 from dptorch.distributed.ranks import Ranks, explained
 from dptorch.errors import ConfigurationError
 
-__all__ = ["ShardedParameters", "in_buckets", "is_sharded", "local_part"]
+__all__ = [
+    "Form",
+    "Names",
+    "ShardedParameters",
+    "in_buckets",
+    "is_sharded",
+    "like_parameter",
+    "local_part",
+    "one_fingerprint",
+]
+
+Names: TypeAlias = Sequence[str] | None
+Form: TypeAlias = Callable[[Names], dict[str, Tensor]]
 
 #: Elements of sums that are added up in one message.
 BUCKET: Final = 2**23
@@ -40,6 +53,27 @@ def local_part(p: Tensor) -> Tensor:
         return cast(Tensor, part).detach()
     values: Any = p.detach()
     return values.to_local() if is_sharded(p) else values
+
+
+def like_parameter(p: Any, part: Tensor) -> Tensor:
+    """Return this rank's part of a tensor of the shape of `p` as a DTensor like `p`."""
+    from torch.distributed.tensor import DTensor
+
+    found: Tensor = DTensor.from_local(
+        part.to(p.dtype),
+        p.device_mesh,
+        p.placements,
+        run_check=False,
+        shape=p.shape,
+        stride=p.stride(),
+    )
+    return found
+
+
+def one_fingerprint(ranks: Ranks, fingerprint: int) -> int:
+    """Return one number for the fingerprints of all ranks' parts."""
+    parts = b"".join(part.to_bytes(8, "little") for part in ranks.gather(fingerprint))
+    return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "little")
 
 
 class ShardedParameters:
@@ -75,9 +109,9 @@ class ShardedParameters:
         for name in self._shards:
             if self.followed[name] is parameters[name]:
                 raise ConfigurationError(
-                    f"the parameter {name!r} is a DTensor that fully_shard does not know of, as under "
-                    "tensor parallelism, which is not covered. Call fully_shard on the model that the "
-                    "engine is given, and spread its parameters in no other way."
+                    f"the parameter {name!r} is a DTensor that fully_shard does not know of. Call "
+                    "fully_shard on the model that the engine is given, and spread its parameters in "
+                    "no other way: fully_shard together with tensor parallelism is not covered."
                 )
 
     def __contains__(self, name: str) -> bool:
@@ -112,18 +146,8 @@ class ShardedParameters:
         return found
 
     def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
-        """Make a shard of a gradient the parameter's gradient, a DTensor like it."""
-        from torch.distributed.tensor import DTensor
-
-        like: Any = p
-        p.grad = DTensor.from_local(
-            value.to(p.dtype),
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=p.shape,
-            stride=p.stride(),
-        )
+        """Make a shard of a gradient the parameter's gradient."""
+        p.grad = like_parameter(p, value)
 
     def _chunk_numel(self, name: str) -> int:
         rows, of_row = _chunk(self._shards[name])
@@ -158,8 +182,8 @@ def _check(name: str, p: Any) -> None:
     if p.device_mesh.ndim != 1 or len(p.placements) != 1 or not p.placements[0].is_shard(0):
         raise ConfigurationError(
             f"the parameter {name!r} is spread as {p.placements} over a mesh of {p.device_mesh.ndim} "
-            "dimensions. Only fully_shard over one dimension of ranks, by the first dimension of each "
-            "parameter, is covered: not HSDP, nor tensor, pipeline or context parallelism."
+            "dimensions. fully_shard is covered over one dimension of ranks, by the first dimension "
+            "of each parameter: not HSDP, nor together with tensor parallelism."
         )
     if p.dim() == 0:
         raise ConfigurationError(
@@ -181,11 +205,6 @@ def _gathered_once(model: nn.Module) -> list[Any]:
         group.wait_for_unshard()
         found += group.fsdp_params
         group.reshard()
-    if not found:
-        raise ConfigurationError(
-            "parameters are DTensors, but fully_shard was not called on the model or on a module of "
-            "it: tensor, pipeline and context parallelism are not covered."
-        )
     return found
 
 

@@ -18,6 +18,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ConfigurationError: for a wrapper whose gradients cannot be had one example at a time.
     """
+    if type(model).__module__.startswith("torch.distributed.pipelining"):
+        raise ConfigurationError(
+            f"{type(model).__name__}: pipeline parallelism is not covered, since no process sees an "
+            "example's whole gradient. Use fully_shard (FSDP2) on the whole model, or tensor "
+            "parallelism."
+        )
     if isinstance(model, DataParallel):
         raise ConfigurationError(
             "the model is in DataParallel, which runs copies of it and averages their gradients. Give "

@@ -38,6 +38,7 @@ from dptorch.distributed.full_state import (
     shards_of_model,
     shards_of_optimizer,
 )
+from dptorch.distributed.placement import Placement
 from dptorch.distributed.sharded import local_part
 from dptorch.distributed.zero import refuse_whole_checkpoint
 from dptorch.errors import ConfigurationError, DataError, PrivacyError
@@ -71,6 +72,7 @@ class Stateful(Protocol):
 class _Engine(Stateful, Protocol):
     model: nn.Module
     ranks: Ranks
+    _placement: Placement
 
 
 def save_run(
@@ -126,8 +128,8 @@ def load_run(
     for name, other in others.items():
         other.load_state_dict(state["others"][name])
     _set_random_state(state["random"])
-    if not engine.ranks.is_first:  # or the dropout of all ranks would be alike
-        torch.manual_seed(int(torch.randint(2**62, ())) + engine.ranks.rank)
+    if rank := engine._placement.data_ranks.rank:  # or the dropout of all ranks would be alike
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
     return state["extra"]
 
 

@@ -13,6 +13,7 @@ from dptorch.distributed.agreement import (
     digest_of_examples,
     digest_of_parameters,
     digest_of_values,
+    places_of_key,
 )
 from dptorch.errors import ConfigurationError
 from dptorch.plan import PrivacyPlan
@@ -88,6 +89,7 @@ def loader_of(
 def agree_on_data(
     ranks: Ranks,
     parameters: Mapping[str, Tensor],
+    key: RootKey,
     dataset: Any,
     *,
     user_ids: Any,
@@ -102,11 +104,13 @@ def agree_on_data(
     if ranks.size == 1:
         return
     with ranks.together():
+        size = dataset_size(dataset)
+        places = places_of_key(key, steps_done, size)
         values = {
             "steps done": str(steps_done),
             "max_physical_batch_size": str(max_physical_batch_size),
-            "the number of examples": str(dataset_size(dataset)),
-            "the examples of the data set": digest_of_examples(dataset),
+            "the number of examples": str(size),
+            "the examples of the data set": digest_of_examples(dataset, places),
             "user_ids": digest_of_values(user_ids),
             "the values of the model's parameters": digest_of_parameters(parameters),
         }

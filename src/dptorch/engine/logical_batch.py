@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dptorch.clipping import COUNTS, ClippingGroup, centred_counts, coefficients, noise_scales
 from dptorch.clipping.sums import ClippedSum, RoundedSum
-from dptorch.distributed.placement import Formed
+from dptorch.distributed.placement import Placement
 from dptorch.engine.batch_checks import (
     check_factors,
     check_rows,
@@ -157,7 +157,7 @@ class LogicalBatch:
     Args:
         plan: says how to clip and how the loss is reduced.
         groups: what is clipped together; all parameters are in one of them.
-        formed: as `Placement.formed`: forms sums, and keeps what this rank needs of them.
+        placement: knows which part of a gradient this rank has.
 
     Attributes:
         part: where the batch that the engine's loader handed out last belongs; None without one.
@@ -176,9 +176,11 @@ class LogicalBatch:
         (`test_batches_of_a_loader_of_ones_own_are_refused_for_users`).
     """
 
-    def __init__(self, plan: PrivacyPlan, groups: Sequence[ClippingGroup], formed: Formed) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, groups: Sequence[ClippingGroup], placement: Placement
+    ) -> None:
         self.plan = plan
-        self._formed = formed
+        self._formed, self._norms = placement.formed, placement.norms
         self._discrete = plan.mechanism == "discrete_gaussian"
         self.groups = tuple(groups)
         self.clipping_norms = [group.max_grad_norm for group in groups]
@@ -201,9 +203,8 @@ class LogicalBatch:
     @property
     def groups_in_backward(self) -> tuple[tuple[str, ...], ...]:
         """The groups of parameters that are clipped in the backward; none if all are one group."""
-        if len(self.groups) == 1:
-            return ()
-        return tuple(tuple(group.parameters) for group in self.groups)
+        several = self.groups if len(self.groups) > 1 else ()
+        return tuple(tuple(group.parameters) for group in several)
 
     def begin_forward(self) -> TapeListener:
         """A forward pass begins; returns what its tape reports to."""
@@ -343,7 +344,7 @@ class LogicalBatch:
     def _measure(self, batch: _Batch, i: int) -> Tensor:
         """Norms and coefficients of one group; what to weigh its gradients by, [B]."""
         names = None if len(self.groups) == 1 else self.groups[i].parameters
-        norms = batch.tape.norms(names)
+        norms = self._norms(batch.tape, names)
         weights = self._weights(batch).to(norms)
         norms = norms * weights
         bound = self.clipping_norms[i] * self._row_share
@@ -362,10 +363,9 @@ class LogicalBatch:
             c = self._measure(batch, i)
         if self._discrete:
             scales = dict.fromkeys(names, self.plan.max_grad_norm)
-            gradients = batch.tape.per_example_gradients()
             from dptorch.clipping.rounding import rounded_sum
 
-            sums = rounded_sum(gradients, c, scales, share=self._row_share)
+            sums = rounded_sum(batch.tape.per_example_gradients(), c, scales, share=self._row_share)
             batch.sums |= self._formed(names, lambda some: {n: sums[n] for n in some or sums})
             return
         asked = None if len(self.groups) == 1 else names

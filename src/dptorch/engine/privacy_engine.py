@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -25,7 +24,7 @@ from dptorch.engine.optimizer_binding import OptimizerBinding, check_parameters
 from dptorch.engine.private_step import NOT_SHARED, PrivateStep
 from dptorch.engine.run_state import RunState
 from dptorch.engine.settings import checked_budget
-from dptorch.engine.starting import check_mode, settled_plan, start_together, trainable
+from dptorch.engine.starting import plan_under, settled_plan, start_together, trainable
 from dptorch.errors import ConfigurationError, PrivacyError, one_of, warn
 from dptorch.plan import PlanSettings, PrivacyPlan, PrivacySpent
 from dptorch.sampling import PhysicalBatch, PrivateLoader
@@ -124,30 +123,26 @@ class PrivacyEngine:
         ranks: Ranks | None = None,
         **settings: Unpack[PlanSettings],
     ) -> None:
-        ranks = Ranks.of() if ranks is None else ranks
+        ranks = self.ranks = ranks or Ranks.of()
         with ranks.together():
             given, model = model, unwrapped(model)
-            plan = settled_plan(plan, settings)
             mode = get_mode(clipping_mode)
+            plan = plan_under(mode, settled_plan(plan, settings), ranks)
             parameters = trainable(model)
-            placement = placement_of(model, parameters, ranks, given)
-            self_check = self_check and placement.is_whole  # the others would not run it too
-            check_mode(mode, plan, ranks)
-            budget = checked_budget(memory_budget)
+            self._memory_budget = checked_budget(memory_budget)
             on_exhausted = one_of("on_budget_exhausted", on_budget_exhausted, ("raise", "stop"))
-        self._memory_budget = budget
-        if mode is NON_PRIVATE:  # ordinary training, whose epsilon is infinite: a plan of its own
-            plan = replace(plan, noise_multiplier=0.0, target_epsilon=None)
-        key = start_together(ranks, model, parameters, plan, clipping_mode, seed, ledger)
+        with ranks.together():  # exchanges messages, so that no rank may have failed before
+            placement = placement_of(model, parameters, ranks, given)
+        key = start_together(ranks, model, placement, parameters, plan, clipping_mode, seed, ledger)
         groups = groups_of(
             model, parameters, plan.clipping_style, plan.clipping_groups, plan.max_grad_norm
         )
         self.model = model
         self._mode = mode
         self._parameters = parameters
-        self.ranks = ranks
-        self._run = RunState(plan, key, ranks)
-        self._batch = LogicalBatch(plan, groups, placement.formed)
+        self._run = RunState(plan, key, ranks, placement.data_ranks)
+        self._batch = LogicalBatch(plan, groups, placement)
+        self._placement = placement
         self._binding: OptimizerBinding | None = None
         self._step = PrivateStep(
             self._run,
@@ -163,6 +158,7 @@ class PrivacyEngine:
             self.use_ledger(ledger)
         # The model's hooks keep the engine alive: a forgotten engine trains nothing, rather than
         # training without privacy.
+        self_check &= placement.is_whole  # the others would not run it too
         self._hooks = ModelHooks(
             model,
             placement.followed,
@@ -184,6 +180,7 @@ class PrivacyEngine:
             device_cost=cost_of(p.device, p.dtype, measured=self._run.key.source.is_private),
             memory_budget=free_bytes(p.device) / 2 if budget is None else budget,
             groups=self._batch.groups_in_backward,
+            any_rank=self._placement.any_rank,
         )
         return config, self._batch.begin_forward()
 
@@ -224,6 +221,7 @@ class PrivacyEngine:
             self._binding.restore()
             self._binding = None
         self._hooks.remove()
+        self._placement.remove()
 
     def loader(
         self,
@@ -250,6 +248,7 @@ class PrivacyEngine:
         agree_on_data(
             self.ranks,
             self._parameters,
+            self._run.key,
             dataset,
             user_ids=user_ids,
             steps_done=self.steps_done,
@@ -261,7 +260,7 @@ class PrivacyEngine:
                 self._run.key,
                 dataset,
                 user_ids=user_ids,
-                ranks=self.ranks,
+                ranks=self._placement.data_ranks,
                 start_step=lambda: self.steps_done,
                 max_physical_batch_size=max_physical_batch_size,
                 dataloader_kwargs=dataloader_kwargs,

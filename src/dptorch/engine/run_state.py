@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dptorch import accounting
@@ -32,6 +33,7 @@ class RunState:
         plan: what the run commits to.
         key: root of sampling and noise.
         ranks: the processes that take its steps together.
+        data_ranks: those of them that have examples of their own; by default all.
 
     Attributes:
         steps_done: steps taken, empty batches included.
@@ -41,7 +43,9 @@ class RunState:
         noise: what keeps something from step to step; set by who takes the steps, if it is planned.
     """
 
-    def __init__(self, plan: PrivacyPlan, key: RootKey, ranks: Ranks) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, key: RootKey, ranks: Ranks, data_ranks: Ranks | None = None
+    ) -> None:
         self.plan = plan
         self.key = key
         self.ranks = ranks
@@ -50,7 +54,7 @@ class RunState:
         self.loaders = 0
         self.noise: CorrelatedNoise | None = None
         self._places = Places(plan, ranks)
-        self._draws = SecretDraws(ranks)
+        self._draws = SecretDraws(data_ranks or ranks)
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
         self._run_ledger: SharedLedger | None = None
@@ -150,7 +154,7 @@ class RunState:
     def statement(self) -> Statement:
         """See `PrivacyEngine.statement`."""
         ledger = self._run_ledger
-        return make_statement(
+        made = make_statement(
             self.plan,
             self.steps_done,
             dict(self.sampling_run),
@@ -158,6 +162,7 @@ class RunState:
             self._resumed,
             ledger=ledger if ledger is not None and ledger.begun else None,
         )
+        return replace(made, ranks=self.ranks.size)
 
     # -- a checkpoint's part -----------------------------------------------------------------------
 

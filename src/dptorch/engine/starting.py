@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from dptorch.distributed import Ranks
 from dptorch.distributed.agreement import shapes
+from dptorch.distributed.placement import Placement
 from dptorch.distributed.sharded import is_sharded
+from dptorch.distributed.tensor_parallel import draw_alike
 from dptorch.distributed.zero3 import is_partitioned
 from dptorch.engine.settings import EngineSettings
 from dptorch.errors import ConfigurationError, one_of, warn
@@ -21,7 +24,7 @@ from dptorch.tape.recording.model_hooks import hooks_of
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger
 
-__all__ = ["check_mode", "settled_plan", "start_together", "trainable"]
+__all__ = ["plan_under", "settled_plan", "start_together", "trainable"]
 
 
 def settled_plan(plan: PrivacyPlan | None, settings: PlanSettings) -> PrivacyPlan:
@@ -69,8 +72,9 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return parameters
 
 
-def check_mode(mode: Mode, plan: PrivacyPlan, ranks: Ranks) -> None:
-    """Check that a clipping mode can do what the plan and the ranks need.
+def plan_under(mode: Mode, plan: PrivacyPlan, ranks: Ranks) -> PrivacyPlan:
+    """Return the plan under a clipping mode, which can do what plan and ranks need. Ordinary training,
+    whose epsilon is infinite, is a plan of its own.
 
     Raises:
         ConfigurationError: it cannot.
@@ -90,11 +94,14 @@ def check_mode(mode: Mode, plan: PrivacyPlan, ranks: Ranks) -> None:
             "clipping_mode='non-private': gradients are neither clipped nor noised, and the engine's "
             "plan has noise_multiplier=0. This run is for comparison; its epsilon is infinite."
         )
+        return replace(plan, noise_multiplier=0.0, target_epsilon=None)
+    return plan
 
 
 def start_together(
     ranks: Ranks,
     model: nn.Module,
+    placement: Placement,
     parameters: dict[str, Tensor],
     plan: PrivacyPlan,
     clipping_mode: str,
@@ -103,7 +110,8 @@ def start_together(
 ) -> RootKey:
     """Check that all ranks start the same run, and give them one root key and rank 0's model.
 
-    Parameters and buffers become those of rank 0, as in DistributedDataParallel.
+    Parameters and buffers become those of rank 0, as in DistributedDataParallel. Ranks that have the
+    same examples draw the same random numbers from here on.
 
     Raises:
         ConfigurationError: on every rank, naming what differs.
@@ -124,4 +132,11 @@ def start_together(
         every = [*model.parameters(), *model.buffers()]
         whole = [t for t in every if not (is_sharded(t) or is_partitioned(t))]
         ranks.copy_from_first_(t.data for t in whole)
+    if placement.data_ranks.size < ranks.size:
+        if plan.mechanism == "discrete_gaussian":
+            raise ConfigurationError(
+                "mechanism='discrete_gaussian' rounds the whole gradient of each example, and tensor "
+                "parallel ranks have parts of it. Use mechanism='gaussian', or train replicated."
+            )
+        draw_alike(ranks)
     return key

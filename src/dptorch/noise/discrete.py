@@ -23,15 +23,10 @@ from torch import Tensor
 
 from dptorch.clipping.sums import ClippedSum, RoundedSum
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise.gaussian import (
-    GaussianNoise,
-    check_divisor,
-    divided,
-    pieces_by_block,
-    place_spans,
-)
+from dptorch.noise.gaussian import GaussianNoise, check_divisor, divided
 from dptorch.noise.keystream import CIPHER_BLOCK, Keystream
 from dptorch.noise.noisy_gradient import NoisyGradient
+from dptorch.noise.spans import Offsets, pieces_by_block, place_spans
 from dptorch.randomness import RootKey
 
 __all__ = ["DISCRETE_BLOCK", "DiscreteGaussianNoise", "DiscreteNormals"]
@@ -227,7 +222,7 @@ class DiscreteGaussianNoise:
         step: int,
         *,
         context: int = 0,
-        offsets: Mapping[str, int] | None = None,
+        offsets: Offsets | None = None,
         divisor: float = 1.0,
     ) -> NoisyGradient:
         """Add the noise of `step`, and divide; see `GaussianNoise.privatize`.
@@ -258,7 +253,7 @@ class DiscreteGaussianNoise:
         values: Mapping[str, Tensor],
         key: RootKey,
         place: tuple[int, int],
-        offsets: Mapping[str, int] | None,
+        offsets: Offsets | None,
     ) -> None:
         normals = DiscreteNormals(lambda index: key.derive(PURPOSE, *place, index), self.scale)
         spans = place_spans(values, dict.fromkeys(values, 1.0), offsets)

@@ -6,10 +6,9 @@ sums of DP-SGD: Abadi et al. 2016, arXiv:1607.00133.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -24,18 +23,18 @@ from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise.compiled import MOST_KEYS, Compiled, Target, compiled, compiled_for
 from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK, DeviceNormals, KeystreamNormals
+from dptorch.noise.spans import (
+    Offsets,
+    Piece,
+    Span,
+    blocks_of,
+    by_place,
+    pieces_by_block,
+    place_spans,
+)
 from dptorch.randomness import RootKey
 
-__all__ = [
-    "PURPOSE",
-    "Draw",
-    "GaussianNoise",
-    "Piece",
-    "Span",
-    "pass_over",
-    "pieces_by_block",
-    "place_spans",
-]
+__all__ = ["PURPOSE", "Draw", "GaussianNoise", "pass_over"]
 
 PURPOSE: Final = "noise"
 DEVICE_PURPOSE: Final = "noise on a device"
@@ -112,7 +111,7 @@ class GaussianNoise:
         step: int,
         *,
         context: int = 0,
-        offsets: Mapping[str, int] | None = None,
+        offsets: Offsets | None = None,
         divisor: float = 1.0,
     ) -> NoisyGradient:
         """Add the noise of `step` to the sum, and divide.
@@ -129,8 +128,9 @@ class GaussianNoise:
                 give other noise in another context, so that a step that is taken again on other
                 data, after going back to a checkpoint, does not repeat its noise.
             offsets: parameter name -> the place of its first coordinate among those of the whole
-                gradient, for a process that holds a part of it: the parts then get the noise that
-                the whole would. By default `clipped` is the whole.
+                gradient (or its `dptorch.noise.spans.Columns`), for a process that holds a part of
+                it: the parts then get the noise that the whole would. By default `clipped` is the
+                whole.
             divisor: a public number > 0, such as the expected batch size; in the same pass over
                 memory as the noise.
 
@@ -155,7 +155,7 @@ class GaussianNoise:
         self,
         clipped: ClippedSum,
         key: RootKey,
-        offsets: Mapping[str, int] | None,
+        offsets: Offsets | None,
         divisor: float,
     ) -> tuple[dict[str, float], list[Span]]:
         """Check what `privatize` was given: standard deviation of each parameter, and its place.
@@ -226,24 +226,6 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
-class Span:
-    """The coordinates [start, start + flat.numel()) of the whole gradient, as a flat tensor."""
-
-    start: int
-    flat: Tensor
-    owner: Tensor
-    stddev: float
-
-    @functools.cached_property
-    def stop(self) -> int:
-        return self.start + self.flat.numel()
-
-    def write_back(self) -> None:
-        if not self.owner.is_contiguous():
-            self.owner.copy_(self.flat.view(self.owner.shape))
-
-
-@dataclass(frozen=True)
 class Draw:
     """The white noise of a step, for what it is drawn for, times a factor."""
 
@@ -252,57 +234,13 @@ class Draw:
     factor: float = 1.0
 
 
-def by_place(spans: Iterable[Span]) -> dict[tuple[torch.device, torch.dtype], list[Span]]:
-    """The spans on each device and of each type, which have noise of one source."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Span]] = {}
-    for span in spans:
-        groups.setdefault((span.flat.device, span.flat.dtype), []).append(span)
-    return groups
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`size` coordinates of a span from `in_span` on, and where in a block their numbers begin."""
-
-    span: Span
-    in_span: int
-    in_block: int
-    size: int
-
-
-def pieces_by_block(spans: list[Span], block: int) -> Iterator[tuple[int, list[Piece]]]:
-    """Every block that the spans (in order, disjoint) need, with the pieces that read from it."""
-    index, pieces = -1, list[Piece]()
-    for span in spans:
-        at = span.start
-        while at < span.stop:
-            if at // block != index:
-                if pieces:
-                    yield index, pieces
-                index, pieces = at // block, []
-            size = min(span.stop, (index + 1) * block) - at
-            pieces.append(Piece(span, at - span.start, at - index * block, size))
-            at += size
-    if pieces:
-        yield index, pieces
-
-
-def _blocks(spans: list[Span], block: int) -> list[int]:
-    """The numbers of the blocks that `pieces_by_block` gives."""
-    numbers: list[int] = []
-    for span in spans:
-        first = span.start // block
-        numbers += range(first + (numbers[-1:] == [first]), (span.stop - 1) // block + 1)
-    return numbers
-
-
 def pass_over(spans: list[Span]) -> tuple[Compiled | None, list[int], int]:
     """What compiled code makes one pass over spans in memory with, if it can and is worth it.
 
     Returns:
         the library or None, the numbers of the blocks that the spans need, and a number of threads.
     """
-    numbers = _blocks(spans, KEYSTREAM_BLOCK)
+    numbers = blocks_of(spans, KEYSTREAM_BLOCK)
     threads = max(1, min(torch.get_num_threads(), len(numbers) // _BLOCKS_PER_THREAD))
     takes = spans[0].flat.dtype == torch.float32
     return compiled_for(len(numbers)) if takes else None, numbers, threads
@@ -421,41 +359,6 @@ def _refuse_no_scale(name: str, value: float) -> None:
             f"{name}={value!r} of the clipped sum must be finite and positive: it is the scale of "
             "the noise."
         )
-
-
-def place_spans(
-    values: Mapping[str, Tensor], stddevs: Mapping[str, float], offsets: Mapping[str, int] | None
-) -> list[Span]:
-    """The tensors as spans of the whole gradient, in its order; see `GaussianNoise.privatize`."""
-    starts = _starts(values, offsets)
-    return [
-        Span(starts[name], flat, values[name], stddevs[name])
-        for name in sorted(values, key=starts.__getitem__)
-        if (flat := values[name].detach().contiguous().view(-1)).numel()
-    ]
-
-
-def _starts(values: Mapping[str, Tensor], offsets: Mapping[str, int] | None) -> dict[str, int]:
-    """Where the coordinates of each parameter begin in the whole gradient."""
-    if offsets is None:
-        sizes = itertools.accumulate((t.numel() for t in values.values()), initial=0)
-        return dict(zip(values, sizes, strict=False))
-    starts = dict(offsets)
-    if set(starts) != set(values) or not all(
-        isinstance(at, int) and not isinstance(at, bool) and at >= 0 for at in starts.values()
-    ):
-        raise ConfigurationError(
-            f"offsets={starts} must give one place >= 0 for each of {', '.join(values)}."
-        )
-    end, before = 0, ""
-    for name in sorted((n for n in values if values[n].numel()), key=starts.__getitem__):
-        if starts[name] < end:
-            raise PrivacyError(
-                f"by their offsets, {name!r} and {before!r} overlap in the whole gradient: they "
-                "would get the same noise, and their difference none. Give each a range of its own."
-            )
-        end, before = starts[name] + values[name].numel(), name
-    return starts
 
 
 def _check_tensors(values: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ model's size is kept. (Square roots: Kalinin et al. 2025, arXiv:2505.12128; p = 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dptorch.clipping.sums import ClippedSum
 from dptorch.noise.gaussian import Draw, divided
 from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.noise.released import CorrelatedNoise
+from dptorch.noise.spans import Offsets
 from dptorch.randomness import RootKey
 
 __all__ = ["InverseBandedNoise"]
@@ -68,7 +69,7 @@ class InverseBandedNoise(CorrelatedNoise):
         step: int,
         *,
         context: int = 0,
-        offsets: Mapping[str, int] | None = None,
+        offsets: Offsets | None = None,
         divisor: float = 1.0,
     ) -> NoisyGradient:
         """Add the noise of `step` to the sum, and divide; arguments as of `GaussianNoise.privatize`.

@@ -20,18 +20,11 @@ from torch import Tensor
 
 from dptorch.clipping.sums import ClippedSum
 from dptorch.noise.compiled import Memory, Target
-from dptorch.noise.gaussian import (
-    PURPOSE,
-    Draw,
-    GaussianNoise,
-    Span,
-    by_place,
-    divided,
-    pass_over,
-)
+from dptorch.noise.gaussian import PURPOSE, Draw, GaussianNoise, divided, pass_over
 from dptorch.noise.noisy_gradient import NoisyGradient
 from dptorch.noise.normal import DEVICE_BLOCK, KEYSTREAM_BLOCK
 from dptorch.noise.released import CorrelatedNoise
+from dptorch.noise.spans import Offsets, Span, by_place
 from dptorch.randomness import RootKey
 
 __all__ = ["RecursiveNoise", "Taps"]
@@ -74,7 +67,7 @@ class RecursiveNoise(CorrelatedNoise):
         # Of z alone: the rows hold w, which σ and the scales multiply where it is released.
         self._white = GaussianNoise(1.0, secure_rng=secure_rng)
         self._stddevs, self._columns = stddevs, columns
-        self._buffers: dict[str, Tensor] = {}  # parameter -> [rows, coordinates]
+        self._buffers: dict[int, Tensor] = {}  # start of a span -> [rows, coordinates]
         self._filled = 0  # steps that the rows have
 
     @property
@@ -93,7 +86,7 @@ class RecursiveNoise(CorrelatedNoise):
         step: int,
         *,
         context: int = 0,
-        offsets: Mapping[str, int] | None = None,
+        offsets: Offsets | None = None,
         divisor: float = 1.0,
     ) -> NoisyGradient:
         """Add the noise of `step` to the sum, and divide; arguments as of `GaussianNoise.privatize`.
@@ -115,7 +108,7 @@ class RecursiveNoise(CorrelatedNoise):
                 clipped, key, step, context=context, offsets=offsets, divisor=divisor
             )
         with torch.no_grad():
-            pairs = self._go_to(step, clipped.values, spans, key)
+            pairs = self._go_to(step, spans, key)
             self._filled = _NOT_KNOWN  # until all is well
             self._advance(step, context, pairs, key, (float(self._columns[step]), divisor))
             for span in spans:
@@ -130,21 +123,17 @@ class RecursiveNoise(CorrelatedNoise):
         super().restore(state, steps_done)
         self._buffers, self._filled = {}, 0
 
-    def _go_to(
-        self, step: int, values: Mapping[str, Tensor], spans: list[Span], key: RootKey
-    ) -> list[tuple[Span, Tensor]]:
+    def _go_to(self, step: int, spans: list[Span], key: RootKey) -> list[tuple[Span, Tensor]]:
         """Each span and its rows, as `step` needs them: after a restart all earlier steps again."""
         self._released.check_places(spans)
-        names = {id(value): name for name, value in values.items()}
         if not self._buffers:
             for span in spans:
-                name = names[id(span.owner)]
-                self._buffers[name] = span.flat.new_zeros(self.rows, span.flat.numel())
+                self._buffers[span.start] = span.flat.new_zeros(self.rows, span.flat.numel())
         if self._filled == _NOT_KNOWN:  # a step failed: whatever it left
             for buffer in self._buffers.values():
                 buffer.zero_()
             self._filled = 0
-        pairs = [(span, self._buffers[names[id(span.owner)]]) for span in spans]
+        pairs = [(span, self._buffers[span.start]) for span in spans]
         while self._filled < step:
             at = self._filled
             context = self._released.context(at)

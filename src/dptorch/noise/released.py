@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dptorch.errors import ConfigurationError, PrivacyError
-from dptorch.noise.gaussian import GaussianNoise, Span
+from dptorch.noise.gaussian import GaussianNoise
+from dptorch.noise.spans import Span
 
 __all__ = ["CorrelatedNoise", "Released"]
 

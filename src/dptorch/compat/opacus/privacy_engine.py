@@ -34,8 +34,8 @@ __all__ = ["PrivacyEngine"]
 _MODES = {"hooks": "auto", "ew": "auto", "functorch": "auto", "ghost": "ghost"}
 _NO_MODES = {
     "no_op": "gradients that the user computes cannot be vouched for",
-    "ghost_fsdp": "models sharded over devices are not covered",
-    "ghost_tp": "models sharded over devices are not covered",
+    "ghost_fsdp": "for divided models there is dptorch.PrivacyEngine (docs/scale.md)",
+    "ghost_tp": "for divided models there is dptorch.PrivacyEngine (docs/scale.md)",
 }
 
 

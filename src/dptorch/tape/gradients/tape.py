@@ -9,7 +9,7 @@ Shape legend: B examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -50,6 +50,8 @@ class TapeConfig:
         device_cost: what mode "auto" judges the methods by.
         memory_budget: bytes of gradients that may be kept until they are clipped. A backward that
             might keep more is made in two passes, if a listener can weigh its gradients in between.
+        any_rank: whether a process wants two passes, from whether this one does: all have to make as
+            many, if a backward pass sends messages.
         groups: names of the parameters of each group that is clipped in the backward, as soon as
             all its gradients have arrived. Without groups clipping waits for the end.
     """
@@ -58,6 +60,7 @@ class TapeConfig:
     device_cost: DeviceCost = TYPICAL["cpu"]
     memory_budget: float = math.inf
     groups: tuple[tuple[str, ...], ...] = ()
+    any_rank: Callable[[bool], bool] = bool
 
 
 class TapeListener(Protocol):
@@ -283,7 +286,9 @@ class Tape:
         """Whether the next backward should be made in two passes."""
         if self._listener is None or self.config.groups or self.fired:
             return False
-        return self.config.mode.passes == 2 or self.expected_bytes > self.config.memory_budget
+        if self.config.mode.passes == 2:
+            return True
+        return self.config.any_rank(self.expected_bytes > self.config.memory_budget)
 
     @property
     def made_two_passes(self) -> bool:

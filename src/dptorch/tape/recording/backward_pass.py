@@ -52,7 +52,7 @@ def run_backward(
             )
         gradient = given.get("gradient")
         given["gradient"] = torch.full_like(loss, seed) if gradient is None else gradient * seed
-    if any(tape.wants_two_passes for tape in tapes) and not _share_parameters(tapes):
+    if any([tape.wants_two_passes for tape in tapes]) and not _share_parameters(tapes):
         out = _in_two_passes(tapes, func, loss, given)
     else:
         out = func(loss, **given)

@@ -292,14 +292,14 @@ def _passed_on(out: Any, cls: Any, tagged: list[tuple[Tensor, Tag]], recording: 
                 call = Call(cls.apply, name, (), {}, tagged, [], recording.batch_size)
                 recording.mark(o, infer(call, [o])[0])
             elif o.is_floating_point():
-                recording.mark(
-                    o,
-                    Mixed(
-                        f"{recording.module_path()}: the ops inside {name} cannot be followed; if it "
-                        "treats the rows of dimension 0 independently, say so with "
-                        f"dptorch.tape.rowwise({name!r})."
-                    ),
+                what = (
+                    "activations become a DTensor, which is not followed. Sequence and context "
+                    "parallelism are not covered; use tensor parallelism (docs/scale.md) or FSDP2."
+                    if cls.__module__.startswith("torch.distributed.tensor")
+                    else f"the ops inside {name} cannot be followed; if it treats the rows of "
+                    f"dimension 0 independently, say so with dptorch.tape.rowwise({name!r})."
                 )
+                recording.mark(o, Mixed(f"{recording.module_path()}: {what}"))
     return out
 
 
