@@ -223,6 +223,9 @@ def refused() -> dict[str, str]:
         fp16_groups: tuple[()] = ()
         dtype = torch.float32
 
+    class InFloat16(DeepSpeedOptimizer):
+        dtype = torch.float16
+
     class OnDisk(DeepSpeedOptimizer):
         swap_optimizer = True
 
@@ -236,6 +239,7 @@ def refused() -> dict[str, str]:
         "again": error_of(lambda: twice(start(**config(3))[0])),
         "late": error_of(late),
         "old": error_of(old),
+        "fp16": error_of(lambda: held_by(InFloat16())),
         "nvme": error_of(lambda: held_by(OnDisk())),
         "stage 0": error_of(lambda: engine(start(**config(0))[0])),
         "accumulation": error_of(
@@ -371,6 +375,7 @@ def test_what_is_not_covered_says_so(world: list[dict[str, Any]]) -> None:
         assert "deepspeed.initialize again" in found["again"]
         assert "called after the engine was made" in found["late"]
         assert "DeepSpeed 0.18.9 is too old" in found["old"]
+        assert '"bf16": {"enabled": true}' in found["fp16"]  # as in the cases of `Half`
         assert '"device": "cpu"' in found["nvme"]
         assert "DistributedDataParallel" in found["stage 0"]
         assert "max_physical_batch_size" in found["accumulation"]
