@@ -26,9 +26,9 @@ __all__ = [
 
 #: What the statement of a run on several ranks assumes.
 SAME_DATA: Final = (
-    "all processes have the same data set in the same order, and those that train one share trust the "
-    "network between them: compared were its number of examples and, at each loader, 13 of them and "
-    "64 that the secret key chooses (all of a TensorDataset of up to 64 MB, all indices of a Subset)"
+    "all processes have the same data set in the same order: compared are the number of examples and, "
+    "at each loader, 13 of them and 64 that the secret key chooses (all of a TensorDataset of up to 64 "
+    "MB, all indices of a Subset)"
 )
 
 _LOOKED_AT: Final = 13  # examples of the data set

@@ -120,13 +120,14 @@ def _whole(group: Group, x: Tensor, whole: int) -> Tensor:
     return group.joined(x, whole)
 
 
-_ToDivided: Final = _function("InputOfDivided", _same, _sum)
-_Sum: Final = _function("SumOverRanks", _sum, _same)
-_Take: Final = _function("PartOfRank", _part, _whole)
-_Join: Final = _function("PartsOfRanks", _whole, _part)
+# No class of a program has a point in its name, so that none is taken for one of these.
+_ToDivided: Final = _function("dptorch.ToDivided", _same, _sum)
+_Sum: Final = _function("dptorch.Sum", _sum, _same)
+_Take: Final = _function("dptorch.Take", _part, _whole)
+_Join: Final = _function("dptorch.Join", _whole, _part)
 
 
-@family("InputOfDivided.apply SumOverRanks.apply PartOfRank.apply PartsOfRanks.apply")
+@family(" ".join(f"{each.__name__}.apply" for each in (_ToDivided, _Sum, _Take, _Join)))
 def _examples_stay(call: Call, outputs: Sequence[Any]) -> Tag:
     """The examples stay where they are: ranks divide the last dimension."""
     ((x, tag),) = call.tagged
