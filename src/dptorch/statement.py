@@ -218,8 +218,7 @@ class Statement:
             *[number] * (plan.sample_size is not None and removable),
             DRAWS.format(unit=unit),
             *[read] * bool(self.read_from_data),
-            *[order] * bool(plan.places_kept),
-            *[SAME_DATA] * (self.ranks > 1),
+            *[order] * bool(plan.places_kept) + [SAME_DATA] * (self.ranks > 1),
             *[SAME_GRADIENT] * (plan.mechanism == "discrete_gaussian"),
         ]
 
