@@ -160,6 +160,18 @@ def test_a_run_on_pictures_predicts_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sample_predictions_are_from_all_over_the_test_set(tmp_path: Path) -> None:
+    """Folders are read class by class: the first pictures would all be of one."""
+    root = write_folder(tmp_path / "pets", size=60, own_test=True)
+    setup = prepare(VisionJob(data=str(root), **FAST))
+    labels = [int(setup.data.test[i][1]) for i in range(len(setup.data.test))]
+    assert len(set(labels[:12])) == 1
+    found = setup.task.finish(setup.model.eval(), setup.data.test, setup.device)["pictures"]
+    assert len(found) == 12
+    assert {picture["class"] for picture in found} == {"cat", "dog"}
+
+
+@pytest.mark.slow
 def test_attributes_have_a_loss_each_and_a_mean_accuracy(tmp_path: Path) -> None:
     job = VisionJob(data=str(write_celeba(tmp_path)), label="all", image_size=24, **FAST)
     folder = run(job, tmp_path / "runs")

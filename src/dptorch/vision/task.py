@@ -119,11 +119,12 @@ class ImageClassification:
         }
 
     def _pictures(self, test: Any, outputs: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-        """The first pictures of the test set with what the model says of them."""
+        """Pictures evenly spaced in the test set, which may be sorted by class, and what is said."""
         if not isinstance(test, Pictures):
             return []
         found = []
-        for i in range(min(_SAMPLES, len(labels))):
+        count = min(_SAMPLES, len(labels))
+        for i in (k * len(labels) // count for k in range(count)):
             probabilities = outputs[i].softmax(0)
             said = int(probabilities.argmax())
             found.append(
