@@ -43,11 +43,18 @@ def test_a_gan_with_a_private_discriminator_runs(capsys: pytest.CaptureFixture[s
     assert "6 steps: poisson" in capsys.readouterr().out
 
 
+def test_every_folder_says_what_is_in_it() -> None:
+    for folder in (FOLDER, *(path for path in FOLDER.iterdir() if path.is_dir())):
+        said = (folder / "README.md").read_text()
+        files = (p.name for p in folder.iterdir() if p.suffix in (".py", ".yaml", ".ipynb"))
+        assert [name for name in files if f"]({name})" not in said] == []
+
+
 def test_configurations_of_accelerate_are_those_of_their_names() -> None:
     """`tests/integrations/transformers/test_processes.py` trains as they start it."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    found = {p.stem: load_config_from_file(str(p)) for p in (FOLDER / "accelerate").iterdir()}
+    found = {p.stem: load_config_from_file(str(p)) for p in (FOLDER / "accelerate").glob("*.yaml")}
     assert set(found) == {"fsdp2", "zero2", "zero3"}
     assert {each.num_processes for each in found.values()} == {2}
     assert found["fsdp2"].fsdp_config["fsdp_version"] == 2
