@@ -86,6 +86,18 @@ def test_what_depends_on_neither_passes(name: str) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_half_precision_rounds_otherwise_for_other_numbers_of_rows() -> None:
+    """Under autocast a difference of a hundredth is rounding, in float32 it is none."""
+    slightly = Model(lambda m, h: h * (1 + 0.01 * (len(h) % 2)))
+    found = find_place_dependence(slightly, (torch.randn(B, 6),), {}, 0)
+    assert found is not None
+    assert "the number of examples" in found
+    with torch.autocast("cpu", torch.bfloat16):
+        assert find_place_dependence(slightly, (torch.randn(B, 6),), {}, 0) == ""
+        for program in (*PLACES.values(), *NUMBERS.values()):
+            assert find_place_dependence(Model(program), (torch.randn(B, 6),), {}, 0)
+
+
 def test_too_few_rows_tell_nothing() -> None:
     model = Model(every_second)
     assert find_place_dependence(model, (torch.randn(1, 6),), {}, 0) is None

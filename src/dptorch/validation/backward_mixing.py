@@ -58,7 +58,10 @@ def find_backward_mixing(
     count = min(sizes.pop(), _EXAMPLES)
     if count < 2:
         return None
-    half = any(p.dtype not in _RELATIVE for p in parameters.values())
+    half = any(
+        p.dtype not in _RELATIVE or torch.is_autocast_enabled(p.device.type)
+        for p in parameters.values()
+    )
 
     def run(count: int, louder: float) -> tuple[_Norms, bool] | None:
         inputs, _, _ = perturbed(model, args, kwargs, batch_dims, count)

@@ -192,7 +192,12 @@ def _first_moved(whole: _Rows, other: _Rows, rows: Sequence[int]) -> str | None:
 
 
 def relative_error(t: Tensor) -> float:
-    """What other kernels may move in `t` by rounding, relative to its largest value."""
+    """What other kernels may move in `t` by rounding, relative to its largest value.
+
+    Under autocast what is in float32 is computed from products in half precision.
+    """
+    if torch.is_autocast_enabled(t.device.type):
+        return _RELATIVE_HALF
     return _RELATIVE.get(t.dtype, _RELATIVE_HALF)
 
 
