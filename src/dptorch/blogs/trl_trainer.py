@@ -22,13 +22,13 @@ from dptorch.errors import ConfigurationError, one_of
 from dptorch.integrations.transformers.manifest import settle
 from dptorch.integrations.transformers.privacy_arguments import PrivacyArguments
 from dptorch.integrations.transformers.private_trainer import PrivateTrainer
-from dptorch.integrations.transformers.sft_trainer import sft_config
+from dptorch.integrations.transformers.sft_trainer import WholeHeadSFTTrainer, sft_config
 from dptorch.statement import Statement
 
 __all__ = ["BloGSSFTTrainer"]
 
 
-class BloGSSFTTrainer(PrivateTrainer, SFTTrainer):
+class BloGSSFTTrainer(PrivateTrainer, WholeHeadSFTTrainer):
     """TRL's `SFTTrainer` with DP-BloGS, or with noise, between the last backward and the step.
 
     ``mechanism="shuffle"``: the gradients that the Trainer has accumulated, and clipped to

@@ -4,17 +4,51 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from dptorch.integrations.transformers.privacy_arguments import PrivacyArguments
 from dptorch.integrations.transformers.private_trainer import PrivateTrainer
 
-__all__ = ["DPSFTTrainer", "sft_config"]
+__all__ = ["DPSFTTrainer", "WholeHeadSFTTrainer", "sft_config"]
 
 
-class DPSFTTrainer(PrivateTrainer, SFTTrainer):
+class WholeHeadSFTTrainer(SFTTrainer):
+    """`SFTTrainer`, with the model's own loss where TRL's fused head would leave layers out.
+
+    TRL multiplies the body's last hidden state by the output embeddings. BERT and RoBERTa have a dense
+    layer and a normalisation between the two: they would get no gradient, and the loss would be that
+    of another model. Held by `test_every_parameter_of_a_causal_bert_moves`.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss, or the model's own."""
+        base: Any = super()
+        if not _layers_before_output(self.model):
+            return base.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        plain: Any = Trainer.compute_loss
+        return plain(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+def _layers_before_output(model: Any) -> bool:
+    """Whether a model has parameters between its body and its output embeddings."""
+    whole = getattr(model, "get_base_model", lambda: model)()
+    output = whole.get_output_embeddings()
+    if output is None:
+        return False
+    known = {id(p) for module in (whole.base_model, output) for p in module.parameters()}
+    return any(id(p) not in known for p in whole.parameters())
+
+
+class DPSFTTrainer(PrivateTrainer, WholeHeadSFTTrainer):
     """`trl.SFTTrainer` under differential privacy; see `PrivateTrainer`.
 
     The loss is the model's own and not TRL's fused head, through which gradients of single examples
