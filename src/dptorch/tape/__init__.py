@@ -7,5 +7,15 @@ from dptorch.tape.recording.batch_dims import Ragged
 from dptorch.tape.recording.functional import record
 from dptorch.tape.recording.reads import trusted_reads
 from dptorch.tape.recording.recording import Recording
+from dptorch.tape.rules.vocabulary import summed_cross_entropy
 
-__all__ = ["Ragged", "Recording", "Tape", "public_number", "record", "rowwise", "trusted_reads"]
+__all__ = [
+    "Ragged",
+    "Recording",
+    "Tape",
+    "public_number",
+    "record",
+    "rowwise",
+    "summed_cross_entropy",
+    "trusted_reads",
+]

@@ -2,9 +2,9 @@
 
 Logits are [B, T, V], which for a vocabulary of 150,000 is most of the memory of a step. Here the model
 returns what it would give to its head, and the head and the loss are computed for some tokens of every
-row at a time; the backward computes these logits again. Under the tape this is exact, as each part
-is made of ordinary ops. It saves memory where the head is frozen, as beside adapters: of a trained
-head every example's gradient keeps the gradients of the logits.
+row at a time; the backward computes these logits again. Under the tape this is exact. A frozen head is
+made of ordinary ops. A trained one is `dptorch.tape.summed_cross_entropy`, which takes as many
+logits at once, but of some words and all tokens: the norm of a gradient is a sum over words.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dptorch.errors import ConfigurationError
+from dptorch.tape import summed_cross_entropy
 
 __all__ = ["ChunkedLoss", "chunked_cross_entropy"]
 
@@ -26,7 +27,13 @@ _IGNORED = -100
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, tokens: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    tokens: int,
+    *,
+    trained: bool = False,
 ) -> Tensor:
     """Return the mean over rows of each one's mean loss over the labels that count.
 
@@ -35,6 +42,7 @@ def chunked_cross_entropy(
         weight, bias: of the head, [V, H] and [V].
         labels: [B, T]; -100 does not count.
         tokens: how many places of every row have their logits in memory at once.
+        trained: whether weight or bias is.
 
     Example:
         >>> hidden, weight = torch.ones(1, 3, 2), torch.zeros(4, 2)
@@ -49,11 +57,15 @@ def chunked_cross_entropy(
             wide.transpose(1, 2), y, reduction="none", ignore_index=_IGNORED
         ).sum(1)
 
-    parts = zip(hidden.split(tokens, 1), labels.split(tokens, 1), strict=True)
-    sums = [checkpoint(part, h, y, use_reentrant=False) for h, y in parts]
-    total = sums[0]
-    for each in sums[1:]:
-        total = total + each
+    if trained:
+        columns = max(1, tokens * weight.shape[0] // hidden.shape[1])
+        total = summed_cross_entropy(hidden, weight, bias, labels, columns)
+    else:
+        parts = zip(hidden.split(tokens, 1), labels.split(tokens, 1), strict=True)
+        sums = [checkpoint(part, h, y, use_reentrant=False) for h, y in parts]
+        total = sums[0]
+        for each in sums[1:]:
+            total = total + each
     return (total / (labels != _IGNORED).sum(1).clamp(min=1)).mean()
 
 
@@ -61,7 +73,7 @@ class ChunkedLoss:
     """The loss of a causal language model, some tokens at a time.
 
     Args:
-        model: its head is frozen.
+        model: its head is one linear layer, frozen or trained, tied to the embedding or not.
         tokens: how many places of every row have their logits in memory at once.
 
     Raises:
@@ -79,11 +91,6 @@ class ChunkedLoss:
                 f"loss_chunk={tokens}: {type(model).__name__} is no causal language model with a "
                 "linear head. Leave loss_chunk out."
             )
-        if any(p.requires_grad for p in head.parameters()):
-            raise ConfigurationError(
-                f"loss_chunk={tokens}: the head is trained, and then the gradients of all logits are "
-                "kept for clipping in any case. Train adapters, or leave loss_chunk out."
-            )
         self.tokens = tokens
         self._head = head
 
@@ -93,8 +100,14 @@ class ChunkedLoss:
         labels = given.pop("labels")
         with self._head_passed_over():
             hidden = model(**given).logits
+        head = self._head
         return chunked_cross_entropy(
-            hidden[:, :-1], self._head.weight, self._head.bias, labels[:, 1:], self.tokens
+            hidden[:, :-1],
+            head.weight,
+            head.bias,
+            labels[:, 1:],
+            self.tokens,
+            trained=any(p.requires_grad for p in head.parameters()),
         )
 
     @contextmanager

@@ -66,8 +66,8 @@ class PrivateTrainer(Trainer):
             has ``max_steps`` steps, or those of ``num_train_epochs``.
         privacy: what is guaranteed.
         ledger: see `dptorch.PrivacyEngine`.
-        loss_chunk: for a causal language model with a frozen head (adapters): how many tokens of every
-            row have their logits in memory at once; None for all.
+        loss_chunk: for a causal language model: how many tokens of every row have their logits in
+            memory at once; None for all.
 
     Attributes:
         engine: the engine; None where the subclass trains without one.

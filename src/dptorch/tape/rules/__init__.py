@@ -7,6 +7,7 @@ from dptorch.tape.rules import (
     embedding,
     normalisation,
     recurrent,
+    vocabulary,
 )
 from dptorch.tape.rules.generic_rule import generic
 from dptorch.tape.rules.loss import HALF, LOSSES, mean_in_float32
@@ -25,4 +26,5 @@ __all__ = [
     "normalisation",
     "recurrent",
     "rule",
+    "vocabulary",
 ]

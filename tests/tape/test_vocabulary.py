@@ -1,0 +1,159 @@
+"""A trained layer before a softmax over many classes, some classes at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.oracles.loop import norms_of, one_example_loop, relative_error
+from torch import Tensor, nn
+
+from dptorch import PrivacyEngine
+from dptorch.tape import summed_cross_entropy
+from dptorch.tape.gradients import Outer, Scatter
+from dptorch.tape.gradients.softmax_outer import SoftmaxOuter
+
+B, T, H, V = 4, 5, 3, 11
+C = 0.3
+
+
+class Words(nn.Module):
+    """Predicts words from words: hidden states, and a head that is tied to the embedding or not."""
+
+    def __init__(self, *, tied: bool, bias: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, H)
+        self.layer = nn.Linear(H, H)
+        self.head = nn.Linear(H, V, bias=bias)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = torch.tanh(self.layer(self.embedding(ids)))
+        return hidden
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    ids, labels = torch.randint(0, V, (B, T)), torch.randint(0, V, (B, T))
+    ids[0, 1:3] = ids[0, 0]
+    labels[0, 2:], labels[2, 0] = -100, -100
+    labels[1, 0] = ids[1, 1]
+    return ids, labels
+
+
+def whole(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    logits = model.head(model(ids))
+    return nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, reduction="none", ignore_index=-100
+    ).sum(1)
+
+
+def step(model: Any, ids: Tensor, labels: Tensor, columns: int, mode: str) -> dict[str, Tensor]:
+    engine = PrivacyEngine(
+        model, sample_rate=1.0, sample_size=B, steps=1, noise_multiplier=0.0, target_delta=1e-3,
+        max_grad_norm=C, clipping_mode=mode, seed=0,
+    )  # fmt: skip
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    data = torch.utils.data.TensorDataset(ids, labels)
+    for given, wanted in engine.loader(data):
+        head = model.head
+        summed_cross_entropy(
+            model(given), head.weight, head.bias, wanted, columns
+        ).mean().backward()
+        optimizer.step()
+        break
+    engine.detach()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+@pytest.mark.parametrize("mode", ["auto", "ghost", "non-ghost"])
+@pytest.mark.parametrize(
+    ("tied", "bias", "columns"),
+    [(False, True, 4), (True, True, 4), (True, False, 1), (False, False, 50)],
+)
+def test_a_trained_head_is_the_loop_over_single_examples(
+    tied: bool, bias: bool, columns: int, mode: str, float64: None
+) -> None:
+    torch.manual_seed(0)
+    model = Words(tied=tied, bias=bias)
+    ids, labels = batch()
+    truth = one_example_loop(model, (ids, labels), whole)
+    norms = norms_of(truth)
+    assert (norms > C).all()
+    expected = {n: torch.tensordot(C / norms, g, 1) / B for n, g in truth.items()}
+    found = step(model, ids, labels, columns, mode)
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < 1e-9, name
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+@pytest.mark.parametrize("trained_bias", [True, False])
+def test_a_frozen_weight(trained_bias: bool, float64: None) -> None:
+    torch.manual_seed(0)
+    model = Words(tied=False, bias=True)
+    model.head.weight.requires_grad_(False)
+    model.head.bias.requires_grad_(trained_bias)
+    ids, labels = batch()
+    truth = one_example_loop(model, (ids, labels), whole)
+    norms = norms_of(truth)
+    found = step(model, ids, labels, 4, "auto")
+    assert found["head.weight"] is None
+    for name, g in truth.items():
+        assert relative_error(found[name], torch.tensordot(C / norms, g, 1) / B) < 1e-9, name
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+@pytest.mark.parametrize("broken", ["norm", "cross term"])
+def test_the_broken_twins_are_seen(
+    broken: str, float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm that leaves out the last classes, and a tied one without its cross term."""
+    if broken == "norm":
+        whole_norm = SoftmaxOuter.squared_norm
+        monkeypatch.setattr(SoftmaxOuter, "squared_norm", lambda self: 0.5 * whole_norm(self))
+    else:
+        monkeypatch.setattr(
+            SoftmaxOuter, "factored_inner", lambda self, other: self.lengths.new_zeros(B)
+        )
+    with pytest.raises(AssertionError, match="weight"):
+        test_a_trained_head_is_the_loop_over_single_examples(True, False, 4, "auto", float64)
+
+
+def test_inner_products_with_every_form(float64: None) -> None:
+    """Of a head that is used twice, and one that is also used on all logits."""
+    torch.manual_seed(0)
+    model = Words(tied=False, bias=True)
+    found: list[Any] = []
+    make = SoftmaxOuter.__init__
+
+    def keep(self: Any, *args: Any) -> None:
+        make(self, *args)
+        found.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SoftmaxOuter, "__init__", keep)
+        for _ in range(2):
+            step(model, *batch(), 4, "auto")
+    first, second = found[0], found[-1]
+    assert first is not second
+    left = torch.randn(B, 2, V)
+    others = [second, Outer(left, torch.randn(B, 2, H), first.shape)]
+    others.append(Scatter(torch.randint(0, V, (B, 6)), torch.randn(B, 6, H), first.shape))
+    for other in others:
+        expected = (first.dense() * other.dense()).sum((1, 2))
+        torch.testing.assert_close(first.inner(other), expected)
+        torch.testing.assert_close(other.inner(first), expected)
+    taken = first.take(torch.tensor([2, 0]))
+    torch.testing.assert_close(taken.dense(), first.dense()[[2, 0]])
+    torch.testing.assert_close(first.squared_norm(), first.dense().square().sum((1, 2)))
+
+
+def test_without_a_recording_it_is_the_cross_entropy(float64: None) -> None:
+    torch.manual_seed(0)
+    model = Words(tied=False, bias=True)
+    ids, labels = batch()
+    head = model.head
+    found = summed_cross_entropy(model(ids), head.weight, head.bias, labels, 2)
+    torch.testing.assert_close(found, whole(model, ids, labels))
