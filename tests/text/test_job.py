@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def released(job: TextJob, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     [
         *product(["text-classification", "table-to-text"], METHODS),
         *product(["prompt", "pooled"], ["full", "lora", "prefix"]),
+        ("pooled", "bias-only"),
     ],
 )
 def test_a_step_is_the_clipped_sum_over_single_examples(
@@ -127,6 +129,89 @@ def test_a_head_moves_first(bert: str, reviews: str) -> None:
         setup.task.before_step(setup.optimizer, step)
         rates.append([group["lr"] for group in setup.optimizer.param_groups])
     assert rates == [[0.0, 0.2], [0.0, pytest.approx(0.15)], [0.05, 0.1], [0.025, 0.05]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_a_head_that_moves_alone_has_the_whole_norm(bert: str, reviews: str) -> None:
+    """Before the body moves, a record is clipped by the head's gradient, not by that of both."""
+    job = TextJob(
+        "text-classification", data=reviews, model=bert, method="bias-only", pool="mean",
+        head_first=0.5, learning_rate=0.1, **(FAST | {"sample_rate": 1.0, "epochs": 4}),
+        max_physical_batch_size=60, max_grad_norm=1e-3,
+    )  # fmt: skip
+    setup = prepare(replace(job, noise_multiplier=1e-9))
+    torch.nn.init.normal_(setup.model.head.weight)  # as after some steps: the body has a gradient
+    loader = setup.engine.loader(
+        setup.data.train, collate_fn=setup.task.collate, max_physical_batch_size=60
+    )
+    heads = {id(p) for p in setup.model.head.parameters()}
+    body = [p for p in setup.model.parameters() if p.requires_grad and id(p) not in heads]
+    steps = []
+    for _ in range(4):
+        for batch in loader:
+            setup.task.loss(setup.model, batch, setup.device)[0].backward()
+            setup.optimizer.step()
+            norms = [torch.cat([p.grad.flatten() for p in ps]).norm().item()
+                     for ps in (list(setup.model.head.parameters()), body)]  # fmt: skip
+            steps.append((norms, setup.engine.diagnostics.mean_norm))
+            setup.optimizer.zero_grad()
+    assert [body > 1e-9 for (_, body), _ in steps] == [False, False, True, True]
+    # The broken twin: a body that moves along leaves the head a part of the norm.
+    assert steps[2][0][0] < 0.9 * steps[1][0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+@pytest.mark.parametrize("method", ["bias-only", "lora"])
+def test_a_step_in_bf16_is_clipped_and_near_to_that_in_float32(
+    method: str, bert: str, reviews: str
+) -> None:
+    """Norms and sums are taken in float32 of what the products gave: no record exceeds C."""
+
+    def gradients(precision: str, rows: int) -> torch.Tensor:
+        job = TextJob(
+            "text-classification", data=reviews, model=bert, method=method, pool="mean",
+            precision=precision, max_grad_norm=C,
+            **(FAST | {"noise_multiplier": 0.0, "target_delta": 1e-3}),
+        )  # fmt: skip
+        setup = prepare(job)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(setup.model.head.weight)
+        setup.engine.detach()
+        engine = type(setup.engine)(
+            setup.model, sample_rate=1.0, sample_size=rows, steps=1, noise_multiplier=0.0,
+            target_delta=1e-3, max_grad_norm=C, seed=0,
+        )  # fmt: skip
+        parameters = [p for p in setup.model.parameters() if p.requires_grad]
+        optimizer = engine.attach(torch.optim.SGD(parameters, lr=0.0))
+        some: Any = torch.utils.data.Subset(setup.data.train, range(rows))
+        for part in engine.loader(some, collate_fn=setup.task.collate):
+            setup.task.loss(setup.model, part, setup.device)[0].backward()
+            optimizer.step()
+            break
+        assert all(p.dtype == torch.float32 for p in parameters)
+        return torch.cat([p.grad.flatten() for p in parameters])
+
+    one = gradients("bf16", 1).norm().item()
+    assert 0.9 * C < one <= C * (1 + 1e-5)
+    wide, narrow = gradients("float32", 6), gradients("bf16", 6)
+    assert 1e-4 < relative_error(narrow, wide) < 0.05  # it did compute in bfloat16
+
+
+@pytest.mark.slow
+def test_parts_of_a_draw_hold_texts_of_like_length(bert: str, reviews: str) -> None:
+    """Except where a record's place decides its steps."""
+    job = TextJob("text-classification", data=reviews, model=bert, method="lora", **FAST)
+
+    def lengths(job: TextJob) -> list[int]:
+        return [len(row["input_ids"]) for row in prepare(job).data.train.rows]
+
+    found = lengths(job)
+    assert found == sorted(found)
+    kept = lengths(replace(job, sampling="random-allocation", sample_rate=0.5))
+    assert kept != sorted(kept)
+    assert sorted(kept) == found
 
 
 class Kill(Silent):
@@ -198,6 +283,7 @@ def test_a_run_of_tables_has_scores_samples_and_a_page(
         ({"recipe": "e2e"}, "is one of table-to-text"),
         ({"decay": "cosin"}, "Did you mean 'cosine'"),
         ({"pool": "max"}, "Valid: 'model', 'mean'"),
+        ({"precision": "fp16"}, "Valid: 'float32', 'bf16'"),
         (
             {"pool": "mean", "template": "{text} {mask}", "label_words": "bad,good"},
             "is for a new head",

@@ -100,7 +100,7 @@ class ClassOptions:
         _option(
             MODEL,
             help="What a new head is given: [bold]model[/], as the model's own class does, or "
-            "[bold]mean[/], the mean of a text's hidden states, for encoders of sentences.",
+            "[bold]mean[/], means of a text's hidden states, for encoders of sentences.",
             default=RECIPE + "model",
         ),
     ] = None
@@ -181,6 +181,15 @@ class TextTrainingOptions:
         float | None, _option(TRAINING, help="Of AdamW.", default=RECIPE + "0")
     ] = None
     max_physical_batch_size: PhysicalBatch = 16
+    precision: Annotated[
+        str | None,
+        _option(
+            TRAINING,
+            help="[bold]float32[/], or [bold]bf16[/]: the model's products in bfloat16, and norms, "
+            "sums, noise and steps in float32. Faster on GPUs, and on CPUs with AMX.",
+            default=RECIPE + "float32",
+        ),
+    ] = None
     clipping_mode: Annotated[
         str | None,
         _option(

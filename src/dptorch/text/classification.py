@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dptorch.errors import ConfigurationError, DataError
 from dptorch.text.batches import Padded
 from dptorch.text.models import save_trained
+from dptorch.text.precision import computing, wide
 from dptorch.training.run_folder import RunFolder
 from dptorch.training.schedules import Schedule
 
@@ -37,10 +38,12 @@ class TextClassification:
     Attributes:
         tokenizer: of the model.
         schedule: of the learning rate.
+        precision: of training, a name in `dptorch.text.precision.PRECISIONS`.
     """
 
     tokenizer: Any
     schedule: Schedule
+    precision: str = "float32"
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
@@ -51,7 +54,9 @@ class TextClassification:
         """Return the mean cross-entropy and the number of examples."""
         inputs = {name: value.to(device) for name, value in batch.items()}
         labels = inputs.pop("labels")
-        return F.cross_entropy(logits_of(model(**inputs)), labels), len(labels)
+        with computing(self.precision, device):
+            logits = logits_of(model(**inputs))
+        return F.cross_entropy(wide(logits), labels), len(labels)
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rates of this step."""

@@ -12,11 +12,12 @@ import torch
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
 from dptorch.text import classification, language
-from dptorch.text.batches import Tokenized
+from dptorch.text.batches import Tokenized, by_length
 from dptorch.text.bible import SMALL_GPT, passages, small_gpt
 from dptorch.text.methods import apply_method, head_parameters
 from dptorch.text.models import load_pretrained
 from dptorch.text.pooling import POOLS, PooledClassifier
+from dptorch.text.precision import PRECISIONS, suit
 from dptorch.text.recipes import PASSAGES, SNIPPETS, TASKS, defaults_of, get_recipe
 from dptorch.text.rows import (
     Row,
@@ -66,6 +67,7 @@ class TextJob(RunSettings):
         pool: what the new head of a classifier is given, a name in `dptorch.text.pooling.POOLS`.
         head_first: share of the steps in which the new head alone moves, at the run's own noise and
             sampling rate. At a head of zeros nothing below it has a gradient.
+        precision: a name in `dptorch.text.precision.PRECISIONS`.
         max_length: tokens of an example that are read.
         learning_rate, head_learning_rate, weight_decay: of AdamW.
         decay: of the rates; see `dptorch.training.schedules.Schedule`.
@@ -99,6 +101,7 @@ class TextJob(RunSettings):
     label_words: str | None = None
     prompt: bool = True
     pool: str | None = None
+    precision: str | None = None
     head_first: float | None = None
     max_length: int | None = None
     head_learning_rate: float | None = None
@@ -131,12 +134,20 @@ def prepare(job: TextJob) -> Setup:
         "language-model": _language_model,
     }[job.task]
     data, model, task_of = build(job)
-    model = model.to(device)
+    precision = job.precision or "float32"
+    model = suit(model, precision, device).to(device)
     size = len(data.train)  # type: ignore[arg-type]
     job = with_rate(job, size)
     plan = plan_of(job, sample_size=size)
-    task = task_of(schedule=Schedule(job.decay or "linear", plan.steps))
+    if not plan.places_kept:
+        # A draw is handed out in the order of the data: so its parts hold texts of like length, and
+        # little padding. Whether a record is drawn does not depend on its place.
+        data = replace(data, train=by_length(data.train), test=by_length(data.test))
+    task = task_of(schedule=Schedule(job.decay or "linear", plan.steps), precision=precision)
     engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
+    if isinstance(model, PooledClassifier):
+        first = round((job.head_first or 0.0) * plan.steps)
+        model.waits = lambda: model.training and engine.steps_done < first
     optimizer = _optimizer(model, job, plan.steps)
     engine.attach(optimizer)
     return Setup(job, data, model, engine, optimizer, device, task=task)
@@ -155,6 +166,8 @@ def _refuse_contradictions(job: TextJob) -> None:
         one_of("decay", job.decay, DECAYS)
     if job.pool is not None:
         one_of("pool", job.pool, POOLS)
+    if job.precision is not None:
+        one_of("precision", job.precision, PRECISIONS)
     if job.head_first is not None and not 0 <= job.head_first < 1:
         raise ConfigurationError(
             f"head_first={job.head_first}: expected a share of the steps in [0, 1)."

@@ -17,6 +17,7 @@ from dptorch.integrations.perplexity import perplexity
 from dptorch.text.batches import IGNORED, Padded
 from dptorch.text.generation import generate
 from dptorch.text.models import save_trained
+from dptorch.text.precision import computing, wide
 from dptorch.text.scores import text_scores
 from dptorch.training.run_folder import RunFolder
 from dptorch.training.schedules import Schedule
@@ -36,6 +37,7 @@ class LanguageModelling:
         schedule: of the learning rate.
         test_texts: what perplexity is measured on.
         max_length: tokens of a text that are read.
+        precision: of training, a name in `dptorch.text.precision.PRECISIONS`.
         prompts: what samples begin with; public.
         new_tokens: of a sample.
     """
@@ -44,6 +46,7 @@ class LanguageModelling:
     schedule: Schedule
     test_texts: Sequence[str]
     max_length: int
+    precision: str = "float32"
     prompts: Sequence[str] = ()
     new_tokens: int = 40
 
@@ -56,10 +59,11 @@ class LanguageModelling:
         """Return the mean over examples of each one's mean over its tokens."""
         inputs = {name: value.to(device) for name, value in batch.items()}
         labels_BT = inputs.pop("labels")
-        logits_BTV = model(**inputs).logits
+        with computing(self.precision, device):
+            logits_BTV = model(**inputs).logits
         # Under the tape this is the mean over examples of each one's own mean.
         loss = F.cross_entropy(
-            _wide(logits_BTV[:, :-1]).transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORED
+            wide(logits_BTV[:, :-1]).transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORED
         )
         return loss, len(labels_BT)
 
@@ -111,7 +115,7 @@ class TableToText(LanguageModelling):
             for batch in DataLoader(test, batch_size=_BATCH, collate_fn=self.collate):
                 inputs = {name: value.to(device) for name, value in batch.items()}
                 labels = inputs.pop("labels")[:, 1:]
-                logits = _wide(model(**inputs).logits[:, :-1])
+                logits = wide(model(**inputs).logits[:, :-1])
                 loss += float(
                     F.cross_entropy(
                         logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"
@@ -135,10 +139,6 @@ class TableToText(LanguageModelling):
             "scored": len(tables),
             "samples": samples,
         }
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def tokenize_texts(

@@ -61,6 +61,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
     "head_learning_rate": None,
     "head_first": 0.0,
     "pool": "model",
+    "precision": "float32",
     "decay": "linear",
     "weight_decay": 0.0,
 }
@@ -161,7 +162,7 @@ RECIPES: Final[Mapping[str, TextRecipe]] = {
         TextRecipe("reviews", "text-classification", {
             "data": SNIPPETS, "model": MINILM, "method": "bias-only", "pool": "mean",
             "max_length": 48, "batch_size": 600.0, "epochs": 2.0, "target_delta": 1e-5,
-            "head_first": 0.3, "learning_rate": 5e-3, "head_learning_rate": 6e-3,
+            "head_first": 0.6, "learning_rate": 1e-3, "head_learning_rate": 1.5e-2,
         }),
     )
 }  # fmt: skip
