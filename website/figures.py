@@ -89,6 +89,30 @@ def reviews() -> str:
     return svg(figure)
 
 
+def model_size() -> str:
+    """Test accuracy at ε = 3 and without privacy against parameters, as docs/tasks.md has it."""
+    rows = re.findall(
+        r"^\| \d \| ([\d.]+) million \| ([\d., ]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (DOCS / "tasks.md").read_text(),
+        re.M,
+    )
+    figure, axes = canvas("parameters of the encoder, in millions", "test accuracy")
+    sizes = [float(size) for size, *_ in rows]
+    for column, label, dashes in ((2, "ε = 3", DASHES[2]), (3, "without privacy", DASHES[4])):
+        means = [100 * float(row[column]) for row in rows]
+        axes.plot(sizes, means, color=BLUE, linewidth=2, linestyle=dashes)
+        axes.annotate(
+            label, (sizes[-1], means[-1]), xytext=(6, -4), textcoords="offset points",
+            color=INK, fontsize=9.5,
+        )  # fmt: skip
+    for size, row in zip(sizes, rows, strict=True):
+        found = [100 * float(run) for run in row[1].split(", ")]
+        axes.plot([size] * len(found), found, "o", color=BLUE, markersize=5, mfc="white")
+    axes.yaxis.set_major_formatter("{x:.0f}%")
+    axes.set(xlim=(sizes[0] - 1, sizes[-1] + 5))
+    return svg(figure)
+
+
 def report(folder: Path) -> None:
     """Photograph the head of a report: a run of the default recipe, in a headless Chromium."""
     browser = next(
@@ -117,4 +141,5 @@ if __name__ == "__main__":
     (pictures / "trade_off.svg").write_text(trade_off())
     (pictures / "epsilon_by_steps.svg").write_text(epsilon_by_steps())
     (DOCS / "pictures" / "reviews.svg").write_text(reviews())
+    (DOCS / "pictures" / "model_size.svg").write_text(model_size())
     report(DOCS / "pictures")

@@ -48,13 +48,14 @@ def test_engines_are_told_apart_by_their_marks() -> None:
 def test_pictures_are_those_of_the_code() -> None:
     """Their words and their curves; the exact bytes depend on matplotlib."""
     pytest.importorskip("matplotlib")
-    from website.figures import epsilon_by_steps, reviews, trade_off
+    from website.figures import epsilon_by_steps, model_size, reviews, trade_off
 
     folder = Path(REPOSITORY / "docs")
     for name, made in (
         ("concepts/pictures/trade_off", trade_off()),
         ("concepts/pictures/epsilon_by_steps", epsilon_by_steps()),
         ("pictures/reviews", reviews()),
+        ("pictures/model_size", model_size()),
     ):
         kept = (folder / f"{name}.svg").read_text()
         words = [re.findall(r">([^<>\n]+)</text>", text) for text in (made, kept)]
