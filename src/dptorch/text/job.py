@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -142,7 +142,8 @@ def prepare(job: TextJob) -> Setup:
     if not plan.places_kept:
         # A draw is handed out in the order of the data: so its parts hold texts of like length, and
         # little padding. Whether a record is drawn does not depend on its place.
-        data = replace(data, train=by_length(data.train), test=by_length(data.test))
+        train, test = (cast(Any, by_length(side)) for side in (data.train, data.test))
+        data = replace(data, train=train, test=test)
     task = task_of(schedule=Schedule(job.decay or "linear", plan.steps), precision=precision)
     engine = PrivacyEngine(model, plan=plan, clipping_mode=job.clipping_mode, seed=job.seed)
     if isinstance(model, PooledClassifier):
