@@ -201,10 +201,9 @@ def write_table() -> None:
 
 
 def all_by_command(prefixes: tuple[str, ...]) -> int:
-    """Say of each name, the smallest first, whether its step was taken; 1 if one was not."""
+    """Say of each name whether its step was taken; 1 if one was not."""
     failed = []
-    sizes = {r["model"]: r.get("parameters", 0) for r in rows() if r["library"] == "timm"}
-    for name in sorted(TIMM, key=lambda name: sizes.get(name, 0)):
+    for name in TIMM:
         if prefixes and not name.startswith(prefixes):
             continue
         try:
