@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def _private(engine: Any, work: Workload, optimizer: Any) -> Callable[[], None]:
         *(t.repeat(BANDS, *[1] * (t.dim() - 1)) for t in work.inputs)
     )
     loader = engine.loader(data)
-    batches = iter(())
+    batches: Iterator[Any] = iter(())
 
     def step() -> None:
         nonlocal batches
@@ -143,7 +143,7 @@ def main(rounds: int, workloads: list[str]) -> None:
     noise: dict[str, list[float]] = {name: [] for name in NOISES}
     for name, kind in NOISES.items():
         _timed(kind, noise[name])
-    makes = {name: get_workload(name).make for name in workloads}
+    makes: dict[str, Callable[[], Workload]] = {n: get_workload(n).make for n in workloads}
     for model, make in (makes or {"mlp": mlp, "conv": convolutions, "encoder": encoder}).items():
         ways = steps_of(make)
         size = sum(p.numel() for p in make().model.parameters())

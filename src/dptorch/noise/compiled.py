@@ -286,7 +286,7 @@ def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:
     streams = [KeystreamNormals(key, np.dtype(np.float32)) for key in keys]
     noises = [np.concatenate([s.block(i).copy() for i in range(3)]) for s in streams]
     some, all_of_them = rows[:3], rows
-    weights = [generator.standard_normal(len(rows)) for _ in range(3)]
+    weights = generator.standard_normal((3, len(rows))).tolist()
     for divisor, kept in (
         (1.0, None),
         (7.0, None),
