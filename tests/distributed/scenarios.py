@@ -146,6 +146,7 @@ def settings_of(**more: Any) -> dict[str, Any]:
         "max_grad_norm": 0.2,
         "target_delta": 1e-3,
         "seed": 0,
+        "self_check": False,
     }
     return base | more
 

@@ -54,7 +54,7 @@ def test_ranks_together_take_the_step_of_one_process(size: int) -> None:
     cases = [(name, {}) for name in names] + [(name, LAYER_WISE) for name in names[:3:2]]
 
     def work(rank: int = 0) -> list[Trained]:
-        return [train(name, **settings) for name, settings in cases]
+        return [train(name, self_check=True, **settings) for name, settings in cases]
 
     by_rank = on_ranks(size, work)
     for i, alone in enumerate(work()):

@@ -54,7 +54,7 @@ def loss_of(model: nn.Module, image: Tensor, ids: Tensor, target: Tensor) -> Ten
 def engine_on(model: nn.Module, **overrides: Any) -> dptorch.PrivacyEngine:
     settings: dict[str, Any] = {
         "sample_rate": 1.0, "sample_size": B, "steps": 10, "noise_multiplier": 0.0,
-        "target_delta": 1e-3, "max_grad_norm": BOUND, "seed": 0,
+        "target_delta": 1e-3, "max_grad_norm": BOUND, "seed": 0, "self_check": False,
     }  # fmt: skip
     return dptorch.PrivacyEngine(model, **settings | overrides)
 
