@@ -89,13 +89,13 @@ def test_no_rank_has_the_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums are formed one parameter at a time where more would not fit in a message."""
     monkeypatch.setattr("dptorch.distributed.sharded.BUCKET", 200)
     formed: list[int] = []
-    plain = ShardedParameters.reduced
+    plain = ShardedParameters.summed
 
-    def reduced(self: ShardedParameters, whole: dict[str, torch.Tensor]) -> Any:
+    def summed(self: ShardedParameters, whole: dict[str, torch.Tensor]) -> Any:
         formed.append(sum(t.numel() for t in whole.values()))
         return plain(self, whole)
 
-    monkeypatch.setattr(ShardedParameters, "reduced", reduced)
+    monkeypatch.setattr(ShardedParameters, "summed", summed)
 
     def work(rank: int) -> tuple[Trained, list[int]]:
         return train("tied GPT-2", wrap=sharded()), formed
