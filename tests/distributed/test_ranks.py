@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecision
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 
@@ -167,9 +168,7 @@ def test_models_that_are_spread_in_other_ways_are_refused() -> None:
         found = []
         for model in (
             nn.DataParallel(make_model()),
-            DistributedDataParallel(
-                make_model(), mixed_precision=torch.distributed.fsdp.MixedPrecision()
-            ),
+            DistributedDataParallel(make_model(), mixed_precision=MixedPrecision()),
             make_model().to("meta"),
         ):
             with pytest.raises(ConfigurationError) as error:
