@@ -63,13 +63,16 @@ class ResidualBlock(nn.Module):
         return F.relu(self.body(x) + self.skip(x), inplace=True)
 
 
-def resnet(d: int, stages: int) -> nn.Module:
-    """`stages` stages of two blocks, of width d, 2d, 4d..., for small images."""
+def resnet(d: int, stages: int, *, small: bool = True) -> nn.Module:
+    """`stages` stages of two blocks, of width d, 2d, 4d..., after a 3x3 convolution for small images,
+    and a 7x7 one and pooling for others."""
     layers: list[nn.Module] = [
-        nn.Conv2d(3, d, 3, 1, 1, bias=False),
+        nn.Conv2d(3, d, *((3, 1, 1) if small else (7, 2, 3)), bias=False),
         nn.GroupNorm(8, d),
         nn.ReLU(inplace=True),
     ]
+    if not small:
+        layers.append(nn.MaxPool2d(3, 2, 1))
     width = d
     for stage in range(stages):
         layers.append(ResidualBlock(width, d * 2**stage, 1 if stage == 0 else 2))
