@@ -315,7 +315,7 @@ def refused() -> dict[str, str]:
                 return self.inner(part.redistribute(line, [Replicate()]).to_local())  # type: ignore[no-any-return]
 
         model = Positions()
-        engine = dptorch.PrivacyEngine(model, **settings_of(), self_check=False)
+        engine = dptorch.PrivacyEngine(model, **settings_of())
         engine.attach(torch.optim.SGD(model.parameters(), 0.1))
         x, y = next(iter(engine.loader(make_data())))
         with pytest.raises(ExamplesMixError) as error:
