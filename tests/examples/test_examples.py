@@ -44,7 +44,8 @@ def test_a_gan_with_a_private_discriminator_runs(capsys: pytest.CaptureFixture[s
 
 
 def test_every_folder_says_what_is_in_it() -> None:
-    for folder in (FOLDER, *(path for path in FOLDER.iterdir() if path.is_dir())):
+    inside = (path for path in FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__")
+    for folder in (FOLDER, *inside):
         said = (folder / "README.md").read_text()
         files = (p.name for p in folder.iterdir() if p.suffix in (".py", ".yaml", ".ipynb"))
         assert [name for name in files if f"]({name})" not in said] == []

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dptorch.clipping.sums import ClippedSum
-from dptorch.distributed.parallel_layers import layers_of
 from dptorch.distributed.ranks import Ranks
 from dptorch.distributed.sharded import (
     Form,
@@ -24,7 +23,6 @@ from dptorch.distributed.sharded import (
     is_sharded,
     one_fingerprint,
 )
-from dptorch.distributed.tensor_parallel import TensorParallel
 from dptorch.distributed.zero import ZeroParameters, is_zero
 from dptorch.errors import ConfigurationError
 from dptorch.noise.spans import Offsets
@@ -213,6 +211,8 @@ def placement_of(
     """
     spread: list[tuple[str, Any]] = [(n, p) for n, p in model.named_parameters() if is_sharded(p)]
     by_fsdp = any(hasattr(module, "_get_fsdp_state") for module in model.modules())
+    from dptorch.distributed.parallel_layers import layers_of
+
     layers = [] if by_fsdp else list(layers_of(model))
     if any(map(is_zero, parameters.values())):
         return Sharded(ranks, ZeroParameters(given, parameters, ranks))
@@ -226,5 +226,7 @@ def placement_of(
             "ranks=dptorch.distributed.Ranks.of(mesh.get_group())."
         )
     if not by_fsdp:
+        from dptorch.distributed.tensor_parallel import TensorParallel
+
         return TensorParallel(model, parameters, layers, ranks)
     return Sharded(ranks, ShardedParameters(model, parameters, ranks))

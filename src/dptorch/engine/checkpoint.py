@@ -32,12 +32,6 @@ from torch.optim import Optimizer
 
 from dptorch.atomic_files import replacing
 from dptorch.distributed import Ranks
-from dptorch.distributed.full_state import (
-    gathered,
-    is_spread,
-    shards_of_model,
-    shards_of_optimizer,
-)
 from dptorch.distributed.placement import Placement
 from dptorch.distributed.sharded import local_part
 from dptorch.distributed.zero import refuse_whole_checkpoint
@@ -84,6 +78,8 @@ def save_run(
 ) -> None:
     """See `PrivacyEngine.save_checkpoint`. The first rank writes. Where parameters are spread over
     ranks, all are needed to put them together."""
+    from dptorch.distributed.full_state import gathered, is_spread
+
     refuse_whole_checkpoint(engine.model)
     spread = is_spread(engine.model)
     if not spread and not engine.ranks.is_first:
@@ -110,6 +106,8 @@ def load_run(
     others: Mapping[str, Stateful],
 ) -> Any:
     """See `PrivacyEngine.load_checkpoint`."""
+    from dptorch.distributed.full_state import shards_of_model, shards_of_optimizer
+
     refuse_whole_checkpoint(engine.model)
     with engine.ranks.together():
         state = read(path)

@@ -12,7 +12,6 @@ from dptorch.distributed import Ranks
 from dptorch.distributed.agreement import shapes
 from dptorch.distributed.placement import Placement
 from dptorch.distributed.sharded import is_sharded
-from dptorch.distributed.tensor_parallel import draw_alike
 from dptorch.distributed.zero3 import is_partitioned
 from dptorch.engine.settings import EngineSettings
 from dptorch.errors import ConfigurationError, one_of, warn
@@ -138,5 +137,7 @@ def start_together(
                 "mechanism='discrete_gaussian' rounds the whole gradient of each example, and tensor "
                 "parallel ranks have parts of it. Use mechanism='gaussian', or train replicated."
             )
+        from dptorch.distributed.tensor_parallel import draw_alike
+
         draw_alike(ranks)
     return key

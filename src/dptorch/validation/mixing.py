@@ -27,7 +27,6 @@ from dptorch.validation.reruns import (
     sampling_modules,
     unwrapped,
 )
-from dptorch.validation.widths import WidthCheck
 
 __all__ = [
     "MIXES",
@@ -170,6 +169,8 @@ def first_batch_checks(
     model: nn.Module, batch_dims: BatchDims, parameters: Mapping[str, Tensor]
 ) -> list[Callable[[tuple[Any, ...], dict[str, Any]], bool]]:
     """What an engine asks of the arguments of its model's first forward passes, until it is True."""
+    from dptorch.validation.widths import WidthCheck
+
     return [
         partial(refuse_mixing, model, batch_dims=batch_dims),
         partial(refuse_places, model, batch_dims=batch_dims),

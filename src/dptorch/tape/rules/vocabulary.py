@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dptorch.errors import NotCoveredError
 from dptorch.tape.gradients import Dense, PerExampleGradient
-from dptorch.tape.gradients.softmax_outer import Logits, SoftmaxOuter
 from dptorch.tape.provenance.calls import Call
 from dptorch.tape.provenance.tags import Tag
 from dptorch.tape.rules.recorder import Recorder
 from dptorch.tape.rules.registry import rule
+
+if TYPE_CHECKING:
+    from dptorch.tape.gradients.softmax_outer import Logits, SoftmaxOuter
 
 __all__ = ["summed_cross_entropy"]
 
@@ -77,6 +79,8 @@ class _Written:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def _logits(self, hidden: Tensor) -> Logits:
+        from dptorch.tape.gradients.softmax_outer import Logits
+
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         counts = self.labels != _IGNORED
         return Logits(
@@ -106,6 +110,8 @@ class _Written:
     def backward(
         self, grads: Sequence[Tensor | None], saved: tuple[Tensor, ...], *, wants_inputs: bool
     ) -> tuple[tuple[Tensor | None, ...], tuple[SoftmaxOuter, Tensor | None]]:
+        from dptorch.tape.gradients.softmax_outer import SoftmaxOuter
+
         assert grads[0] is not None
         hidden, normaliser = (t.detach() for t in saved)
         logits = self._logits(hidden)
