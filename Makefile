@@ -26,7 +26,7 @@ demo: $(VENV)/.demo  ## train the default recipe with differential privacy; see 
 reviews: $(VENV)/.reviews  ## classify movie reviews with privacy, by a pretrained encoder
 	$(BIN)/dptorch train --recipe reviews --name reviews --overwrite
 
-quick: $(VENV)/.test  ## ruff and the quick tests, two to three minutes on 2 cores; types are in make lint
+quick: $(VENV)/.test  ## ruff and the quick tests, two minutes on 2 cores; types are in make lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -n 2 --hypothesis-profile quick -m "not (slow or postgres or browser or zoo)"
