@@ -100,7 +100,9 @@ def _number(recording: Recorder, value: Any) -> float | None:
     if isinstance(value, PublicNumber):
         return 1.0
     if isinstance(value, Tensor):
-        constant = value.numel() and not value.requires_grad and recording.state(value) is None
+        constant = value.numel() == 1 or (value.numel() and not value.requires_grad)
+        if not constant or recording.state(value) is not None:
+            return None
         first = value.detach().reshape(-1)[:1]
-        return float(first) if constant and bool((value == first).all()) else None
+        return float(first) if bool((value == first).all()) else None
     return float(value) if isinstance(value, (int, float)) else None
