@@ -48,3 +48,12 @@ def on_ranks(size: int, work: Callable[[int], object]) -> list[Any]:
         codes = [wait(pid) for pid in start(size, folder, work)]
         assert codes == [0] * size, f"exit codes of the ranks: {codes}"
         return [pickle.loads((folder / f"rank-{rank}").read_bytes()) for rank in range(size)]
+
+
+def found_on_ranks(size: int, work: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``work(rank)`` returned on each of `size` ranks; raises what one of them raised."""
+    by_rank = on_ranks(size, work)
+    for found in by_rank:
+        if isinstance(found, Exception):
+            raise found
+    return by_rank

@@ -29,7 +29,7 @@ from dptorch.clipping.sums import ClippedSum
 from dptorch.distributed.tensor_parallel import TensorParallel
 from dptorch.engine import load_shards, save_shards
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError
-from tests.distributed.processes import on_ranks
+from tests.distributed.processes import found_on_ranks, on_ranks
 from tests.distributed.scenarios import (
     MODELS,
     VOCABULARY,
@@ -417,11 +417,7 @@ def world(folder: str) -> list[dict[str, Any]]:
         found["copied"] = copied()
         return found
 
-    by_rank = on_ranks(2, work)
-    for found in by_rank:
-        if isinstance(found, Exception):
-            raise found
-    return by_rank
+    return found_on_ranks(2, work)
 
 
 # -- tests -----------------------------------------------------------------------------------------

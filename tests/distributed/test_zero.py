@@ -21,7 +21,7 @@ from dptorch.distributed.ranks import Ranks
 from dptorch.distributed.zero import ZeroParameters, held_by
 from dptorch.distributed.zero3 import StandIns
 from dptorch.errors import ConfigurationError
-from tests.distributed.processes import on_ranks
+from tests.distributed.processes import found_on_ranks
 from tests.distributed.scenarios import (
     Trained,
     close,
@@ -297,11 +297,7 @@ def world() -> list[dict[str, Any]]:
         found["page"] = program_of_the_page()
         return found
 
-    by_rank = on_ranks(2, work)
-    for found in by_rank:
-        if isinstance(found, Exception):
-            raise found
-    return by_rank
+    return found_on_ranks(2, work)
 
 
 # -- tests -----------------------------------------------------------------------------------------

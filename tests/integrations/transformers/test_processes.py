@@ -24,7 +24,7 @@ from dptorch.integrations.transformers import DPSFTTrainer
 from dptorch.integrations.transformers.dividing import divided
 from dptorch.integrations.transformers.sharding import sharded
 from dptorch.ledger import open_ledger
-from tests.distributed.processes import on_ranks
+from tests.distributed.processes import found_on_ranks
 from tests.distributed.scenarios import values_of
 from tests.integrations.transformers import setup
 from tests.integrations.transformers.setup import Kill, build, data, ran, trainer_of
@@ -135,11 +135,7 @@ def world(tmp_path_factory):
             found[f"ZeRO-{stage}, SFT"] = found_by(ran(sft(folder / "none", 4, **on)))
         return found
 
-    by_rank = on_ranks(2, work)
-    for found in by_rank:
-        if isinstance(found, Exception):
-            raise found
-    return by_rank, folder
+    return found_on_ranks(2, work), folder
 
 
 @pytest.fixture(scope="module")
