@@ -1,10 +1,11 @@
 """DeepSpeed's ZeRO: what it has divided among ranks trains like the whole on one process.
 
-All cases run in one start of two ranks; each test looks at some of them.
+All cases run in one start of two ranks and one of four; each test looks at some of them.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import warnings
@@ -20,7 +21,8 @@ import dptorch
 from dptorch.distributed.ranks import Ranks
 from dptorch.distributed.zero import ZeroParameters, held_by
 from dptorch.distributed.zero3 import StandIns
-from dptorch.errors import ConfigurationError
+from dptorch.errors import ConfigurationError, PrivacyError
+from dptorch.sampling.parts import PhysicalPlan
 from tests.distributed.processes import found_on_ranks
 from tests.distributed.scenarios import (
     Trained,
@@ -38,21 +40,38 @@ from tests.engine.setup import make_data, make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
-#: Case -> model, stage, settings. Between them every stage meets every model and both styles.
-CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "MLP, stage 1": ("MLP", 1, {}),
-    "MLP, stage 3": ("MLP", 3, {}),
-    "layer-wise": ("MLP", 1, {"clipping_style": "layer-wise"}),
-    "GroupNorm": ("convolutions with GroupNorm", 3, {}),
-    "tied GPT-2": ("tied GPT-2", 2, {}),
-    "layer-wise GPT-2": ("tied GPT-2", 3, {"clipping_style": "layer-wise"}),
-    "LoRA": ("LoRA", 3, {}),
-    "parts": ("MLP", 2, {"limit": 2, "sample_rate": 0.5}),
-    "empty shares": ("MLP", 3, {"sample_rate": 2 / 24, "steps": 20}),
-    "adaptive": ("MLP", 2, {"adaptive_clipping": {"count_stddev": 4.0}}),
-    "two passes": ("MLP", 3, {"clipping_mode": "ghost"}),
-    "offloaded": ("MLP", 2, {}),
-    "offloaded, stage 3": ("MLP", 3, {}),
+STYLES = ("flat", "layer-wise")
+#: Case -> model, stage, settings. Every stage meets every model in one style on two ranks, and in the
+#: other on four.
+MODELS_BY_STAGE: dict[int, dict[str, tuple[str, int, dict[str, Any]]]] = {
+    size: {
+        f"{name}, stage {stage}, {style}": (name, stage, {"clipping_style": style, "steps": 2})
+        for stage in (1, 2, 3)
+        for i, name in enumerate(("MLP", "convolutions with GroupNorm", "tied GPT-2", "LoRA"))
+        for style in [STYLES[(stage + i + size // 4) % 2]]
+    }
+    for size in (2, 4)
+}
+#: Number of ranks -> cases. On four, a rank has two rows and the others one, or one and they have none.
+CASES: dict[int, dict[str, tuple[str, int, dict[str, Any]]]] = {
+    2: MODELS_BY_STAGE[2]
+    | {
+        "parts": ("MLP", 2, {"limit": 2, "sample_rate": 0.5}),
+        "empty shares": ("MLP", 3, {"sample_rate": 2 / 24, "steps": 20}),
+        "adaptive": ("MLP", 2, {"adaptive_clipping": {"count_stddev": 4.0}}),
+        "two passes": ("MLP", 3, {"clipping_mode": "ghost"}),
+        "offloaded": ("MLP", 2, {}),
+        "offloaded, stage 3": ("MLP", 3, {}),
+    },
+    4: MODELS_BY_STAGE[4]
+    | {
+        "one row or two": ("convolutions with GroupNorm", 3, {"sample_rate": 5 / 24}),
+        "parts and empty shares": (
+            "tied GPT-2",
+            3,
+            {"limit": 2, "sample_rate": 5 / 24, "steps": 2},
+        ),
+    },
 }
 HALF = {"bf16": {"enabled": True}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -100,6 +119,23 @@ def other_values() -> Trained:
 
     plain = StandIns._read
     return broken(StandIns, "_read", read, stage=3)
+
+
+def uneven_rows() -> str:
+    """The broken twin: a rank has as many rows as it has examples, here one or two."""
+
+    def uneven(self: PhysicalPlan, *args: Any) -> None:
+        plain(self, *args[:-1], even=False)
+
+    plain = PhysicalPlan.__init__
+    name, stage, settings = CASES[4]["one row or two"]
+    PhysicalPlan.__init__ = uneven  # type: ignore[method-assign]
+    try:
+        with pytest.raises(PrivacyError) as error:
+            train(name, zero=config(stage), **settings)
+    finally:
+        PhysicalPlan.__init__ = plain  # type: ignore[method-assign]
+    return str(error.value)
 
 
 def broken(owner: Any, name: str, method: Any, stage: int = 1) -> Trained:
@@ -272,23 +308,35 @@ TWINS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def world() -> list[dict[str, Any]]:
-    """What each of two ranks found, by the name of what it did."""
+def run_cases(size: int, more: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each of `size` ranks found, by the name of what it did."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import deepspeed  # noqa: F401
+        # Once, and not on each rank.
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+
+    train("LoRA", steps=1)
 
     def work(rank: int) -> dict[str, Any]:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        gc.freeze()  # DeepSpeed collects at each start
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
-        found: dict[str, Any] = {
+        return {
             case: train(
                 name, zero=config(stage, zero=OFFLOAD if "offload" in case else None), **settings
             )
-            for case, (name, stage, settings) in CASES.items()
-        }
-        found |= {name: twin() for name, twin in TWINS.items()}
+            for case, (name, stage, settings) in CASES[size].items()
+        } | more()
+
+    return found_on_ranks(size, work)
+
+
+@pytest.fixture(scope="module")
+def world() -> list[dict[str, Any]]:
+    """Of two ranks."""
+
+    def more() -> dict[str, Any]:
+        found: dict[str, Any] = {name: twin() for name, twin in TWINS.items()}
         for stage in (2, 3):
             found[f"half {stage}"] = train(wrap=Half, zero=config(stage, **HALF), steps=1)
             found[f"resumed {stage}"] = resumed(stage)
@@ -297,7 +345,13 @@ def world() -> list[dict[str, Any]]:
         found["page"] = program_of_the_page()
         return found
 
-    return found_on_ranks(2, work)
+    return run_cases(2, more)
+
+
+@pytest.fixture(scope="module")
+def four() -> list[dict[str, Any]]:
+    """Of four ranks."""
+    return run_cases(4, lambda: {"uneven": uneven_rows()})
 
 
 # -- tests -----------------------------------------------------------------------------------------
@@ -309,13 +363,34 @@ def mlp() -> Trained:
     return train()
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", list(CASES[2]))
 def test_ranks_under_zero_take_the_step_of_one_process(
-    case: str, world: list[dict[str, Any]], mlp: Trained
+    case: str, world: list[dict[str, Any]]
 ) -> None:
-    name, _, settings = CASES[case]
-    alone = mlp if (name, settings) == ("MLP", {}) else train(name, **settings)
-    same_as_one([found[case] for found in world], alone)
+    name, _, settings = CASES[2][case]
+    same_as_one([found[case] for found in world], train(name, **settings))
+
+
+@pytest.mark.parametrize("case", list(CASES[4]))
+def test_four_ranks_under_zero_take_the_step_of_one_process(
+    case: str, four: list[dict[str, Any]]
+) -> None:
+    name, _, settings = CASES[4][case]
+    same_as_one([found[case] for found in four], train(name, **settings))
+
+
+def test_the_cases_have_ranks_with_a_row_more_and_with_none(four: list[dict[str, Any]]) -> None:
+    shares = list(zip(*(found["one row or two"].local for found in four), strict=True))
+    assert any(min(share) == 1 and max(share) == 2 for share in shares)
+    parts = list(zip(*(found["parts and empty shares"].local for found in four), strict=True))
+    assert any(min(share) == 0 and max(share) > 0 for share in parts)
+
+
+def test_ranks_that_would_wait_for_ever_raise_instead(four: list[dict[str, Any]]) -> None:
+    """One has a single row, whose backward reads other parameters than that of two rows."""
+    for found in four:
+        assert "the ranks are at different places of a backward pass" in found["uneven"]
+        assert "no parameter" in found["uneven"]
 
 
 @pytest.mark.parametrize("twin", list(TWINS))
@@ -327,7 +402,7 @@ def test_the_comparison_sees_what_is_broken(
 
 
 def test_no_rank_steps_on_what_another_steps_on(world: list[dict[str, Any]]) -> None:
-    places = [found["tied GPT-2"].places[0] for found in world]
+    places = [found["tied GPT-2, stage 2, flat"].places[0] for found in world]
     assert not set(places[0].tolist()) & set(places[1].tolist())
     assert max(map(len, places)) < 0.55 * sum(map(len, places))
 

@@ -592,12 +592,13 @@ def test_a_batch_above_capacity_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capacity", [None, 40])
+@pytest.mark.parametrize("padded", [{}, {"capacity": 40}, {"even": True}])
 @pytest.mark.parametrize("limit", [None, 1, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_ranks_share_each_batch(world: int, limit: int | None, capacity: int | None) -> None:
+def test_ranks_share_each_batch(world: int, limit: int | None, padded: dict[str, Any]) -> None:
     sampler = PoissonSampler(50, 0.08, KEY)
     seen: list[dict[int, list[list[int]]]] = []
+    rows: list[list[int]] = []
     for rank in range(world):
         loader = PrivateLoader(
             torch.arange(50),
@@ -606,13 +607,17 @@ def test_ranks_share_each_batch(world: int, limit: int | None, capacity: int | N
             max_physical_batch_size=limit,
             rank=rank,
             world_size=world,
-            capacity=capacity,
+            **padded,
         )
         parts: dict[int, list[list[int]]] = {}
+        rows.append([])
         for batch in loader:
             at = loader.current
             assert at is not None
             assert len(batch) == at.examples + at.padding > 0
+            assert not batch[at.examples :].any()
+            assert at.padding <= 1 or "capacity" in padded
+            rows[-1].append(len(batch))
             parts.setdefault(at.logical_step, []).append(batch[: at.examples].tolist())
         seen.append(parts)
     for step in range(30):
@@ -621,6 +626,8 @@ def test_ranks_share_each_batch(world: int, limit: int | None, capacity: int | N
         assert together == sampler.draw(step).tolist(), "each example once, on one rank"
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert len({len(parts[step]) for parts in seen}) == 1, "all ranks in step"
+    alike = all(each == rows[0] for each in rows)
+    assert alike == (bool(padded) or world == 1 or limit == 1)
     if world == 7:
         assert any(len(parts[step][-1]) == 0 for parts in seen for step in range(30))
 

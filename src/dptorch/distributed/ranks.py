@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
 import torch
@@ -135,6 +135,7 @@ class Ranks:
         failed = [rank for rank, row in enumerate(found.tolist()) if row[0]]
         if failed:
             messages = self.gather(error)
+            self.wait_for_all()
             rank = failed[0]
             return (
                 f"rank {rank} of {self.size} stopped, and all ranks with it: {messages[rank]} Nothing "
@@ -143,6 +144,7 @@ class Ranks:
         for i, name in enumerate(same):
             values = found[:, i + 1].tolist()
             if len(set(values)) > 1:
+                self.wait_for_all()
                 return (
                     f"the ranks are not at the same place: {name} is {values}, by rank. All have to "
                     "run the same loop, and call optimizer.step() equally often. Nothing was released."
@@ -160,6 +162,12 @@ class Ranks:
         with explained():
             dist.all_gather(rows, numbers, group=self._group)
         return torch.stack(rows).cpu()
+
+    def wait_for_all(self) -> None:
+        """Return once all ranks are here, or one has ended: in front of an error that all raise, since
+        gloo may lose what a rank sent last where its process ends before the others have read it."""
+        with suppress(PrivacyError):
+            self.gather_rows(torch.zeros(1))
 
     @property
     def _device(self) -> torch.device:
@@ -185,6 +193,7 @@ class Ranks:
             for name in dict.fromkeys([*first, *theirs]):
                 a, b = first.get(name, "nothing"), theirs.get(name, "nothing")
                 if a != b:
+                    self.wait_for_all()
                     raise ConfigurationError(
                         f"the ranks of this run differ in {name}: {_short(a, b)} on rank 0, "
                         f"{_short(b, a)} on rank {rank}. All ranks train one model on one data set: "
@@ -221,6 +230,7 @@ class Ranks:
         if self.size > 1:
             halves = torch.tensor([fingerprint >> 32, fingerprint & (2**32 - 1)], dtype=torch.int64)
             if self.gather_rows(halves).unique(dim=0).shape[0] > 1:
+                self.wait_for_all()
                 raise PrivacyError(
                     "the sum over all ranks is not the same on each, so that they would add different "
                     "noise to it, and the models drift apart. Nothing was released. The communication "

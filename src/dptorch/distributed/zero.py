@@ -182,7 +182,8 @@ class ZeroParameters:
         self.around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
         self._stand_ins: StandIns | None = None
         if not self.is_whole:
-            self._stand_ins = StandIns(given.module, parameters, self._zero.parameter_offload)
+            offload = self._zero.parameter_offload
+            self._stand_ins = StandIns(given.module, parameters, offload, ranks)
             self.followed = self._stand_ins.by_name
             self.around_forward = self._stand_ins.restored_on_demand
         mine = {name: _fragment(p, ranks.rank) for name, p in parameters.items() if is_zero(p)}
@@ -212,7 +213,7 @@ class ZeroParameters:
             whole: parameter name -> this rank's sum, of the whole parameter; empty afterwards.
         """
         if self._stand_ins is not None:
-            self._stand_ins.forget()
+            self._stand_ins.read_nothing()
         names = list(whole)
         flat = {name: whole.pop(name).reshape(-1) for name in names}
         found: dict[str, Tensor] = {}

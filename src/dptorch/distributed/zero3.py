@@ -10,8 +10,10 @@ another one each time.
 DeepSpeed gathers in front of a forward pass, as always. For the backward it puts functions of its own
 around every module, which a recording would have to see through. They are taken off. What autograd
 saves of a gathered parameter is noted as a place in the parameter instead, and read again, with a
-gather, when the backward asks for it (`restored_on_demand`). All ranks run the same graph, and so
-gather in the same order.
+gather, when the backward asks for it (`restored_on_demand`). All ranks have equally many rows, run the
+same graph, and so gather in the same order. In front of each gather, and of each message of sums, they
+compare what they are about to read, since a gather that only some take part in would wait for ever,
+or mix two parameters of one size.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dptorch.distributed.hidden import hidden
-from dptorch.errors import ConfigurationError
+from dptorch.distributed.ranks import Ranks
+from dptorch.errors import ConfigurationError, PrivacyError
 
 __all__ = ["StandIns", "is_partitioned", "part_of_rank", "whole_shape"]
 
@@ -63,19 +66,26 @@ class StandIns:
         model: the module that ``deepspeed.initialize`` was given.
         parameters: its trainable parameters, by name.
         offload: DeepSpeed's ``parameter_offload``, whose hooks gather.
+        ranks: the processes that have the parts.
 
     Attributes:
         by_name: parameter name -> its stand-in, or the parameter itself if it is whole.
 
     Guarantees:
         A backward has the values that the forward pass had, whether they were freed between or not
-        (`test_ranks_under_zero_take_the_step_of_one_process`).
+        (`test_ranks_under_zero_take_the_step_of_one_process`). Where ranks would read different
+        parameters, all raise (`test_ranks_that_would_wait_for_ever_raise_instead`).
 
     Raises:
         ConfigurationError: there are stand-ins already.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], offload: Any) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], offload: Any, ranks: Ranks
+    ) -> None:
+        self._ranks = ranks
+        self._names = ["no parameter", *(name for name, _ in model.named_parameters())]
+        self._numbers = {id(p): i for i, p in enumerate(model.parameters(), 1)}
         self.by_name = {n: _stand_in(p) for n, p in parameters.items()}
         self._stand_ins = {id(p): self.by_name[n] for n, p in parameters.items()}
         #: address of a storage -> the gathered parameters in it, with their values, which so stay
@@ -164,13 +174,33 @@ class StandIns:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if self._latest is None or self._latest[0] is not p:
                 self._latest = None
+                if p.shape != whole_shape(p):
+                    self._meet(self._numbers[id(p)])
                 self._latest = p, _values(p)
             values = self._latest[1]
             return values.as_strided(size, stride, values.storage_offset() + offset)
 
-    def forget(self) -> None:
-        """Keep no values that a backward has read."""
+    def read_nothing(self) -> None:
+        """Keep no values that a backward has read; the ranks are about to send something else.
+
+        Raises:
+            PrivacyError: another rank is about to read a parameter.
+        """
         self._latest = None
+        self._meet(0)
+
+    def _meet(self, number: int) -> None:
+        """Check that all ranks are about to read the parameter of this number; 0 for none."""
+        found = self._ranks.gather_rows(torch.tensor([number])).flatten().tolist()
+        if len(set(found)) > 1:
+            self._ranks.wait_for_all()
+            raise PrivacyError(
+                "the ranks are at different places of a backward pass, which under ZeRO-3 reads "
+                f"parameters from all of them. By rank they need "
+                f"{', '.join(self._names[n] for n in found)}. What a model computes may not depend on "
+                "the rank or on its examples, such as a layer that is left out for some of them. "
+                "Nothing was released. Use ZeRO-2, which has all parameters on each rank."
+            )
 
 
 def _values(p: Any) -> Tensor:

@@ -30,11 +30,13 @@ def loader_of(
     *,
     user_ids: Any,
     ranks: Ranks,
+    even: bool,
     start_step: Callable[[], int],
     max_physical_batch_size: int | None,
     dataloader_kwargs: dict[str, Any],
 ) -> PrivateLoader:
-    """See `PrivacyEngine.loader`; `start_step` says where in the plan an iteration begins."""
+    """See `PrivacyEngine.loader`; `start_step` says where in the plan an iteration begins, and `even`
+    whether all ranks get equally many rows."""
     if dataloader_kwargs.get("sampler") is not None:
         name = type(dataloader_kwargs["sampler"]).__name__
         raise ConfigurationError(
@@ -82,6 +84,7 @@ def loader_of(
         capacity=capacity,
         rank=ranks.rank,
         world_size=ranks.size,
+        even=even,
         **dataloader_kwargs,
     )
 

@@ -261,6 +261,7 @@ class PrivacyEngine:
                 dataset,
                 user_ids=user_ids,
                 ranks=self._placement.data_ranks,
+                even=not self._placement.is_whole,
                 start_step=lambda: self.steps_done,
                 max_physical_batch_size=max_physical_batch_size,
                 dataloader_kwargs=dataloader_kwargs,

@@ -65,6 +65,9 @@ class PrivateLoader:
             in equally many parts of equal shape; no draw may exceed it.
         rank, world_size: this process's share of each logical batch: every `world_size`-th example
             of the draw, beginning with the `rank`-th. All processes need the same key.
+        even: give all processes equally many rows, with at most one example of zeros more in a part:
+            for models whose forward and backward passes exchange messages, of which each process
+            must send the same ones.
         collate_fn, num_workers, pin_memory, dataloader_kwargs: as in `torch.utils.data.DataLoader`.
 
     Guarantees:
@@ -73,7 +76,8 @@ class PrivateLoader:
         - `current` always describes the batch handed out last, in spite of prefetching.
         - Every step from the first to the last of the epoch arrives, empty ones included.
         - The shares of all ranks are disjoint and together the draw, and arrive in equally many
-          parts on each; a rank that has no example for a part gets padding.
+          parts on each; a rank that has no example for a part gets padding. With `even` a part
+          has equally many rows on all.
         - The sampler and its key stay in this process; workers see indices only.
         Held by `test_parts_together_are_the_draw`,
         `test_current_is_set_when_handed_out_not_when_prefetched`,
@@ -81,7 +85,8 @@ class PrivateLoader:
 
     Raises:
         ConfigurationError: an argument contradicts sampling or has an impossible value. With a
-            `capacity`, at the first iteration: `collate_fn` puts examples into an order of its own.
+            `capacity` or `even`, at the first iteration: `collate_fn` puts examples into an order of
+            its own.
         DataError: the dataset is empty.
         PrivacyError: the dataset is not of the size that the sampler samples from.
 
@@ -112,6 +117,7 @@ class PrivateLoader:
         capacity: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        even: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -158,10 +164,15 @@ class PrivateLoader:
             # one.
             dataloader_kwargs["generator"] = self._own_generator = torch.Generator()
         self._plan = PhysicalPlan(
-            sampler, self.max_physical_batch_size, self.capacity, rank, self.world_size
+            sampler,
+            self.max_physical_batch_size,
+            self.capacity,
+            rank,
+            self.world_size,
+            even and self.world_size > 1,
         )
         self._loader: DataLoader[Any] = DataLoader(
-            dataset if self.capacity is None else PaddedDataset(dataset),
+            PaddedDataset(dataset) if self._plan.pads else dataset,
             batch_sampler=self._plan,
             collate_fn=self.collate_fn,
             num_workers=num_workers,
@@ -283,7 +294,7 @@ class PrivateLoader:
             # one example alone would then tell when a batch was empty; and after the workers are
             # forked, because datasets open their files at the first access.
             self._padding = zeros_like_batch(self._collated([0]))
-            if self.capacity is not None and self.collate_fn is not default_collate:
+            if self._plan.pads and self.collate_fn is not default_collate:
                 from dptorch.sampling.row_order import refuse_own_order
 
                 size = dataset_size(self.dataset)
@@ -428,7 +439,7 @@ class _Iteration:
                 self._loaded.append(next(self._batches))
             except StopIteration:
                 self._exhausted = True
-        if self._parts and self._parts[0].examples == 0 and self._loader.capacity is None:
+        if self._parts and self._parts[0].examples == 0 and not self._loader._plan.pads:
             return self._parts.popleft(), self._loader._padding_batch()
         if self._loaded:
             return self._parts.popleft(), self._loaded.popleft()

@@ -58,13 +58,20 @@ class PhysicalPlan:
         capacity: int | None,
         rank: int,
         world_size: int,
+        even: bool,
     ) -> None:
         self._sampler = sampler
         self._max_size = max_size
         self._capacity = capacity
+        self._even = even
         self._rank = rank
         self._world_size = world_size
         self._next: tuple[range, deque[PhysicalBatch]] = (range(0), deque())
+
+    @property
+    def pads(self) -> bool:
+        """Whether examples of zeros are among those to load."""
+        return self._even or self._capacity is not None
 
     def begin(self, steps: range) -> deque[PhysicalBatch]:
         """Set what the next `iter` covers; the returned queue fills as DataLoader reads ahead."""
@@ -94,10 +101,13 @@ class PhysicalPlan:
             share: list[int] = drawn[self._rank :: self._world_size].tolist()
             for index in range(count):
                 indices = share[index * size : (index + 1) * size]
-                full = min(size, rows) if self._capacity is not None else max(1, len(indices))
+                if self._capacity is not None:
+                    full = min(size, rows)
+                else:
+                    full = max(1, min(size, rows - index * size) if self._even else len(indices))
                 padding = full - len(indices)
                 parts.append(PhysicalBatch(step, index, count, len(indices), padding))
-                if indices or self._capacity is not None:
+                if indices or self.pads:
                     yield indices + [_PADDING] * padding
 
 

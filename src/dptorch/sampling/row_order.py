@@ -44,8 +44,8 @@ def refuse_own_order(collate: Callable[[list[Any]], Any], items: list[Any]) -> N
     if kept and not turned:
         raise ConfigurationError(
             "collate_fn puts the examples of a batch into an order of its own: it made the same batch "
-            f"of {len(items)} examples and of the same examples backwards. This scheme pads batches, "
-            "and knows which rows are padding by their place, so real rows would be left out and "
+            f"of {len(items)} examples and of the same examples backwards. Batches are padded here, "
+            "and which rows are padding is known by their place, so real rows would be left out and "
             "padding counted. Keep the order of the examples: sort inside the model, or pack with "
             "pack_padded_sequence(..., enforce_sorted=False)."
         )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dptorch.errors import PrivacyError
+
 __all__ = ["batched_vjp"]
 
 # Separated gradients are made for as many examples at once as fit in this many elements: on a CPU few,
@@ -70,6 +72,8 @@ def _vjp(
         return torch.autograd.grad(
             outputs, inputs, vectors, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
+    except PrivacyError:  # of what reads parameters, on ranks
+        raise
     except RuntimeError:  # an op that vmap does not know: one example at a time
         found: list[Tensor | None] = []
         n = vectors[0].shape[0]
