@@ -9,17 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tests.cli.commands import refused, run
 
 from dptorch.accounting import RunLaw, tuned_epsilon
+from dptorch.cli import tune as command
 from dptorch.errors import PrivacyError
 from dptorch.ledger import open_ledger
 from dptorch.training import selection
 from dptorch.training.claims import FORMATS
 from dptorch.training.job import Job, Setup, prepare
-from dptorch.training.loop import Outcome
+from dptorch.training.loop import Outcome, Silent, train
 from dptorch.training.run_folder import RunFolder
 from dptorch.training.selection import noise_for
+
+
+class Killed(Exception):
+    """What ends a process in these tests."""
+
+
+class KillAt(Silent):
+    """Ends the run after a step, as a kill would: nothing after it is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def stepped(self, step: int, train_loss: float) -> None:
+        if step == self.step:
+            raise Killed
 
 
 @pytest.mark.slow
@@ -111,7 +129,7 @@ def test_every_run_costs_what_the_choice_was_paid_for(
     )  # fmt: skip
     ran: list[Setup] = []
 
-    def note(setup: Setup, folder: RunFolder) -> Any:
+    def note(setup: Setup, folder: RunFolder, begun: bool) -> Any:
         ran.append(setup)
         return Outcome(folder, {"test_accuracy": 0.5}, False)
 
@@ -133,6 +151,53 @@ def test_every_run_costs_what_the_choice_was_paid_for(
     )
     with pytest.raises(PrivacyError, match="choice was paid for"):
         selection.tune(job, [{"max_grad_norm": 1.0}], law, tmp_path / "other", note)
+
+
+@pytest.mark.slow
+def test_a_choice_that_was_killed_goes_on_to_the_same_end(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number and the settings are those drawn at first; what had ended is not trained again."""
+    monkeypatch.chdir(tmp_path)
+    given = (
+        "tune", "--data", str(blobs), "--model", "linear", "--epochs", "3", "--sample-rate", "0.25",
+        "--epsilon", "4", "--grid", "0.01,1", "--mean-runs", "3", "--run-law", "fixed", "--seed", "1",
+        "--name",
+    )  # fmt: skip
+    assert run(*given, "whole").exit_code == 0
+    began: list[int] = []
+
+    def watch(setup: Setup, folder: RunFolder, console: Any, *, resume: bool) -> Outcome:
+        began.append(setup.engine.steps_done)
+        observer = KillAt(step=9) if len(began) == 2 else None
+        try:
+            return train(setup, folder, observer=observer, resume=resume)
+        finally:
+            setup.engine.release_budget()
+
+    monkeypatch.setattr(command, "watched", watch)
+    assert isinstance(run(*given, "cut").exception, Killed)
+    assert not Path("runs/cut").exists()
+    trials = selection.trials_of(Path("runs/cut"))
+    assert trials.stat().st_mode & 0o077 == 0
+    assert "was not finished. Go on with it by --resume --name cut" in refused(run(*given, "cut"))
+    assert "cannot be changed by --resume" in refused(run(*given, "cut", "--resume"))
+    done = run("tune", "--resume", "--name", "cut")
+    assert done.exit_code == 0, done.output
+    assert len(began) == 4  # the second of three was begun twice
+    assert not trials.exists()
+    whole, cut = (load_file(f"runs/{name}/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    ledger = open_ledger("runs/ledger.db")
+    assert len(ledger.runs()) == 6
+    assert "runs/.cut-trials has no run" in refused(run("tune", "--resume", "--name", "cut"))
+
+    # The broken twin forgets what had ended, and trains it again.
+    began.clear()
+    assert isinstance(run(*given, "again").exception, Killed)
+    monkeypatch.setattr(selection, "_ended", lambda trial: None)
+    run("tune", "--resume", "--name", "again")
+    assert len(began) != 4
 
 
 @pytest.mark.slow

@@ -284,22 +284,9 @@ def _resume(
     from dptorch.cli.ledger import for_resumed_run
     from dptorch.training import run_folder
 
-    if output.overwrite:
-        raise ConfigurationError("--resume and --overwrite exclude each other.")
-    for name, flag in _given(ctx):
-        if name not in WITH_RESUME:
-            raise ConfigurationError(
-                f"{flag} cannot be changed by --resume: the run continues with the settings that it "
-                "was begun with. Leave it out, or begin a new run."
-            )
-    if output.name is None:
-        raise ConfigurationError("--resume needs the --name of the run to continue.")
-    folder = run_folder.reopen(output.runs, output.name)
+    folder = run_folder.reopen(output.runs, name_to_resume(ctx, output))
     folder.require_checkpoint()
-    changed = {"device": computing.device, "num_workers": computing.num_workers}
-    if computing.clipping_mode:
-        changed["clipping_mode"] = computing.clipping_mode
-    setup = _introduced(partial(_prepared_again, folder, changed), console)
+    setup = _introduced(partial(prepared_again, folder, changed_by(computing)), console)
     if not ledger.no_ledger:
         account = None
         with ranks.together():
@@ -311,7 +298,32 @@ def _resume(
     return watched(setup, folder, console, resume=True)
 
 
-def _prepared_again(folder: RunFolder, changed: Mapping[str, Any]) -> Setup:
+def name_to_resume(ctx: typer.Context, output: OutputOptions) -> str:
+    """The name of the run to go on with.
+
+    Raises:
+        ConfigurationError: there is none, or another option was given that a run begins with.
+    """
+    if output.overwrite:
+        raise ConfigurationError("--resume and --overwrite exclude each other.")
+    for name, flag in _given(ctx):
+        if name not in WITH_RESUME:
+            raise ConfigurationError(
+                f"{flag} cannot be changed by --resume: the run continues with the settings that it "
+                "was begun with. Leave it out, or begin a new run."
+            )
+    if output.name is None:
+        raise ConfigurationError("--resume needs the --name of the run to continue.")
+    return output.name
+
+
+def changed_by(computing: Computing) -> dict[str, Any]:
+    """What a resumed run has of its own."""
+    changed = {"device": computing.device, "num_workers": computing.num_workers}
+    return changed | ({"clipping_mode": computing.clipping_mode} if computing.clipping_mode else {})
+
+
+def prepared_again(folder: RunFolder, changed: Mapping[str, Any]) -> Setup:
     """What a run is resumed with, by the record of it."""
     record = folder.read_json("run.json")["job"]
     if record.get("task") == "vision":

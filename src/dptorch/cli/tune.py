@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from dptorch.cli.options import grouped, panel_option
-from dptorch.cli.train import job_of, watched
+from dptorch.cli.train import changed_by, job_of, name_to_resume, prepared_again, watched
 from dptorch.cli.train_options import (
     DataOptions,
     LedgerOptions,
@@ -22,7 +25,7 @@ from dptorch.cli.train_options import (
 from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from dptorch.training.job import Setup
+    from dptorch.training.job import Job, Setup
     from dptorch.training.loop import Outcome
     from dptorch.training.run_folder import RunFolder
 
@@ -85,62 +88,57 @@ def tune(
     [bold]Example[/]
 
     [cyan]dptorch tune --recipe mnist-features --epsilon 3 --grid 0.3,1,3 --mean-runs 4[/]
+
+    What was interrupted or killed goes on, with the number of runs and the settings that were drawn at
+    first: [cyan]dptorch tune --resume --name mnist-features-tuned-1[/]
     """
-    from dataclasses import replace
-    from itertools import product
-
     from dptorch.accounting import RunLaw
-    from dptorch.cli.ledger import for_new_run
-    from dptorch.training import run_folder
-    from dptorch.training.job import prepare
+    from dptorch.cli.ledger import for_new_run, for_resumed_run
+    from dptorch.training import selection
     from dptorch.training.loop import spent_and_tested
-    from dptorch.training.selection import tune as tune_job
 
-    if privacy.noise_multiplier is not None:
-        raise ConfigurationError(
-            f"noise_multiplier={privacy.noise_multiplier:g} does not go with tuning: the noise follows "
-            "from --epsilon and the number of runs. A run with little noise that shows which norm is "
-            "good is not private, and no ε covers what was chosen by it."
-        )
-    if source.shards is not None or output.resume or output.release is not None or output.nproc:
-        raise ConfigurationError(
-            "--shards, --resume, --release and --nproc do not go with dptorch tune. Release what it "
-            "leaves with: dptorch release"
-        )
-    asked = job_of(ctx, source, reading, model, privacy, training, output)
-    decided: float | None = asked.target_epsilon or prepare(asked).job.to_dict()["target_epsilon"]
-    job = replace(asked, target_epsilon=decided)
-    norms = _numbers("grid", choice.grid)
-    rates = _numbers("learning_rates", choice.learning_rates or "")
-    grids = {"max_grad_norm": norms, **({"learning_rate": rates} if rates else {})}
-    candidates = [dict(zip(grids, values, strict=True)) for values in product(*grids.values())]
-    law = RunLaw(choice.run_law, choice.mean_runs)
-    stem = (source.data.name.split(".")[0] if source.data else source.recipe) or "mnist"
-    name = output.name or run_folder.next_name(output.runs, f"{stem}-tuned")
-    run_folder.check_free(output.runs, name, overwrite=False)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"[bold]Choice[/]   of {len(candidates)} settings, by a {law.name} number of runs, on average "
-        f"{law.mean_runs:g}; publishing the best costs ε = {decided:g}"
-    )
+    recorded: dict[str, str] | None = None
 
-    def run(setup: Setup, folder: RunFolder) -> Outcome:
-        if not ledger.no_ledger:
-            kept = for_new_run(
+    def run(setup: Setup, folder: RunFolder, begun: bool) -> Outcome:
+        account = None
+        if output.resume and not ledger.no_ledger:
+            account = for_resumed_run(ctx, ledger.ledger, recorded)
+        elif not ledger.no_ledger:
+            account = for_new_run(
                 ledger.ledger,
                 output.runs,
                 ledger.dataset,
                 data=setup.job.data,
                 recipe=setup.job.recipe,
             )
-            kept.number_is_secret = law.is_secret
-            setup.engine.use_ledger(kept)
-        return watched(setup, folder, console, resume=False)
+        if account is not None and setup.selection is not None:
+            account.number_is_secret = setup.selection.number_is_secret
+            setup.engine.use_ledger(account)
+        return watched(setup, folder, console, resume=begun)
 
-    outcome, chosen = tune_job(job, candidates, law, output.runs / name, run)
-    if outcome is None:
+    if output.resume:
+        folder = output.runs / name_to_resume(ctx, output)
+        recorded = selection.begun(folder).read_json("run.json")["ledger"]
+        changed = changed_by(training)
+        outcome, chosen = selection.resume(
+            folder, run, changed, lambda trial: prepared_again(trial, changed)
+        )
+    else:
+        job = _job_with_budget(ctx, source, reading, model, privacy, training, output)
+        folder = _free_folder(source, output)
+        candidates = _candidates(choice)
+        law = RunLaw(choice.run_law, choice.mean_runs)
         console.print(
-            "[bold yellow]Interrupted[/]: nothing is published. The ledger has what was spent."
+            f"[bold]Choice[/]   of {len(candidates)} settings, by a {law.name} number of runs, on "
+            f"average {law.mean_runs:g}; publishing the best costs ε = {job.target_epsilon:g}"
+        )
+        outcome, chosen = selection.tune(job, candidates, law, folder, run)
+    if outcome is None:
+        where = "" if output.runs == Path("runs") else f" --runs {output.runs}"
+        console.print(
+            "[bold yellow]Interrupted[/]: nothing is published, and the ledger has what was spent.\n"
+            f"Go on with: dptorch tune --resume --name {folder.name}{where}"
         )
         raise typer.Exit(130)
     words = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in chosen.items())
@@ -148,6 +146,55 @@ def tune(
     cost = outcome.folder.read_json("run.json")["result"]["epsilon"]
     last = {**outcome.last, "epsilon": cost}
     console.print(f"[bold green]Done:[/] {words}: {spent_and_tested(replace(outcome, last=last))}")
+
+
+def _job_with_budget(
+    ctx: typer.Context,
+    source: DataOptions,
+    reading: ReadingOptions,
+    model: ModelOptions,
+    privacy: PrivacyOptions,
+    training: TrainingOptions,
+    output: OutputOptions,
+) -> Job:
+    """The job of every run, with the ε that publishing the best costs."""
+    from dptorch.training.job import prepare
+
+    if privacy.noise_multiplier is not None:
+        raise ConfigurationError(
+            f"noise_multiplier={privacy.noise_multiplier:g} does not go with tuning: the noise follows "
+            "from --epsilon and the number of runs. A run with little noise that shows which norm is "
+            "good is not private, and no ε covers what was chosen by it."
+        )
+    if source.shards is not None or output.release is not None or output.nproc:
+        raise ConfigurationError(
+            "--shards, --release and --nproc do not go with dptorch tune. Release what it leaves with: "
+            "dptorch release"
+        )
+    asked = job_of(ctx, source, reading, model, privacy, training, output)
+    decided: float | None = asked.target_epsilon or prepare(asked).job.to_dict()["target_epsilon"]
+    return replace(asked, target_epsilon=decided)
+
+
+def _free_folder(source: DataOptions, output: OutputOptions) -> Path:
+    """Where the best run is left: a folder whose name no run and no unfinished choice has."""
+    from dptorch.training import run_folder
+    from dptorch.training.selection import trials_of
+
+    stem = (source.data.name.split(".")[0] if source.data else source.recipe) or "mnist"
+    name = output.name or run_folder.next_name(output.runs, f"{stem}-tuned")
+    run_folder.check_free(output.runs, name, overwrite=output.overwrite)
+    folder = output.runs / name
+    if output.overwrite and trials_of(folder).exists():
+        shutil.rmtree(trials_of(folder))
+    return folder
+
+
+def _candidates(choice: ChoiceOptions) -> list[dict[str, float]]:
+    norms = _numbers("grid", choice.grid)
+    rates = _numbers("learning_rates", choice.learning_rates or "")
+    grids = {"max_grad_norm": norms, **({"learning_rate": rates} if rates else {})}
+    return [dict(zip(grids, values, strict=True)) for values in product(*grids.values())]
 
 
 def _numbers(name: str, text: str) -> list[float]:

@@ -223,6 +223,10 @@ class Chosen(Protocol):
     def note(self) -> str:
         """How it was chosen, in words."""
 
+    @property
+    def number_is_secret(self) -> bool:
+        """Whether nobody may learn among how many."""
+
 
 @dataclass(frozen=True, eq=False)
 class Setup:

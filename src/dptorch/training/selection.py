@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +21,14 @@ from dptorch.training.task import TESTED
 if TYPE_CHECKING:
     from dptorch.training.loop import Outcome
 
-__all__ = ["Selection", "noise_for", "tune"]
+__all__ = ["Selection", "begun", "noise_for", "resume", "trials_of", "tune"]
+
+_CHOICE_FILE = "choice.json"
 
 Candidate = Mapping[str, Any]
+# Trains a run in a folder, from its checkpoint or anew.
+Run = Callable[["Setup", RunFolder, bool], "Outcome"]
+Chosen = tuple["Outcome | None", Candidate]
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,11 @@ class Selection:
     def accountant(self) -> str:
         """The one that `epsilon` comes from."""
         return "rdp" if self.law.is_secret else "pld"
+
+    @property
+    def number_is_secret(self) -> bool:
+        """Whether nobody may learn how many runs there were."""
+        return self.law.is_secret
 
     @property
     def note(self) -> str:
@@ -97,24 +108,23 @@ def noise_for(plan: PrivacyPlan, target_epsilon: float, law: RunLaw) -> tuple[fl
     return high, cost(high)
 
 
-def tune(
-    job: Job,
-    candidates: Sequence[Candidate],
-    law: RunLaw,
-    folder: Path,
-    run: Callable[[Setup, RunFolder], Outcome],
-) -> tuple[Outcome | None, Candidate]:
+def trials_of(folder: Path) -> Path:
+    """Return the folder of the runs among which a run is chosen: hidden, and gone when it is done."""
+    return folder.parent / f".{folder.name}-trials"
+
+
+def tune(job: Job, candidates: Sequence[Candidate], law: RunLaw, folder: Path, run: Run) -> Chosen:
     """Train a random number of runs, each with settings drawn at random, and keep the best.
 
     Args:
         job: with a target ε, which is that of publishing the best.
         candidates: values of fields of `job` that do not change what a step costs.
         law: of the number of runs.
-        folder: where the best run is left; it does not exist yet.
+        folder: where the best run is left, in place of what is there.
         run: trains a run in a folder, and writes its steps to the ledger.
 
     Returns:
-        its outcome and settings; None, if a run was interrupted: nothing is kept then.
+        its outcome and settings; None, if a run was interrupted: `resume` goes on.
 
     Guarantees:
         Every run has the same cost, so that `tuned_epsilon` bounds that of publishing the best: scores
@@ -123,7 +133,7 @@ def tune(
         `test_every_run_costs_what_the_choice_was_paid_for` and `test_other_runs_leave_nothing`.
 
     Raises:
-        ConfigurationError: no candidates, or a job without a target ε.
+        ConfigurationError: no candidates, a job without a target ε, or a choice that was not finished.
         PrivacyError: a candidate changes what a step costs.
     """
     if not candidates or job.target_epsilon is None:
@@ -132,36 +142,111 @@ def tune(
     noise, epsilon = noise_for(planned, job.target_epsilon, law)
     # What was found for the budget, and would be another without it.
     bands = str(planned.bands) if planned.mechanism == "banded" else job.bands
-    selection = Selection(law, epsilon, tuple(candidates))
-    drawn = np.random.default_rng(job.seed)  # from the system's entropy, unless a test gives a seed
-    best: tuple[float, Outcome, Candidate] | None = None
-    trials = folder.parent / f".{folder.name}-trials"
-    trials.mkdir(parents=True)
+    each = replace(job, bands=bands, target_epsilon=None, noise_multiplier=noise)
+    rng = np.random.default_rng(job.seed)  # from the system's entropy, unless a test gives a seed
+    number = law.draw(rng)
+    drawn = [int(rng.integers(len(candidates))) for _ in range(number)]
+    trials = trials_of(folder)
     try:
-        for number in range(law.draw(drawn)):
-            candidate = candidates[int(drawn.integers(len(candidates)))]
-            one = replace(
-                job, **candidate, bands=bands, target_epsilon=None, noise_multiplier=noise
-            )
-            setup = replace(prepare(one), selection=selection)
-            _refuse_other_cost(setup.engine.plan, replace(planned, noise_multiplier=noise))
+        trials.mkdir(parents=True, mode=0o700)
+    except FileExistsError:
+        raise ConfigurationError(
+            f"{trials} has the runs of a choice that was not finished. Go on with it by --resume "
+            f"--name {folder.name}, delete it by --overwrite, or take another --name."
+        ) from None
+    RunFolder(trials).write_json(
+        _CHOICE_FILE,
+        {
+            "job": each.to_dict(),
+            "plan": replace(planned, noise_multiplier=noise).to_json(),
+            "candidates": [dict(candidate) for candidate in candidates],
+            "law": {"name": law.name, "mean_runs": law.mean_runs},
+            "epsilon": epsilon,
+            "drawn": drawn,
+        },
+    )
+    return _finish(folder, run)
+
+
+def resume(
+    folder: Path, run: Run, changed: Mapping[str, Any], again: Callable[[RunFolder], Setup]
+) -> Chosen:
+    """Go on with `tune` where it was interrupted or killed.
+
+    Args:
+        folder: as it was given to `tune`.
+        run: as there.
+        changed: fields of the job that say how to compute, not what.
+        again: prepares a run that has a checkpoint.
+
+    Guarantees:
+        The number of runs and their settings are those that were drawn at first, and runs that ended
+        are not trained again. Held by `test_a_choice_that_was_killed_goes_on_to_the_same_end`.
+
+    Raises:
+        ConfigurationError: there is nothing to go on with.
+    """
+    begun(folder)
+    return _finish(folder, run, changed, again)
+
+
+def begun(folder: Path) -> RunFolder:
+    """A run of a choice that was interrupted.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    found = sorted(trials_of(folder).glob("*/*/run.json"))
+    if not found:
+        raise ConfigurationError(
+            f"name={folder.name!r} is no choice that can go on: {trials_of(folder)} has no run that "
+            "was begun. Leave --resume out."
+        )
+    return RunFolder(found[0].parent)
+
+
+def _finish(
+    folder: Path,
+    run: Run,
+    changed: Mapping[str, Any] = MappingProxyType({}),
+    again: Callable[[RunFolder], Setup] | None = None,
+) -> Chosen:
+    """Train the runs that are left, and keep the best."""
+    trials = trials_of(folder)
+    choice = RunFolder(trials).read_json(_CHOICE_FILE)
+    law, candidates = RunLaw(**choice["law"]), tuple(choice["candidates"])
+    selection = Selection(law, choice["epsilon"], candidates)
+    job = replace(Job.from_dict(choice["job"]), **changed)
+    paid = PrivacyPlan.from_json(choice["plan"])
+    ended: list[tuple[Outcome, Candidate]] = []
+    try:
+        for number, index in enumerate(choice["drawn"]):
             # Its report has the folder's name, which must not say that it was the second of all.
-            trial = RunFolder(trials / str(number) / folder.name)
-            trial.path.mkdir(parents=True)
-            outcome = run(setup, trial)
-            if outcome.interrupted:
-                return None, candidate
-            score = _score(outcome.last)
-            if best is None or score > best[0]:
-                best = score, outcome, candidate
-        if best is None:  # of a Poisson law
+            trial, candidate = RunFolder(trials / str(number) / folder.name), candidates[index]
+            outcome = _ended(trial)
+            if outcome is None:
+                kept = trial.checkpoint.exists()
+                setup = again(trial) if again and kept else prepare(replace(job, **candidate))
+                _refuse_other_cost(setup.engine.plan, paid)
+                trial.path.mkdir(parents=True, exist_ok=True)
+                outcome = run(replace(setup, selection=selection), trial, kept)
+                if outcome.interrupted:
+                    return None, candidate
+            ended.append((outcome, candidate))
+        if not ended:  # of a Poisson law
             raise ConfigurationError(
                 "the number of runs that was drawn is 0: nothing is published."
             )
-        shutil.move(best[1].folder.path, folder)
-        return replace(best[1], folder=RunFolder(folder)), best[2]
-    finally:
+        best, candidate = max(ended, key=lambda each: _score(each[0].last))
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.move(best.folder.path, folder)
         shutil.rmtree(trials)
+        return replace(best, folder=RunFolder(folder)), candidate
+    except BaseException:
+        if not any(trials.glob("*/*/run.json")):  # nothing that a resumption could use
+            shutil.rmtree(trials)
+        raise
 
 
 def _refuse_other_cost(plan: PrivacyPlan, planned: PrivacyPlan) -> None:
@@ -172,6 +257,18 @@ def _refuse_other_cost(plan: PrivacyPlan, planned: PrivacyPlan) -> None:
             f"a run would release {costs[0][0]} and the choice was paid for {costs[1][0]}. Choose "
             "among settings that do not change what a step costs."
         )
+
+
+def _ended(trial: RunFolder) -> Outcome | None:
+    """How a run ended that was trained before; None if it was not, or not to its end."""
+    from dptorch.training.loop import Outcome
+
+    if (
+        not (trial.path / "run.json").exists()
+        or trial.read_json("run.json")["status"] != "complete"
+    ):
+        return None
+    return Outcome(trial, trial.read_metrics()[-1], interrupted=False)
 
 
 def _score(row: Mapping[str, float]) -> float:
