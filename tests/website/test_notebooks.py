@@ -17,9 +17,9 @@ PRINTS = {
     "mnist": "These 80 training steps are (3.0000, 1e-05)-differentially private",
     "own_model": "Network: ok",
     "reviews_lora": "of 100 others at ε = 8.00",
-    "table": "at epsilon 3.000, delta 1e-05",
+    "table": "at epsilon 3.000, delta 1e-05, in ",
     "two_processes": "ε = 3.00 after 20 steps",
-    "vision": "at epsilon 1.000, delta 1e-05",
+    "vision": "at epsilon 1.000, delta 1e-05, in ",
 }
 
 
