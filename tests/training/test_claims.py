@@ -122,7 +122,8 @@ REGISTRY = closed(
 def private(job: Job, tmp_path: Path) -> RunFolder:
     """A run without a seed."""
     folder = run_folder.create(tmp_path / "runs", "small")
-    train(prepare(replace(job, seed=None, epochs=1)), folder)
+    setup = prepare(replace(job, seed=None, epochs=1))
+    train(replace(setup, notes=("settings were chosen on other images.",)), folder)
     return folder
 
 
@@ -141,7 +142,9 @@ def test_every_form_of_a_run_and_its_release(private: RunFolder, tmp_path: Path)
         assert word in card
         assert word in claim(private)
         assert word in entry["privacy_loss"]["privacy_parameters_details"]
-    for item in (*values["assumed"], *values["not_covered"]):
+    assert "NOTE: settings were chosen on other images." in claim(private)
+    (note,) = values["notes"]
+    for item in (*values["assumed"], *values["not_covered"], f"S{note[1:]}"):
         assert item in card
         assert item in json.dumps(entry, ensure_ascii=False)
     assert entry["privacy_loss"]["privacy_parameters"]["epsilon"] == values["epsilon"]

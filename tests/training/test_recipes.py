@@ -75,6 +75,13 @@ def test_recipes_of_features_reach_their_numbers(name: str, epsilon: float, leas
 
 
 @pytest.mark.slow
+def test_the_statement_says_on_what_the_settings_were_chosen() -> None:
+    """Each form of it does: `test_every_form_of_a_run_and_its_release`."""
+    assert prepare(Job(recipe="digits")).notes == (recipes.get_recipe("digits").chosen,)
+    assert all("settings were chosen" in recipe.chosen for recipe in recipes.RECIPES.values())
+
+
+@pytest.mark.slow
 def test_the_mnist_recipe_learns() -> None:
     """A fifth of the recipe's epochs, at less noise: the whole run is the demo."""
     setup = prepare(Job(recipe="mnist", epochs=4, noise_multiplier=1.0, seed=0))

@@ -249,6 +249,7 @@ def test_a_recipe_overfits_64_pictures(tmp_path: Path) -> None:
         noise_multiplier=0.01, learning_rate=1.0, ema=0.9, seed=0, scale="half",
     )  # fmt: skip
     setup = prepare(job)
+    assert setup.notes == (RECIPES["cifar10-wrn-16-4"].chosen,)  # the statement's
     while not setup.engine.exhausted:
         for batch in setup.engine.loader(setup.data.train):
             setup.task.loss(setup.model, batch, setup.device)[0].backward()

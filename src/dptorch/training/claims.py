@@ -189,6 +189,7 @@ def _registry(folder: RunFolder, total: Total | None) -> str:
                             f"Read off the data without noise: {i}"
                             for i in claims["read_from_data"]
                         ),
+                        *_notes(claims),
                         f"{_FILL_IN}: how settings were chosen. Choices made on this data are not "
                         "covered.",
                     ]
@@ -223,6 +224,11 @@ def _described(about: Mapping[str, Any]) -> str:
         f"{what} with {model['trainable_parameters']} trained parameters, from "
         f"{data['train_examples']} examples"
     )
+
+
+def _notes(claims: Claims) -> list[str]:
+    """The notes of a statement as sentences: who chose the settings, what weights it began from."""
+    return [note[0].upper() + note[1:] for note in claims["notes"]]
 
 
 def _list(items: list[str]) -> str:
@@ -266,7 +272,7 @@ def _model_card(folder: RunFolder, total: Total | None) -> str:
         *([] if total is None else [("all runs", _together(total))]),
     ]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
-    words = "\n\n".join(claims["in_words"])
+    words = "\n\n".join([*claims["in_words"], *_notes(claims)])
     groups = about.get("groups", [])
     by_group = ""
     if groups:

@@ -277,10 +277,12 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     """
     _refuse_contradictions(job)
     device = device_of(job.device)
+    notes: tuple[str, ...] = ()
     if job.data is None:
         recipe = recipes.get_recipe(job.recipe or "mnist")
         data = recipe.load()
         model_name, suggested = recipe.model, recipe.hyperparameters
+        notes = (recipe.chosen,)
         job = replace(job, recipe=recipe.name)
     else:
         data = load_data(job.data, job.reading)
@@ -320,7 +322,7 @@ def prepare(job: Job, *, canaries: Canaries | None = None) -> Setup:
     kept: dict[str, Stateful] = {}
     if job.tail:
         kept["average"] = WeightAverage(model, optimizer, first_step=left_out(job.tail, plan.steps))
-    return Setup(job, data, model, engine, optimizer, device, canaries, task_of(data), kept)
+    return Setup(job, data, model, engine, optimizer, device, canaries, task_of(data), kept, notes)
 
 
 def left_out(tail: float, steps: int) -> int:

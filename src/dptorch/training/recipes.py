@@ -39,6 +39,7 @@ class Recipe:
             where that cannot be done again yet.
         model: a name that `dptorch.training.models.build_model` knows.
         hyperparameters: the defaults.
+        chosen: on what data they were chosen, a note of the statement.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Recipe:
     load: Callable[[], TrainTest]
     model: str
     hyperparameters: Hyperparameters
+    chosen: str
     transform: Callable[[Tensor], Tensor] | None = None
 
 
@@ -163,6 +165,11 @@ def digits() -> TrainTest:
     return _read("digits", images, labels, split, _digit_features, source)
 
 
+_ON_A_PUBLIC_PART = (
+    "the recipe's settings were chosen by cross-validation on 1,000 of the 4,000 training images, 100 "
+    "of each digit, which count as public: epsilon is for the others. No test image chose a setting."
+)
+
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -173,6 +180,7 @@ RECIPES: Mapping[str, Recipe] = {
             transform=_pixels,
             model="mnist",
             hyperparameters=SUGGESTED["mnist"],
+            chosen=_ON_A_PUBLIC_PART,
         ),
         Recipe(
             name="mnist-features",
@@ -181,6 +189,7 @@ RECIPES: Mapping[str, Recipe] = {
             transform=_features,
             model="mnist-features",
             hyperparameters=SUGGESTED["mnist-features"],
+            chosen=_ON_A_PUBLIC_PART,
         ),
         Recipe(
             name="digits",
@@ -190,6 +199,9 @@ RECIPES: Mapping[str, Recipe] = {
             transform=_digit_features,
             model="linear",
             hyperparameters=SUGGESTED["digits"],
+            chosen="the recipe's settings were chosen on other images, MNIST's made as coarse, which "
+            "are public: the choice cost nothing. That it was made for epsilon 1 alone was decided "
+            "after a look at the test images, which no epsilon covers.",
         ),
         Recipe(
             name="reviews",
@@ -197,6 +209,8 @@ RECIPES: Mapping[str, Recipe] = {
             load=review_features,
             model="linear",
             hyperparameters=SUGGESTED["reviews"],
+            chosen="the recipe's settings were chosen on other texts of the same package, tweets and "
+            "snippets about products, which are public: the choice cost nothing.",
         ),
     )
 }

@@ -40,7 +40,7 @@ from dptorch.vision.augmentation import Augmentation, Views
 from dptorch.vision.dataset import download, read_pictures
 from dptorch.vision.formats import LAYOUTS, find_format
 from dptorch.vision.methods import apply_method
-from dptorch.vision.recipes import defaults_of
+from dptorch.vision.recipes import defaults_of, get_recipe
 from dptorch.vision.task import ImageClassification
 from dptorch.vision.weights import Origin, load_weights, origin_of
 
@@ -188,7 +188,7 @@ def prepare(job: VisionJob) -> Setup:
     )
     return Setup(
         job, data, model, engine, optimizer, device, task=task, kept=kept,
-        notes=() if origin is None else (origin.note,),
+        notes=_notes(job, origin),
         began_from=None if origin is None else origin.to_dict(),
     )  # fmt: skip
 
@@ -306,6 +306,12 @@ def _begin(network: nn.Module, job: VisionJob) -> Origin | None:
     )
     load_weights(network, job.init)
     return origin
+
+
+def _notes(job: VisionJob, origin: Origin | None) -> tuple[str, ...]:
+    """What the statement says of the settings of a recipe, and of the weights it began with."""
+    chosen = () if job.recipe is None else (get_recipe(job.recipe).chosen,)
+    return chosen if origin is None else (*chosen, origin.note)
 
 
 def _augmentation(job: VisionJob, shape: tuple[int, ...]) -> Augmentation | None:

@@ -42,6 +42,19 @@ class VisionRecipe:
         results = ", ".join(f"{accuracy:g} % at ε = {e:g}" for e, accuracy in self.published)
         return f"{results} ({self.source})"
 
+    @property
+    def chosen(self) -> str:
+        """Who chose the settings, a note of the statement.
+
+        Example:
+            >>> get_recipe("cifar10-wrn-16-4").chosen[:58]
+            "the recipe's settings are those of De et al. 2022, but for"
+        """
+        return (
+            f"the recipe's settings are those of {self.source}, but for what was asked for otherwise. "
+            "Where they were chosen by runs on the same data, no epsilon covers that choice."
+        )
+
 
 #: What a run has where neither the user nor a recipe says otherwise.
 _DEFAULTS: Final[Mapping[str, Any]] = {
