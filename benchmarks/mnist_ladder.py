@@ -26,7 +26,9 @@ from dptorch.plan import PrivacyPlan, make_plan
 from dptorch.postprocessing import Ahead, KalmanFilter, LowPassFilter, WeightAverage
 from dptorch.training.images import deskew, hog, standardise
 from dptorch.training.models import linear, tanh_cnn
+from dptorch.training.pictures import in_groups
 from dptorch.training.recipes import mnist_images, mnist_split
+from dptorch.training.scattering import scattering
 
 BUDGETS: Final = (1.0, 3.0, 8.0)
 DELTA: Final = 1e-5
@@ -73,6 +75,11 @@ RUNGS: Final[Mapping[str, Rung]] = {
     "HOG with a low-pass filter of gradients": Rung("hog", low_pass=0.5),
     "HOG with a Kalman filter of gradients": Rung("hog", kalman=0.7),
     "finer HOG, mean of the last half": Rung("fine hog", tail=0.5),
+    "scattering, linear": Rung("scattering"),
+    "scattering, mean of the last half": Rung("scattering", tail=0.5),
+    "scattering, mean of the last half, automatic clipping": Rung(
+        "scattering", tail=0.5, clipping="automatic"
+    ),
     "small network, tanh": _small("tanh"),
     "small network, ReLU": _small("relu"),
     "small network, ReLU, groups of 4 channels": _small("groups of 4"),
@@ -123,6 +130,9 @@ def inputs(name: str) -> Tensor:
         return flat / 28
     if name == "images":
         return standardise(upright)[:, None]
+    if name == "scattering":
+        parts = upright[:, None].split(500)
+        return torch.cat([in_groups(scattering(part)) for part in parts])
     settings = {"cell": 4, "bins": 8} if name == "fine hog" else {}
     return torch.cat([hog(part, **settings) for part in upright.split(500)])
 

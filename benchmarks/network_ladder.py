@@ -70,6 +70,7 @@ class Row:
     weight_decay: float = 0.0
     clipping: str = "abadi"
     decay: str = "constant"
+    warmup: float = 0.0
     low_pass: float | None = None
     kalman: float | None = None
     moment_scaling: float | None = None
@@ -99,8 +100,13 @@ ROWS: Final[Mapping[str, Row]] = {
     "moment scaling 0.9": Row(moment_scaling=0.9),
     "moment scaling 0.9, Adam": Row(moment_scaling=0.9, optimizer="adam", rates=_ADAM),
     "cosine schedule": Row(decay="cosine", rates=(2.0, 4.0, 8.0)),
+    "linear schedule": Row(decay="linear", rates=(2.0, 4.0, 8.0)),
+    "warm-up of a quarter": Row(warmup=0.25),
+    "batches of 250, 2.5 epochs": Row(q=0.0625, epochs=2.5),
+    "batches of 1,000, 10 epochs": Row(q=0.25, epochs=10.0),
     "batches of 2,000, 20 epochs": Row(q=0.5, epochs=20.0, rates=(2.0, 4.0, 8.0)),
     "low-pass filter 0.5": Row(low_pass=0.5),
+    "low-pass filter 0.9": Row(low_pass=0.9),
     "public weights, all trained": Row(epochs=2.5, public=True),
     "public weights, last layer": Row(epochs=2.5, public=True, stages=(("last-layer", 1.0),)),
     "public weights, biases": Row(epochs=2.5, public=True, stages=(("bias-only", 1.0),)),
@@ -112,6 +118,8 @@ ROWS: Final[Mapping[str, Row]] = {
     "tanh, no normalisation": Row("tanh"),
     "ReLU, no normalisation": Row("ReLU"),
     "GroupNorm in one group": Row("one group"),
+    "GroupNorm of each channel": Row("groups of 1"),
+    "GroupNorm in groups of 8": Row("groups of 8"),
     "automatic clipping": Row(clipping="automatic"),
     "HOG": Row(**_HOG),
     "HOG, moment scaling 0.9": Row(**_HOG, moment_scaling=0.9),
@@ -128,7 +136,9 @@ AVERAGED: Final = ("small network", "HOG")
 NETWORKS: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "tanh": lambda: small_network(nn.Tanh, pool_first=True),
     "ReLU": lambda: small_network(nn.ReLU, pool_first=True),
+    "groups of 1": lambda: _normalised(1),
     "groups of 4": lambda: _normalised(4),
+    "groups of 8": lambda: _normalised(8),
     "one group": lambda: _normalised(),
     "standardised": lambda: _normalised(4, StandardisedConv2d),
     "HOG": lambda: nn.Linear(432, 10),
@@ -232,7 +242,7 @@ def _one_stage(
         if kind
     }
     moved = Augmentation("crop", row.views, RootKey.from_seed(seed)) if row.views > 1 else None
-    schedule = Schedule(row.decay, plan.steps)
+    schedule = Schedule(row.decay, plan.steps, row.warmup)
     private = torch.utils.data.TensorDataset(x, y)
     while not engine.exhausted:
         for inputs_B, labels_B in engine.loader(private, max_physical_batch_size=1000):

@@ -147,7 +147,7 @@ def step_by_command(name: str) -> str:
         write_cifar10(data, train=5, test=2)
         words = (
             f"--model {name} --pretrained 0 --image_size {side_of(name)} --bs 5 --mini_bs 2 --seed 0 "
-            f"--data {data} --runs {runs} --name one --no-ledger"
+            f"--data {data} --runs {runs} --name one --no-ledger --no-diagnostics"
         )
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:

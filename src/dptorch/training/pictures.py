@@ -18,7 +18,7 @@ from dptorch.errors import ConfigurationError, one_of
 from dptorch.training.images import deskew, hog, standardise
 from dptorch.training.scattering import scattering
 
-__all__ = ["FEATURES", "SCALES", "Look"]
+__all__ = ["FEATURES", "SCALES", "Look", "in_groups"]
 
 _IMAGENET: Final = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # published with the models
 
@@ -97,7 +97,7 @@ class Look:
         if self.features == "hog":
             return hog(deskew(x[:, 0]))
         if self.features == "scattering":
-            return _in_groups(scattering(x))
+            return in_groups(scattering(x))
         if self.scale == "standardise":
             return standardise(x)
         if self.scale == "half":
@@ -112,8 +112,8 @@ class Look:
         return tuple(self.inputs(blank).shape[1:])
 
 
-def _in_groups(features_NKhw: Tensor) -> Tensor:
-    """Standardise every three features together within a picture, and scale to norm 1: [N, K h w]."""
+def in_groups(features_NKhw: Tensor) -> Tensor:
+    """Return features standardised in threes within a picture and scaled to norm 1: [N, K h w]."""
     groups = features_NKhw.shape[1] // 3  # K is 81 for each channel of a picture
     flat = F.group_norm(features_NKhw, groups).flatten(1)
     return flat / flat.square().sum(1, keepdim=True).sqrt().clamp_min(1e-6)
