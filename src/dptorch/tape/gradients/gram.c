@@ -1,13 +1,14 @@
 /* Norms of sums of outer products from Gram matrices; see gram.py, which this file agrees with up to
    rounding. Called from every thread of a team at once; each takes strips until none is left.
 
-   A strip is ROWS rows of one example's Gram matrices, up to the diagonal, column after column. Of a
-   long example, MOST strips are made at once, a block of columns at a time: each row that is read from
-   the third-level cache then serves all of them. A strip's
+   A strip is ROWS rows of one example's Gram matrices, up to the diagonal, column after column. Where
+   the number of positions is no multiple of ROWS, the first strip has fewer: it has the fewest columns.
+   Of an example that does not fit the second-level cache, MOST strips are made at once, a block of
+   columns at a time: each row that is read from the third-level cache then serves all of them. A strip's
    entries are dot products of the factors' rows, made in tiles (with AVX2 of TALL x WIDE, with AVX-512
-   of ROWS x WIDE) whose sums stay in registers, over at most DEPTH columns of the factor at a time, so that what a strip reads stays in
-   the first-level cache; its own rows are copied together, as rows whose distance is a power of two
-   would drive each other out of the cache. */
+   of ROWS x WIDE) whose sums stay in registers, over at most DEPTH columns of the factor at a time, so
+   that what a strip reads stays in the first-level cache; its own rows are copied together, as rows
+   whose distance is a power of two would drive each other out of the cache. */
 
 #include <math.h>
 #include <stdint.h>
@@ -27,7 +28,7 @@ int units_found(void) { return units_of_the_processor(); }
 #define LANES 8
 #define PITCH (DEPTH + 16)
 #define MOST 8   /* strips at once */
-#define LONG 512 /* positions from which on */
+#define LARGE (1 << 18) /* floats of an example's wider factor from which on */
 #define BLOCK 96 /* columns, a multiple of WIDE: BLOCK * DEPTH floats fit the second-level cache */
 
 typedef struct {
@@ -131,8 +132,8 @@ FASTER static void tile_512(const float *a, const float *const b[WIDE], int64_t 
 }
 
 /* `count` strips of a factor's Gram matrix, of the rows from `start` on, columns up to the diagonal,
-   into `gram` [count][columns, ROWS], `pitch` floats from one to the next. What lies past the last
-   position repeats it. */
+   into `gram` [count][columns, ROWS], `pitch` floats from one to the next. Rows before the first
+   position and columns after the last repeat them. */
 FAST static void strips(const Factor *f, int64_t start, int64_t count, int64_t positions, int wide,
                         float *gram, int64_t pitch, float *own) {
     int64_t last = positions - 1;
@@ -142,13 +143,12 @@ FAST static void strips(const Factor *f, int64_t start, int64_t count, int64_t p
     for (int64_t from = 0; from < f->columns; from += most) {
         int64_t depth = f->columns - from < most ? f->columns - from : most;
         for (int64_t row = 0; row < count * ROWS; row++) {
-            int64_t at = start + row < last ? start + row : last;
+            int64_t at = start + row < 0 ? 0 : start + row;
             memcpy(own + row * PITCH, f->rows + at * f->stride + from, depth * sizeof(float));
         }
         for (int64_t block = 0; block < start + count * ROWS; block += BLOCK)
             for (int64_t i = 0; i < count; i++) {
-                int64_t first = start + i * ROWS;
-                int64_t stop = first + ROWS < positions ? first + ROWS : positions;
+                int64_t first = start + i * ROWS, stop = first + ROWS;
                 int64_t end = block + BLOCK < stop ? block + BLOCK : stop;
                 for (int64_t column = block; column < end; column += WIDE) {
                     const float *b[WIDE], *a = own + i * ROWS * PITCH;
@@ -158,7 +158,7 @@ FAST static void strips(const Factor *f, int64_t start, int64_t count, int64_t p
                         b[j] = f->rows + at * f->stride + from;
                     }
                     if (wide) tile_512(a, b, depth, to);
-                    for (int64_t row = 0; !wide && row < stop - first; row += TALL)
+                    for (int64_t row = 0; !wide && row < ROWS; row += TALL)
                         if (column < first + row + TALL) /* not all above the diagonal */
                             tile(a + row * PITCH, b, depth, to + row);
                 }
@@ -166,27 +166,50 @@ FAST static void strips(const Factor *f, int64_t start, int64_t count, int64_t p
     }
 }
 
+/* Add to `sums`, of each row, the products of x's and y's entries in `columns` columns. */
+FAST static void products(const float *x, const float *y, int64_t columns, double sums[ROWS]) {
+    __m256d total[2] = {_mm256_loadu_pd(sums), _mm256_loadu_pd(sums + 4)};
+    for (int64_t i = 0; i < 2 * columns; i++)
+        total[i % 2] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + 4 * i)),
+                                       _mm256_cvtps_pd(_mm_loadu_ps(y + 4 * i)), total[i % 2]);
+    _mm256_storeu_pd(sums, total[0]);
+    _mm256_storeu_pd(sums + 4, total[1]);
+}
+
+FASTER static void products_512(const float *x, const float *y, int64_t columns, double sums[ROWS]) {
+    __m512d even = _mm512_loadu_pd(sums), odd = _mm512_setzero_pd();
+    for (int64_t i = 0; i < columns; i++) {
+        __m512d a = _mm512_cvtps_pd(_mm256_loadu_ps(x + ROWS * i));
+        __m512d b = _mm512_cvtps_pd(_mm256_loadu_ps(y + ROWS * i));
+        if (i % 2) odd = _mm512_fmadd_pd(a, b, odd);
+        else even = _mm512_fmadd_pd(a, b, even);
+    }
+    _mm512_storeu_pd(sums, _mm512_add_pd(even, odd));
+}
+
 /* The sum over one strip, whose Gram entries are x and y, and its rows' lengths. */
-FAST static double sum_of(Gram *job, int64_t example, int64_t start, const float *x, const float *y) {
-    int64_t positions = job->positions;
+FAST static double sum_of(Gram *job, int64_t example, int64_t start, int wide, const float *x,
+                          const float *y) {
     double below[ROWS] = {0}, sum = 0.0;
-    for (int64_t column = 0; column < start; column++, x += ROWS, y += ROWS)
-        for (int row = 0; row < ROWS; row++) below[row] += (double)x[row] * y[row];
-    for (int64_t row = 0; row < ROWS && start + row < positions; row++) {
-        for (int64_t column = 0; column < row; column++)
+    (wide ? products_512 : products)(x, y, start < 0 ? 0 : start, below);
+    for (int64_t row = start < 0 ? -start : 0; row < ROWS; row++) {
+        int64_t diagonal = start + row;
+        for (int64_t column = start < 0 ? 0 : start; column < diagonal; column++)
             below[row] += (double)x[column * ROWS + row] * y[column * ROWS + row];
-        float of_left = x[row * ROWS + row], of_right = y[row * ROWS + row];
+        float of_left = x[diagonal * ROWS + row], of_right = y[diagonal * ROWS + row];
         /* What lies below the diagonal stands for its mirror image too. */
         sum += 2.0 * below[row] + (double)of_left * of_right;
-        job->lengths[0][example * positions + start + row] = of_left;
-        job->lengths[1][example * positions + start + row] = of_right;
+        job->lengths[0][example * job->positions + diagonal] = of_left;
+        job->lengths[1][example * job->positions + diagonal] = of_right;
     }
     return sum;
 }
 
 FAST void gram_norms(Gram *job) {
     int64_t positions = job->positions, of_each = (positions + ROWS - 1) / ROWS;
-    int64_t at_once = positions < LONG ? 1 : MOST, bands = (of_each + at_once - 1) / at_once;
+    int64_t columns = job->left_columns, of_right = job->right_columns;
+    if (columns < of_right) columns = of_right;
+    int64_t at_once = positions * columns < LARGE ? 1 : MOST, bands = (of_each + at_once - 1) / at_once;
     int64_t pitch = (positions + ROWS + WIDE) * ROWS, copied = at_once * ROWS * PITCH;
     float *work = aligned_alloc(64, ((2 * at_once * pitch + copied) * sizeof(float) + 63) / 64 * 64);
     int wide = (job->units & AVX512) != 0;
@@ -206,10 +229,11 @@ FAST void gram_norms(Gram *job) {
         Factor right = {job->right + example * job->right_strides[0], job->right_columns,
                         job->right_strides[1]};
         float *own = work, *x = own + copied, *y = x + at_once * pitch;
-        strips(&left, first * ROWS, count, positions, wide, x, pitch, own);
-        strips(&right, first * ROWS, count, positions, wide, y, pitch, own);
+        int64_t start = positions - (of_each - first) * ROWS; /* negative: the rows before 0 are none */
+        strips(&left, start, count, positions, wide, x, pitch, own);
+        strips(&right, start, count, positions, wide, y, pitch, own);
         for (int64_t i = 0; i < count; i++)
-            out[i] = sum_of(job, example, (first + i) * ROWS, x + i * pitch, y + i * pitch);
+            out[i] = sum_of(job, example, start + i * ROWS, wide, x + i * pitch, y + i * pitch);
     }
     free(work);
 }
