@@ -414,3 +414,27 @@ def test_a_recipe_changes_with_the_method() -> None:
     assert (full["learning_rate"], full["batch_size"], full["sample_rate"]) == (2e-3, 1024.0, None)
     assert biases["learning_rate"] == 1e-2
     assert defaults_of(None, "prefix")["learning_rate"] == 1e-2
+
+
+@pytest.mark.slow
+def test_a_model_of_a_run_without_privacy_on_the_same_data_is_refused(
+    bert: str, reviews: str, tmp_path: Path
+) -> None:
+    """Its `model/` is a folder like that of any pretrained model, which would count as public."""
+    job = TextJob(
+        "text-classification", data=reviews, model=bert, method="last-layer", epochs=1, sample_rate=0.5,
+        noise_multiplier=1.0,
+    )  # fmt: skip
+    plain = run_folder.create(tmp_path / "runs", "plain")
+    with pytest.warns(UserWarning, match="neither clipped nor noised"):
+        train(prepare(replace(job, clipping_mode="non-private")), plain)
+    begun = replace(job, model=str(plain.path / "model"))
+    with pytest.raises(ConfigurationError, match="was trained without privacy"):
+        prepare(begun)
+    shutil.copy(
+        reviews, tmp_path / "other.jsonl"
+    )  # what nobody says is the same is not known to be
+    note = prepare(replace(begun, data=str(tmp_path / "other.jsonl"))).notes[0]
+    assert "the run plain" in note
+    assert "That data counts as public" in note
+    assert prepare(job).notes == ()

@@ -16,6 +16,7 @@ from dptorch.ledger import beside
 from dptorch.training import run_folder
 from dptorch.training.loop import train
 from dptorch.training.models import build_model
+from dptorch.training.release import release
 from dptorch.vision.job import VisionJob, prepare
 from dptorch.vision.weights import load_weights
 from tests.training.json_schema import faults
@@ -112,6 +113,37 @@ def test_a_run_without_privacy_makes_its_data_public(cifar: str, tmp_path: Path)
     folder.write_json("run.json", about)
     with pytest.raises(ConfigurationError, match="on the data of this run, and nothing"):
         prepare(VisionJob(data=other, init=str(folder.path), **private))
+
+
+@pytest.mark.slow
+def test_runs_that_weights_came_through_are_known_too(cifar: str, tmp_path: Path) -> None:
+    """One without privacy on this data is refused behind a private one on other data, and as a file."""
+    other, private = str(write_cifar10(tmp_path)), FAST | {"seed": None}
+    plain = VisionJob(data=cifar, clipping_mode="non-private", epochs=1, sample_rate=0.5, seed=0)
+    first, second = (run_folder.create(tmp_path / "runs", name) for name in ("plain", "second"))
+    with pytest.warns(UserWarning, match="neither clipped nor noised"):
+        train(prepare(plain), first)
+    train(prepare(VisionJob(data=other, init=str(first.path), **private)), second)
+    for begun, words in (
+        (first.path / "model.safetensors", "was trained without privacy"),
+        (second.path, "began from the run plain, which was trained without privacy"),
+        (second.path / "model.safetensors", "began from the run plain"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            prepare(VisionJob(data=cifar, init=str(begun), **private))
+    # What was private on this data before adds up, and the statement says so.
+    third = run_folder.create(tmp_path / "runs", "third")
+    kept = {**private, "data": str(write_cifar10(tmp_path / "third")), "init": str(second.path)}
+    train(prepare(VisionJob(**kept)), third)
+    note = prepare(VisionJob(data=other, init=str(third.path), **private)).notes[0]
+    assert note.endswith(
+        "the run second, of which those weights came, was on the same data as this run's: what it cost "
+        "adds up too."
+    )
+    # A release does not say where the data is.
+    released = release(second, tmp_path / "released").read_json("run.json")
+    assert [run["run"] for run in released["model"]["began_from"]["lineage"]] == ["plain"]
+    assert all(run["data"] is None for run in released["model"]["began_from"]["lineage"])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
+from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.text import classification, language
 from dptorch.text.batches import Tokenized, by_length
 from dptorch.text.bible import SMALL_GPT, passages, small_gpt
@@ -37,6 +38,7 @@ from dptorch.training.job import (
     require_positive,
     with_rate,
 )
+from dptorch.training.origin import Origin, folder_of, origin_of
 from dptorch.training.schedules import DECAYS, Schedule
 from dptorch.training.task import Task
 
@@ -133,6 +135,7 @@ def prepare(job: TextJob) -> Setup:
         "table-to-text": _table_to_text,
         "language-model": _language_model,
     }[job.task]
+    origin = _origin(job)
     data, model, task_of = build(job)
     precision = job.precision or "float32"
     model = suit(model, precision, device).to(device)
@@ -151,7 +154,21 @@ def prepare(job: TextJob) -> Setup:
         model.waits = lambda: model.training and engine.steps_done < first
     optimizer = _optimizer(model, job, plan.steps)
     engine.attach(optimizer)
-    return Setup(job, data, model, engine, optimizer, device, task=task)
+    return Setup(
+        job, data, model, engine, optimizer, device, task=task,
+        notes=() if origin is None else (origin.note,),
+        began_from=None if origin is None else origin.to_dict(),
+    )  # fmt: skip
+
+
+def _origin(job: TextJob) -> Origin | None:
+    """What is known of the weights of another run; of a published model nothing is read."""
+    assert job.model is not None
+    assert job.data is not None
+    if folder_of(job.model) is None:
+        return None
+    protects = job.seed is None and get_mode(job.clipping_mode) is not NON_PRIVATE
+    return origin_of(job.model, None, None, None, job.data, protects=protects)
 
 
 def _refuse_contradictions(job: TextJob) -> None:

@@ -175,11 +175,20 @@ def _public(about: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any
         "status": about["status"],
         "job": {key: about["job"][key] for key in _JOB if key in about["job"]} | model,
         "data": {"source": about["data"]["source"] if recipe else _OWN_DATA, **data},
-        "model": about["model"],
+        "model": _without_places(about["model"]),
         "result": {k: v for k, v in about["result"].items() if k in columns},
         "statement": about["statement"],
         **tested,
     }
+
+
+def _without_places(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the model, without where the data of earlier runs is."""
+    origin = model.get("began_from")
+    if origin is None:
+        return dict(model)
+    lineage = [{**run, "data": None} for run in origin["lineage"]]
+    return {**model, "began_from": {**origin, "lineage": lineage}}
 
 
 def _copy_pretrained(source: Path, target: Path) -> None:

@@ -34,6 +34,7 @@ from dptorch.training.job import (
     with_rate,
 )
 from dptorch.training.models import build_model
+from dptorch.training.origin import Origin, origin_of
 from dptorch.training.pictures import Look
 from dptorch.training.schedules import Schedule
 from dptorch.vision.augmentation import Augmentation, Views
@@ -42,7 +43,7 @@ from dptorch.vision.formats import LAYOUTS, find_format
 from dptorch.vision.methods import apply_method
 from dptorch.vision.recipes import defaults_of, get_recipe
 from dptorch.vision.task import ImageClassification
-from dptorch.vision.weights import Origin, load_weights, origin_of
+from dptorch.vision.weights import load_weights
 
 __all__ = ["OPTIMIZERS", "TASK", "VisionJob", "prepare"]
 
