@@ -6,6 +6,7 @@ shared table survives its death by any signal.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -39,6 +40,7 @@ def spawn(work: Callable[[], None]) -> int:
         return pid
     code = 1
     try:
+        gc.freeze()  # a collection would copy the memory of all that the parent has
         torch.set_num_threads(1)  # OpenMP would wait for threads that a fork leaves behind
         work()
         code = 0

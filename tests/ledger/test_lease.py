@@ -50,6 +50,15 @@ def resume(location: str, run: RunLedger, steps_done: int) -> RunLedger:
     return patients.run(PLAN, OS, run=run.run, steps_done=steps_done, head=run.head)
 
 
+def with_steps_after_a_checkpoint(location: str) -> tuple[RunLedger, RunLedger]:
+    """A run of eight steps, and another process's of its checkpoint of two, which has not begun."""
+    first = begin(location, 2)
+    second = resume(location, first, 2)
+    for step in range(2, 8):
+        first.count(step, STEP)
+    return first, second
+
+
 def test_a_paused_run_that_another_process_resumed_is_refused(location: str) -> None:
     first = begin(location, 3)
     first.close()
@@ -76,10 +85,7 @@ def test_a_paused_run_that_nobody_resumed_goes_on(location: str) -> None:
 
 
 def test_steps_taken_after_a_checkpoint_was_loaded_are_counted(location: str) -> None:
-    first = begin(location, 2)
-    second = resume(location, first, 2)
-    for step in range(2, 8):
-        first.count(step, STEP)
+    first, second = with_steps_after_a_checkpoint(location)
     with pytest.warns(PrivacyWarning, match=r"6 steps of run .* by another process"):
         second.open()
     assert second.repeated_steps == 6
@@ -97,10 +103,7 @@ def test_without_reading_anew_they_would_not_be_counted(
     location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broken twin counts by what the ledger had when the checkpoint was loaded."""
-    first = begin(location, 2)
-    second = resume(location, first, 2)
-    for step in range(2, 8):
-        first.count(step, STEP)
+    _, second = with_steps_after_a_checkpoint(location)
     monkeypatch.setattr(RunLedger, "_read", lambda self, transaction: self._in_ledger)
     for step in range(2, 10):
         second.count(step, STEP)
@@ -337,13 +340,19 @@ def put_back(copy_of_ledger: Path, location: str) -> None:
     copy_of_ledger.rename(location)
 
 
-def test_an_older_copy_of_the_ledger_is_refused(tmp_path: Path) -> None:
-    location = str(tmp_path / "ledger.db")
+def on_an_older_copy(folder: Path) -> tuple[str, RunLedger]:
+    """A ledger whose file is a copy of before the last three steps of a run of six."""
+    location = str(folder / "ledger.db")
     run = begin(location, 3)
-    old = old_copy(location, tmp_path)
+    old = old_copy(location, folder)
     for step in range(3, 6):
         run.count(step, STEP)
     put_back(old, location)
+    return location, run
+
+
+def test_an_older_copy_of_the_ledger_is_refused(tmp_path: Path) -> None:
+    location, run = on_an_older_copy(tmp_path)
     with pytest.raises(LedgerError, match="older copy"):
         run.count(6, STEP)  # the run that is alive
     with pytest.raises(LedgerError, match="older copy"):
@@ -355,12 +364,7 @@ def test_an_older_copy_of_the_ledger_is_refused(tmp_path: Path) -> None:
 
 def test_an_older_copy_would_lose_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broken twin: no process knows what it has written."""
-    location = str(tmp_path / "ledger.db")
-    run = begin(location, 3)
-    old = old_copy(location, tmp_path)
-    for step in range(3, 6):
-        run.count(step, STEP)
-    put_back(old, location)
+    location, run = on_an_older_copy(tmp_path)
     monkeypatch.setattr(Transaction, "holds", lambda self, seq, hash: True)
     run.count(6, STEP)
     assert open_ledger(location).runs()[0].steps == 4  # of seven

@@ -378,6 +378,7 @@ def for_resumed_run(
 
 
 def key_from_environment() -> Path | None:
+    """The file of the key that seals a ledger, as ``DPTORCH_LEDGER_KEY_FILE`` names it, if it does."""
     import os
 
     found = os.environ.get("DPTORCH_LEDGER_KEY_FILE")

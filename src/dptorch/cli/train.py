@@ -372,6 +372,15 @@ def _introduced(prepared: Callable[[], Setup], console: Console) -> Setup:
 
 
 def watched(setup: Setup, folder: Any, console: Console, *, resume: bool) -> Outcome:
+    """Run the loop and show on the console how far it is.
+
+    Budget that the run has set aside in a ledger is given back, however it ends.
+
+    Args:
+        setup: what `prepare` of a task made of the options.
+        folder: the run's.
+        resume: whether to go on from the checkpoint in `folder`.
+    """
     from dptorch.cli.progress import observer_for
     from dptorch.training.loop import train as run_job
 

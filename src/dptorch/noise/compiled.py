@@ -121,6 +121,7 @@ class Compiled:
             memory: with one key, the noise is what the numbers and the rows give.
         """
         rows = [] if memory is None else [row.ctypes.data for own in memory.rows for row in own]
+        # The list holds the arrays until the call has returned: C has no more than their addresses.
         columns: list[NDArray[Any]] = [
             np.array(blocks, np.int64),
             np.array([0 if t.values is None else t.values.ctypes.data for t in targets], np.uintp),
@@ -149,6 +150,7 @@ class Compiled:
         chunks = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-sizes // CHUNK))])
         words = np.array([m.ctypes.data for m in messages], np.uintp)
         sums = np.empty((int(chunks[-1]), 2), np.uint64)
+        # Named, so that no array is freed while C reads it.
         arrays: list[NDArray[Any]] = [words, sizes, chunks, key, sums]
         data, counts, firsts, secret, out = (a.ctypes.data for a in arrays)
         job = _Hash(data, counts, firsts, len(messages), secret, out, self._units, 0)
@@ -232,6 +234,7 @@ def _constants() -> dict[str, str]:
         "MINUS_TWICE_LOG_2": MINUS_TWICE_LOG_2,
     }
     exact = {name: f"({float(value).hex()}f)" for name, value in named.items()}
+    # In hexadecimal a float32 is written exactly: a compiler rounds no decimal digits.
     return {
         **exact,
         "ROOT_HALF_BITS": hex(ROOT_HALF_BITS),
@@ -276,6 +279,7 @@ def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:
     The noise of one key and of two, and with a memory that stays, also for later steps, and one that
     decays.
     """
+    # Two keys, one with a factor below 0: earlier noise that a step takes back has one.
     keys = {generator.bytes(32): 1.0, generator.bytes(32): -0.3}
     one, end = dict(list(keys.items())[:1]), 2 * KEYSTREAM_BLOCK
     places = [(3, 50), (50, 700), (40_000, KEYSTREAM_BLOCK + 33), (end - 9, end + 5)]
@@ -312,6 +316,7 @@ def _same_noise(library: Compiled, generator: np.random.Generator) -> bool:
                 if kept is not None:
                     made = recurred(made, mine, kept[1], kept[2])
                 wanted += made * np.float32(targets[i].stddev * factor)
+            # Bits, not numbers: the ranks of a run may run different code, and need the same noise.
             if not all(map(_equal, [wanted / np.float32(divisor), *mine], [found[i], *held[i]])):
                 return False
     return True
@@ -340,4 +345,5 @@ def recurred(
 
 
 def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    # By bytes: -0.0 equals 0.0 as a number, and no NaN equals itself.
     return a.tobytes() == b.tobytes()

@@ -146,6 +146,7 @@ class GaussianNoise:
                 positive number for each parameter, or a tensor is of low precision, sparse or
                 shares memory. No tensor has been changed then.
         """
+        # All checks come first: a sum refused half way would have noise in some parameters only.
         stddevs, spans = self.prepared(clipped, key, offsets, divisor)
         with torch.no_grad():
             self.add(spans, key, [Draw(step, context)], divisor)
@@ -191,6 +192,8 @@ class GaussianNoise:
             _refuse_no_scale(f"scales[{name!r}]", clipped.scale(name))
         stddevs = {name: self.noise_multiplier * clipped.scale(name) for name in clipped.values}
         low, high = _STDDEV_RANGE
+        # 0 is meant: noise_multiplier=0 adds nothing. Another number that float32 rounds to 0 is not:
+        # the sum would have no noise, and nobody would be told.
         for name, stddev in stddevs.items():
             if stddev and not low <= stddev <= high:
                 raise PrivacyError(
@@ -202,7 +205,7 @@ class GaussianNoise:
     def add(self, spans: list[Span], key: RootKey, draws: Sequence[Draw], divisor: float) -> None:
         """Add the noise of `draws` to `spans`, one after the other, and divide."""
         for (device, dtype), group in by_place(spans).items():
-            if self.noise_multiplier == 0.0:
+            if self.noise_multiplier == 0.0:  # runs without privacy need no keystream
                 _divide(group, divisor)
             elif device.type == "cpu":
                 keys = {key.derive(PURPOSE, d.step, d.context): d.factor for d in draws}
@@ -210,12 +213,15 @@ class GaussianNoise:
             else:
                 for draw in draws:
                     scaled = _scaled(group, draw.factor)
+                    # Correlated noise is drawn again on later steps: both branches are functions of
+                    # key, step and context, and keep no generator between steps.
                     if self.secure_rng:
                         of_step = key.derive(PURPOSE, draw.step, draw.context)
                         _add_from_cpu(scaled, of_step, dtype, device)
                     else:
                         _add_on_device(scaled, key, (draw.step, draw.context), device, dtype)
                 _divide(group, divisor)
+            # A span whose memory is not contiguous is a copy until here.
             for span in group:
                 span.write_back()
 
@@ -254,6 +260,7 @@ def _add_on_cpu(
         targets = [Target(s.flat.numpy(), s.start, s.stop, s.stddev) for s in spans]
         together = list(keys.items())
         for at in range(0, len(together), MOST_KEYS):
+            # The sum is divided once, after all noise: noise of a later pass would count too much.
             last = at + MOST_KEYS >= len(together)
             some = dict(together[at : at + MOST_KEYS])
             library.add_noise(some, numbers, targets, divisor if last else 1.0, threads)
@@ -283,6 +290,8 @@ def _add_by_numpy(
     if threads == 1:
         work(blocks)
         return
+    # Each thread has a generator of its own, and whole blocks: a block is the unit of the keystream, so
+    # the numbers do not depend on how many threads there are.
     cuts = [len(blocks) * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads, thread_name_prefix="dptorch-noise") as pool:
         # list, so that an error in a thread is raised here.
@@ -298,6 +307,7 @@ def _add_from_cpu(spans: list[Span], key: bytes, dtype: torch.dtype, device: tor
     normals = KeystreamNormals(
         key, _NUMPY_DTYPE[dtype], None if library is None else library.transform
     )
+    # One block at a time, so that what is copied to the device stays small beside the gradient.
     for index, pieces in pieces_by_block(spans, KEYSTREAM_BLOCK):
         _add_pieces(pieces, torch.from_numpy(normals.block(index)).to(device))
 
@@ -363,6 +373,7 @@ def _refuse_no_scale(name: str, value: float) -> None:
 
 def _check_tensors(values: Mapping[str, Tensor]) -> None:
     """Refuse, before anything is written, what cannot get noise once in every coordinate."""
+    # Two parameters on one memory would get the noise twice, and one example would move it twice.
     seen: dict[tuple[torch.device, int], str] = {}
     for name, tensor in values.items():
         if not isinstance(tensor, Tensor):

@@ -46,6 +46,7 @@ class Released:
         Raises:
             ConfigurationError: it is not. Devices have generators of their own.
         """
+        # Which device of a kind does not matter: its generator is a function of the seed alone.
         places = {f"{span.flat.device.type} {span.flat.dtype}" for span in spans}
         if self.contexts and self._made_on != places:
             raise ConfigurationError(
@@ -58,6 +59,7 @@ class Released:
 
     def record(self, step: int, context: int) -> None:
         """Say that `step` has its noise; steps that were left out failed."""
+        # A step that failed is counted all the same, and its number never used again.
         self.contexts += [None] * (step - len(self.contexts))
         self.contexts.append(context)
 
@@ -67,6 +69,7 @@ class Released:
 
     def state(self, steps_done: int) -> dict[str, Any]:
         """Plain values for `restore`."""
+        # Steps that failed at the end are in `steps_done` already, but nothing was recorded after them.
         missing = [None] * (steps_done - len(self.contexts))
         return {"contexts": [*self.contexts, *missing], "made_on": sorted(self._made_on)}
 
@@ -76,6 +79,7 @@ class Released:
         Raises:
             PrivacyError: the state is missing or is not that of so many steps.
         """
+        # With a state of other steps, later ones would take back other noise than the model has.
         contexts = None if state is None else list(state["contexts"])
         if contexts is None or len(contexts) != steps_done or state is None:
             found = "none" if contexts is None else len(contexts)

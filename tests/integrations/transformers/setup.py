@@ -60,20 +60,22 @@ def gpt2() -> nn.Module:
     )
 
 
+CLASSIFIER = {
+    "vocab_size": WORDS,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+
+
 def bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=WORDS,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=12,
-            max_position_embeddings=16,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=3,
-        )
-    )
+    return BertForSequenceClassification(BertConfig(**CLASSIFIER))
 
 
 def opt() -> nn.Module:
@@ -147,20 +149,7 @@ def t5() -> nn.Module:
 
 
 def roberta() -> nn.Module:
-    return RobertaForSequenceClassification(
-        RobertaConfig(
-            vocab_size=WORDS,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=12,
-            max_position_embeddings=16,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=3,
-            pad_token_id=0,
-        )
-    )
+    return RobertaForSequenceClassification(RobertaConfig(**CLASSIFIER))
 
 
 def qwen2() -> nn.Module:
