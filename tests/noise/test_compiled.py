@@ -17,7 +17,7 @@ import torch
 
 from dptorch.clipping.sums import ClippedSum
 from dptorch.errors import ConfigurationError
-from dptorch.native import LIMIT, SWITCH, Units, units
+from dptorch.native import LIMIT, SWITCH, Units, compiler, units
 from dptorch.native import threads as team
 from dptorch.noise import GaussianNoise
 from dptorch.noise.compiled import SOURCES, Compiled, _same_bits, compiled, compiled_for
@@ -33,15 +33,28 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this file's, so that the right library is compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder of the test's own, and a library that is looked for again."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def looked_for_again(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a new process, no library is loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_cache))
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.delenv(LIMIT, raising=False)
     compiled.cache_clear()
-    yield tmp_path / "dptorch"
+    yield
     compiled.cache_clear()
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_for_again: None) -> Path:
+    """A cache folder of the test's own, in which there is no library yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dptorch"
 
 
 def libraries(cache: Path) -> list[Path]:
@@ -193,6 +206,21 @@ def test_the_cipher_is_aes_256() -> None:
                 assert (found == expected).all()
 
 
+@pytest.fixture
+def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistakes are mistakes however well the code is optimised."""
+    options = ["-O1" if option == "-O3" else option for option in compiler._OPTIONS]
+    assert options != list(compiler._OPTIONS)
+    monkeypatch.setattr(compiler, "_OPTIONS", options)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.usefixtures("quickly_compiled")
+def test_right_code_is_used_however_it_was_optimised() -> None:
+    assert compiled() is not None
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
@@ -231,6 +259,7 @@ def test_the_cipher_is_aes_256() -> None:
         ("job->chunks[message + 1] <= taken", "job->chunks[message + 1] < taken"),
     ],
 )
+@pytest.mark.usefixtures("quickly_compiled")
 def test_code_that_makes_other_bits_is_not_used(
     monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
 ) -> None:
@@ -314,6 +343,7 @@ def test_a_user_without_a_home_compiles_for_one_process(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("problem", ["no compiler", "broken compiler", "switched off"])
+@pytest.mark.usefixtures("own_cache")
 def test_without_a_compiler_numpy_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:

@@ -60,7 +60,7 @@ def gpt2() -> nn.Module:
     )
 
 
-CLASSIFIER = {
+CLASSIFIER: dict[str, Any] = {
     "vocab_size": WORDS,
     "hidden_size": 8,
     "num_hidden_layers": 1,

@@ -63,10 +63,16 @@ def test_nothing_of_size_t_squared_is_stored_and_half_is_not_computed(
     assert flops < 0.56 * 2 * t * t * (p + d)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this file's, so that the right library is compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache folder of the test's own, and a library that is looked for again."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A library that is looked for again, as in a new process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.delenv(LIMIT, raising=False)
     gram_native.gram_library.cache_clear()
