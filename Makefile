@@ -54,9 +54,10 @@ dist: $(VENV)/.test  ## wheel and sdist into dist/, each tried without a compile
 docs: $(VENV)/.docs  ## build the documentation as a site; fails on a dead link
 	$(BIN)/python -m website
 
-zoo: $(VENV)/.test  ## every image model against a loop, and a step of the command; writes docs/zoo.md
+zoo: $(VENV)/.test  ## every image model against a loop, a step of the command; writes docs/zoo.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --command
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overfit
 
 bench: $(VENV)/.test  ## time and memory of a private step, ours and others'; writes docs/cost.md
 	$(BIN)/dptorch bench --docs

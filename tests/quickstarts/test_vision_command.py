@@ -97,6 +97,29 @@ def test_mistakes(wrong: str, message: str, capsys: pytest.CaptureFixture[str]) 
     assert not Path("runs").exists()
 
 
+def test_nothing_is_downloaded_unasked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its files the layout is shown; what torchvision fetches goes into the folder."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    fetched: list[tuple[str, bool]] = []
+
+    def fetch(root: str, *, download: bool) -> None:
+        fetched.append((root, download))
+        write_cifar10(Path(root))
+
+    monkeypatch.setattr(datasets, "CIFAR10", fetch)
+    line = f"{SMALL} --data empty --eps 8"
+    assert run(line) == 2
+    said = capsys.readouterr().err
+    assert "cifar-10-batches-py/ with data_batch_1" in said
+    assert "--download lets torchvision fetch cifar10." in said
+    assert not fetched
+    for _ in range(2):  # the second finds them there
+        assert run(f"{line} --download") == 0
+    assert fetched == [("empty", True)]
+
+
 def test_processes_run_this_command(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.cpu_count", lambda: 2)

@@ -115,7 +115,7 @@ def read_pictures(
 
 
 def download(data: str, name: str | None) -> None:
-    """Let torchvision download a data set into the folder `data`.
+    """Let torchvision download a data set into the folder `data`, if it is not there.
 
     Raises:
         ConfigurationError: it is none that torchvision has, or torchvision cannot be imported.
@@ -128,20 +128,20 @@ def download(data: str, name: str | None) -> None:
         raise ConfigurationError(
             f"format={name!r} cannot be downloaded. Expected one of: {', '.join(known)}."
         )
+    if known[name].found(Path(data)) is not None:
+        return
+    by_hand = f"Or put its files into {data} yourself:\n  {name}: {LAYOUTS[name]}"
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
         raise ConfigurationError(
             f"Downloading needs torchvision, which cannot be imported ({error}). Install the build "
-            f"that belongs to torch {torch.__version__}."
+            f"that belongs to torch {torch.__version__}. {by_hand}"
         ) from error
     try:
         getattr(datasets, known[name].torchvision or "")(data, download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{name} cannot be downloaded to {data} ({error}). Put its files there yourself:\n"
-            f"  {LAYOUTS[name]}"
-        ) from error
+        raise DataError(f"{name} cannot be downloaded ({error}). {by_hand}") from error
 
 
 def _opened(picture: Picture) -> Any:

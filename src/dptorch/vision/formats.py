@@ -93,8 +93,10 @@ def find_format(path: Path, name: str | None) -> tuple[Format, Path]:
             return known, where
     layouts = LAYOUTS if name is None else {name: LAYOUTS[name]}
     wanted = "\n  ".join(f"{known}: {layout}" for known, layout in layouts.items())
+    fetched = [f.name for f in FORMATS if f.torchvision and f.name in layouts]
+    more = f"\n--download lets torchvision fetch {' or '.join(fetched)}." if fetched else ""
     raise DataError(
-        f"{path}: no {name or 'image data set'} there. Expected in that folder:\n  {wanted}"
+        f"{path}: no {name or 'image data set'} there. Expected in that folder:\n  {wanted}{more}"
     )
 
 

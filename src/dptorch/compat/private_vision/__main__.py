@@ -29,7 +29,7 @@ from dptorch.cli.train_options import (
     Workers,
 )
 from dptorch.cli.vision_options import AccuracyOptions, MethodOptions, OptimizerOptions
-from dptorch.errors import DataError, one_of
+from dptorch.errors import one_of
 
 if TYPE_CHECKING:
     from dptorch.training.job import Setup
@@ -82,8 +82,12 @@ class CifarOptions:
     ] = "1"
     cifar_data: Annotated[str, _flag("--cifar_data", help="CIFAR10 or CIFAR100.")] = "CIFAR10"
     data: Annotated[
-        Path, panel_option(DATA, help="Folder of the data set. It is downloaded if missing.")
+        Path, panel_option(DATA, help="Folder of the data set, in torchvision's files.")
     ] = Path("data")
+    download: Annotated[
+        bool,
+        panel_option(DATA, "--download", help="Let torchvision download it if it is not there."),
+    ] = False
     image_size: Annotated[
         int,
         panel_option(
@@ -129,7 +133,6 @@ def train_cifar(
         settings |= {
             "data": str(flags.data),
             "format": name,
-            "download": _missing(flags.data, name),
             "model": f"timm:{flags.model}",
             "pretrained": _YES[one_of("--pretrained", flags.pretrained.lower(), _YES)],
             "clipping_mode": one_of("--mode", flags.clipping_mode or MODES[0], MODES),
@@ -141,17 +144,6 @@ def train_cifar(
 
     ctx.meta[ENTRY] = _CODE
     run_task(ctx, prepared, flags.cifar_data.lower(), flags, output, ledger)
-
-
-def _missing(folder: Path, name: str) -> bool:
-    """Whether the files of a data set are not in a folder."""
-    from dptorch.vision.formats import find_format
-
-    try:
-        find_format(folder, name)
-    except DataError:
-        return True
-    return False
 
 
 def main(arguments: list[str] | None = None) -> None:
