@@ -118,6 +118,15 @@ def test_a_seeded_run_protects_nobody() -> None:
     assert "protects nobody" not in str(statement())
 
 
+def test_ordinary_training_is_not_described_as_noised() -> None:
+    """Its steps are counted as planned, and none of them clipped or added noise."""
+    plan = plan_of(noise_multiplier=0.0)
+    text = str(make_statement(plan, 3, {plan.sampling: 0}, KeySource.OS, 0))
+    assert "Mechanism            none: ordinary training" in text
+    assert "clipped to" not in text
+    assert "Sampling run         no step" in text
+
+
 def test_privacy_is_not_read_off_the_words_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The broken twin looked for "not private" in the text; other words made a seeded run private."""
     monkeypatch.setattr(KeySource.SEED, "_value_", "a seed of the user's")

@@ -224,13 +224,14 @@ class Statement:
 
     @property
     def mechanism_text(self) -> str:
-        """The noise in words."""
-        return _MECHANISMS[self.plan.mechanism].format(bands=len(self.plan.coefficients))
-
-    @property
-    def theorem(self) -> str:
-        """Why the event covers what ran."""
-        return self.plan.theorem
+        """The noise in words, and what it is added to."""
+        plan = self.plan
+        if self.steps and not any(self.sampling_run.values()):
+            return "none: ordinary training, whose gradients were neither clipped nor noised"
+        noise = _MECHANISMS[plan.mechanism].format(bands=len(plan.coefficients))
+        noise = f"{noise}, multiplier {plan.noise_multiplier:.6g}"
+        clipped = f"{plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})"
+        return f"{noise}, on sums of gradients clipped to {clipped}"
 
     @property
     def not_covered(self) -> list[str]:
@@ -290,7 +291,7 @@ class Statement:
             "notes": list(self.notes),
             "sampling_planned": plan.sampling,
             "sampling_law": plan.scheme.describe(plan.terms, plan.unit),
-            "sampling_theorem": self.theorem,
+            "sampling_theorem": self.plan.theorem,
             "sampling_run": dict(self.sampling_run),
             "sampling_holds": self.sampling_holds,
             "key_provenance": self.key_source.value,
@@ -331,14 +332,12 @@ class Statement:
             f"Unit of privacy      {self.unit_text}",
             f"Adjacency            {self.adjacency.value}: {adjacency}",
             f"delta                {plan.target_delta:g}",
-            f"Mechanism            {self.mechanism_text}, multiplier "
-            f"{plan.noise_multiplier:.6g}, on sums of gradients clipped to "
-            f"{plan.max_grad_norm:g} ({plan.clipping_fn}, {plan.clipping_style})",
+            f"Mechanism            {self.mechanism_text}",
             f"Steps                {self.steps} of {plan.steps} planned, empty batches included"
             + (f"; resumed {self.resumed} times" if self.resumed else "")
             + (f"; {self.repeated} repeated after a kill, and counted" if self.repeated else ""),
             f"Sampling planned     {plan.sampling}: {plan.scheme.describe(plan.terms, plan.unit)}",
-            *([f"Theorem              {self.theorem}"] if plan.coefficients else []),
+            *([f"Theorem              {plan.theorem}"] if plan.coefficients else []),
             f"Sampling run         {run}",
             *self._epsilon_lines(),
             f"Randomness           key from the {self.key_source.value}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,16 @@ def test_a_run_without_a_statement_is_refused(finished: RunFolder, tmp_path: Pat
     about = finished.read_json("run.json")
     finished.write_json("run.json", {k: v for k, v in about.items() if k != "statement"})
     with pytest.raises(DataError, match="--resume --name small"):
+        release(finished, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_without_privacy_is_refused(finished: RunFolder, tmp_path: Path) -> None:
+    about = finished.read_json("run.json")
+    without = {**about, "statement": {**about["statement"], "epsilon": math.inf}}
+    finished.write_json("run.json", without)
+    with pytest.raises(DataError, match="epsilon=infinity, so nothing protects"):
         release(finished, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

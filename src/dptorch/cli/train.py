@@ -212,6 +212,11 @@ def _begin(
         if ranks.is_first:
             run_folder.check_free(output.runs, name, overwrite=output.overwrite)
     setup = _introduced(prepared, console)
+    if output.release is not None and not setup.private:
+        raise ConfigurationError(
+            "--release publishes what noise protects, and this run has none. Leave it out, or train "
+            "with a --clipping-mode that is private."
+        )
     if not ledger.no_ledger and setup.private:
         with ranks.together():
             if ranks.is_first:

@@ -9,6 +9,7 @@ later version adds to the folder stays there until somebody lists it.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -116,7 +117,8 @@ def release(
 
     Raises:
         ConfigurationError: the destination is taken.
-        DataError: the run has nothing to publish yet, or a file cannot be read or written.
+        DataError: the run has nothing to publish yet or was not private, or a file cannot be read or
+            written.
     """
     destination = check_destination(destination)
     about = folder.read_json("run.json")
@@ -132,6 +134,12 @@ def release(
         raise DataError(
             f"{folder.path}: this run has neither finished nor been interrupted in order, so it has "
             "no statement. Continue it with: dptorch train --resume --name " + folder.path.name
+        )
+    if not math.isfinite(about["statement"]["epsilon"]):
+        raise DataError(
+            f"{folder.path}: epsilon=infinity, so nothing protects the examples that this model was "
+            "trained on, and a release is what may be published of private data. Train it with noise; "
+            "of public data publish the run's own model.safetensors."
         )
     columns = COLUMNS + (TEST_COLUMNS if with_test_results else ())
     rows = [{k: row[k] for k in columns if k in row} for row in folder.read_metrics()]
