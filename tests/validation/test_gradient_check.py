@@ -1,6 +1,7 @@
 """The self-check: what is right must pass, and each broken twin must be caught by name."""
 # ruff: noqa: NPY002  (models in the wild use numpy's global generator)
 
+import copy
 import json
 import random
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import dptorch
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyWarning
 from dptorch.tape.rules.registry import RULES
+from dptorch.validation import reruns
 from dptorch.validation.chance import FixedChance
 from dptorch.validation.conversion import prepare
 from dptorch.validation.gradient_check import CheckReport, check
@@ -529,6 +531,44 @@ def test_state_and_random_numbers_are_restored_and_raise_no_alarm() -> None:
     assert module.replaced is replaced
     assert not moving.any()
     assert not module.plain.any()
+
+
+class Capturing(nn.Module):
+    """Registers a hook when it first runs, and notes that in an attribute, as transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.installed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.installed:
+            self.layer.register_forward_hook(self.capture)
+            self.installed = True
+        self.states: list[Tensor] = []
+        self.layer(x)
+        return torch.stack(self.states).sum(0)  # twice as large if the hook is there twice
+
+    def capture(self, layer: nn.Module, args: object, output: Tensor) -> None:
+        self.states.append(output)
+
+
+def test_hooks_of_a_first_run_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = batch()
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        model = mlp(Capturing())
+        expected = copy.deepcopy(model)(x)
+        assert refuse_mixing(model, (x,), {}, 0)
+        return model(x), expected
+
+    found, expected = outputs()
+    assert torch.equal(found, expected)
+    # The broken twin: the attribute is restored and the hook stays.
+    monkeypatch.setattr(reruns, "_HOOKS", ("none",))
+    found, expected = outputs()
+    assert not torch.allclose(found, expected)
 
 
 def test_a_model_that_never_repeats_itself_raises_no_alarm() -> None:

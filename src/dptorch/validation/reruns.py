@@ -15,6 +15,9 @@ from dptorch.tape.recording.batch_dims import BatchDims, map_batched
 
 __all__ = ["is_plain", "perturbed", "preserving_state", "sampling_modules", "unwrapped"]
 
+#: How the names of a module's tables of hooks end.
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
 
 def perturbed(
     model: nn.Module,
@@ -62,11 +65,17 @@ def is_plain(t: Tensor) -> bool:
 
 @contextmanager
 def preserving_state(model: nn.Module) -> Iterator[None]:
-    """Random states, buffers and attributes of the model's modules are restored on the way out."""
+    """Random states, buffers and attributes of the model's modules are restored on the way out.
+
+    Hooks that a module was given inside are taken off again. transformers' models register theirs when
+    hidden states are first asked for, and note that in an attribute: without it they would register
+    them once more at each run, and return every state as often.
+    """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tables = [m.__dict__ for m in modules]
     tables += [m.__dict__[k] for m in modules for k in ("_parameters", "_buffers", "_modules")]
     contents = [dict(table) for table in tables]
+    hooks = [(h, set(h)) for m in modules for k, h in m.__dict__.items() if k.endswith(_HOOKS)]
     values = [v for table in contents for v in table.values()]
     tensors = [
         (t, t.detach().clone())
@@ -88,6 +97,9 @@ def preserving_state(model: nn.Module) -> Iterator[None]:
         for table, content in zip(tables, contents, strict=True):
             table.clear()
             table.update(content)
+        for registered, before in hooks:
+            for key in set(registered) - before:
+                del registered[key]
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for t, value in tensors:
                 if not torch.equal(t, value):  # unchanged ones keep their version
