@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import product
@@ -16,12 +17,14 @@ pytest.importorskip("peft")
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from dptorch.errors import ConfigurationError, DataError
-from dptorch.text import load_run
+from dptorch.text import job as job_module
+from dptorch.text import language, load_run
 from dptorch.text.classification import logits_of, tokenize_rows
 from dptorch.text.job import TextJob, prepare
 from dptorch.text.language import tokenize_pairs, tokenize_texts
 from dptorch.text.methods import METHODS
 from dptorch.text.recipes import RECIPES, defaults_of
+from dptorch.text.rows import Split
 from dptorch.training import run_folder
 from dptorch.training.loop import Silent, train
 from dptorch.training.run_folder import RunFolder
@@ -214,6 +217,40 @@ def test_parts_of_a_draw_hold_texts_of_like_length(bert: str, reviews: str) -> N
     assert sorted(kept) == found
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_without_privacy_a_step_is_the_same_in_all_parts(
+    gpt2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every example counts the same in a run to compare with too, however long those beside it are."""
+    data = write_jsonl(tmp_path / "t.jsonl", [{"text": "film " * n + "good"} for n in range(1, 25)])
+    job = TextJob(
+        "language-model", data=data, model=gpt2, method="full", clipping_mode="non-private", **FAST
+    )
+
+    def gradient(rows: int) -> torch.Tensor:
+        setup = prepare(job)
+        loader = setup.engine.loader(
+            setup.data.train, collate_fn=setup.task.collate, max_physical_batch_size=rows
+        )
+        for part in loader:
+            setup.task.loss(setup.model, part, setup.device)[0].backward()
+            setup.optimizer.step()
+            if setup.engine.steps_done:
+                break
+            setup.optimizer.zero_grad()
+        parameters = setup.model.parameters()
+        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+    assert relative_error(gradient(2), gradient(24)) < 1e-5
+
+    def over_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+
+    monkeypatch.setattr(language, "mean_of_means", over_tokens)  # the broken twin
+    assert relative_error(gradient(2), gradient(24)) > 1e-3
+
+
 class Kill(Silent):
     def stepped(self, step: int, train_loss: float) -> None:
         if step == 5:
@@ -391,6 +428,22 @@ def test_a_recipe_prepares_on_rows_of_its_columns(
     assert setup.optimizer.param_groups[0]["lr"] == recipe.settings["learning_rate"]
     per_epoch = len(setup.data.train) / 4  # type: ignore[arg-type]
     assert plan.steps == pytest.approx(recipe.settings["epochs"] * per_epoch, abs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_what_a_recipe_owes_to_its_own_data_is_in_the_statement(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in Path(reviews).read_text().splitlines()]
+    monkeypatch.setattr(job_module, "movie_reviews", lambda: Split(rows[10:], rows[:10], "reviews"))
+    job = TextJob("text-classification", recipe="reviews", model=bert, batch_size=25, epochs=1)
+    folder = run_folder.create(tmp_path / "runs", "reviews")
+    train(prepare(job), folder)
+    said = "must be less than 0.005 was seen in an earlier run on these reviews"
+    assert said in (folder.path / "statement.txt").read_text()
+    # On other rows that look was at other people's texts.
+    assert prepare(replace(job, data=reviews)).notes == ()
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def prepare(job: TextJob) -> Setup:
     engine.attach(optimizer)
     return Setup(
         job, data, model, engine, optimizer, device, task=task,
-        notes=() if origin is None else (origin.note,),
+        notes=(*_notes(job), *(() if origin is None else (origin.note,))),
         began_from=None if origin is None else origin.to_dict(),
     )  # fmt: skip
 
@@ -218,6 +218,14 @@ def _decide(job: TextJob) -> TextJob:
                 f"--{name} is missing: {what}. Or give a --recipe, whose own is downloaded."
             )
     return job
+
+
+def _notes(job: TextJob) -> tuple[str, ...]:
+    """What the recipe's settings owe to its own data, if that is what is trained on."""
+    recipe = None if job.recipe is None else get_recipe(job.recipe, job.task)
+    if recipe is None or not recipe.note or job.data != recipe.settings["data"]:
+        return ()
+    return (recipe.note,)
 
 
 def _optimizer(model: Any, job: TextJob, steps: int) -> torch.optim.Optimizer:

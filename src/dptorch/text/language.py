@@ -61,11 +61,7 @@ class LanguageModelling:
         labels_BT = inputs.pop("labels")
         with computing(self.precision, device):
             logits_BTV = model(**inputs).logits
-        # Under the tape this is the mean over examples of each one's own mean.
-        loss = F.cross_entropy(
-            wide(logits_BTV[:, :-1]).transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORED
-        )
-        return loss, len(labels_BT)
+        return mean_of_means(wide(logits_BTV[:, :-1]), labels_BT[:, 1:]), len(labels_BT)
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the learning rates of this step."""
@@ -89,6 +85,19 @@ class LanguageModelling:
     def write_model(self, folder: RunFolder, model: nn.Module, metadata: dict[str, str]) -> None:
         """Write model and tokenizer as transformers does."""
         save_trained(folder, model, self.tokenizer)
+
+
+def mean_of_means(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """The mean over examples of each one's mean cross-entropy over the labels that count, [].
+
+    Written out, because a run to compare with has no tape, and ``F.cross_entropy`` would give every
+    token of the rows that are in memory together the same weight.
+    """
+    losses_BT = F.cross_entropy(
+        logits_BTV.transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none"
+    )
+    count_B = (labels_BT != IGNORED).sum(1).clamp(min=1)
+    return (losses_BT.sum(1) / count_B).mean()
 
 
 @dataclass(frozen=True)

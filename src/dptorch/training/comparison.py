@@ -96,6 +96,7 @@ class Comparison:
             {run.name: run.result for run in self.runs if not run.private},
             self.words,
             percent=self.column == "test_accuracy",
+            falling=self.column == "test_perplexity",
         )
         template = page_template("dptorch.training", "comparison.html.j2")
         text: str = template.render(comparison=self, chart=chart)

@@ -18,6 +18,7 @@ __all__ = [
     "dress",
     "epsilon_against_steps",
     "perplexity_against_epsilon",
+    "powers",
     "results_against_epsilon",
 ]
 
@@ -59,10 +60,15 @@ def perplexity_against_epsilon(points: Points) -> str:
     """Test perplexity against ε, on a scale of powers: it falls fast at first."""
     figure, axes = canvas("privacy spent, ε", "test perplexity")
     _line(axes, points, BLUE, "{:.1f}")
+    powers(axes)
+    return data_uri(figure)
+
+
+def powers(axes: Any) -> None:
+    """Give the values a scale of powers, with the numbers written out."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    return data_uri(figure)
 
 
 def epsilon_against_steps(points: Points, budget: float | None) -> str:
@@ -86,9 +92,22 @@ def epsilon_against_steps(points: Points, budget: float | None) -> str:
 
 
 def results_against_epsilon(
-    lines: Mapping[str, Points], levels: Mapping[str, float], label: str, *, percent: bool
+    lines: Mapping[str, Points],
+    levels: Mapping[str, float],
+    label: str,
+    *,
+    percent: bool = False,
+    falling: bool = False,
 ) -> str:
-    """A test result against ε for several runs by name; those without privacy are levels."""
+    """A test result against ε for several runs by name; those without privacy are levels.
+
+    Args:
+        lines: (ε, result) after each epoch.
+        levels: the results without privacy.
+        label: what the results are.
+        percent: they are shares, and shown in percent.
+        falling: they are perplexities, fall fast at first, and have a scale of powers.
+    """
     figure, axes = canvas("privacy spent, ε", label, size=(7.6, 4.2))
     scale = 100 if percent else 1
     for number, (name, points) in enumerate(lines.items()):
@@ -105,7 +124,10 @@ def results_against_epsilon(
     axes.set_xlim(left=0)
     if percent:
         axes.yaxis.set_major_formatter("{x:.0f}%")
-    axes.legend(frameon=False, loc="lower right", fontsize=9.5, labelcolor=INK)
+    if falling:
+        powers(axes)
+    place = "upper right" if falling else "lower right"
+    axes.legend(frameon=False, loc=place, fontsize=9.5, labelcolor=INK)
     return data_uri(figure)
 
 
