@@ -87,6 +87,7 @@ def test_cifar100_without_privacy(capsys: pytest.CaptureFixture[str]) -> None:
         ("--mode ghost-mixed", "Did you mean 'ghost_mixed'"),
         ("--cifar_data cifar10", "'CIFAR10'"),
         ("--model resnet_18", "Did you mean 'resnet18'"),
+        ("--model torchvision:resnet_18", "Did you mean 'resnet18'"),
         ("--pretrained maybe", "is not known"),
         ("--bs 1000", "--bs 1000"),
     ],
@@ -144,7 +145,10 @@ def test_defaults_are_the_documents() -> None:
     "old", ["gluon_resnet18_v1b", "tv_resnet152", "jx_nest_base", "densenet121"]
 )
 def test_old_names_of_timm_are_known(old: str) -> None:
+    """At another size than they were published for, too."""
     import torch
 
     with torch.device("meta"):
-        assert isinstance(build_model(f"timm:{old}", (3, 224, 224), 10), nn.Module)
+        model = build_model(f"timm:{old}", (3, 64, 64), 10)
+        assert isinstance(model, nn.Module)
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)

@@ -201,9 +201,9 @@ def _timm_model(name: str, input_shape: Shape, num_classes: int, pretrained: boo
     if not timm.is_model(name):
         one_of("model", name, timm.list_models())
     settings = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": input_shape[0]}
-    about = timm.get_pretrained_cfg(name)
+    about = timm.get_pretrained_cfg(name)  # none of an old name
     model: nn.Module
-    if about is not None and about.input_size[-1] != input_shape[-1]:
+    if about is None or about.input_size[-1] != input_shape[-1]:
         try:  # transformers are made for one size, which can be another than the published one
             model = timm.create_model(name, img_size=input_shape[-1], **settings)
             return model

@@ -75,7 +75,10 @@ class CifarOptions:
         ),
     ] = None
     model: Annotated[
-        str, _flag("--model", help="A model of timm, such as vit_tiny_patch16_224.")
+        str,
+        _flag(
+            "--model", help="A model of timm, such as vit_tiny_patch16_224; or torchvision:NAME."
+        ),
     ] = "resnet18"
     pretrained: Annotated[
         str, _flag("--pretrained", help="Begin with timm's weights (a download): 1 or 0.")
@@ -133,7 +136,7 @@ def train_cifar(
         settings |= {
             "data": str(flags.data),
             "format": name,
-            "model": f"timm:{flags.model}",
+            "model": flags.model if ":" in flags.model else f"timm:{flags.model}",
             "pretrained": _YES[one_of("--pretrained", flags.pretrained.lower(), _YES)],
             "clipping_mode": one_of("--mode", flags.clipping_mode or MODES[0], MODES),
             "scale": "half",
