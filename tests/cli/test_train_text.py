@@ -16,7 +16,7 @@ from tests.cli.commands import refused, run
 from tests.source import REPOSITORY
 from tests.text.folders import gpt2_folder
 
-from dptorch.cli import text_options, train_options
+from dptorch.cli import text_options
 from dptorch.text.job import TextJob
 
 NOTES = ("train", "language-model", "--data", "notes.jsonl", "--method", "lora")
@@ -40,7 +40,7 @@ def test_options_are_the_fields_of_a_job() -> None:
         text_options.TextModelOptions,
         text_options.TextTrainingOptions,
         text_options.GenerationOptions,
-        train_options.PrivacyOptions,
+        text_options.TextPrivacyOptions,
     )
     names = [f.name for group in groups for f in fields(group)]
     assert len(names) == len(set(names))
@@ -55,6 +55,8 @@ def test_notes_from_rows_to_texts_and_a_release(notes: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "test perplexity" in done.output.splitlines()[-1]
     assert "epsilon" in done.output.splitlines()[-1]
+    assert "Generate: dptorch generate runs/notes-1" in done.output
+    assert "Warning" not in done.output
     about = json.loads(Path("runs/notes-1/run.json").read_text())
     assert about["job"]["target_epsilon"] == 8
     assert len(about["samples"]) == 3

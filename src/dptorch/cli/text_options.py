@@ -12,13 +12,22 @@ from typing import Annotated
 
 from dptorch.cli.options import panel_option as _option
 from dptorch.cli.options import plan_option
-from dptorch.cli.train_options import BatchSize, Device, PhysicalBatch, Seed, Workers
+from dptorch.cli.train_options import (
+    PRIVACY,
+    BatchSize,
+    Device,
+    PhysicalBatch,
+    PrivacyOptions,
+    Seed,
+    Workers,
+)
 
 __all__ = [
     "ClassOptions",
     "GenerationOptions",
     "TextDataOptions",
     "TextModelOptions",
+    "TextPrivacyOptions",
     "TextTrainingOptions",
 ]
 
@@ -150,6 +159,27 @@ class TextModelOptions:
 
 
 @dataclass(frozen=True)
+class TextPrivacyOptions(PrivacyOptions):
+    """The guarantee, with the defaults of tasks on texts."""
+
+    target_epsilon: Annotated[
+        float | None,
+        plan_option(
+            "target_epsilon",
+            PRIVACY,
+            more="The noise is calibrated so that all steps together spend at most this.",
+            default=RECIPE + "3",
+        ),
+    ] = None
+    max_grad_norm: Annotated[
+        float | None, plan_option("max_grad_norm", PRIVACY, default=RECIPE + "1")
+    ] = None
+    clipping_fn: Annotated[
+        str | None, plan_option("clipping_fn", PRIVACY, default=RECIPE + "abadi")
+    ] = None
+
+
+@dataclass(frozen=True)
 class TextTrainingOptions:
     """How it is trained."""
 
@@ -194,7 +224,8 @@ class TextTrainingOptions:
         str | None,
         _option(
             TRAINING,
-            help="How the norms of gradients are computed. It changes speed and memory only.",
+            help="How the norms of gradients are computed, which changes speed and memory only; or "
+            "[bold]non-private[/], to compare with: such a run has no ε.",
             default="auto",
         ),
     ] = None

@@ -401,7 +401,7 @@ def _conclude(outcome: Outcome, console: Console) -> None:
     from dptorch.training.run_page import missing_packages, time_in_words
 
     path = outcome.folder.path
-    of_texts = outcome.folder.read_json("run.json")["job"].get("task", "vision") != "vision"
+    task = outcome.folder.read_json("run.json")["job"].get("task")
     console.print()
     if missing_packages():
         console.print("No report.html: pip install 'dptorch[report]' to have one.")
@@ -423,7 +423,9 @@ def _conclude(outcome: Outcome, console: Console) -> None:
                 f"often ({largest:.3f}). The noise hides what there is. Give more data or a larger "
                 "--epsilon."
             )
-        if not of_texts:
+        if task in ("table-to-text", "language-model"):
+            console.print(f"Generate: dptorch generate {path}")
+        else:
             console.print(f"Predict: dptorch predict {path} NEW_ROWS --out predictions.csv")
         console.print(
             f"[bold green]Done:[/] {spent_and_tested(outcome)}, in {time_in_words(outcome.last)}"

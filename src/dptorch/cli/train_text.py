@@ -14,10 +14,11 @@ from dptorch.cli.text_options import (
     Prompts,
     TextDataOptions,
     TextModelOptions,
+    TextPrivacyOptions,
     TextTrainingOptions,
 )
 from dptorch.cli.train import run_task
-from dptorch.cli.train_options import LedgerOptions, OutputOptions, PrivacyOptions
+from dptorch.cli.train_options import LedgerOptions, OutputOptions
 from dptorch.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def text_classification(
     source: TextDataOptions,
     classes: ClassOptions,
     model: TextModelOptions,
-    privacy: PrivacyOptions,
+    privacy: TextPrivacyOptions,
     training: TextTrainingOptions,
     output: OutputOptions,
     ledger: LedgerOptions,
@@ -61,7 +62,7 @@ def table_to_text(
     ctx: typer.Context,
     source: TextDataOptions,
     model: TextModelOptions,
-    privacy: PrivacyOptions,
+    privacy: TextPrivacyOptions,
     training: TextTrainingOptions,
     generation: GenerationOptions,
     output: OutputOptions,
@@ -100,7 +101,7 @@ def language_model(
     ctx: typer.Context,
     source: TextDataOptions,
     model: TextModelOptions,
-    privacy: PrivacyOptions,
+    privacy: TextPrivacyOptions,
     training: TextTrainingOptions,
     generation: GenerationOptions,
     output: OutputOptions,
@@ -129,7 +130,7 @@ def _run(
     task: str,
     source: TextDataOptions,
     model: TextModelOptions,
-    privacy: PrivacyOptions,
+    privacy: TextPrivacyOptions,
     training: TextTrainingOptions,
     output: OutputOptions,
     ledger: LedgerOptions,

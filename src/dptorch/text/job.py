@@ -156,7 +156,7 @@ def prepare(job: TextJob) -> Setup:
     engine.attach(optimizer)
     return Setup(
         job, data, model, engine, optimizer, device, task=task,
-        notes=(*_notes(job), *(() if origin is None else (origin.note,))),
+        notes=_notes(job, origin),
         began_from=None if origin is None else origin.to_dict(),
     )  # fmt: skip
 
@@ -220,12 +220,14 @@ def _decide(job: TextJob) -> TextJob:
     return job
 
 
-def _notes(job: TextJob) -> tuple[str, ...]:
-    """What the recipe's settings owe to its own data, if that is what is trained on."""
+def _notes(job: TextJob, origin: Origin | None) -> tuple[str, ...]:
+    """What the weights began from, and what the recipe's settings owe to its own data, if that is what
+    is trained on."""
+    found = [] if origin is None else [origin.note]
     recipe = None if job.recipe is None else get_recipe(job.recipe, job.task)
-    if recipe is None or not recipe.note or job.data != recipe.settings["data"]:
-        return ()
-    return (recipe.note,)
+    if recipe is not None and recipe.note and job.data == recipe.settings["data"]:
+        found.append(recipe.note)
+    return tuple(found)
 
 
 def _optimizer(model: Any, job: TextJob, steps: int) -> torch.optim.Optimizer:

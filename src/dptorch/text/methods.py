@@ -91,9 +91,11 @@ def _adapted(model: Any, method: str, kind: str, rank: int, prefix_length: int) 
     if method == "prefix":
         config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=prefix_length)
     else:
+        transposed = any(type(m).__name__ == "Conv1D" for m in model.modules())  # GPT-2's layers
         config = peft.LoraConfig(
-            task_type=task, r=rank, lora_alpha=2 * rank, target_modules="all-linear"
-        )
+            task_type=task, r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+            fan_in_fan_out=transposed,
+        )  # fmt: skip
     adapted = peft.get_peft_model(model, config)
     if method == "ffa-lora":
         for name, parameter in adapted.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -181,6 +182,8 @@ def _transformers() -> Any:
             f"Text tasks need the package transformers, which cannot be imported ({error}). Install "
             "it with: pip install 'dptorch[text]'."
         ) from error
+    # What peft asks a model for is of no use to whoever trains one.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
