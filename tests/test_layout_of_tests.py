@@ -84,6 +84,7 @@ ELSEWHERE = {
     "training/groups.py": ("cli/test_predict.py", "where there are subgroups to tell apart"),
     "training/hyperparameters.py": ("cli/test_options.py", "numbers that the help shows"),
     "training/job.py": ("training/test_loop.py", "a job is what the loop runs"),
+    "training/origin.py": ("vision/test_weights.py", "of runs on pictures, which have --init"),
     "training/task.py": ("training/test_loop.py", "what a run trains for"),
     "training/preparation.py": ("training/test_predictor.py", "what a predictor does first"),
     "training/table_tasks.py": ("training/test_table_data.py", "weights are a schema's"),
