@@ -12,7 +12,7 @@ import gc
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dptorch.tape.provenance.tags import (
@@ -49,7 +49,8 @@ def is_shared(t: Tensor, tensors: int) -> bool:
 def others_on_memory_of(t: Tensor) -> list[Tensor]:
     """The tensors of Python that share the memory of `t`. Looks through all objects there are."""
     number = storage_of(t)
-    found = [o for o in gc.get_objects() if type(o) is Tensor and o is not t]
+    kinds = (Tensor, nn.Parameter)
+    found = [o for o in gc.get_objects() if type(o) in kinds and o is not t]
     return [o for o in found if torch._C._has_storage(o) and storage_of(o) == number]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dptorch.tape.recording.handlers import handler
 from dptorch.tape.recording.loss_factors import factors_of
 from dptorch.tape.recording.parameter_graph import note_trained_beside
 from dptorch.tape.recording.read_numbers import read_numbers
-from dptorch.tape.recording.tensor_states import batch_of
+from dptorch.tape.recording.tensor_states import TRAINED, batch_of
 from dptorch.tape.recording.unknown_rows import warn_of_array
 from dptorch.tape.rules.recorder import Recorder
 
@@ -46,8 +46,12 @@ def differentiate(
     outputs = each_tensor(args[:1], {"outputs": kwargs.get("outputs")})
     inputs = each_tensor(args[1:2], {"inputs": kwargs.get("inputs")})
     states = [recording.state(t) for t in outputs]
-    if not recording.strict or not any(isinstance(s, (Tag, Reduced, Mixed)) for s in states):
+    if not any(isinstance(s, (Tag, Reduced, Mixed)) for s in states):
         return func(*args, **kwargs)
+    if not recording.strict:
+        found = func(*args, **kwargs)
+        mark_gradients(recording, found, inputs, states)
+        return found
     create = args[4] if len(args) > 4 else kwargs.get("create_graph", False)
     own = [recording.state(t) for t in inputs]
     if create:
@@ -69,6 +73,22 @@ def differentiate(
         if g is not None:
             recording.mark(g, state)
     return found
+
+
+def mark_gradients(
+    recording: Recorder, found: Sequence[Tensor | None], inputs: Sequence[Tensor], states: Any
+) -> None:
+    """Mark the gradients of a loss of the batch that no private model is in.
+
+    Args:
+        found: one for each of `inputs`.
+        states: of the losses.
+    """
+    lost = next((s for s in states if isinstance(s, Mixed)), None)
+    for g, t in zip(found, inputs, strict=True):
+        own = recording.state(t)
+        if g is not None:
+            recording.mark(g, (lost or own) if isinstance(own, Tag) else lost or TRAINED)
 
 
 @handler(".grad")
@@ -104,12 +124,9 @@ def backward(
     """
     loss = args[0]
     if not isinstance(loss, Tensor) or not recording.strict:
-        if (
-            isinstance(loss, Tensor)
-            and loss.grad_fn is not None
-            and recording.state(loss) is not None
-        ):
-            note_trained_beside(loss, recording.mark)
+        for t in [] if recording.strict else each_tensor(args[:1], {}):
+            if t.grad_fn is not None and recording.state(t) is not None:
+                note_trained_beside(t, recording)
         return func(*args, **kwargs)
     state = recording.state(loss)
     if isinstance(state, Mixed):

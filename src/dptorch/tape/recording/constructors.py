@@ -1,10 +1,10 @@
 """Functions that make a tensor of another, which torch hands to no tensor subclass.
 
 ``torch.tensor(t)``, ``Tensor(t)``, ``Variable(t)`` and ``t.as_subclass(cls)`` return plain tensors
-whatever the class of `t` is. So they are replaced, once, when the first model is hooked, also where a
-program bound them to a name of a module before; of anything but a followed tensor they make what
-they made before. ``torch.FloatTensor(t)`` and its kin are types of C that cannot be replaced,
-and are not followed.
+whatever the class of `t` is, and ``other.data = t`` leaves `other` one. They are replaced, once, when
+the first model is hooked, also where a program bound them to a name of a module before; of anything
+but a followed tensor they make what they made before. ``torch.FloatTensor(t)`` and its kin are types of
+C that cannot be replaced, and are not followed.
 """
 
 from __future__ import annotations
@@ -61,10 +61,29 @@ def follow_constructors() -> None:
         exchange = _method(getattr(torch, name))
         setattr(torch, name, exchange)
         setattr(torch.utils.dlpack, name, exchange)
+    Tensor.data = _Data()  # type: ignore[assignment]
     Variable.__new__ = _new(Variable.__new__)  # type: ignore[method-assign]
     Tensor.__new__ = _new(Tensor.__new__)  # type: ignore[method-assign]
     for module, name in ((functorch_vmap, "_add_batch_dim"), (eager_transforms, "_wrap_for_grad")):
         setattr(module, name, _refusing(getattr(module, name)))
+
+
+_plain_data: Any = torch._C.TensorBase.data
+
+
+class _Data:
+    """``Tensor.data``, which asks only the tensor that is assigned to."""
+
+    __name__ = "data"  # torch functions are named by it
+
+    def __get__(self, t: Tensor | None, kind: Any = None) -> Any:
+        return self if t is None else _plain_data.__get__(t)
+
+    def __set__(self, t: Tensor, value: Any) -> None:
+        if isinstance(value, RecordedTensor) and not isinstance(t, RecordedTensor):
+            RecordedTensor.__torch_function__(_plain_data.__set__, (), (t, value))
+        else:
+            _plain_data.__set__(t, value)
 
 
 def _rebind(plain: object, followed: object) -> None:

@@ -116,7 +116,7 @@ def replace_data(
     if isinstance(state, Reduced):
         state = recording.statistic(name)
     if isinstance(state, (Tag, Mixed)) and state != before:
-        if args[0].requires_grad and args[0].is_leaf:
+        if args[0].requires_grad and args[0].is_leaf and recording.strict:
             raise NotCoveredError(
                 f"{recording.module_path()}: {recording.describe(args[0])} is overwritten with "
                 "values of the batch, outside the noised step."

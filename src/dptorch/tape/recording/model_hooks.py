@@ -26,7 +26,7 @@ from dptorch.tape.recording.padding import Padding, tensors
 from dptorch.tape.recording.patches import patch, unpatch
 from dptorch.tape.recording.places import way_out_of_a_trainer
 from dptorch.tape.recording.recording import Recording
-from dptorch.tape.recording.tensor_states import batch_of, owners_of, tag_of
+from dptorch.tape.recording.tensor_states import batch_of, owners_of, refuse_trained, tag_of
 from dptorch.tape.recording.unseen import (
     refuse_modes,
     refuse_saved_tensor_hooks,
@@ -201,6 +201,8 @@ class ModelHooks:
         if known:
             batch = next(iter(known.values()))
             whole_batch = batch if batch.cut_from is None else batch.cut_from[0]
+            for t, _ in leaves:
+                refuse_trained(t)
             if batch.handed_out and self._batch not in (None, batch, whole_batch):
                 raise PrivacyError(
                     "the model was given rows of an earlier batch than the one that the loader "

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dptorch.errors import ConfigurationError, ExamplesMixError
 from dptorch.tape.provenance.aliases import is_shared, others_on_memory_of
-from dptorch.tape.provenance.calls import each_tensor, info
+from dptorch.tape.provenance.calls import each_tensor, info, words
+from dptorch.tape.provenance.schemas import bind
 from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.handlers import SPECIAL
@@ -43,6 +44,8 @@ __all__ = [
     "taint",
 ]
 
+_WRITE_CONSTANTS = words("""copy zero fill __setitem__ .data= set""")  # or may
+_KEEP_STATISTICS = words("""batch_norm instance_norm native_batch_norm _native_batch_norm_legit""")
 _DEEPEST = 3  # objects in objects that are looked into
 
 
@@ -76,11 +79,16 @@ class RecordedTensor(torch.Tensor):
                 _adopt(t, recording)
             if torch._C._len_torch_dispatch_stack() and torch.is_grad_enabled():
                 refuse_modes("around what is computed from the batch")
+            beside = [(t, t._version) for t in each_tensor(args, kwargs) if _may_be_written(t)]
             with patched():
                 out = promote(recording.handle(func, args, kwargs), recording)
             follow_kept(recording)
             if args and (known.in_place or out is None):
                 _follow_written(args[0], recording, all(t is not args[0] for t in recorded))
+            kept = known.name in _KEEP_STATISTICS and _statistics_of(func, args, kwargs)
+            for t, version in beside:
+                if t._version != version or (kept and any(t is s for s in kept)):
+                    _note_written_beside(t, recording, known.name)
             if recording.strict:
                 carry_factors(recording, known.name, args, kwargs, out)
             return out
@@ -96,6 +104,8 @@ class RecordedTensor(torch.Tensor):
         with torch._C.DisableTorchFunction():
             made = copy.deepcopy(self.detach() if leaf else _plain(self), memo).requires_grad_(leaf)
         memo[id(self)] = made
+        if hasattr(self, "_is_param"):
+            made._is_param = True
         return made_from(self, made)
 
     def __repr__(self, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -108,6 +118,8 @@ class RecordedTensor(torch.Tensor):
 def _plain(t: Tensor) -> Tensor:
     """The same values without what is known of them."""
     with torch._C.DisableTorchFunction():
+        if getattr(t, "_is_param", False):
+            return nn.Parameter(t.detach(), t.requires_grad)
         return t.view_as(t) if t.requires_grad else t.detach()
 
 
@@ -116,6 +128,29 @@ def leaving(t: Tensor) -> Tensor:
     recording: Recording = getattr(t, FOLLOWED)
     recording.states.batch.note_leaving(t, recording.state(t))
     return _plain(t)
+
+
+def _may_be_written(t: Tensor) -> bool:
+    return not is_followed(t) and not t.is_inference()
+
+
+def _statistics_of(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """The running statistics that such a call writes to, which torch does not count."""
+    given = bind(func, args, kwargs)
+    if not any(given.get(name) for name in ("training", "train", "use_input_stats")):
+        return []
+    return [given.get("running_mean"), given.get("running_var")]
+
+
+def _note_written_beside(t: Tensor, recording: Recording, name: str) -> None:
+    """Follow an operand that an op has written to, beside its result or in a list."""
+    if is_followed(t):
+        return
+    if recording.state(t) is None and name not in _WRITE_CONSTANTS:
+        recording.mark_written(t, None, recording.statistic(name))
+    _follow_written(t, recording, True)
 
 
 def _follow_written(t: Any, recording: Recording, is_new: bool) -> None:
@@ -133,7 +168,7 @@ def _follow_written(t: Any, recording: Recording, is_new: bool) -> None:
     if is_new and is_shared(t, len(holders)):
         holders += others_on_memory_of(t)
     for holder in holders:
-        if type(holder) is Tensor and not holder.requires_grad:
+        if type(holder) in (Tensor, nn.Parameter) and (holder.is_leaf or not holder.requires_grad):
             follow(holder, recording)
 
 
@@ -213,12 +248,12 @@ def _promote_one(t: Any, recording: Recording, depth: int = 0) -> Any:
         if depth < _DEEPEST and (held := _attributes(t)):
             promote(held, recording, depth + 1)
         return t
-    if isinstance(t, nn.Parameter):
+    kind = type(t)
+    if kind is nn.Parameter and isinstance(recording.state(t), Mixed):
+        t._is_param = True  # for isinstance
+    elif kind not in (Tensor, RecordedTensor):
         return t
-    if isinstance(recording.state(t), (Tag, Reduced, Mixed, Order)) and type(t) in (
-        Tensor,
-        RecordedTensor,
-    ):
+    if isinstance(recording.state(t), (Tag, Reduced, Mixed, Order)):
         t.__class__ = RecordedTensor
         setattr(t, FOLLOWED, recording)
     return t

@@ -7,16 +7,17 @@ wrote down where it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from dptorch.errors import warn
-from dptorch.tape.provenance.tags import Mixed, State
 from dptorch.tape.recording.attached import protected
+from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.taps import TAPS
-from dptorch.tape.recording.tensor_states import GUESSED, TRAINED
+from dptorch.tape.recording.tensor_states import GUESSED, batch_of
+from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["note_trained_beside", "parameters_behind"]
 
@@ -60,23 +61,24 @@ def _nodes_behind(t: Tensor) -> Iterator[Any]:
                 nodes.append(behind)
 
 
-def note_trained_beside(loss: Tensor, mark: Callable[[Any, State], None]) -> None:
-    """Note the parameters that a loss of the batch trains without protection: those of a model that has
-    no engine. What is computed from them and reaches the private model is refused from now on.
+def note_trained_beside(loss: Tensor, recording: Recorder) -> None:
+    """Note what a loss of the batch trains without protection: parameters of a model without an engine,
+    and other leaves. What is computed from them and reaches the private model, in this step or in a
+    later one, is refused.
 
-    Args:
-        mark: says what a tensor is.
+    Rows of the batch, and perturbations that are made of them, have a tag of their own and may be used.
     """
-    own = protected()
+    own, batch = protected(), batch_of(loss)
     found = False
     for node in _nodes_behind(loss):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and id(leaf) not in own and not hasattr(leaf, GUESSED):
-            mark(leaf, Mixed(_TRAINED))
-            setattr(leaf, GUESSED, TRAINED)
-            found = True
         if node is None:
             break
+        leaf = getattr(node, "variable", None)
+        if leaf is None or id(leaf) in own or hasattr(leaf, GUESSED) or not leaf.numel():
+            continue
+        if batch_of(leaf) is None and not _is_of_rows(leaf, batch):
+            recording.note_trained(leaf)
+            found = True
     if found:
         warn(
             "a model without an engine is trained on the batch of a private one. Nothing protects its "
@@ -85,8 +87,8 @@ def note_trained_beside(loss: Tensor, mark: Callable[[Any, State], None]) -> Non
         )
 
 
-_TRAINED = (
-    "a value was computed with parameters that a model without an engine trains on the same data, "
-    "without noise, so that it shows the examples of earlier steps. Make an engine for that model too, "
-    "or train it on public data."
-)
+def _is_of_rows(leaf: Tensor, batch: Batch | None) -> bool:
+    """Whether a leaf of unknown origin is taken for one perturbation of each row."""
+    if isinstance(leaf, nn.Parameter) or batch is None or batch.handed_out:
+        return False
+    return leaf.dim() > 0 and leaf.shape[0] == batch.size

@@ -112,6 +112,7 @@ class Recording(TorchFunctionMode):
         self.state = states.state
         self.mark = states.mark
         self.mark_written = states.mark_written
+        self.note_trained = states.note_trained
         self.module_path = states.module_path
         self.statistic = states.statistic
         self.strict = strict

@@ -30,6 +30,7 @@ __all__ = [
     "is_followed",
     "owners_of",
     "recording_of",
+    "refuse_trained",
     "tag_of",
 ]
 
@@ -39,8 +40,14 @@ FOLLOWED = "_dptorch_recording"
 #: Set on a tensor that was taken for rows of the batch because of its shape: to "loader" on one that
 #: the loader handed out, to "loss" on one of unknown origin that met the batch in the loss.
 GUESSED = "_dptorch_guessed"
-#: The value of `GUESSED` on a parameter that a model without an engine trains on the batch.
-TRAINED = "trained"
+#: What is known of a tensor that was trained on a batch, or in which values of one were kept, without
+#: an engine, and of all that is computed from it: in every batch.
+_TRAINED = (
+    "a value was computed with parameters that a model without an engine trains on the same data, "
+    "without noise, so that it shows the examples of earlier steps. Make an engine for that model too, "
+    "or train it on public data."
+)
+TRAINED = Mixed(_TRAINED)
 
 
 def is_followed(t: Tensor) -> bool:
@@ -67,6 +74,16 @@ def tag_of(t: Tensor) -> Tag | None:
     """The tag that a tensor has in its batch; None if it has none."""
     state = getattr(t, _STATE, (None, None))[1]
     return state if isinstance(state, Tag) else None
+
+
+def refuse_trained(t: Tensor) -> None:
+    """Raise if an input of the model was computed with what was trained without an engine.
+
+    Raises:
+        ExamplesMixError: in whichever step that was.
+    """
+    if getattr(t, _STATE, (None, None))[1] == TRAINED:
+        raise ExamplesMixError(f"an input of the model mixes examples of the batch. {_TRAINED}")
 
 
 class TensorStates:
@@ -129,8 +146,8 @@ class TensorStates:
     def _foreign(self, t: Tensor, entry: tuple[Any, ...]) -> State | None:
         """What a tensor that has a state in another batch is in this one."""
         state = entry[1]
-        if getattr(t, GUESSED, "") == TRAINED:
-            return state
+        if state == TRAINED:
+            return TRAINED
         if isinstance(state, ParamOnly) or state is None or getattr(t, GUESSED, "") == "loss":
             return None
         other: Batch = entry[0].batch
@@ -166,6 +183,11 @@ class TensorStates:
                 raise ExamplesMixError(reason)
 
             t.register_hook(poison)
+
+    def note_trained(self, t: Tensor) -> None:
+        """Say that a leaf gets the gradient of a loss of the batch and no noise."""
+        self.mark(t, TRAINED)
+        self.batch.made.append(weakref.ref(t))
 
     def mark_written(self, t: Tensor, before: State | None, after: State | None) -> None:
         """Say what a tensor is after it was written to in place.

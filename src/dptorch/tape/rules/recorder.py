@@ -121,6 +121,9 @@ class Recorder(AbstractContextManager[Any], Protocol):
     def mark_written(self, t: Tensor, before: State | None, after: State | None) -> None:
         """Say what a tensor is after it was written to in place."""
 
+    def note_trained(self, t: Tensor) -> None:
+        """Say that a leaf gets the gradient of a loss of the batch and no noise."""
+
     def statistic(self, name: str) -> Mixed:
         """The state of a statistic over the examples."""
 
