@@ -1,13 +1,16 @@
 """A loop with Hugging Face's accelerate: model and optimizer are prepared, the loader is the engine's.
 
 Run: python examples/accelerate_loop.py    (pip install 'dptorch[report,transformers]')
-On two processes: accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+On two processes:
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/accelerate_loop.py
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -52,4 +55,5 @@ def train(epochs: int = 20, size: int = 1437, batch_size: int = 64) -> tuple[flo
 
 
 if __name__ == "__main__":
-    print("accuracy {:.3f}, epsilon {:.2f}".format(*train()), flush=True)
+    found = train(*map(int, sys.argv[1:]))  # how many epochs, if not 20
+    PartialState().print("accuracy {:.3f}, epsilon {:.2f}".format(*found), flush=True)

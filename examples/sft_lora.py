@@ -88,6 +88,8 @@ def main(arguments: list[str] | None = None) -> DPSFTTrainer:
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(trainer.privacy_statement())
+        spent = trainer.get_privacy_spent()
+        print(f"{trainer.plan.steps} steps, epsilon {spent.epsilon:.2f}", flush=True)
     return trainer
 
 

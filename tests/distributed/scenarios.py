@@ -16,6 +16,7 @@ import dptorch
 from dptorch.clipping.sums import ClippedSum
 from dptorch.noise import GaussianNoise
 from dptorch.noise.spans import Columns
+from tests.distributed.launched import leave_out_shared_memory
 from tests.engine.setup import make_data, make_model
 from tests.source import REPOSITORY
 
@@ -219,12 +220,9 @@ def train(
 
 def initialized(model: nn.Module, optimizer: Any, config: dict[str, Any]) -> tuple[Any, Any]:
     """What ``deepspeed.initialize`` returns, on ranks that `on_ranks` started."""
-    import sys
-
     import deepspeed
 
-    # It would compile an operator for shared memory, once for each machine and with a lock.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    leave_out_shared_memory()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     found = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return found[0], found[1]

@@ -11,7 +11,6 @@ from runpy import run_path
 from typing import Any
 
 import pytest
-import torch
 from torch import distributed as dist
 
 import dptorch
@@ -19,7 +18,7 @@ from tests.distributed.processes import on_ranks
 from tests.distributed.scenarios import programs
 from tests.source import REPOSITORY
 
-EXAMPLE = REPOSITORY / "examples" / "accelerate_loop.py"
+EXAMPLE = REPOSITORY / "examples" / "processes_loop.py"
 
 pytestmark = pytest.mark.slow
 
@@ -56,28 +55,9 @@ def test_the_programs_with_divided_models_run(program: str, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_loop_of_accelerate_trains_one_model_on_two_processes() -> None:
-    """Accelerator wraps the model in DistributedDataParallel, after the engine was made."""
-
-    def work(rank: int) -> tuple[float, float]:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # looked at, not used
-        torch.manual_seed(rank)
-        found: tuple[float, float] = run_path(str(EXAMPLE))["train"](epochs=2)
-        return found
-
-    first, second = on_ranks(2, work)
-    assert first == second
-    assert first[0] > 0.4  # chance is 0.1
-    assert 2.9 < first[1] <= 3.0
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_loop_on_processes_trains_one_model_whole_and_in_shards() -> None:
-    path = str(EXAMPLE.with_name("processes_loop.py"))
-
     def work(rank: int) -> list[tuple[float, float]]:
-        train = run_path(path)["train"]
+        train = run_path(str(EXAMPLE))["train"]
         return [train(epochs=2), train(epochs=2, shard=True)]
 
     first, second = on_ranks(2, work)

@@ -52,11 +52,11 @@ def test_every_folder_says_what_is_in_it() -> None:
 
 
 def test_configurations_of_accelerate_are_those_of_their_names() -> None:
-    """`tests/integrations/transformers/test_processes.py` trains as they start it."""
+    """`tests/distributed/test_launch.py` launches them."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     found = {p.stem: load_config_from_file(str(p)) for p in (FOLDER / "accelerate").glob("*.yaml")}
-    assert set(found) == {"fsdp2", "zero2", "zero3"}
+    assert set(found) == {"ddp", "fsdp2", "zero2", "zero3"}
     assert {each.num_processes for each in found.values()} == {2}
     assert found["fsdp2"].fsdp_config["fsdp_version"] == 2
     assert [found[f"zero{i}"].deepspeed_config["zero_stage"] for i in (2, 3)] == [2, 3]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,13 +16,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
-from accelerate import Accelerator, DistributedType
-
 from dptorch.errors import ConfigurationError
 from dptorch.integrations.transformers import DPSFTTrainer
 from dptorch.integrations.transformers.dividing import divided
 from dptorch.integrations.transformers.sharding import sharded
 from dptorch.ledger import open_ledger
+from tests.distributed.launched import leave_out_shared_memory, shard_on_cpus
 from tests.distributed.processes import found_on_ranks
 from tests.distributed.scenarios import values_of
 from tests.integrations.transformers import setup
@@ -80,18 +78,6 @@ def killed_and_gone_on(folder, **more):
     return found_by(again)
 
 
-def shard_on_cpus():
-    """Make accelerate shard where there is no GPU, which it leaves out in silence."""
-    plain = Accelerator.__init__
-
-    def init(self, *args, fsdp_plugin=None, **more):
-        plain(self, *args, fsdp_plugin=fsdp_plugin, **more)
-        if fsdp_plugin is not None:
-            self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-
-    Accelerator.__init__ = init
-
-
 def under_deepspeed(stage, folder):
     """What ``accelerate launch`` with a DeepSpeed configuration leaves in the environment."""
     file = folder / f"zero{stage}-{os.environ['RANK']}.json"
@@ -126,8 +112,7 @@ def world(tmp_path_factory):
         on = {"fsdp": True, "fsdp_config": dict(SHARDS)}
         found["shards, SFT"] = found_by(ran(sft(folder / "none", 4, **on)))
         os.environ.pop("ACCELERATE_USE_FSDP")
-        # It would compile an operator for shared memory, once for each machine and with a lock.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        leave_out_shared_memory()
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
         for stage in STAGES:
             on = under_deepspeed(stage, folder)

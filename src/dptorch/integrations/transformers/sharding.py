@@ -24,8 +24,9 @@ def sharded(trainer: Any, *, loss_chunk: int | None) -> nn.Module:
         if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ConfigurationError(
                 "FSDP was asked for, and accelerate leaves the model whole: it shards on several GPUs "
-                "only. Leave it out, with `accelerate launch --cpu` in its place. A loop of your own "
-                "shards on CPUs too: see docs/scale.md."
+                "only. Leave it out, with `accelerate launch --multi_gpu` in its place, which starts "
+                "processes on CPUs too and keeps the model whole on each. A loop of your own shards on "
+                "CPUs too: see docs/scale.md."
             )
         return model
     plugin = trainer.accelerator.state.fsdp_plugin
