@@ -158,31 +158,43 @@ class Half(nn.Module):
         return self.inner(x.bfloat16())  # type: ignore[no-any-return]
 
 
-def resumed(stage: int) -> tuple[Tensor, Tensor, float, float]:
+def under_adam(stage: int) -> tuple[nn.Module, Any, dptorch.PrivacyEngine]:
+    """(the model, what DeepSpeed trains it in, the engine) of a run of four steps."""
+    model = make_model()
+    adam = torch.optim.Adam(model.parameters(), 0.01)
+    whole, optimizer = initialized(model, adam, config(stage))
+    engine = dptorch.PrivacyEngine(whole, **settings_of(steps=4))
+    engine.attach(optimizer)
+    return model, whole, engine
+
+
+def resumed(stage: int, folder: Path) -> tuple[Tensor, Tensor, float, float]:
     """A run of Adam and one that goes on from its checkpoint: parameters and ε of both."""
-    with tempfile.TemporaryDirectory() as mine:
-        folder = Ranks.of().from_first(mine)
 
-        def run(*, load: bool) -> tuple[Tensor, float]:
-            model = make_model()
-            adam = torch.optim.Adam(model.parameters(), 0.01)
-            whole, optimizer = initialized(model, adam, config(stage))
-            engine = dptorch.PrivacyEngine(whole, **settings_of(steps=4))
-            engine.attach(optimizer)
-            if load:
-                _, state = whole.load_checkpoint(folder)
-                engine.load_state_dict(state["privacy"])
-            for x, y in engine.loader(make_data()):
-                whole.backward(loss_of(whole(x), y))
-                whole.step()
-                if engine.steps_done == 2 and not load:
-                    whole.save_checkpoint(folder, client_state={"privacy": engine.state_dict()})
-            values = torch.cat([values_of(p).flatten() for p in model.parameters()])
-            return values, engine.get_privacy_spent().epsilon
+    def run(*, load: bool) -> tuple[Tensor, float]:
+        model, whole, engine = under_adam(stage)
+        if load:
+            _, state = whole.load_checkpoint(str(folder))
+            engine.load_state_dict(state["privacy"])
+        for x, y in engine.loader(make_data()):
+            whole.backward(loss_of(whole(x), y))
+            whole.step()
+            if engine.steps_done == 2 and not load:
+                whole.save_checkpoint(str(folder), client_state={"privacy": engine.state_dict()})
+        values = torch.cat([values_of(p).flatten() for p in model.parameters()])
+        return values, engine.get_privacy_spent().epsilon
 
-        first, later = run(load=False), run(load=True)
-        Ranks.of().gather(None)  # before the folder goes
+    first, later = run(load=False), run(load=True)
     return first[0], later[0], first[1], later[1]
+
+
+def resumed_on_more(stage: int, folder: Path) -> str:
+    """The error of a checkpoint of fewer ranks."""
+    _, whole, engine = under_adam(stage)
+    with pytest.raises(ConfigurationError) as error:
+        whole.load_checkpoint(str(folder))
+    assert engine.steps_done == 0
+    return str(error.value)
 
 
 def scheduled() -> tuple[int, list[float]]:
@@ -332,14 +344,20 @@ def run_cases(size: int, more: Callable[[], dict[str, Any]]) -> list[dict[str, A
 
 
 @pytest.fixture(scope="module")
-def world() -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the checkpoints of two ranks."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def world(folder: Path) -> list[dict[str, Any]]:
     """Of two ranks."""
 
     def more() -> dict[str, Any]:
         found: dict[str, Any] = {name: twin() for name, twin in TWINS.items()}
         for stage in (2, 3):
             found[f"half {stage}"] = train(wrap=Half, zero=config(stage, **HALF), steps=1)
-            found[f"resumed {stage}"] = resumed(stage)
+            found[f"resumed {stage}"] = resumed(stage, folder / str(stage))
         found["scheduled"] = scheduled()
         found["refused"] = refused()
         found["page"] = program_of_the_page()
@@ -349,9 +367,14 @@ def world() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def four() -> list[dict[str, Any]]:
-    """Of four ranks."""
-    return run_cases(4, lambda: {"uneven": uneven_rows()})
+def four(folder: Path, world: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of four ranks, which try to go on from what two have saved."""
+
+    def more() -> dict[str, Any]:
+        later = {f"resumed {i}": resumed_on_more(i, folder / str(i)) for i in (2, 3)}
+        return {**later, "uneven": uneven_rows()}
+
+    return run_cases(4, more)
 
 
 # -- tests -----------------------------------------------------------------------------------------
@@ -428,6 +451,15 @@ def test_a_run_goes_on_from_a_checkpoint_of_deepspeed(
     for first, later, epsilon, told in (found[f"resumed {stage}"] for found in world):
         assert torch.equal(first, later)
         assert epsilon == told
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_deepspeed_on_another_number_of_ranks_says_so(
+    stage: int, four: list[dict[str, Any]]
+) -> None:
+    """On every rank, of which two have no file; nothing is spent."""
+    for found in four:
+        assert "is of 2 ranks, and this run has 4" in found[f"resumed {stage}"]
 
 
 def test_the_learning_rate_follows_logical_batches(world: list[dict[str, Any]]) -> None:

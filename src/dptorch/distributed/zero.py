@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
@@ -175,6 +177,7 @@ class ZeroParameters:
                 "no privacy, and makes steps shorter. Examples are clipped already: set "
                 '"gradient_clipping": 0.'
             )
+        _refuse_checkpoints_of_others(given, ranks.size)
         self._zero = given.optimizer
         self._ranks = ranks
         self.is_whole = not any(map(is_partitioned, parameters.values()))
@@ -246,6 +249,28 @@ class ZeroParameters:
                 zero.averaged_gradients[group] = [torch.zeros_like(parts[group])]
             (whole,) = zero.averaged_gradients[group]
         whole[first : first + value.numel()] = value.flatten()
+
+
+def _refuse_checkpoints_of_others(given: Any, size: int) -> None:
+    """Have ``load_checkpoint`` raise on each rank, in words, where another number of ranks has saved:
+    DeepSpeed's own check sees it on those alone that have a file."""
+    load = given.load_checkpoint
+
+    @wraps(load)
+    def load_checkpoint(load_dir: str, tag: str | None = None, *rest: Any, **more: Any) -> Any:
+        latest = Path(load_dir, "latest")
+        name = latest.read_text().strip() if tag is None and latest.is_file() else str(tag)
+        there = len(list(Path(load_dir, name).glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
+        divided = more.get("load_optimizer_states", True) and not given.load_universal_checkpoint()
+        if divided and there not in (0, size):
+            raise ConfigurationError(
+                f"the checkpoint in {Path(load_dir, name)} is of {there} ranks, and this run has "
+                f"{size}. DeepSpeed keeps each rank's part of the optimizer, and does not divide it "
+                f"anew. Go on on {there} ranks. Nothing was spent."
+            )
+        return load(load_dir, tag, *rest, **more)
+
+    given.load_checkpoint = load_checkpoint
 
 
 def _fragment(p: Any, rank: int) -> tuple[int, int]:
