@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import TensorDataset
 
 import dptorch
@@ -51,6 +53,14 @@ def sharded(model: nn.Module, **options: Any) -> nn.Module:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def by_turns(model: nn.Module) -> nn.Module:
+    """Layers are divided by columns and by rows."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    linear = [name for name, m in model.named_children() if isinstance(m, nn.Linear)]
+    plan = {n: RowwiseParallel() if i % 2 else ColwiseParallel() for i, n in enumerate(linear)}
+    return parallelize_module(model, mesh, plan)
 
 
 @contextmanager
@@ -143,6 +153,7 @@ def measured() -> dict[str, list[int]]:
             "fsdp2, 2 parts": private_step(sharded, 2),
             "fsdp2, kept": private_step(lambda m: sharded(m, reshard_after_forward=False)),
             "fsdp2, layer-wise": private_step(sharded, **style),
+            "tensor": private_step(by_turns),
             "fsdp2, ordinary": ordinary_step(sharded),
             "fsdp2, layer-wise, many": private_step(sharded, rows=MANY, **style),
             "fsdp2, ordinary, many": ordinary_step(sharded, MANY),
@@ -171,7 +182,15 @@ def test_what_is_sent_is_what_the_model_says(case: str, measured: dict[str, list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_what_divided_layers_send_is_what_the_model_says(measured: dict[str, list[int]]) -> None:
+    """But for the gradients of the first layer's input, which are not asked for."""
+    parts = {"physical_batch_size": ROWS // 2, "physical_batches": 2}  # each rank has all rows
+    said = cost(SIZES, "tensor", 2, **parts).sent  # type: ignore[arg-type]
+    assert measured["tensor"][0] == said - 4 * WIDTH * ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "tensor"])
 def test_the_peak_of_a_step_is_what_the_model_says(
     case: str, measured: dict[str, list[int]]
 ) -> None:
@@ -209,6 +228,7 @@ def test_a_model_that_is_larger_than_the_machine_is_counted(tmp_path, monkeypatc
     assert told["sizes"]["block"] == 9000**2 + 9000
     assert told["fsdp2"]["total"] < told["zero2"]["total"] < told["ddp"]["total"]
     assert told["physical_batches"] == 489
+    assert told["tensor"]["parameters"] == told["zero3"]["parameters"]
     assert "fsdp2" in run(*command).stdout
     assert "expected numbers" in refused(run("scale", "mlp", "--input-shape", "3x4"))
 

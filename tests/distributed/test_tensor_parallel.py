@@ -29,7 +29,7 @@ from dptorch.clipping.sums import ClippedSum
 from dptorch.distributed.tensor_parallel import TensorParallel
 from dptorch.engine import load_shards, save_shards
 from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError
-from tests.distributed.processes import found_on_ranks, on_ranks
+from tests.distributed.processes import found_on_ranks
 from tests.distributed.scenarios import (
     MODELS,
     VOCABULARY,
@@ -438,12 +438,6 @@ def test_tensor_parallel_ranks_take_the_step_of_one_process(
     alone = alone_mlp if (name, settings) == ("MLP", {}) else train(name, **settings)
     same_as_one([found[case] for found in world], alone)
     assert all(found[case].local == alone.local for found in world)
-
-
-def test_four_ranks_take_the_step_of_one_process() -> None:
-    """13 tokens on four ranks are 4, 4, 4 and 1."""
-    by_rank = on_ranks(4, lambda rank: train("transformer", wrap=divided(by_rows)))
-    same_as_one(by_rank, train("transformer"))
 
 
 @pytest.mark.parametrize("twin", list(TWINS))

@@ -64,6 +64,7 @@ def scale(
     from dptorch.distributed.cost import STRATEGIES, cost
 
     sizes = _sizes(model, input_shape, tokens, classes)
+    whole = -(-batch_size // max_physical_batch_size)
     parts = -(-batch_size // (ranks * max_physical_batch_size))
     found = {
         strategy: cost(
@@ -71,7 +72,7 @@ def scale(
             strategy,
             ranks,
             physical_batch_size=max_physical_batch_size,
-            physical_batches=parts,
+            physical_batches=whole if strategy == "tensor" else parts,
             optimizer=optimizer,
             parameter_bytes=2 if bf16 else 4,
             layer_wise=layer_wise,
@@ -94,7 +95,8 @@ def scale(
     console = Console(highlight=False)
     console.print(
         f"{sizes.trainable:,} parameters to train and {sizes.frozen:,} frozen, {ranks} ranks, "
-        f"{parts} physical batches of {max_physical_batch_size} on each in a step"
+        f"{parts} physical batches of {max_physical_batch_size} on each in a step; under tensor "
+        f"parallelism all {whole}"
     )
     console.print(table)
     console.print("Bytes on each rank, activations not counted; sent: by each in a step.")

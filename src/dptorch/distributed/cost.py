@@ -18,7 +18,7 @@ from dptorch.errors import one_of
 
 __all__ = ["OPTIMIZERS", "STRATEGIES", "Cost", "Sizes", "cost", "sizes_of"]
 
-STRATEGIES: Final = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+STRATEGIES: Final = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "tensor")
 #: Numbers that an optimizer keeps for each parameter.
 OPTIMIZERS: Final = {"sgd": 0, "momentum": 1, "adam": 2}
 _FLOAT: Final = 4  # bytes: sums, noise and states are float32
@@ -138,10 +138,12 @@ def cost(
 
     Args:
         sizes: from `sizes_of`.
-        strategy: one of `STRATEGIES`.
+        strategy: one of `STRATEGIES`. "tensor" is tensor parallelism whose layers are all divided, by
+            turns by columns and by rows: half of their inputs and outputs are divided, and the other
+            half, or its gradients, is added up over the ranks.
         ranks: how many there are.
         physical_batch_size: examples that go through the model of a rank at once.
-        physical_batches: how many of these a rank has in a logical batch.
+        physical_batches: how many of these a rank has in a logical batch: under "tensor" all of them.
         optimizer: one of `OPTIMIZERS`.
         parameter_bytes: 4 in float32, 2 in bfloat16, of which ZeRO keeps float32 copies too. FSDP2
             keeps float32, and gathers in this type.
@@ -170,6 +172,10 @@ def cost(
     if strategy == "ddp":  # all-reduced in its place; the noisy sum is a vector of its own
         states, sums = kept * p, 2 * p
         sent = 2 * f * p * away
+    elif strategy == "tensor":
+        parameters, sums = b * -(-every // ranks), 2 * part
+        factors = round(factors * (1 + 1 / ranks) / 2)
+        sent = b * (sizes.factors or 0) * physical_batch_size * physical_batches * away
     elif strategy in ("fsdp2", "zero3"):
         kept_in = f if strategy == "fsdp2" else b
         states += part if kept_in < f else 0  # float32 copies

@@ -58,6 +58,10 @@ class Placement(Protocol):
     @property
     def data_ranks(self) -> Ranks: ...
 
+    def begin_alike(self) -> None:
+        """Give ranks the same random numbers where they have the same examples, and the same values
+        where they have the same part of a parameter."""
+
     def any_rank(self, wanted: bool) -> bool:
         """Return whether a rank wants what changes the messages of a backward pass; where it has
         none, whether this one does."""
@@ -93,6 +97,9 @@ class Replicated:
     def __init__(self, ranks: Ranks, parameters: dict[str, Tensor]) -> None:
         self._ranks = self.data_ranks = ranks
         self.followed = parameters
+
+    def begin_alike(self) -> None:
+        """See `Placement`. Each rank has examples of its own."""
 
     def any_rank(self, wanted: bool) -> bool:
         """See `Placement`. A backward pass of a whole model sends nothing."""
@@ -152,6 +159,9 @@ class Sharded:
         self.followed = shards.followed
         self.around_forward = shards.around_forward
         self.offsets: Offsets | None = None
+
+    def begin_alike(self) -> None:
+        """See `Placement`. Each rank has examples of its own."""
 
     def any_rank(self, wanted: bool) -> bool:
         """See `Placement`."""
@@ -219,9 +229,10 @@ def placement_of(
     if not spread:
         return Replicated(ranks, parameters)
     name, p = spread[0]
-    if p.device_mesh.size() != ranks.size:
+    parts = p.device_mesh.size()
+    if parts != ranks.size and (by_fsdp or ranks.size % parts):
         raise ConfigurationError(
-            f"the parameter {name!r} is spread over {p.device_mesh.size()} processes, but the engine's "
+            f"the parameter {name!r} is spread over {parts} processes, but the engine's "
             f"ranks are {ranks.size}. Shard over all of them, or give the engine "
             "ranks=dptorch.distributed.Ranks.of(mesh.get_group())."
         )

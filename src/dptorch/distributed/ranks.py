@@ -72,6 +72,11 @@ class Ranks:
         return cls(None)
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """Their numbers among all processes, by rank."""
+        return tuple(dist.get_process_group_ranks(self._group)) if self._group is not None else (0,)
+
+    @property
     def is_first(self) -> bool:
         """Whether this process keeps ledger, checkpoints and reports."""
         return self.rank == 0

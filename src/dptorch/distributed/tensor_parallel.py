@@ -5,6 +5,10 @@ gradient is therefore in parts: that of a divided parameter is spread over the r
 is the same on all of them. Its squared norm is the sum of the former over the ranks, and of the latter
 on rank 0. A rank clips its part by the norm of the whole, and adds the part of the noise that belongs
 there.
+
+Where the mesh is one dimension of a larger one, the model is there several times, each on ranks with
+other examples: beside the norms and parts of each, sums are added up over the ranks that have the same
+part.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from dptorch.clipping.sums import ClippedSum
 from dptorch.distributed.parallel_layers import Group, ParallelLayer
@@ -24,7 +29,7 @@ from dptorch.errors import ConfigurationError, PrivacyError
 from dptorch.noise.spans import Columns
 from dptorch.tape import Tape
 
-__all__ = ["TensorParallel", "draw_alike"]
+__all__ = ["TensorParallel"]
 
 #: Part of an example's squared norm by which ranks may differ in what they all have, by rounding.
 _ROUNDING: Final = 1e-2
@@ -37,7 +42,8 @@ class TensorParallel:
         model: the root module.
         parameters: its trainable parameters, by name.
         layers: its divided modules, as `layers_of` gives them.
-        ranks: the processes of the one mesh that it is divided over.
+        ranks: the processes of the mesh that it is divided over, or of several such meshes, each with
+            other examples.
 
     Guarantees:
         What is released has the norm that was measured: divided parameters count on each rank, all
@@ -60,15 +66,17 @@ class TensorParallel:
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
-        #: Of whom each has other examples: here nobody.
-        self.data_ranks = Ranks.alone()
         self.offsets: Mapping[str, int | Columns] | None = None
         spread: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_sharded(p)}
         mesh = next(iter(spread.values())).device_mesh
-        self._group = Group(mesh.get_group(), mesh.get_local_rank(), mesh.size())
         for name, p in spread.items():
             _check(name, p, mesh)
+        self._group = Group(mesh.get_group(), mesh.get_local_rank(), mesh.size())
+        #: Those that have the other parts for the same examples.
+        self._parts = Ranks(mesh.get_group())
+        self.data_ranks = _with_other_examples(ranks, self._parts)
         local = {id(p): _local(p) for p in spread.values()}
+        self._local = list(local.values())
         self.followed: dict[str, Tensor] = {n: local.get(id(p), p) for n, p in parameters.items()}
         self._divided: dict[str, Any] = {
             n: p for n, p in parameters.items() if n in spread and not _is_replicated(p)
@@ -80,6 +88,13 @@ class TensorParallel:
         except ConfigurationError:
             self.remove()
             raise
+
+    def begin_alike(self) -> None:
+        """Give ranks with the same part rank 0's values of it, and those with the same examples the
+        same random numbers."""
+        with torch.no_grad():
+            self.data_ranks.copy_from_first_(p.data for p in self._local)
+        _draw_alike(self._parts)
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -105,7 +120,7 @@ class TensorParallel:
         )
         for name, s in squared.items():
             mine[int(name not in self._divided)] += s.reshape(-1).to(mine)
-        of_ranks = self._ranks.gather_rows(mine).to(here)
+        of_ranks = self._parts.gather_rows(mine).to(here)
         divided, same = of_ranks[:, 0].sum(0), of_ranks[:, 1]
         total = divided + same[0]
         if bool(((same - same[0]).abs() > _ROUNDING * total).any()):
@@ -123,7 +138,7 @@ class TensorParallel:
         return form(names)
 
     def add_up(self, clipped: ClippedSum) -> ClippedSum:
-        """See `Placement`. Every rank has the examples of all; what all have is that of rank 0."""
+        """See `Placement`. What all ranks with the same examples have is that of the first of them."""
         offsets: dict[str, int | Columns] = {}
         at = 0
         for name, value in clipped.values.items():
@@ -131,7 +146,8 @@ class TensorParallel:
             offsets[name] = at if divided is None else self._place(divided, at)
             at += value.numel() if divided is None else divided.numel()
         self.offsets = offsets
-        self._ranks.copy_from_first_(v for n, v in clipped.values.items() if n not in self._divided)
+        self.data_ranks.add_up_(clipped.values.values())
+        self._parts.copy_from_first_(v for n, v in clipped.values.items() if n not in self._divided)
         return clipped
 
     def _place(self, p: Any, at: int) -> int | Columns:
@@ -143,7 +159,12 @@ class TensorParallel:
         return Columns(at + first, row)
 
     def common(self, fingerprint: int) -> int:
-        """See `Placement`."""
+        """See `Placement`.
+
+        Raises:
+            PrivacyError: ranks with the same part have other sums.
+        """
+        self.data_ranks.refuse_different_sums(fingerprint)
         return one_fingerprint(self._ranks, fingerprint)
 
     def hand_over(self, name: str, p: Tensor, value: Tensor) -> None:
@@ -151,7 +172,26 @@ class TensorParallel:
         p.grad = like_parameter(p, value) if is_sharded(p) else value.to(p.dtype)
 
 
-def draw_alike(ranks: Ranks) -> None:
+def _with_other_examples(ranks: Ranks, parts: Ranks) -> Ranks:
+    """Return the ranks that have the part of this one for other examples.
+
+    Raises:
+        ConfigurationError: ranks are arranged in another way than those of a mesh of two dimensions.
+    """
+    if parts.size == ranks.size:
+        return Ranks.alone()
+    meshes = sorted(set(ranks.gather(parts.members)))
+    same_part = [sorted(members) for members in zip(*meshes, strict=False)]
+    if [tuple(each) for each in zip(*same_part, strict=True)] != meshes:
+        raise ConfigurationError(
+            f"the model is divided over the processes {meshes}, which are not the rows of a mesh of "
+            "two dimensions. Divide it over one dimension: init_device_mesh(device, (copies, parts), "
+            'mesh_dim_names=("data", "features"))["features"].'
+        )
+    return Ranks(dist.new_group(same_part[parts.rank], use_local_synchronization=True))
+
+
+def _draw_alike(ranks: Ranks) -> None:
     """Give all ranks the global random generators of rank 0, so that activations that are replicated
     get the same dropout on each."""
     mine = [torch.get_rng_state()]

@@ -137,7 +137,5 @@ def start_together(
                 "mechanism='discrete_gaussian' rounds the whole gradient of each example, and tensor "
                 "parallel ranks have parts of it. Use mechanism='gaussian', or train replicated."
             )
-        from dptorch.distributed.tensor_parallel import draw_alike
-
-        draw_alike(ranks)
+        placement.begin_alike()
     return key
