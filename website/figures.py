@@ -17,7 +17,7 @@ import numpy as np
 
 from dptorch.accounting import SampledGaussian, get_accountant
 from dptorch.risk import recognised
-from dptorch.training.run_charts import BLUE, INK, MUTED, canvas, data_uri
+from dptorch.training.run_charts import BLUE, INK, MUTED, canvas, data_uri, powers
 
 DOCS = Path(__file__).parents[1] / "docs"
 DASHES: tuple[Any, ...] = ((0, (1, 2)), (0, (3, 2)), (0, (6, 2)), (0, (9, 2, 2, 2)), "solid")
@@ -72,7 +72,7 @@ def epsilon_by_steps() -> str:
 def reviews() -> str:
     """Test accuracy on movie reviews against ε, as the table of docs/tasks.md has it."""
     rows = re.findall(
-        r"^\| (\d) \| ([\d., ]+) \| ([\d.]+) \|$", (DOCS / "tasks.md").read_text(), re.M
+        r"^\| (\d) \| ([\d.]+(?:, [\d.]+)+) \| ([\d.]+) \|$", (DOCS / "tasks.md").read_text(), re.M
     )
     figure, axes = canvas("privacy spent, ε", "test accuracy")
     means = [(float(epsilon), 100 * float(mean)) for epsilon, _, mean in rows]
@@ -113,6 +113,36 @@ def model_size() -> str:
     return svg(figure)
 
 
+def bible() -> str:
+    """Perplexity of a byte of unseen passages against steps, as docs/tasks.md has it."""
+    page = (DOCS / "tasks.md").read_text()
+    rows = [
+        tuple(map(float, row))
+        for row in re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    ]
+    found = re.search(r"frequencies of single bytes alone give ([\d.]+)\.", page)
+    assert found is not None
+    figure, axes = canvas("training step", "perplexity of a byte of unseen passages")
+    axes.plot(
+        [step for step, *_ in rows], [value for *_, value in rows], "o-", color=BLUE, linewidth=2,
+        markersize=5,
+    )  # fmt: skip
+    for step, epsilon, value in rows[1:]:
+        axes.annotate(
+            f"{value:.1f}, ε = {epsilon:.1f}", (step, value), xytext=(-4, 8),
+            textcoords="offset points", color=INK, fontsize=9.5,
+        )  # fmt: skip
+    level = float(found[1])
+    axes.axhline(level, color=MUTED, linewidth=1, linestyle=DASHES[0])
+    axes.annotate(
+        f"frequencies of single bytes, {level:.1f}", (rows[-1][0], level), xytext=(20, 4),
+        textcoords="offset points", ha="right", color=INK, fontsize=9.5,
+    )  # fmt: skip
+    powers(axes)
+    axes.set(xlim=(-3, 128), xticks=[step for step, *_ in rows])
+    return svg(figure)
+
+
 def report(folder: Path) -> None:
     """Photograph the head of a report: a run of the default recipe, in a headless Chromium."""
     browser = next(
@@ -142,4 +172,5 @@ if __name__ == "__main__":
     (pictures / "epsilon_by_steps.svg").write_text(epsilon_by_steps())
     (DOCS / "pictures" / "reviews.svg").write_text(reviews())
     (DOCS / "pictures" / "model_size.svg").write_text(model_size())
+    (DOCS / "pictures" / "bible.svg").write_text(bible())
     report(DOCS / "pictures")

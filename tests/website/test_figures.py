@@ -48,7 +48,7 @@ def test_engines_are_told_apart_by_their_marks() -> None:
 def test_pictures_are_those_of_the_code() -> None:
     """Their words and their curves; the exact bytes depend on matplotlib."""
     pytest.importorskip("matplotlib")
-    from website.figures import epsilon_by_steps, model_size, reviews, trade_off
+    from website.figures import bible, epsilon_by_steps, model_size, reviews, trade_off
 
     folder = Path(REPOSITORY / "docs")
     for name, made in (
@@ -56,12 +56,13 @@ def test_pictures_are_those_of_the_code() -> None:
         ("concepts/pictures/epsilon_by_steps", epsilon_by_steps()),
         ("pictures/reviews", reviews()),
         ("pictures/model_size", model_size()),
+        ("pictures/bible", bible()),
     ):
         kept = (folder / f"{name}.svg").read_text()
         words = [re.findall(r">([^<>\n]+)</text>", text) for text in (made, kept)]
         assert words[0] == words[1]
         assert len(words[0]) > 8
-        if name.endswith("reviews"):
-            continue  # a line of three points
+        if name.endswith(("reviews", "bible")):
+            continue  # lines of three and five points
         curves = [re.findall(r"<path d=\"(M [^\"]{400,})\"", text) for text in (made, kept)]
         assert len(curves[0]) == len(curves[1])

@@ -65,10 +65,13 @@ def perplexity_against_epsilon(points: Points) -> str:
 
 
 def powers(axes: Any) -> None:
-    """Give the values a scale of powers, with the numbers written out."""
+    """Give the values a scale of powers, with some of the numbers written out."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def epsilon_against_steps(points: Points, budget: float | None) -> str:
