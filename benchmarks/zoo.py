@@ -2,7 +2,7 @@
 
     python -m benchmarks.zoo                 # all of them, about an hour on two cores
     python -m benchmarks.zoo vit_tiny swin   # only names that begin so; other rows are kept
-    python -m benchmarks.zoo --command       # each name of timm: a step of the command
+    python -m benchmarks.zoo --command       # each name of timm: a step of the command, 25 minutes
 
 Each model runs at its published width and depth on two small images, every trainable parameter
 trained, BatchNorm replaced by GroupNorm by hand. Results are kept in ``docs/zoo.jsonl`` as they
