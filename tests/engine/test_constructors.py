@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -236,17 +237,26 @@ def test_the_replaced_names_make_of_plain_data_what_they_made(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked_before", [True, False])
-def test_a_device_context_still_rules_what_is_made(asked_before: bool) -> None:
-    """Transformers asks so where a model is loaded to; the table of torch is made when first used."""
-    code = (
-        "import torch\n"
-        "from dptorch.tape.recording import constructors\n"
-        f"if not {asked_before}: constructors._device_constructors = lambda: None  # the twin\n"
-        "constructors.follow_constructors()\n"
-        "with torch.device('meta'):\n"
-        "    made = [torch.tensor([]), torch.as_tensor([1]), torch.asarray([1])]\n"
-        "print(*{str(t.device) for t in made})"
+def test_a_device_context_still_rules_what_is_made() -> None:
+    """Transformers asks so where a model is loaded to; the table of torch is made when first used. In a
+    new process, which forks for the broken twin that does not ask for the table before."""
+    code = """
+        import os, torch
+        from dptorch.tape.recording import constructors
+        twin = os.fork() == 0
+        if twin:
+            constructors._device_constructors = lambda: None
+        else:
+            os.wait()
+        constructors.follow_constructors()
+        with torch.device("meta"):
+            made = [torch.tensor([]), torch.as_tensor([1]), torch.asarray([1])]
+        print("twin" if twin else "true", *{str(t.device) for t in made})
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (found.stdout.split() == ["meta"]) is asked_before
+    twin, true = found.stdout.splitlines()
+    assert true == "true meta"
+    assert twin.startswith("twin ")
+    assert twin != "twin meta"
