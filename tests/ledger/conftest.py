@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+
+from tests.ledger.servers import in_memory
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder of the test's own, where no entry has to wait for the disk."""
+    with tempfile.TemporaryDirectory(prefix="dptorch-ledger-", dir=in_memory()) as name:
+        yield Path(name)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])

@@ -46,7 +46,7 @@ def go_on(
         target_delta=DELTA,
         accountant="exact",
         self_check=False,
-        ledger=open_ledger(location).dataset(dataset),
+        ledger=open_ledger(location, timeout_s=3600).dataset(dataset),
     )
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     if checkpoint.exists():

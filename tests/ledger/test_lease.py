@@ -36,17 +36,19 @@ from tests.ledger.setup import EDITS, execute, plan, take
 OS = "operating system"
 PLAN = plan(10)
 STEP = PLAN.event(1)
+# 32 writers in a row, on a machine that has other things to do.
+PATIENCE_S = 3600.0
 
 
 def begin(location: str, steps: int, **settings: Any) -> RunLedger:
-    run = open_ledger(location, **settings).dataset("a").run(PLAN, OS)
+    run = open_ledger(location, timeout_s=PATIENCE_S, **settings).dataset("a").run(PLAN, OS)
     for step in range(steps):
         run.count(step, STEP)
     return run
 
 
 def resume(location: str, run: RunLedger, steps_done: int) -> RunLedger:
-    patients = open_ledger(location).dataset("a")
+    patients = open_ledger(location, timeout_s=PATIENCE_S).dataset("a")
     return patients.run(PLAN, OS, run=run.run, steps_done=steps_done, head=run.head)
 
 
