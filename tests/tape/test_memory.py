@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -226,3 +228,25 @@ def test_a_clipped_layer_frees_its_input(layer: nn.Module) -> None:
     seen.clear()
     del held
     assert freed.expired()
+
+
+@pytest.mark.parametrize("store_knows", ["a proxy of the tape", "the tape"])
+def test_a_tape_that_is_dropped_frees_its_gradients(
+    monkeypatch: pytest.MonkeyPatch, store_knows: str
+) -> None:
+    """At once, without the garbage collector, which may come many batches later."""
+    if store_knows == "the tape":
+        monkeypatch.setattr("dptorch.tape.gradients.tape.weakref.proxy", lambda tape: tape)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    gc.disable()
+    try:
+        with dptorch.record(model) as tape:
+            loss = model(torch.ones(5, 3)).square().sum()
+        loss.backward()
+        assert tape.norms().shape == (5,)
+        dropped = weakref.ref(tape)
+        del tape, loss
+        assert (dropped() is None) == (store_knows == "a proxy of the tape")
+    finally:
+        gc.enable()
+        gc.collect()

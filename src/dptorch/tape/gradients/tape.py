@@ -9,9 +9,11 @@ Shape legend: B examples.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -145,7 +147,8 @@ class Tape:
         self.sites: list[Site] = []
         self._guard = guard
         self._listener = listener
-        self._store = FormStore(self._measure)
+        # A proxy: a tape that its store holds would keep all gradients until garbage is collected.
+        self._store = FormStore(partial(Tape._measure, weakref.proxy(self)))
         self._passes = TwoPasses()
         self._watcher: GroupWatcher | None = None
         if self.config.groups:
