@@ -18,9 +18,9 @@ import dptorch
 from dptorch.distributed.ranks import Ranks
 from dptorch.distributed.tensor_parallel import TensorParallel
 from dptorch.errors import ConfigurationError, PrivacyError
+from tests.distributed.divided_models import adam, by_rows, divided, mlp
 from tests.distributed.processes import found_on_ranks
 from tests.distributed.scenarios import Trained, same_as_one, settings_of, train
-from tests.distributed.test_tensor_parallel import adam, by_rows, divided, mlp
 from tests.engine.setup import make_model
 
 pytestmark = pytest.mark.slow
