@@ -260,3 +260,10 @@ def test_a_device_context_still_rules_what_is_made() -> None:
     assert true == "true meta"
     assert twin.startswith("twin ")
     assert twin != "twin meta"
+
+
+def test_lazy_modules_get_their_shapes() -> None:
+    """A parameter without a shape takes ``data`` as torch's own class has it."""
+    constructors.follow_constructors()
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(3))
+    assert model(torch.zeros(2, 2, 4, 4)).shape == (2, 3)
