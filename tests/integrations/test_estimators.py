@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
@@ -87,6 +88,23 @@ def test_ranges_that_were_read_off_the_data_are_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DPRegressor(**QUICK, bounds=(-3, 6), target_bounds=(-3, 6)).fit(X, X[:, 0])
+
+
+@pytest.mark.parametrize("model", ["mlp", "linear"])
+def test_a_default_of_float64_changes_no_estimator(model: str) -> None:
+    X, y = blobs()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        settings = QUICK | {"bounds": (-3, 6), "model": model}
+        classifier = DPClassifier(**settings).fit(X, y)
+        regressor = DPRegressor(**settings, target_bounds=(-3, 6)).fit(X, X[:, 0])
+        assert torch.get_default_dtype() == torch.float64
+        found = classifier.predict_proba(X), regressor.predict(X)
+    finally:
+        torch.set_default_dtype(before)
+    np.testing.assert_array_equal(found[0], classifier.predict_proba(X))
+    np.testing.assert_array_equal(found[1], regressor.predict(X))
 
 
 def test_groups_are_the_unit() -> None:

@@ -11,7 +11,8 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -151,13 +152,25 @@ def build_model(
             f"--pretrained goes with torchvision: and timm: models, but {name!r} has no published "
             f"weights here. Load your own in a factory: --model package.module:factory."
         )
-    if not colon:
-        return BUILT_IN[name](input_shape, num_classes)
-    if source == "torchvision":
-        return prepare(_torchvision_model(rest, num_classes, pretrained), report=None)
-    if source == "timm":
-        return prepare(_timm_model(rest, input_shape, num_classes, pretrained), report=None)
-    return _imported_model(source, rest, input_shape, num_classes)
+    with _float32():
+        if not colon:
+            return BUILT_IN[name](input_shape, num_classes)
+        if source == "torchvision":
+            return prepare(_torchvision_model(rest, num_classes, pretrained), report=None)
+        if source == "timm":
+            return prepare(_timm_model(rest, input_shape, num_classes, pretrained), report=None)
+        return _imported_model(source, rest, input_shape, num_classes)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Models are made in float32, which all inputs are, whatever the program's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _optional(package: str) -> ModuleType:
