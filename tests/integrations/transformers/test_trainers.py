@@ -19,7 +19,7 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from dptorch.errors import ExamplesMixError, PrivacyError
+from dptorch.errors import ConfigurationError, ExamplesMixError, PrivacyError
 from dptorch.integrations.transformers import DPSeq2SeqTrainer
 from dptorch.integrations.transformers.private_trainer import PrivateTrainer
 from tests.integrations.transformers import setup
@@ -118,6 +118,17 @@ def test_a_loss_of_ones_own_with_class_weights_is_exact(tmp_path):
     expected = loop_over_examples(model, "bert", loss=alone)
     trainer = trainer_of(model, "bert", tmp_path, given={"compute_loss_func": weighted})
     assert largest_error(one_step_of_sgd(trainer), expected) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_loss_over_the_number_of_items_is_refused_in_words(tmp_path):
+    def summed(outputs, labels, num_items_in_batch=None):
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+        return loss / num_items_in_batch
+
+    trainer = trainer_of(build("bert"), "bert", tmp_path, given={"compute_loss_func": summed})
+    with pytest.raises(ConfigurationError, match="num_items_in_batch is None under privacy"):
+        trainer.train()
 
 
 @pytest.mark.slow

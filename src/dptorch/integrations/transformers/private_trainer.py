@@ -331,7 +331,17 @@ class PrivateTrainer(Trainer):
             return base.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._chunked is not None:
             return self._chunked(unwrapped(model), inputs)
-        return Trainer.compute_loss(self, model, inputs, return_outputs)
+        try:
+            return Trainer.compute_loss(self, model, inputs, return_outputs)
+        except TypeError as error:
+            if self.compute_loss_func is None or "NoneType" not in str(error):
+                raise
+            raise ConfigurationError(
+                f"compute_loss_func raised: {error}. Its num_items_in_batch is None under privacy: "
+                "the number of tokens or rows of a batch is secret, and dividing by it would let one "
+                "example rescale the others. Return the mean over the examples of each one's own loss, "
+                "such as F.cross_entropy(outputs.logits, labels)."
+            ) from error
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         base: Any = super()
