@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from dptorch.errors import ExamplesMixError, PrivacyError
-from dptorch.tape.recording import backward, outputs
+from dptorch.tape.recording import backward, batches, outputs
 from tests.engine.setup import SIZE, make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -345,6 +345,107 @@ def test_a_generator_that_learns_through_the_private_model_may_enter() -> None:
             optimizer.zero_grad()
     assert engine.steps_done == 3
     assert type(g.weight) is nn.Parameter
+
+
+def gan(loss_of_g: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> int:
+    """Steps of a discriminator whose generator learns by `loss_of_g` of it, generated rows and data."""
+    model, g = make_model(), generator()
+    engine = make_engine(model, steps=2)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    of_g = torch.optim.SGD(g.parameters(), 0.1)
+    while not engine.exhausted:
+        for x, _ in engine.loader(make_data()):
+            made = g(noise())
+            (F.softplus(-model(x)) + F.softplus(model(made.detach()))).mean().backward()
+            optimizer.step()
+            of_g.zero_grad()
+            loss_of_g(model, made, x).mean().backward()
+            of_g.step()
+            optimizer.zero_grad()
+    return engine.steps_done
+
+
+SHOW_EXAMPLES = {
+    "relativistic": lambda m, made, x: F.softplus(m(x) - m(made)),
+    "of detached outputs": lambda m, made, x: F.softplus(m(x).detach() - m(made)),
+    "weighed": lambda m, made, x: F.softplus(-m(made)) * m(x).detach().exp(),
+    "matched": lambda m, made, x: (m(made)[:, :1] - x[:, :1]).square(),
+}
+SHOW_NONE = {
+    "plain": lambda m, made, x: F.softplus(-m(made)),
+    "labels": lambda m, made, x: F.binary_cross_entropy_with_logits(
+        m(made), torch.ones(SIZE, 3), reduction="none"
+    ),
+    "added": lambda m, made, x: (F.softplus(-m(made)) + F.softplus(-m(x))) / 2,
+    "of Wasserstein": lambda m, made, x: m(x).mean() - m(made).mean(),
+    "squared": lambda m, made, x: (m(made) - 1).square(),
+}
+
+
+@pytest.mark.parametrize("loss", SHOW_EXAMPLES)
+def test_a_generator_whose_gradient_shows_examples_is_refused(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ExamplesMixError, match="a model without an engine trains"):
+        gan(SHOW_EXAMPLES[loss])
+    # Broken twin: whatever goes through the private model is taken for released.
+    monkeypatch.setattr(outputs, "follow_generated", lambda *_: None)
+    assert gan(SHOW_EXAMPLES[loss]) == 2
+
+
+@pytest.mark.parametrize("loss", SHOW_NONE)
+def test_a_generator_whose_gradient_shows_none_is_free(loss: str) -> None:
+    assert gan(SHOW_NONE[loss]) == 2
+
+
+def test_a_generator_whose_discriminator_sees_private_labels_is_refused() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.classes = make_model(), nn.Embedding(3, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            out: Tensor = self.rows(x) * self.classes(y)
+            return out
+
+    def train() -> None:
+        model, g = Conditional(), generator()
+        engine = make_engine(model, steps=2)
+        optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+        while not engine.exhausted:
+            for _, y in engine.loader(make_data()):
+                F.softplus(-model(g(noise()), y)).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(ExamplesMixError, match="a model without an engine trains"):
+        train()
+
+
+def _attacked(mixes: bool) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    torch.manual_seed(4)
+    norm = nn.BatchNorm1d(5, track_running_stats=not mixes).eval()
+    frozen = nn.Sequential(norm, nn.Linear(5, 3)).requires_grad_(False)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        near = x.detach().clone().requires_grad_()
+        F.cross_entropy(frozen(near), y, reduction="sum").backward()
+        assert near.grad is not None
+        return F.cross_entropy(m(x + 0.1 * near.grad.sign()), y)
+
+    return loss
+
+
+def test_gradients_of_rows_by_a_loss_that_mixes_them_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An attack on a frozen model is each example's own, unless that model mixes the examples."""
+    assert steps_with(_attacked(mixes=False), make_model(), self_check=False) == 2
+    with pytest.raises(ExamplesMixError, match="BatchNorm in training mode"):
+        steps_with(_attacked(mixes=True), make_model(), self_check=False)
+    # Broken twin: the gradient of a row is that row's, whatever the loss was.
+    monkeypatch.setattr(batches.Batch, "gradients", property(lambda _: None, lambda _, state: None))
+    assert steps_with(_attacked(mixes=True), make_model(), self_check=False) == 2
 
 
 def test_a_trained_module_stays_one() -> None:

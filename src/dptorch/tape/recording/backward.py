@@ -97,6 +97,9 @@ def gradient(
 ) -> Any:
     """``x.grad``: row i of it is of row i of `x`, where the loss had the examples apart."""
     found, state = func(*args, **kwargs), recording.state(args[0])
+    batch = batch_of(args[0])
+    if isinstance(state, Tag) and batch is not None and batch.gradients is not None:
+        state = batch.gradients
     if found is not None and isinstance(state, (Tag, Mixed)) and recording.state(found) is None:
         recording.mark(found, state)
     return found
@@ -125,8 +128,11 @@ def backward(
     loss = args[0]
     if not isinstance(loss, Tensor) or not recording.strict:
         for t in [] if recording.strict else each_tensor(args[:1], {}):
-            if t.grad_fn is not None and recording.state(t) is not None:
+            state, batch = recording.state(t), batch_of(t)
+            if t.grad_fn is not None and state is not None:
                 note_trained_beside(t, recording)
+                if isinstance(state, Mixed) and batch is not None:
+                    batch.gradients = state
         return func(*args, **kwargs)
     state = recording.state(loss)
     if isinstance(state, Mixed):

@@ -46,6 +46,8 @@ class Batch:
         left: the last tensors of its rows that left for where nothing is followed (NumPy, lists,
             copies), and what they were.
         made: what code that a recording sees has made of it since the last such code ended.
+        gradients: what gradients of its rows are, once a loss beside the model that mixes them had a
+            backward.
         padding: the sizes that follow the longest example of the batch, if its collation is known.
     """
 
@@ -54,6 +56,7 @@ class Batch:
         "aliases",
         "beside",
         "cut_from",
+        "gradients",
         "handed_out",
         "left",
         "made",
@@ -67,6 +70,7 @@ class Batch:
         self.handed_out = handed_out
         self.aliases = Aliases()
         self.spent = False
+        self.gradients: Mixed | None = None
         self.padding: Padding | None = None
         self.beside: Any = None
         self.cut_from: tuple[Batch, tuple[int, ...]] | None = None

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch._functorch import vmap as functorch_vmap
 from torch.autograd import Variable
-from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._device import _device_constructors
 
 from dptorch.errors import NotCoveredError
@@ -75,20 +74,12 @@ _plain_data: Any = torch._C.TensorBase.data
 class _Data:
     """``Tensor.data``, which asks only the tensor that is assigned to."""
 
-    __name__ = "data"  # torch functions are named by it
-
     def __get__(self, t: Tensor | None, kind: Any = None) -> Any:
-        if isinstance(t, UninitializedTensorMixin):  # which takes this from torch's own class only
-            with torch._C.DisableTorchFunctionSubclass():
-                return _plain_data.__get__(t)
-        return self if t is None else _plain_data.__get__(t)
+        return _plain_data if t is None else _plain_data.__get__(t)
 
     def __set__(self, t: Tensor, value: Any) -> None:
         if isinstance(value, RecordedTensor) and not isinstance(t, RecordedTensor):
             RecordedTensor.__torch_function__(_plain_data.__set__, (), (t, value))
-        elif isinstance(t, UninitializedTensorMixin):
-            with torch._C.DisableTorchFunctionSubclass():
-                _plain_data.__set__(t, value)
         else:
             _plain_data.__set__(t, value)
 

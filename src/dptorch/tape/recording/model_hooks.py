@@ -20,7 +20,7 @@ from dptorch.tape.recording.batch_dims import BatchDims, map_batched, tag_inputs
 from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
 from dptorch.tape.recording.compiled import run_as_written, uncompiled
 from dptorch.tape.recording.escapes import refuse_swallowed
-from dptorch.tape.recording.in_front import refuse_trained_in_front
+from dptorch.tape.recording.in_front import note_generated, refuse_trained_in_front
 from dptorch.tape.recording.outputs import follow, outputs_of, taint
 from dptorch.tape.recording.padding import Padding, tensors
 from dptorch.tape.recording.patches import patch, unpatch
@@ -174,6 +174,8 @@ class ModelHooks:
             )
         else:
             recording = Recording(self.model, {}, batch=batch, strict=False)
+        if training:
+            recording.states.generated = note_generated(recording, (t for t, _ in leaves))
         seen_before = any(batch_of(t) is batch for t, _ in leaves) or batch.cut_from is not None
         tagged = tag_inputs(recording, _tagger(recording), module, args, kwargs, self._batch_dims)
         recording.tape.rows, recording.tape.seen_before = batch.origin(), seen_before

@@ -26,6 +26,7 @@ from dptorch.tape.provenance.schemas import bind
 from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.handlers import SPECIAL
+from dptorch.tape.recording.in_front import follow_generated, generated_by, mark_generated
 from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
@@ -80,8 +81,11 @@ class RecordedTensor(torch.Tensor):
             if torch._C._len_torch_dispatch_stack() and torch.is_grad_enabled():
                 refuse_modes("around what is computed from the batch")
             beside = [(t, t._version) for t in each_tensor(args, kwargs) if _may_be_written(t)]
+            made = generated_by(recorded)
             with patched():
                 out = promote(recording.handle(func, args, kwargs), recording)
+            if made:
+                follow_generated(recording, known.name, recorded, made, out)
             follow_kept(recording)
             if args and (known.in_place or out is None):
                 _follow_written(args[0], recording, all(t is not args[0] for t in recorded))
@@ -216,6 +220,8 @@ def outputs_of(value: Any, recording: Recording) -> Any:
     follow_kept(recording)
     promote(recording.retained, recording)
     recording.retained = []
+    if recording.states.generated is not None:
+        mark_generated(tree_leaves(value), recording.states.generated)
     if recording.batch_size == 1:
         for t in tree_leaves(value):
             if isinstance(t, Tensor) and t.requires_grad and t.numel() == 1:

@@ -7,7 +7,7 @@ wrote down where it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from dptorch.tape.recording.taps import TAPS
 from dptorch.tape.recording.tensor_states import GUESSED, batch_of
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["note_trained_beside", "parameters_behind"]
+__all__ = ["note_leaves", "note_trained_beside", "parameters_behind"]
 
 _MOST_NODES = 100_000
 _OF_EXAMPLES = tuple(f"{cls.__name__}Backward" for cls in TAPS)
@@ -69,16 +69,23 @@ def note_trained_beside(loss: Tensor, recording: Recorder) -> None:
     Rows of the batch, and perturbations that are made of them, have a tag of their own and may be used.
     """
     own, batch = protected(), batch_of(loss)
-    found = False
+    found = []
     for node in _nodes_behind(loss):
         if node is None:
             break
         leaf = getattr(node, "variable", None)
         if leaf is None or id(leaf) in own or hasattr(leaf, GUESSED) or not leaf.numel():
             continue
-        if batch_of(leaf) is None and not _is_of_rows(leaf, batch):
-            recording.note_trained(leaf)
-            found = True
+        if not _is_of_rows(leaf, batch):
+            found.append(leaf)
+    note_leaves(found, recording)
+
+
+def note_leaves(leaves: Iterable[Tensor], recording: Recorder) -> None:
+    """Note that leaves of which nothing is known get gradients that show examples, and warn."""
+    found = [leaf for leaf in leaves if batch_of(leaf) is None]
+    for leaf in found:
+        recording.note_trained(leaf)
     if found:
         warn(
             "a model without an engine is trained on the batch of a private one. Nothing protects its "
