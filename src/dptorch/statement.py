@@ -79,9 +79,9 @@ ASSUMED = (
     "that turns them off, threads that run already, extensions in other languages, writes to the .data "
     "of a parameter, storages, constructors of one type (torch.FloatTensor(t))",
     "what is computed for one {unit} depends neither on its place in the batch nor on the number of "
-    "rows (the first batch is tested for both), nor on how long the others are (tested on the first "
-    "batch that is padded to its longest row, of an own loader's once a second width is seen; where a "
-    "mask shows the padding, or the padding is 0)",
+    "rows (the first batch is tested for both, but not how many rows a generator makes beside it), nor "
+    "on how long the others are (tested on the first batch that is padded to its longest row, of an "
+    "own loader's once a second width is seen; where a mask shows the padding, or the padding is 0)",
 )
 #: What holds of `dptorch.PrivacyEngine.loader` and is the user's word for any other.
 ONCE_A_STEP = "no {unit} is in more than one row of all batches that add up to a step"
