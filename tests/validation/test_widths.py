@@ -193,6 +193,37 @@ def test_a_model_that_cannot_be_compared_is_warned_of_in_the_end(
         assert [check((batch(width),), {}) for width in range(6, 12)] == [False] * 6
 
 
+class InFloat(nn.Module):
+    """Gives in float32 what was computed in another precision, as accelerate does."""
+
+    def __init__(self, dtype: torch.dtype, pooled: bool) -> None:
+        super().__init__()
+        self.layer, self.dtype, self.pooled = nn.Linear(2, 2), dtype, pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            h = self.layer(x)
+        if self.pooled:
+            return h.mean(1).float()
+        return (h[:, 0] * (1 + 0.01 * (x.shape[1] < 8))).float()  # kernels that round otherwise
+
+
+def test_rounding_in_half_precision_is_no_dependence_on_the_width() -> None:
+    for dtype, pooled, refused in (
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, True, True),
+        (torch.float32, False, True),  # the broken twin: there a hundredth is no rounding
+    ):
+        torch.manual_seed(1)
+        check = WidthCheck(InFloat(dtype, pooled), 0)
+        assert check((batch(6),), {}) is False
+        if refused:
+            with pytest.raises(ExamplesMixError, match="how far its batch is padded"):
+                check((batch(8),), {})
+        else:
+            assert check((batch(8),), {}) is True
+
+
 def test_the_test_leaves_no_trace() -> None:
     model = Counted()
     check = WidthCheck(model, 0)

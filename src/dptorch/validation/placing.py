@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dptorch.tape.provenance.tags import Tag, owners
@@ -27,6 +28,7 @@ from dptorch.validation.chance import no_chance
 from dptorch.validation.reruns import is_plain, preserving_state, sampling_modules, unwrapped
 
 __all__ = [
+    "Rounding",
     "far",
     "find_place_dependence",
     "random_states",
@@ -140,7 +142,8 @@ def _run(
                 if isinstance(t, Tensor) and is_plain(t) and t.is_floating_point():
                     rows = _rows(t, recording)
                     if rows is not None:
-                        seen.append((blame, rows, relative_error(t)))
+                        before = seen[-1][2] if seen else 0.0  # rounding stays in what comes later
+                        seen.append((blame, rows, max(before, relative_error(t))))
 
         python, numpy = random_states()
         with sampling_modules(model, sample), uncompiled(), patched(), recording:
@@ -199,6 +202,27 @@ def relative_error(t: Tensor) -> float:
     if torch.is_autocast_enabled(t.device.type):
         return _RELATIVE_HALF
     return _RELATIVE.get(t.dtype, _RELATIVE_HALF)
+
+
+class Rounding(TorchDispatchMode):
+    """Notes whether anything is computed in half precision, whatever is made of it later.
+
+    Attributes:
+        error: what this may move, as `relative_error`; 0 if nothing was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.error = 0.0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in _RELATIVE:
+                self.error = _RELATIVE_HALF
+        return out
 
 
 def far(a: Tensor, b: Tensor, relative: float) -> bool:
