@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dptorch
-from dptorch.errors import BudgetExhausted, ExamplesMixError, PrivacyError
+from dptorch.errors import (
+    BudgetExhausted,
+    ConfigurationError,
+    ExamplesMixError,
+    PrivacyError,
+)
 from dptorch.validation.all_experts import AllExperts
 from tests.engine.legitimate.models import mixtral, switch
 from tests.engine.setup import SIZE, Loss, make_data, make_engine, make_model, steps_with
@@ -171,3 +176,33 @@ def test_a_mixture_of_experts_of_transformers() -> None:
     model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     with pytest.raises(ExamplesMixError, match=r"set_experts_implementation\('batched_mm'\)"):
         steps_with(loss, model)
+
+
+class Filter(nn.Module):
+    """Multiplies spectra by a complex parameter, kept as it is or as real numbers."""
+
+    def __init__(self, *, real: bool) -> None:
+        super().__init__()
+        w = torch.randn(3, dtype=torch.complex64)
+        self.w = nn.Parameter(torch.view_as_real(w) if real else w)
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch.view_as_complex(self.w) if self.w.is_floating_point() else self.w
+        out: Tensor = self.layer(torch.fft.irfft(torch.fft.rfft(x) * w, n=5))
+        return out
+
+
+def test_a_complex_parameter() -> None:
+    """Noise has no imaginary part; what is computed of such numbers: `tape/test_complex.py`."""
+    with pytest.raises(ConfigurationError, match=r"'w' is complex.*view_as_real"):
+        make_engine(Filter(real=False))
+    assert steps_with(_plain, Filter(real=True)) == 2
+
+
+def test_a_scripted_model() -> None:
+    with pytest.raises(ConfigurationError, match=r"Give the nn\.Module that it was made of"):
+        make_engine(torch.jit.script(nn.Linear(5, 3)))
+    engine = make_engine(model := nn.Linear(5, 3))
+    engine.detach()
+    assert torch.jit.script(model)(torch.ones(2, 5)).shape == (2, 3)

@@ -48,12 +48,18 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Return the trainable parameters of `model` by name.
 
     Raises:
-        ConfigurationError: there are none, they have no values yet, or the model has an engine.
+        ConfigurationError: there are none, they have no values yet, or the model has an engine or is
+            TorchScript.
     """
     if hooks_of(model) is not None:
         raise ConfigurationError(
             "this model already has a privacy engine: its gradients would be clipped and noised "
             "twice. Call detach() on the other engine first."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigurationError(
+            f"model={type(model).__name__}: TorchScript runs outside Python, where nothing can follow "
+            "it. Give the nn.Module that it was made of, and script that after training."
         )
     parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -67,6 +73,12 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
                 f"the parameter {name!r} is on the meta device and has no values yet. Load the "
                 "weights, or model.to_empty(device='cpu') and initialise them, before making the "
                 "engine."
+            )
+        if p.is_complex() and p.requires_grad:
+            raise ConfigurationError(
+                f"the parameter {name!r} is complex, and noise is added to real numbers. Keep it as "
+                "nn.Parameter(torch.view_as_real(w)), and use torch.view_as_complex(self.w) in "
+                "forward()."
             )
     return parameters
 

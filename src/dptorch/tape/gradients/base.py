@@ -230,8 +230,8 @@ def square_sum(dense: Tensor) -> Tensor:
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """bfloat16 and float16 are too coarse for norms and sums."""
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+    """bfloat16 and float16 are too coarse for norms and sums; complex numbers stay what they are."""
+    return t if t.dtype in (torch.float32, torch.float64) or t.is_complex() else t.float()
 
 
 def weigh(t: Tensor, weights: Tensor) -> Tensor:

@@ -431,7 +431,7 @@ class Recording(TorchFunctionMode):
         return self._with_rule(call)
 
     def _with_rule(self, call: Call) -> Any:
-        found = RULES.get(call.name)
+        found = None if any(p.is_complex() for p in call.parameters) else RULES.get(call.name)
         try:
             if not all(complete(tag) for _, tag in call.tagged):
                 raise Lost("rows that belong to no example yet meet a parameter")

@@ -3,7 +3,8 @@
 A rule is a function ``rule(call, recording) -> result``. It runs the op with the parameter detached
 and hands the output to ``recording.tap`` together with a function that turns the output's gradient
 into per-example gradients (`dptorch.tape.gradients`). A rule that does not apply to a call returns
-NotImplemented, and the generic rule takes it.
+NotImplemented, and the generic rule takes it. It takes all calls with complex parameters too: no rule
+conjugates the other factor.
 
 To add one: write the function in the file of its op family and decorate it with ``@rule("name")``,
 the name being the op's `canonical_name`.
