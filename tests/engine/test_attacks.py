@@ -81,6 +81,25 @@ def test_a_linear_record_whose_positions_cancel_is_clipped(
     assert worst_of_cancelling_records(monkeypatch, width, scale) <= 1.01
 
 
+def test_a_record_that_cancels_a_little_is_never_above_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Just above where it would be measured again, the error of a difference is some 1e-4 of it."""
+    from dptorch.tape.gradients import outer
+
+    scales = (10.0, 30.0, 50.0, 100.0)
+    worst = [worst_of_cancelling_records(monkeypatch, 16, scale) for scale in scales]
+    assert max(worst) <= 1 + 1e-6
+    plain = outer.without_cancellation
+
+    def without_margin(squared: Tensor, magnitude: Tensor, *rest: Any, **more: Any) -> Tensor:
+        return plain(squared, magnitude, *rest, **more | {"formed": True})
+
+    monkeypatch.setattr(outer, "without_cancellation", without_margin)  # the broken twin
+    worst = [worst_of_cancelling_records(monkeypatch, 16, scale) for scale in scales]
+    assert max(worst) > 1 + 1e-5
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_a_convolved_record_whose_positions_cancel_is_clipped(
     monkeypatch: pytest.MonkeyPatch, scale: float

@@ -110,8 +110,9 @@ def without_cancellation(
 
     A norm from Gram matrices or cross terms is a difference of large numbers where an example's
     terms nearly cancel: its rounding error is that of the terms. Where the result is not well above
-    that error, the gradient is formed in float64 and measured. The error of the sum that will be
-    released, which is formed in the original precision, is added to every norm.
+    that error, the gradient is formed in float64 and measured. What may be missing is added to every
+    norm: the error of the difference, or that of the sum that will be released, which is formed in the
+    original precision.
 
     Args:
         squared: squared norms [B] as computed.
@@ -121,9 +122,10 @@ def without_cancellation(
             magnitude; in a difference of squares it is eps times the magnitude's square.
 
     Guarantees:
-        The result is at least the true squared norm, to a relative error of 1e-2.
-        Held by `test_a_linear_record_whose_positions_cancel_is_clipped` and
-        `test_a_tied_record_whose_uses_cancel_is_clipped`.
+        The result is at least the true squared norm, but for the rounding of one number.
+        Held by `test_a_linear_record_whose_positions_cancel_is_clipped`,
+        `test_a_tied_record_whose_uses_cancel_is_clipped` and
+        `test_a_record_that_cancels_a_little_is_never_above_the_bound`.
     """
     eps = torch.finfo(squared.dtype).eps
     if squared.is_cuda and torch.backends.cuda.matmul.allow_tf32:
@@ -136,7 +138,8 @@ def without_cancellation(
         total = sum(f.take(index, torch.float64).dense() for f in forms)
         assert isinstance(total, Tensor)
         squared = squared.index_copy(0, index, square_sum(total).to(squared.dtype))
-    return squared + (4 * eps) ** 2 * bound
+    margin = (4 * eps) ** 2 * bound
+    return squared + (margin if formed else torch.where(doubtful, margin, 4 * eps * bound))
 
 
 def underflowed(squared: Tensor, longest: Tensor, terms: int) -> Tensor | None:
