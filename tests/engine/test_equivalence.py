@@ -128,6 +128,28 @@ def test_a_line_search_on_private_losses_is_refused() -> None:
     assert engine.steps_done == 0
 
 
+def test_an_optimizer_that_calls_its_closure_is_refused_in_words() -> None:
+    class ByLoss(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            self.param_groups[0]["lr"] = float(closure())  # type: ignore[operator]
+            super().step()
+
+    model = make_model()
+    x, y = make_data().tensors
+    engine = make_engine(model)
+    optimizer = engine.attach(ByLoss(model.parameters(), lr=0.1))
+
+    def closure() -> torch.Tensor:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    before = parameters(model)
+    with pytest.raises(dptorch.errors.ConfigurationError, match="ByLoss calls its closure"):
+        optimizer.step(closure)
+    assert torch.equal(before, parameters(model))
+
+
 @pytest.mark.parametrize("physical", [None, 5, 1])
 def test_clipping_equals_the_loop(physical: int | None) -> None:
     model = make_model()

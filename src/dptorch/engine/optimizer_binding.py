@@ -111,7 +111,16 @@ class OptimizerBinding:
                 loss = closure()
         if self._take_step():
             with _watched() if has_hooks(self.optimizer) else nullcontext():
-                self._step()
+                try:
+                    self._step()
+                except TypeError as error:
+                    if closure is not None and "'NoneType' object is not callable" in str(error):
+                        raise ConfigurationError(
+                            f"{type(self.optimizer).__name__} calls its closure inside step(), which "
+                            "looks at the private batch again, or at its exact loss. The closure is "
+                            "run once, before the step. Use an optimizer that goes by .grad alone."
+                        ) from error
+                    raise
         else:
             not_stepped(self.optimizer)
         return _plain(loss)
