@@ -133,3 +133,12 @@ def test_what_is_public_keeps_its_name():
     assert "eval_loss" in renamed(logs, eval_is_public=True)
     assert sorted(private.values()) == sorted(logs.values())
     assert renamed(private, eval_is_public=False) == private
+
+
+def test_the_statement_says_that_the_evaluation_data_counts_as_public(tmp_path):
+    for public in (True, False):
+        trainer = trainer_of(build("gpt2"), "gpt2", tmp_path, privacy={"eval_is_public": public})
+        trainer.train()
+        assert (
+            "the evaluation data counts as public" in str(trainer.privacy_statement())
+        ) is public

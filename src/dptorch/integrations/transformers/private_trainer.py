@@ -36,6 +36,7 @@ from dptorch.integrations.transformers.reporting import (
     add_to_model_card,
     not_private_files,
     renamed,
+    with_public_data,
 )
 from dptorch.integrations.transformers.sharding import sharded
 from dptorch.plan import PrivacyPlan, PrivacySpent
@@ -226,7 +227,7 @@ class PrivateTrainer(Trainer):
 
     def privacy_statement(self) -> Statement:
         """The statement of the run so far; ``print`` it."""
-        return self._engine.statement()
+        return with_public_data(self._engine.statement(), self.privacy)
 
     @property
     def _engine(self) -> PrivacyEngine:

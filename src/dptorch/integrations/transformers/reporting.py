@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from dptorch.integrations.transformers.privacy_arguments import PrivacyArguments
 from dptorch.statement import Statement
 
-__all__ = ["NOT_PRIVATE", "add_to_model_card", "not_private_files", "renamed"]
+__all__ = ["NOT_PRIVATE", "add_to_model_card", "not_private_files", "renamed", "with_public_data"]
 
 NOT_PRIVATE: Final = "not_private_"
 
@@ -50,6 +52,17 @@ def renamed(logs: Mapping[str, float], *, eval_is_public: bool) -> dict[str, flo
         return name in _PUBLIC or name.startswith(NOT_PRIVATE)
 
     return {name if public(name) else NOT_PRIVATE + name: value for name, value in logs.items()}
+
+
+def with_public_data(statement: Statement, privacy: PrivacyArguments) -> Statement:
+    """The statement, with what the user said of the evaluation data."""
+    if not privacy.eval_is_public:
+        return statement
+    note = (
+        "the evaluation data counts as public, as eval_is_public=True says: it may choose the model "
+        "that is kept and when training stops, and nothing here protects it."
+    )
+    return replace(statement, notes=(*statement.notes, note))
 
 
 def add_to_model_card(folder: Path, statement: Statement) -> None:
