@@ -15,6 +15,7 @@ from dptorch.distributed.agreement import (
     digest_of_values,
     places_of_key,
 )
+from dptorch.engine.secret_draws import seed_workers_in_secret
 from dptorch.errors import ConfigurationError
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import RootKey
@@ -74,6 +75,8 @@ def loader_of(
     if users is not None and plan.max_examples_per_user is not None:
         sampler = UserSampler(sampler, users, plan.max_examples_per_user, key)
         capacity = capacity and capacity * plan.max_examples_per_user
+    if key.source.is_private:
+        seed_workers_in_secret(dataloader_kwargs)
     return PrivateLoader(
         dataset,
         sampler,

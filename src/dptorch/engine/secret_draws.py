@@ -9,7 +9,8 @@ seed sees other masks for everybody. With a secret seed nobody can tell a row's 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dptorch.distributed import Ranks
 from dptorch.errors import PrivacyError
 from dptorch.randomness import RootKey
 
-__all__ = ["SecretDraws"]
+__all__ = ["SecretDraws", "seed_workers_in_secret"]
 
 
 #: The seeds that engines of this process gave: one's batch may be handed out before another's step.
@@ -31,6 +32,30 @@ _KNOWN = (
     "was neither taken nor counted. Call torch.manual_seed before the loop; draw what is not for the "
     "training from a torch.Generator of your own."
 )
+
+
+def seed_workers_in_secret(dataloader_kwargs: dict[str, Any]) -> None:
+    """Let no known seed reach the worker processes of a loader, in place.
+
+    A `generator` would give the seed that workers begin with, and draws no batch here; a
+    `worker_init_fn` runs, and what it seeded is seeded anew.
+
+    Guarantees:
+        The draws of workers come from a secret seed, unless the data set seeds them itself.
+        Held by `test_a_known_seed_does_not_reach_the_workers_of_a_private_run`.
+    """
+    dataloader_kwargs["generator"] = None
+    given = dataloader_kwargs.get("worker_init_fn")
+    if given is not None:
+        dataloader_kwargs["worker_init_fn"] = partial(_begin_worker, given)
+
+
+def _begin_worker(given: Callable[[int], object], worker: int) -> None:
+    secret = torch.initial_seed()  # of this worker, as DataLoader drew it
+    given(worker)
+    torch.manual_seed(secret)
+    random.seed(secret)
+    np.random.seed([secret & 0xFFFFFFFF, secret >> 32])  # noqa: NPY002
 
 
 class SecretDraws:
