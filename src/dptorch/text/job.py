@@ -11,7 +11,6 @@ import torch
 
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError, one_of
-from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.text import classification, language
 from dptorch.text.batches import Tokenized, by_length
 from dptorch.text.bible import SMALL_GPT, passages, small_gpt
@@ -167,8 +166,7 @@ def _origin(job: TextJob) -> Origin | None:
     assert job.data is not None
     if folder_of(job.model) is None:
         return None
-    protects = job.seed is None and get_mode(job.clipping_mode) is not NON_PRIVATE
-    return origin_of(job.model, None, None, None, job.data, protects=protects)
+    return origin_of(job.model, None, None, None, job.data, protects=job.protects)
 
 
 def _refuse_contradictions(job: TextJob) -> None:

@@ -109,6 +109,11 @@ class RunSettings:
     seed: int | None = None
     diagnostics: bool = True
 
+    @property
+    def protects(self) -> bool:
+        """Whether the run adds noise from a secret key."""
+        return self.seed is None and get_mode(self.clipping_mode) is not NON_PRIVATE
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `run.json`."""
         return asdict(self)

@@ -22,7 +22,6 @@ from dptorch.postprocessing import (
     WeightAverage,
 )
 from dptorch.randomness import RootKey
-from dptorch.tape.gradients.clipping_modes import NON_PRIVATE, get_mode
 from dptorch.training.job import (
     RunSettings,
     Setup,
@@ -301,9 +300,8 @@ def _begin(network: nn.Module, job: VisionJob) -> Origin | None:
         about: Any = getattr(network, "pretrained_cfg", None)  # of timm
         tag = about.get("tag") if isinstance(about, dict) else getattr(about, "tag", None)
         return Origin(f"{job.model} ({tag or 'default'})", "the data that their publisher names")
-    protects = job.seed is None and get_mode(job.clipping_mode) is not NON_PRIVATE
     origin = origin_of(
-        job.init, job.init_data, job.init_epsilon, job.init_delta, job.data, protects=protects
+        job.init, job.init_data, job.init_epsilon, job.init_delta, job.data, protects=job.protects
     )
     load_weights(network, job.init)
     return origin
