@@ -114,32 +114,32 @@ def model_size() -> str:
 
 
 def bible() -> str:
-    """Perplexity of a byte of unseen passages against steps, as docs/tasks.md has it."""
+    """Perplexity of a byte of unseen passages after each pass, as docs/tasks.md has it."""
     page = (DOCS / "tasks.md").read_text()
-    rows = [
-        tuple(map(float, row))
-        for row in re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
-    ]
+    rows = re.findall(r"^\| (\d) \| \d+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
     found = re.search(r"frequencies of single bytes alone give ([\d.]+)\.", page)
     assert found is not None
-    figure, axes = canvas("training step", "perplexity of a byte of unseen passages")
-    axes.plot(
-        [step for step, *_ in rows], [value for *_, value in rows], "o-", color=BLUE, linewidth=2,
-        markersize=5,
-    )  # fmt: skip
-    for step, epsilon, value in rows[1:]:
-        axes.annotate(
-            f"{value:.1f}, ε = {epsilon:.1f}", (step, value), xytext=(-4, 8),
-            textcoords="offset points", color=INK, fontsize=9.5,
-        )  # fmt: skip
+    passes = [int(row[0]) for row in rows]
+    figure, axes = canvas("pass over the passages", "perplexity of a byte of unseen passages")
+    for column, dashes in ((2, DASHES[0]), (3, DASHES[4])):
+        values = [float(row[column]) for row in rows]
+        axes.plot(passes, values, "o", color=BLUE, linewidth=2, markersize=5, linestyle=dashes)
+    for number, epsilon, private, plain in rows[1:]:
+        above = f"{float(private):.1f}, ε = {float(epsilon):.1f}"
+        below = f"{float(plain):.1f}, without privacy" if number == rows[-1][0] else f"{plain}"
+        for value, text, shift in ((private, above, 8), (plain, below, -15)):
+            axes.annotate(
+                text, (int(number), float(value)), xytext=(-4, shift), textcoords="offset points",
+                color=INK, fontsize=9.5,
+            )  # fmt: skip
     level = float(found[1])
     axes.axhline(level, color=MUTED, linewidth=1, linestyle=DASHES[0])
     axes.annotate(
-        f"frequencies of single bytes, {level:.1f}", (rows[-1][0], level), xytext=(20, 4),
+        f"frequencies of single bytes, {level:.1f}", (passes[-1], level), xytext=(20, 4),
         textcoords="offset points", ha="right", color=INK, fontsize=9.5,
     )  # fmt: skip
     powers(axes)
-    axes.set(xlim=(-3, 128), xticks=[step for step, *_ in rows])
+    axes.set(xlim=(-0.1, 5.3), ylim=(3, 330), xticks=passes)
     return svg(figure)
 
 
