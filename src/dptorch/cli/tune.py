@@ -125,7 +125,8 @@ def tune(
             folder, run, changed, lambda trial: prepared_again(trial, changed)
         )
     else:
-        job = _job_with_budget(ctx, source, reading, model, privacy, training, output)
+        _refuse_options(source, privacy, output)
+        job = _with_budget(job_of(ctx, source, reading, model, privacy, training, output))
         folder = _free_folder(source, output)
         candidates = _candidates(choice)
         law = RunLaw(choice.run_law, choice.mean_runs)
@@ -148,18 +149,7 @@ def tune(
     console.print(f"[bold green]Done:[/] {words}: {spent_and_tested(replace(outcome, last=last))}")
 
 
-def _job_with_budget(
-    ctx: typer.Context,
-    source: DataOptions,
-    reading: ReadingOptions,
-    model: ModelOptions,
-    privacy: PrivacyOptions,
-    training: TrainingOptions,
-    output: OutputOptions,
-) -> Job:
-    """The job of every run, with the ε that publishing the best costs."""
-    from dptorch.training.job import prepare
-
+def _refuse_options(source: DataOptions, privacy: PrivacyOptions, output: OutputOptions) -> None:
     if privacy.noise_multiplier is not None:
         raise ConfigurationError(
             f"noise_multiplier={privacy.noise_multiplier:g} does not go with tuning: the noise follows "
@@ -171,9 +161,14 @@ def _job_with_budget(
             "--shards, --release and --nproc do not go with dptorch tune. Release what it leaves with: "
             "dptorch release"
         )
-    asked = job_of(ctx, source, reading, model, privacy, training, output)
-    decided: float | None = asked.target_epsilon or prepare(asked).job.to_dict()["target_epsilon"]
-    return replace(asked, target_epsilon=decided)
+
+
+def _with_budget(job: Job) -> Job:
+    """The job with the ε that publishing the best run costs, if its recipe decides that."""
+    from dptorch.training.job import prepare
+
+    decided: float | None = job.target_epsilon or prepare(job).job.to_dict()["target_epsilon"]
+    return replace(job, target_epsilon=decided)
 
 
 def _free_folder(source: DataOptions, output: OutputOptions) -> Path:
