@@ -27,6 +27,7 @@ from dptorch.cli.app import app
 from dptorch.errors import ConfigurationError
 
 CPU = torch.device("cpu")
+MACHINE = {"machine": "Some(R) Processor, 2 cores, 8 GiB"}
 ENGINES = engines()
 
 
@@ -281,7 +282,8 @@ def test_a_run_writes_everything(tiny: Path) -> None:
     chosen = ("--engine", "dptorch/auto", "--engine", "opacus/ghost", "--no-memory", "--docs")
     code, out = bench("mlp", "functional_tie", "reused", *chosen, "--rounds", "2")
     assert code == 0, out
-    with (tiny / "docs/cost/cost.csv").open() as file:
+    [place] = (tiny / "docs/cost").iterdir()  # named after this machine's processor
+    with (place / "cost.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [f.name for f in fields(Row)]
     assert len(rows) == 3 * 3
@@ -290,8 +292,8 @@ def test_a_run_writes_everything(tiny: Path) -> None:
     (refused,) = [r for r in rows if r["reason"]]
     assert (refused["workload"], refused["engine"]) == ("reused", "opacus/ghost")
     text = (tiny / "docs/cost.md").read_text()
-    assert "cost/cost.svg" in text
-    assert (tiny / "docs/cost/cost.svg").exists()
+    assert f"](cost/{place.name}/cost.svg)" in text
+    assert (place / "cost.svg").exists()
     assert "tying is not supported" in text
     assert f"torch {torch.__version__}" in text
     for word in ("load average", "threads", "2 rounds", "opacus 1."):
@@ -305,8 +307,8 @@ def test_a_run_writes_everything(tiny: Path) -> None:
     assert "| engine | L=1 | L=2 | L=4 | L=8 |" in text
     # L layers of 8 x 8 weights and 8 biases.
     assert "| trained parameters | 72 | 144 | 288 | 576 |" in text
-    assert "## Time and memory" in text
-    assert (tiny / "docs/cost/sweep-B.svg").exists()
+    assert "### Time and memory" in text
+    assert (place / "sweep-B.svg").exists()
 
 
 def test_the_largest_batch_from_the_command_line(
@@ -332,19 +334,19 @@ def test_a_wrong_gradient_is_no_best_of_anything(tmp_path: Path) -> None:
     wrong = Row("mlp", "peer/wrong", 2, None, 4, ratio=1.1, gradient_error=0.5)
     right = Row("mlp", "peer/right", 2, None, 4, ratio=1.5, gradient_error=1e-6)
     failed = Row("mlp", "peer/none", 2, None, 4, ratio=1.0, gradient_error=float("nan"))
-    run = Measurements("cost", "dptorch bench", {}, {}, [wrong, right, failed])
+    run = Measurements("cost", "dptorch bench", MACHINE, {}, [wrong, right, failed])
     save(run, tmp_path)
     text = page(load(tmp_path))
     assert "| mlp, B=2, d=4 | 1.50 |" in text
     assert "(1.10)" in text
-    [kept] = json.loads((tmp_path / "cost.json").read_text())
+    [kept] = json.loads((tmp_path / "some-processor/cost.json").read_text())
     assert kept["kind"] == "cost"
 
 
 def test_a_run_replaces_what_it_measures_and_leaves_other_workloads(tmp_path: Path) -> None:
     def run(command: str, **ratios: float) -> Measurements:
         rows = [Row(w, "dptorch/auto", 2, None, 4, ratio=r) for w, r in ratios.items()]
-        return Measurements("cost", command, {"date": command}, {}, rows)
+        return Measurements("cost", command, MACHINE | {"date": command}, {}, rows)
 
     save(run("first", mlp=1.11, vit=1.22), tmp_path)
     save(run("second", vit=1.33, gpt2=1.44), tmp_path)
@@ -356,9 +358,25 @@ def test_a_run_replaces_what_it_measures_and_leaves_other_workloads(tmp_path: Pa
     assert "vit, gpt2:" in text
     assert "1.22" not in text
     assert text.index("first") < text.index("second")
-    assert len((tmp_path / "cost.csv").read_text().splitlines()) == 4
+    assert len((tmp_path / "some-processor/cost.csv").read_text().splitlines()) == 4
     save(run("third", mlp=1.55), tmp_path)
     assert [r.command for r in load(tmp_path)] == ["second", "third"]
+
+
+def test_each_processor_keeps_its_numbers(tmp_path: Path) -> None:
+    """One name may stand for processors with other instructions, as it does on rented machines."""
+    older = MACHINE | {"instructions": "AVX-512"}
+    for facts, ratio in ((older, 1.11), (MACHINE, 1.22), (older | {"date": "later"}, 1.33)):
+        row = Row("mlp", "dptorch/auto", 2, None, 4, ratio=ratio, gradient_error=0.0)
+        save(Measurements("cost", "dptorch bench mlp", facts, {}, [row]), tmp_path)
+    text = page(load(tmp_path))
+    alone, wide = text.split("## Some Processor with AVX-512")
+    assert "## Some Processor\n" in alone
+    for part, shown, elsewhere in ((alone, "| 1.22 |", "| 1.33 |"), (wide, "| 1.33 |", "| 1.22 |")):
+        assert shown in part
+        assert elsewhere not in part
+    assert "| 1.11 |" not in text
+    assert "](some-processor-with-avx-512/cost.svg)" in wide
 
 
 def test_memory_is_a_ratio_to_the_ordinary_loop(monkeypatch: pytest.MonkeyPatch) -> None:

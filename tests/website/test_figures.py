@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tests.source import REPOSITORY
 
-from dptorch.bench.cost_page import _styles
+from dptorch.bench.cost_plots import _styles
 from dptorch.training.run_charts import DASHES, MARKS
 
 ALT = re.compile(r"!\[([^\]]*)\]\(|<img\b(?:(?!alt=)[^>])*(?:alt=[\"']([^\"']*))?")

@@ -6,4 +6,5 @@ timing, memory    measure one workload
 exactness         compare an engine's gradient with a loop
 suite             goes through workloads and engines
 cost_page         writes the results
+cost_plots        draws them
 """

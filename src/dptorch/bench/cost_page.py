@@ -1,14 +1,15 @@
 """Write measurements as CSV, Markdown, a plot, and a table on the terminal.
 
-Runs are kept as ``KIND.json`` and ``KIND.csv`` in a folder, KIND being ``cost``, ``sweep-B``,
-``sweep-T``, ..., ``largest-batch``. A new run takes the place of earlier ones of its kind for
-the workloads that it measured; the page is made of all that the folder holds.
+Runs are kept as ``PROCESSOR/KIND.json`` and ``.csv`` in a folder, KIND being ``cost``, ``sweep-B``,
+``sweep-T``, ..., ``largest-batch``. A new run takes the place of earlier ones of its kind on its
+processor for the workloads that it measured; the page is made of all that the folder holds.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dptorch.bench.cost_plots import alternative, draw
 from dptorch.bench.engines import NON_PRIVATE
 from dptorch.bench.exactness import WRONG
-from dptorch.bench.suite import Row
+from dptorch.bench.suite import Row, family, is_wrong, processor
 from dptorch.bench.workloads import AXES, WORKLOADS
-from dptorch.training.run_charts import MARKS, MUTED, SERIES, dress
 
 __all__ = ["KINDS", "Measurements", "load", "page", "remarks", "save", "terminal_table"]
 
@@ -52,6 +53,7 @@ class Measurements:
 def save(run: Measurements, folder: Path) -> list[Path]:
     """Write the run, beside what earlier ones say of other workloads, as JSON and CSV, and a plot;
     returns the files."""
+    folder = folder / _folder_name(run)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{run.kind}.{ending}" for ending in ("json", "csv", "svg")]
     runs = [*_others(_read(files[0]), run), run]
@@ -62,12 +64,19 @@ def save(run: Measurements, folder: Path) -> list[Path]:
         writer.writeheader()
         for row in rows:
             writer.writerow({k: _short(v) for k, v in asdict(row).items()})
-    return files if _plot(run.kind, rows, files[2]) else files[:2]
+    return files if draw(run.kind, rows, files[2]) else files[:2]
 
 
 def load(folder: Path) -> list[Measurements]:
-    """The runs that a folder holds, in the order of `KINDS`, the oldest of a kind first."""
-    return [run for kind in KINDS for run in _read(folder / f"{kind}.json")]
+    """The runs that a folder holds: by processor, in the order of `KINDS`, the oldest of a kind
+    first."""
+    places = sorted(place for place in folder.iterdir() if place.is_dir())
+    return [run for place in places for kind in KINDS for run in _read(place / f"{kind}.json")]
+
+
+def _folder_name(run: Measurements) -> str:
+    """Of the run's processor: ``intel-xeon-processor-with-avx-512-vaes-amx``."""
+    return "-".join(re.findall("[a-z0-9]+", processor(run.facts).lower()))
 
 
 def _read(file: Path) -> list[Measurements]:
@@ -104,22 +113,29 @@ def _short(value: Any) -> Any:
 
 
 def page(runs: Sequence[Measurements]) -> str:
-    """One Markdown page of everything measured."""
+    """One Markdown page of everything measured, a section for each processor."""
     text = [_INTRODUCTION]
-    for kind in dict.fromkeys(run.kind for run in runs):
-        of_kind = [run for run in runs if run.kind == kind]
-        rows = _in_order(of_kind)
-        text += [_TITLES[kind], "", *_circumstances(of_kind), ""]
-        if kind == "cost":
-            text += [*_summary(rows), "", f"![{_alternative(rows)}]({kind}.svg)", ""]
-            text += _each_workload(rows)
-        elif kind == "largest-batch":
-            text += _largest(of_kind[-1], rows)
-        else:
-            text += [*_sweep(kind, rows), "", f"![how the cost of a step grows]({kind}.svg)", ""]
+    for name in dict.fromkeys(processor(run.facts) for run in runs):
+        text += [f"## {name}", ""]
+        of_processor = [run for run in runs if processor(run.facts) == name]
+        for kind in dict.fromkeys(run.kind for run in of_processor):
+            text += _section(kind, [run for run in of_processor if run.kind == kind])
     about = {name: what for run in runs for name, what in run.about.items()}
     text += ["## Engines", "", *(f"- `{name}`: {what}" for name, what in about.items()), ""]
     return "\n".join(text)
+
+
+def _section(kind: str, runs: Sequence[Measurements]) -> list[str]:
+    """What one processor took, of one kind."""
+    rows = _in_order(runs)
+    text = [_TITLES[kind], "", *_circumstances(runs), ""]
+    plot = f"{_folder_name(runs[0])}/{kind}.svg"
+    if kind == "cost":
+        text += [*_summary(rows), "", f"![{alternative(rows)}]({plot})", ""]
+        return text + _each_workload(rows)
+    if kind == "largest-batch":
+        return text + _largest(runs[-1], rows)
+    return [*text, *_sweep(kind, rows), "", f"![how the cost of a step grows]({plot})", ""]
 
 
 _INTRODUCTION = f"""# What a private step costs
@@ -142,9 +158,9 @@ anything.
 """
 
 _TITLES = {
-    "cost": "## Time and memory",
-    "largest-batch": "## Largest batch",
-    **{f"sweep-{axis}": f"## How cost grows with {axis}" for axis in AXES},
+    "cost": "### Time and memory",
+    "largest-batch": "### Largest batch",
+    **{f"sweep-{axis}": f"### How cost grows with {axis}" for axis in AXES},
 }
 
 
@@ -169,16 +185,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _summary(all_rows: Sequence[Row]) -> list[str]:
     """The fastest right engine of each family on each workload; nothing if none was checked."""
-    right = [r for r in all_rows if r.ratio and r.gradient_error is not None and not _wrong(r)]
+    right = [r for r in all_rows if r.ratio and r.gradient_error is not None and not is_wrong(r)]
     if not right:
         return []
-    families = list(dict.fromkeys(_family(r.engine) for r in all_rows if r.engine != NON_PRIVATE))
+    families = list(dict.fromkeys(family(r.engine) for r in all_rows if r.engine != NON_PRIVATE))
     times, memory = [], []
     for workload, rows in _by_workload(all_rows).items():
         label = f"{workload}, {_size(rows[0])}"
         best = []
-        for family in families:
-            mine = [r for r in right if r.workload == workload and _family(r.engine) == family]
+        for name in families:
+            mine = [r for r in right if r.workload == workload and family(r.engine) == name]
             best.append(min(mine, key=lambda r: r.ratio or 0, default=None))
         times.append([label, *(_number(r.ratio) if r else "none" for r in best)])
         memory.append([label, *(_number(r.allocator_ratio) if r else "none" for r in best)])
@@ -193,7 +209,7 @@ def _each_workload(all_rows: Sequence[Row]) -> list[str]:
     text = []
     for workload, rows in _by_workload(all_rows).items():
         text += [
-            f"### {workload}",
+            f"#### {workload}",
             "",
             f"{_sentence(WORKLOADS[workload].what)}. {_size(rows[0])}.",
             "",
@@ -212,7 +228,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.engine,
         _number(row.step_ms, 1 if (row.step_ms or 0) < 100 else 0),
-        f"({time})" if _wrong(row) else time,
+        f"({time})" if is_wrong(row) else time,
         f"{_number(row.ratio_p10)}-{_number(row.ratio_p90)}",
         _number(row.cpu_ratio),
         _number(row.allocator_ratio),
@@ -303,14 +319,6 @@ def _by_workload(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return grouped
 
 
-def _family(engine: str) -> str:
-    return engine.split("/")[0]
-
-
-def _wrong(row: Row) -> bool:
-    return row.gradient_error is not None and not row.gradient_error <= WRONG
-
-
 def _size(row: Row) -> str:
     return ", ".join(f"{k}={getattr(row, k)}" for k in AXES if getattr(row, k) is not None)
 
@@ -344,7 +352,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
         elif row.ratio is None:
             table.add_row(row.engine, "n/a")
         else:
-            table.add_row(*_cells(row)[:-1], style="red" if _wrong(row) else None)
+            table.add_row(*_cells(row)[:-1], style="red" if is_wrong(row) else None)
     return table
 
 
@@ -355,101 +363,6 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         if row.reason:
             reasons.setdefault(row.reason, []).append(row.engine)
     notes = [f"{', '.join(engines)}: n/a: {reason}" for reason, engines in reasons.items()]
-    if any(_wrong(r) for r in rows):
+    if any(is_wrong(r) for r in rows):
         notes.append("Red, in brackets: not the gradient it should be, so another computation.")
     return notes
-
-
-# -- plot ------------------------------------------------------------------------------------------
-
-
-def _plot(kind: str, all_rows: Sequence[Row], file: Path) -> bool:
-    """Draw the ratios of time; False where there are none, or no matplotlib to draw with."""
-    rows = [r for r in all_rows if r.ratio is not None and r.engine != NON_PRIVATE]
-    if not rows:
-        return False
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    from matplotlib.figure import Figure
-
-    figure = _dots(Figure, rows) if kind == "cost" else _lines(Figure, rows, kind)
-    with matplotlib.rc_context({"svg.hashsalt": "dptorch"}):  # the same file for the same numbers
-        figure.savefig(file, facecolor="white", metadata={"Date": None}, bbox_inches="tight")
-    return True
-
-
-def _alternative(rows: Sequence[Row]) -> str:
-    """What the plot shows, for who does not see it."""
-    private = [r for r in rows if r.ratio is not None and r.engine != NON_PRIVATE and not _wrong(r)]
-    ours = sorted(r.ratio or 0 for r in private if r.engine == "dptorch/auto")
-    others = sorted(r.ratio or 0 for r in private if _family(r.engine) != "dptorch")
-    said = [
-        f"{name} {least[0]:.2f} to {least[-1]:.2f}"
-        for name, least in (("dptorch/auto", ours), ("other libraries", others))
-        if least
-    ]
-    return f"time of a private step as a multiple of the ordinary one: {'; '.join(said)}"
-
-
-def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """A colour for each family, and a mark for each engine, which can be told in grey."""
-    engines = list(dict.fromkeys(r.engine for r in rows))
-    families = list(dict.fromkeys(map(_family, engines)))
-    return {
-        engine: (SERIES[families.index(_family(engine)) % len(SERIES)], MARKS[i % len(MARKS)])
-        for i, engine in enumerate(engines)
-    }
-
-
-def _dots(figure_class: Any, rows: Sequence[Row]) -> Any:
-    workloads = list(dict.fromkeys(r.workload for r in rows))
-    figure = figure_class(figsize=(9, 1.5 + 0.45 * len(workloads)))
-    axes = figure.subplots()
-    for engine, (colour, marker) in _styles(rows).items():
-        mine = [r for r in rows if r.engine == engine]
-        y = [workloads.index(r.workload) for r in mine]
-        face = ["none" if _wrong(r) else colour for r in mine]
-        axes.scatter(
-            [r.ratio for r in mine], y, marker=marker, edgecolors=colour, facecolors=face,
-            label=engine, s=36, zorder=3,
-        )  # fmt: skip
-    dress(axes, "hollow: not the right gradient", "time of a step / non-private step", grid="x")
-    axes.axvline(1, color=MUTED, linewidth=1)
-    _ratio_axis(axes, "x", rows)
-    axes.set_yticks(range(len(workloads)), workloads)
-    axes.invert_yaxis()
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
-    return figure
-
-
-def _lines(figure_class: Any, rows: Sequence[Row], kind: str) -> Any:
-    axis = kind.partition("-")[2]
-    workloads = list(dict.fromkeys(r.workload for r in rows))
-    figure = figure_class(figsize=(1 + 3.6 * len(workloads), 3.4))
-    panels = figure.subplots(1, len(workloads), squeeze=False)[0]
-    for panel, workload in zip(panels, workloads, strict=True):
-        shown = [r for r in rows if r.workload == workload]
-        for engine, (colour, marker) in _styles(rows).items():
-            mine = sorted((getattr(r, axis), r.ratio) for r in shown if r.engine == engine)
-            if mine:
-                panel.plot(*zip(*mine, strict=True), color=colour, marker=marker, label=engine)
-        dress(panel, axis, f"{workload}: time / non-private")
-        panel.set(xscale="log")
-        ticks = sorted({getattr(r, axis) for r in shown})
-        panel.set_xticks(ticks, [str(t) for t in ticks])
-        panel.minorticks_off()
-        _ratio_axis(panel, "y", shown)
-        panel.axhline(1, color=MUTED, linewidth=1)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
-    return figure
-
-
-def _ratio_axis(axes: Any, which: str, rows: Sequence[Row]) -> None:
-    """Logarithmic, with the numbers people read."""
-    highest = max(r.ratio or 1 for r in rows)
-    ticks = [t for t in (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100) if t <= 1.5 * highest]
-    getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"set_{which}ticks")(ticks, [f"{t:g}" for t in ticks])
-    getattr(axes, f"{which}axis").minorticks_off()

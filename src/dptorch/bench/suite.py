@@ -16,12 +16,15 @@ import torch
 
 from dptorch.bench.all_engines import engines
 from dptorch.bench.engines import NON_PRIVATE, Engine, Step, start, versions
-from dptorch.bench.exactness import gradient_error
+from dptorch.bench.exactness import WRONG, gradient_error
 from dptorch.bench.memory import Question, ask
 from dptorch.bench.timing import interleave
 from dptorch.bench.workloads import Recipe, Size, Unavailable
 
-__all__ = ["Options", "Row", "Tell", "facts", "largest", "measure", "sweep_sizes"]
+__all__ = [
+    "Options", "Row", "Tell", "facts", "family", "is_wrong", "largest", "measure", "processor",
+    "sweep_sizes",
+]  # fmt: skip
 
 #: Told what is going on, and whether it is over.
 Tell = Callable[[str, bool], None]
@@ -91,11 +94,22 @@ class Row:
     parameters: int | None = None
 
 
+def family(engine: str) -> str:
+    """The library of an engine: ``opacus`` of ``opacus/ghost``."""
+    return engine.partition("/")[0]
+
+
+def is_wrong(row: Row) -> bool:
+    """Whether the engine clips or sums something else than each example's gradient."""
+    return row.gradient_error is not None and not row.gradient_error <= WRONG
+
+
 def facts(options: Options) -> dict[str, Any]:
     """Machine, versions, date and load: what must be known to read the numbers."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": _machine(options),
+        **_instructions(options),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "threads": options.threads,
         "dtype": options.dtype,
@@ -116,6 +130,27 @@ def _machine(options: Options) -> str:
         model = names[0].partition(":")[2].strip() if names else model
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {cores}, {gib:.0f} GiB"
+
+
+#: What the compiled code chooses by, and the BLAS: the name of a processor often hides it.
+_INSTRUCTIONS = {"avx512f": "AVX-512", "vaes": "VAES", "amx_tile": "AMX", "sve": "SVE"}
+
+
+def _instructions(options: Options) -> dict[str, str]:
+    """The wide instructions of the processor, where it has any and the system tells."""
+    info = Path("/proc/cpuinfo")
+    if torch.device(options.device).type == "cuda" or not info.exists():
+        return {}
+    lines = [x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))]
+    known = set(lines[0].split()) if lines else set()
+    found = [name for flag, name in _INSTRUCTIONS.items() if flag in known]
+    return {"instructions": ", ".join(found)} if found else {}
+
+
+def processor(of: dict[str, Any]) -> str:
+    """The processor or device of a run's `facts`: its name and its wide instructions."""
+    name = of["machine"].partition(",")[0].replace("(R)", "").replace("(TM)", "")
+    return f"{name} with {of['instructions']}" if of.get("instructions") else name
 
 
 def sweep_sizes(recipe: Recipe, axis: str, values: Sequence[int] = ()) -> list[Size]:
