@@ -146,6 +146,7 @@ class SeparatedGaussian(Event):
         return toeplitz_sensitivity(
             self.strategy(self.steps),
             steps=self.steps,
+            # How often a record takes part is not promised: only the separation limits it.
             participations=self.steps,
             min_separation=self.separation,
         )
@@ -231,8 +232,11 @@ def strategy_sensitivity(strategy: ArrayLike, *, participations: int, min_separa
     positive_int("participations", participations)
     positive_int("min_separation", min_separation)
     squares = (matrix**2).sum(axis=0)
+    # Exactly 0, not nearly: columns that share a row are
+    # not orthogonal, so their squares do not add up.
     apart = not np.tril(matrix, -min_separation).any()
     if apart:
+        # Columns without a common row are orthogonal whichever way the gradients point.
         return math.sqrt(_largest_sum(squares, participations, min_separation))
     return _largest_sum(np.sqrt(squares), participations, min_separation)
 
@@ -240,6 +244,7 @@ def strategy_sensitivity(strategy: ArrayLike, *, participations: int, min_separa
 def _largest_sum(values: Any, picks: int, separation: int) -> float:
     """The largest sum of at most `picks` of the values [T] >= 0, `separation` apart."""
     count = values.size
+    # Not the largest first: it may keep out two others that are more together.
     best = np.zeros(count + 1)  # over the first i values
     for _ in range(min(picks, -(-count // separation))):
         following = np.zeros(count + 1)

@@ -82,10 +82,13 @@ class Event(ABC):
         Raises:
             ConfigurationError: no event has that name, or its fields are others.
         """
+        # Those of `correlated` are among them because the package imports that module.
         kinds = {kind.__name__: kind for kind in Event.__subclasses__()}
         kind = kinds[one_of("event", values.get("event"), kinds)]
         given = {name: value for name, value in values.items() if name != "event"}
         wanted = [field.name for field in fields(kind)]
+        # No default stands in for a field that is missing:
+        # an older version may have meant another value.
         if sorted(given) != sorted(wanted):
             raise ConfigurationError(
                 f"a {kind.__name__} with the fields {sorted(given)} was written by another version "
@@ -128,6 +131,8 @@ record has no steps: pass steps=0, or the rate that the sampler really uses.
     steps: int
 
     def __post_init__(self) -> None:
+        # Plain numbers, not numpy's: equal events have to
+        # look equal where they are sorted, cached, written.
         object.__setattr__(self, "noise_multiplier", noise_of(self.noise_multiplier))
         object.__setattr__(self, "sample_rate", rate_of(self.sample_rate))
         object.__setattr__(self, "steps", positive_int("steps", self.steps, least=0))
@@ -214,6 +219,8 @@ class TruncatedPoissonGaussian(Event):
     @property
     def overflow(self) -> float:
         """A bound on the probability that any step's sample exceeds the capacity."""
+        # A union bound. The tail grows with the number of
+        # records, so an upper bound of that is enough.
         return min(1.0, self.steps * _binomial_tail(self))
 
     @property
@@ -244,6 +251,7 @@ class TruncatedPoissonGaussian(Event):
 
         if not overflows(low + 1):
             return min(low + 1, sample_size)
+        # From here on `low` overflows and `high` does not: a batch of all records is never cut.
         high = sample_size
         while high - low > 1:
             middle = (low + high) // 2

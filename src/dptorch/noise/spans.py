@@ -111,6 +111,7 @@ def blocks_of(spans: list[Span], block: int) -> list[int]:
     """The numbers of the blocks that `pieces_by_block` gives."""
     numbers: list[int] = []
     for span in spans:
+        # A block that the span before ends in is counted once.
         first = span.start // block
         numbers += range(first + (numbers[-1:] == [first]), (span.stop - 1) // block + 1)
     return numbers
@@ -129,6 +130,7 @@ def place_spans(
     for name in sorted(values, key=lambda n: _first(places[n])):
         value, stddev, place = values[name], stddevs[name], places[name]
         flat = value.detach().contiguous().view(-1)
+        # No coordinate, no noise: its place may be any other's.
         if not flat.numel():
             continue
         if isinstance(place, int):
@@ -169,6 +171,8 @@ def _places(values: Mapping[str, Tensor], offsets: Offsets | None) -> dict[str, 
         raise ConfigurationError(
             f"offsets={places} must give one place >= 0 for each of {', '.join(values)}."
         )
+    # In order of their places, which `pieces_by_block` relies on too. Columns are taken for all of
+    # their rows, so two parts of one matrix in one process are refused although they only interleave.
     end, before = 0, ""
     for name in sorted((n for n in values if values[n].numel()), key=lambda n: _first(places[n])):
         if _first(places[name]) < end:

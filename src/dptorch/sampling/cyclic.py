@@ -64,6 +64,7 @@ class CyclicPoissonSampler:
         self._rate = _rate_of_group(sample_rate, bands)
         self._bands = bands
         self._key = check_key(key)
+        # For the whole run: a record that changed its group could take part again too soon.
         shares = np.full(bands, 1 / bands)
         sizes = stream(key, bands, 0).multinomial(
             self._sample_size, shares
@@ -101,6 +102,8 @@ def most_bands(sample_rate: float) -> int:
         >>> most_bands(0.1), most_bands(0.3)
         (10, 3)
     """
+    # The quotient may round to just below a whole number;
+    # `_rate_of_group` cuts what this allows too much.
     return max(1, math.floor(1 / sample_rate + 1e-9))
 
 

@@ -63,6 +63,7 @@ class _Dealer(ABC):
     def draw(self, step: int) -> Indices:
         """Sorted distinct int64 indices of logical batch `step`; possibly none."""
         epoch, at = divmod(step, self._steps)
+        # The same for every call: what is kept is a cache, so that any process may draw any step.
         if epoch != self._epoch:
             self._order, self._bounds = self._deal(epoch)
             self._epoch = epoch
@@ -101,6 +102,8 @@ class RandomAllocationSampler(_Dealer):
     scheme: Final = "random-allocation"
 
     def _deal(self, epoch: int) -> tuple[KeyedPermutation | None, Indices]:
+        # The sizes and the arrangement have keys of two
+        # purposes: given the sizes, the arrangement is uniform.
         generator = stream(self._key, epoch)
         sizes = generator.multinomial(self._sample_size, np.full(self._steps, 1 / self._steps))
         return self._permutation(epoch), np.concatenate([[0], np.cumsum(sizes)])
@@ -133,6 +136,8 @@ class ShuffledSampler(_Dealer):
         if self._given is None:
             return self._permutation(epoch), self._even_bounds()
         order = self._given(epoch)
+        # A record that is in it twice would be released
+        # twice in an epoch that is accounted as one release.
         if not np.array_equal(np.sort(order), np.arange(self._sample_size)):
             raise PrivacyError(
                 f"the order given for epoch {epoch} does not hold every example once, as the "

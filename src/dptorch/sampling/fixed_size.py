@@ -66,6 +66,8 @@ class FixedSizeSampler:
         """Sorted int64 indices of logical batch `step`; distinct unless drawn with replacement."""
         generator = stream(self._key, step)
         if self._replacement:
+            # `integers` rejects, so every record is exactly
+            # as likely: no remainder favours the first ones.
             return np.sort(generator.integers(0, self._sample_size, self._batch_size))
         return distinct_indices(generator, self._sample_size, self._batch_size)
 
@@ -73,6 +75,7 @@ class FixedSizeSampler:
 def _settle(terms: Terms) -> Terms:
     if terms.sample_size is None:
         return terms
+    # The plan's rate becomes that of the whole number which is drawn: the event has the same number.
     size = min(max(1, round(terms.expected_batch_size)), terms.sample_size)
     return replace(terms, sample_rate=size / terms.sample_size, expected_batch_size=float(size))
 

@@ -98,14 +98,20 @@ class PhysicalPlan:
         for step in steps:
             drawn, rows, count = self.split(step)
             size = self._max_size or max(1, rows)
+            # Every world_size-th: no rank has more than one
+            # example more than another, whatever was drawn.
             share: list[int] = drawn[self._rank :: self._world_size].tolist()
             for index in range(count):
                 indices = share[index * size : (index + 1) * size]
+                # With a capacity every part is as large as every
+                # other, whatever was drawn: sizes would tell.
                 if self._capacity is not None:
                     full = min(size, rows)
                 else:
                     full = max(1, min(size, rows - index * size) if self._even else len(indices))
                 padding = full - len(indices)
+                # Before the list, and without one for an empty batch:
+                # its step is counted and gets noise all the same.
                 parts.append(PhysicalBatch(step, index, count, len(indices), padding))
                 if indices or self.pads:
                     yield indices + [_PADDING] * padding

@@ -49,6 +49,8 @@ class PRVAccountant(PairAccountant):
         try:
             bounds = composed.compute_epsilon(delta, delta * self.delta_error_ratio, self.eps_error)
         except (RuntimeError, ValueError) as problem:
+            # The estimate of δ at ε = 0 is below δ already,
+            # and ε is known to half the interval's width.
             if "Cannot compute epsilon" in str(problem):
                 return 0.0, 0.0, self.eps_error
             raise ConfigurationError(
@@ -91,14 +93,18 @@ def _composed(pairs: tuple[Pair, ...], eps_error: float, delta_error: float) -> 
             x = self.pair.thresholds(np.asarray(t, float))
             if self.pair.direction == "add":
                 # The loss falls with x, and nothing exceeds its supremum.
+                # P is the Gaussian without the record: the loss
+                # is at most t where x is at least the threshold.
                 below: Array = ndtr(-x / sigma)
                 return below
+            # The loss rises with x. P is the same mixture for `remove` and `replace`, whose Q differ.
             mass: Array = (1 - rate) * ndtr(x / sigma) + rate * ndtr((x - 1) / sigma)
             return mass
 
         def rdp(self, alpha: float) -> float:
             if math.isinf(alpha):
                 return math.inf
+            # E_P[(P/Q)^(α - 1)] is the moment generating function of the loss under P.
             return log_mgf([self.pair], alpha - 1) / (alpha - 1)
 
     package = Package(

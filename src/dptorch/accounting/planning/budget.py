@@ -129,8 +129,10 @@ def plan_budget(
         if steps is not None:
             count = steps
         elif examples is not None:
+            # Compute is a limit, so it is never exceeded.
             count = math.floor(examples / batch_size)
         else:
+            # Rounded first, as an error in the last bit would cost a step.
             # As in a plan: the last pass is completed.
             count = math.ceil(round((epochs or 0.0) * sample_size / batch_size, 6))
         if count < (1 if steps is not None else least_steps):
@@ -186,8 +188,10 @@ def _noise(
 
     def excess(log_noise: float) -> float:
         event = SampledGaussian(math.exp(log_noise), rate, steps)
+        # Finite, because brentq interpolates between values.
         return min(tuned_epsilon([event], delta, law, adjacency=adjacency), 1e6) - target
 
+    # The published run has to keep the target by itself too, so this is the least noise.
     low = high = math.log(single(target))
     while excess(high) > 0:
         if high > math.log(1e6):
@@ -199,6 +203,7 @@ def _noise(
         low, high = high, high + 0.5
     if high > low:
         high = float(brentq(excess, low, high, xtol=_CLOSE / 2))
+        # The root may lie on the wrong side of the target by the tolerance.
         while excess(high) > 0:
             high += _CLOSE
     return math.exp(high)

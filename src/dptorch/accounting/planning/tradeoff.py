@@ -69,6 +69,7 @@ def trade_off_curve(
     fpr = np.asarray(fpr, float)
     if not np.all((fpr >= 0) & (fpr <= 1)):
         raise ConfigurationError(f"fpr={fpr.tolist()} must lie in [0, 1]: they are rates.")
+    # Each ε gives a bound, so too few of them give the attacker too much, never too little.
     epsilons, deltas = _profile(history, relation)
     # One line of (ε, δ)-DP and its mirror image for each ε; the curve is their upper envelope.
     falling = 1 - deltas[:, None] - np.exp(epsilons)[:, None] * fpr
@@ -93,9 +94,12 @@ def gaussian_fit(
     grid = np.geomspace(_SMALLEST_FPR, 0.5, 400)
     fpr = np.concatenate([grid, 1 - grid[-2::-1]])
     _, fnr = trade_off_curve(history, adjacency=adjacency, fpr=fpr)
+    # On the diagonal (no leak) rounding alone would make a μ; below 1e-5 the δ of 1e-8 begins to show.
     seen = (fnr >= _SMALLEST_FPR) & (fnr < 1 - fpr - 1e-12)
+    # fnr = Φ(Φ⁻¹(1 - fpr) - μ), solved for μ at each point; the largest is needed for all.
     mu = float(np.max(-ndtri(fnr[seen]) - ndtri(fpr[seen]), initial=0.0))
     gaussian = ndtr(-mu - ndtri(fpr))
+    # What is moved further is lower everywhere, so bisection finds the least shift.
     low, high = 0.0, 1.0
     while high - low > 1e-6:
         shift = (low + high) / 2

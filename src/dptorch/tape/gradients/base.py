@@ -62,6 +62,7 @@ class PerExampleGradient(ABC):
     def norm_methods(self) -> tuple[NormMethod, ...]:
         """How its norm and weighted sum can be had, see `dptorch.tape.gradients.clipping_modes`."""
         numel = float(self.batch_size * math.prod(self.shape))
+        # Entries of 4 bytes, read once for the norm and once for the sum.
         return (NormMethod("formed", 2 * numel, 2 * numel, 8 * numel, 4 * numel, 4 * numel),)
 
     def measured(self, method: str) -> tuple[Tensor, PerExampleGradient]:
@@ -74,6 +75,7 @@ class PerExampleGradient(ABC):
 
     def inner(self, other: PerExampleGradient) -> Tensor:
         """Inner product with another gradient of the same parameter, example by example, [B]."""
+        # Imports run one way, so only one of two classes can know how to meet the other.
         for first, second in ((self, other), (other, self)):
             found = first.factored_inner(second)
             if found is not None:
@@ -89,6 +91,7 @@ class PerExampleGradient(ABC):
         """``sum_b weights[b] * gradient[b]`` of the parameter's shape, for weights [B]."""
         dense = self.dense()
         flat = dense.reshape(self.batch_size, -1)
+        # As a product: weighed first, the gradients of all examples would be copied.
         return torch.mv(flat.t(), weights.to(dense.dtype)).view(self.shape)
 
     def fits(self, other: PerExampleGradient) -> bool:
@@ -129,9 +132,13 @@ def without_cancellation(
     """
     eps = torch.finfo(squared.dtype).eps
     if squared.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        # TF32 rounds the factors of a product to 11 bits.
         eps = max(eps, 2.0**-11)
     bound = magnitude.square()
+    # Above these no margin lengthens a squared norm by more than a thousandth: an ordinary example
+    # is clipped as if there were none. They are far above the error of a sum of many terms.
     least = (1000 * eps) ** 2 if formed else 4000 * eps
+    # Where it is not finite, the norm with its margin is not either: such an example is left out.
     doubtful = (squared < least * bound) & bound.isfinite()
     if bool(doubtful.any()):
         index = doubtful.nonzero().flatten()
@@ -228,6 +235,7 @@ def formed_norm(form: Divisible) -> Tensor:
 
 def square_sum(dense: Tensor) -> Tensor:
     """Squared L2 norms of the rows of [B, ...], at least in float32."""
+    # Not square().sum(): that would write a second [B, ...] to memory.
     flat = at_least_float32(dense).reshape(dense.shape[0], -1)
     return torch.linalg.vector_norm(flat, dim=1).square()
 

@@ -100,6 +100,7 @@ def fastest(
             (m for m in methods if m.name != "keep"),
             key=lambda m: device.seconds(m.norm_flops, m.moved_bytes),
         )
+    # "form" keeps the factors and nothing else, so there is always one.
     affordable = [m for m in methods if m.kept_bytes <= _SLACK * factor_bytes]
     return min(affordable, key=lambda m: device.seconds(m.flops, m.moved_bytes))
 

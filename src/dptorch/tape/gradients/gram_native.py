@@ -18,6 +18,7 @@ from dptorch.native import HEADER, Units, build, run_in_team, units
 __all__ = ["ROWS", "SOURCE", "GramLibrary", "gram_library"]
 
 SOURCE: Final = Path(__file__).with_name("gram.c")
+# The same number as in gram.c, which writes as many sums an example as it says there.
 ROWS: Final = 8
 """Rows of a strip, the unit of work."""
 
@@ -62,10 +63,14 @@ class GramLibrary:
 
     def norms(self, left: Tensor, right: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `dptorch.tape.gradients.gram.gram_norm_and_lengths`; no size may be 0."""
+        # Rows are read as they lie. Examples and positions may be any distance
+        # apart, so that a layout with the positions first is not copied.
         left, right = (x if x.stride(2) == 1 else x.contiguous() for x in (left, right))
         b, t, p = left.shape
         strips = -(-t // ROWS)
-        # Whatever the user's default dtype and device are.
+        # A number for each strip, added up below in one order,
+        # so that the number of threads does not matter.
+        # Dtype and device are named: the user may have set other defaults.
         sums = torch.empty(b, strips, dtype=torch.float64, device="cpu")
         lengths = torch.empty(2, b, t, dtype=torch.float32, device="cpu")
         job = _Gram(
@@ -94,6 +99,8 @@ def gram_library() -> GramLibrary | None:
     if found is None or Units.AVX2 not in units(found):
         return None
     library = GramLibrary(found, units(found))
+    # A norm that a compiler got wrong would clip too little and raise
+    # nothing, so it is compared here, on the machine that uses it.
     return library if _agrees(library) else None
 
 

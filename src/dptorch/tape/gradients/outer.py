@@ -37,6 +37,7 @@ class Outer(PerExampleGradient):
     """
 
     def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
+        # Under autocast the two come in different dtypes, which no matrix product takes.
         self.left = at_least_float32(left)
         self.right = at_least_float32(right).to(self.left.dtype)
         self.shape = shape
@@ -98,10 +99,13 @@ class Outer(PerExampleGradient):
             squared = kept.squared_norm()
         else:
             squared = formed_norm(self)
+        # What was formed is a sum of T terms too, and the
+        # sum that is released adds them in another order.
         return without_cancellation(squared, self.magnitude(), [self], formed=True), kept
 
     def squared_norm(self) -> Tensor:
         t, p, d = self._sizes
+        # T² (P + D) multiplications for each example against T P D.
         return self.measured("gram" if t * (p + d) <= p * d else "form")[0]
 
     def gram(self) -> Tensor:
@@ -109,6 +113,7 @@ class Outer(PerExampleGradient):
         t, p, d = self._sizes
         if t == 1:
             left, right = self._lengths()
+            # Multiplied first: the square of one length alone leaves float32 sooner.
             squared = (left * right).square().sum(1)
         else:
             squared, left, right = gram_norm_and_lengths(self.left, self.right)
@@ -116,6 +121,7 @@ class Outer(PerExampleGradient):
         longest = torch.maximum(left.amax(1), right.amax(1)).square()
         squared, magnitude = without_underflow(self, squared, magnitude, longest, t * t * (p + d))
         if t == 1:
+            # A single outer product has no terms that could cancel.
             return squared
         return without_cancellation(squared, magnitude, [self], formed=False)
 
@@ -124,6 +130,7 @@ class Outer(PerExampleGradient):
             return None
         t, p, d = self._sizes
         s = other.left.shape[1]
+        # Worth it while T S (P + D) multiplications are fewer than the (T + S) P D of forming both.
         if (other.left.shape[2], other.right.shape[2]) != (p, d) or t * s * (p + d) > (
             t + s
         ) * p * d:
@@ -134,6 +141,8 @@ class Outer(PerExampleGradient):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         left, right = self.left, self.right
+        # The narrower factor is weighed: that copy is the smaller one. Examples
+        # and positions are then one contracted dimension of a single product.
         if left.shape[2] <= right.shape[2]:
             left = weigh(left, weights)
         else:
@@ -148,5 +157,6 @@ class Outer(PerExampleGradient):
         )
 
     def merged(self, others: Sequence[PerExampleGradient]) -> Outer:
+        # Several uses of a parameter are one with more positions, so cross terms need no code.
         left, right = zip(*(f.held() for f in (self, *others)), strict=True)
         return Outer(torch.cat(left, 1), torch.cat(right, 1), self.shape)

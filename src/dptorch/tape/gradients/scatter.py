@@ -71,6 +71,8 @@ class Scatter(PerExampleGradient):
         return (NormMethod("segments", 2 * numel, 2 * numel, 6 * held, held, held),)
 
     def squared_norm(self) -> Tensor:
+        # Rows for one entry are added before they are squared. Squares of single rows would miss
+        # what points alike, and an example that repeats a word would be clipped too little.
         pairs, where = torch.unique(self._flat(), return_inverse=True)
         summed = self.values.new_zeros(pairs.numel(), self.values.shape[-1])
         summed.index_add_(0, where, self.values.flatten(0, 1))
@@ -81,6 +83,7 @@ class Scatter(PerExampleGradient):
 
     def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
         if isinstance(other, Scatter):
+            # Ids of padding are equal too: their values are 0.
             same = self.ids[:, :, None] == other.ids[:, None, :]
             gram = torch.bmm(self.values, other.values.transpose(1, 2).to(self.values.dtype))
             return (gram * same).sum((1, 2))
@@ -113,6 +116,7 @@ def looked_up(
     def form(values: Tensor) -> Scatter:
         values = values.reshape(*same.shape, -1)
         if padding is not None:
+            # A negative index counts from the end, as in torch.
             values = values * (same != padding % table.shape[0])[..., None]
         return Scatter(same, values, table.shape)
 

@@ -62,14 +62,18 @@ class Logits:
     def gradients(self) -> Iterator[tuple[int, Tensor]]:
         """(first class, gradients at the logits [B, T, c]) of each part."""
         for start in self.starts():
+            # With the normaliser of all classes a part needs no other, and no exponential is above 1.
             left = self.part(start).sub_(self.normaliser[..., None]).exp_()
             at = self.labels - start
+            # Labels of other parts are clamped and take away 0. Picking rows
+            # by a mask would have to wait, on a GPU, for how many there are.
             inside = (at >= 0) & (at < left.shape[2])
             left.scatter_add_(
                 2,
                 at.clamp(0, left.shape[2] - 1)[..., None],
                 -inside[..., None].to(left.dtype),
             )
+            # Positions that do not count become exactly 0 here, whatever class they were given.
             yield start, left.mul_(self.scale[..., None])
 
     def take(self, index: Tensor, dtype: torch.dtype | None) -> Logits:
@@ -131,6 +135,7 @@ class SoftmaxOuter(PerExampleGradient):
     def norm_methods(self) -> tuple[NormMethod, ...]:
         b, t, h = self.logits.hidden.shape
         size = self.logits.hidden.element_size()
+        # Counted twice below: every use computes the logits again before it multiplies by them.
         product = 2.0 * b * t * h * self.shape[0]
         kept = size * b * t * (h + 4)
         space = size * b * self.logits.columns * max(t, h)
@@ -140,6 +145,7 @@ class SoftmaxOuter(PerExampleGradient):
     def squared_norm(self) -> Tensor:
         hidden = self.logits.hidden
         squared = hidden.new_zeros(self.batch_size)
+        # Parts are disjoint rows of the gradient, so their squares add up.
         for _, left in self.logits.gradients():
             for b in range(self.batch_size):  # one [c, H] at a time
                 squared[b] += square_sum((left[b].t() @ hidden[b])[None])[0]
@@ -165,12 +171,14 @@ class SoftmaxOuter(PerExampleGradient):
             parts = (other.left[:, :, start : start + columns] for start in self.logits.starts())
         else:
             return None
+        # Inner products of the first factors add up over the classes; the second need theirs once.
         total = hidden.new_zeros(self.batch_size, hidden.shape[1], right.shape[1])
         for (_, left), theirs in zip(self.logits.gradients(), parts, strict=True):
             total += torch.bmm(left, theirs.transpose(1, 2).to(left.dtype))
         return (total * torch.bmm(hidden, right.transpose(1, 2).to(hidden.dtype))).sum((1, 2))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
+        # H numbers of each position are weighed, not V.
         hidden = weigh(self.logits.hidden, weights).flatten(0, 1)
         whole = hidden.new_empty(self.shape)
         for start, left in self.logits.gradients():

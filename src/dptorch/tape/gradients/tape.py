@@ -222,6 +222,7 @@ class Tape:
         if self._guard is not None:
             self._guard.tape_fired()
         name = self.names.get(key)
+        # A param-only tensor has no name. It was kept in the first pass, and would count twice.
         if self._passes.summing:
             if name is not None:
                 self._passes.add(key, form, name)
@@ -235,6 +236,7 @@ class Tape:
         if self._uses.get(key, 0) == 1 and key not in self._store:
             # The only use: take its norm now, while its factors are in the cache.
             squared, kept = self._measure(key, form)
+            # Where param-only tensors are computed from it, the rest of it arrives in `resolve`.
             if self._passes.taking_norms and not derived:
                 self._store.note_norm(key, squared)
                 self._passes.note(key, form)
@@ -276,6 +278,7 @@ class Tape:
             )
         if self.made_two_passes or other.made_two_passes:
             raise PrivacyError("gradients that are added up in the backward cannot be joined.")
+        # Param-only tensors are told apart by id, which means nothing to the other tape.
         self.resolve()
         other.resolve()
         self._store.absorb(other._store)
@@ -291,6 +294,7 @@ class Tape:
             return False
         if self.config.mode.passes == 2:
             return True
+        # A message between ranks: each has to come here, whatever it wants itself.
         return self.config.any_rank(self.expected_bytes > self.config.memory_budget)
 
     @property
@@ -430,6 +434,7 @@ class Tape:
                 f"coefficients has shape {tuple(coefficients.shape)}, expected one number for each "
                 f"of the {self.batch_size} examples."
             )
+        # 0 · NaN is NaN: a gradient that is not finite has to be left out, not multiplied by 0.
         coefficients, kept = nonzero(coefficients)
         wanted = {n: self.parameters[n] for n in (self.parameters if names is None else names)}
         result: dict[str, Tensor | None] = dict.fromkeys(wanted)

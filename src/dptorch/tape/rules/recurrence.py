@@ -23,6 +23,7 @@ from torch import Tensor
 
 __all__ = ["CELLS", "Inner", "Layer", "Weights"]
 
+# grad · y (1 - y) and grad · (1 - y²), each in one pass over memory.
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward
 _tanh_gradient = torch.ops.aten.tanh_backward
 
@@ -195,6 +196,7 @@ class Cell(NamedTuple):
 
 
 def _joint_bias(w: Weights) -> Tensor | None:
+    # Where a state's product is only ever added, one addition for all steps is enough.
     if w.input_bias is None or w.state_bias is None:
         return w.input_bias if w.state_bias is None else w.state_bias
     return w.input_bias + w.state_bias
@@ -220,6 +222,7 @@ def _lstm(layer: Layer, w: Weights, x: Tensor, first: Tensors) -> Taken:
     for all_, both, i, f, g, o, cell, squash, hid, out in zip(*views, strict=True):
         h = resized(h, out.shape[0], first[0], [])
         c = resized(c, out.shape[0], first[1], [])
+        # In place: slopes are functions of the squashed gates, so what was squashed is not needed.
         all_.addmm_(h, states)
         both.sigmoid_()
         g.tanh_()
@@ -270,6 +273,7 @@ def _lstm_gradient(
     at_first = torch.cat([dh, *left[0][::-1]]), torch.cat([dc, *left[1][::-1]])
     before = layer.before(first[0], outputs)
     hidden = None if projected is None else o * squashed
+    # Input and state enter a gate by one sum: its gradient is that of both.
     return Inner(x, before, at_gates, at_gates, hidden, projected), at_first
 
 
@@ -277,6 +281,7 @@ def _lstm_gradient(
 
 
 def _gru(layer: Layer, w: Weights, x: Tensor, first: Tensors) -> Taken:
+    # The state's bias stays apart: in the new state, r multiplies it.
     gates = _product(x, w.inputs, w.input_bias)
     width = gates.shape[1] // 3
     new_state, difference = x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], width)
@@ -289,6 +294,7 @@ def _gru(layer: Layer, w: Weights, x: Tensor, first: Tensors) -> Taken:
         from_state = _product(h, w.states, w.state_bias)
         both.add_(from_state[:, : 2 * width]).sigmoid_()
         n.addcmul_(r, state.copy_(from_state[:, 2 * width :])).tanh_()
+        # h - n is kept for z's gradient: to recover it from the result would divide by z.
         h = torch.addcmul(n, z, torch.sub(h, n, out=apart), out=out)
     return outputs, (layer.last(first[0], outputs),), (gates, new_state, difference)
 
@@ -339,6 +345,7 @@ def _rnn_gradient(slope: Callable[[Tensor], Tensor]) -> Callable[..., Found]:
         layer: Layer, w: Weights, x: Tensor, first: Tensors, outputs: Tensor, kept: Tensors,
         at_outputs: Tensor, carried: list[Tensor],
     ) -> Found:  # fmt: skip
+        # The slope as a function of the output: nothing else is kept.
         at_gates = slope(outputs)
         dh, left = carried[0], list[Tensor]()
         views = at_gates, at_outputs

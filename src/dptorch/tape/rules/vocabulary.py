@@ -81,6 +81,7 @@ class _Written:
     def _logits(self, hidden: Tensor) -> Logits:
         from dptorch.tape.gradients.softmax_outer import Logits
 
+        # In half precision a sum of exponentials over many classes would stop growing.
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         counts = self.labels != _IGNORED
         return Logits(
@@ -99,6 +100,7 @@ class _Written:
         at_label = torch.zeros_like(normaliser)
         for start in logits.starts():
             part = logits.part(start)
+            # It begins at log 0, and is joined in logarithms: logits of any size do not overflow.
             normaliser = torch.logaddexp(normaliser, part.logsumexp(2))
             at = logits.labels - start
             inside = (at >= 0) & (at < part.shape[2])
@@ -114,6 +116,7 @@ class _Written:
 
         assert grads[0] is not None
         hidden, normaliser = (t.detach() for t in saved)
+        # The logits are computed again, from what takes H + 1 numbers a position instead of V.
         logits = self._logits(hidden)
         logits = replace(
             logits,
@@ -125,6 +128,7 @@ class _Written:
         biases = []
         for start, left in logits.gradients():
             at_hidden += left @ logits.weight[start : start + left.shape[2]]
+            # Taken while the factor is in memory: the form would compute all logits again for them.
             squares += left.square().sum(2)
             if self.want_bias:
                 biases.append(left.sum(1))
