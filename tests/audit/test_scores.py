@@ -205,6 +205,7 @@ def test_rows_and_mappings_are_data_too() -> None:
     log_p, labels = class_log_probabilities(model, rows)
     assert log_p.shape == (4, 2)
     assert labels.tolist() == [1] * 4
+    assert class_gradient_norm(model, rows).shape == (4,)
     with pytest.raises(DataError, match="true label"):
         labelled([torch.ones(3)])
     with pytest.raises(DataError, match="empty"):
@@ -235,6 +236,24 @@ def test_token_statistics_by_hand(texts: Any) -> None:
     assert np.allclose(said.margin, np.sort(log, 1)[:, -1] - np.sort(log, 1)[:, -2], atol=1e-3)
     five = np.sort(p, 1)[:, -5:] / np.sort(p, 1)[:, -5:].sum(1, keepdims=True)
     assert np.allclose(said.top_entropy, -(five * np.log(five)).sum(1), atol=1e-3)
+
+
+class RulesOut(nn.Module):
+    """A language model of four words that rules out the last one, or has never heard of it."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.words = words
+        self.fixed = nn.Parameter(torch.tensor([[0.0, 1.0, 2.0, -math.inf]]))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.fixed[:, : self.words].expand(*input_ids.shape, -1)
+
+
+def test_a_word_that_a_model_rules_out_adds_nothing_to_its_expectations() -> None:
+    ruled_out, unheard = (token_statistics(RulesOut(n), [[0, 1, 2, 0]])[0] for n in (4, 3))
+    for name in ("log_p", "mean", "std", "top", "margin", "top_entropy"):
+        assert np.allclose(getattr(ruled_out, name), getattr(unheard, name), atol=1e-6), name
 
 
 def test_min_k_by_hand() -> None:

@@ -91,6 +91,8 @@ class Split:
         """See `Threshold`."""
         order = np.random.default_rng(self.seed).permutation(len(evidence))
         cut = max(1, round(self.share * len(evidence)))
+        # The coins of the others are as fair whatever these were, so what was chosen on one part
+        # did not see the truth about the other.
         choose, prove = evidence.take(np.sort(order[:cut])), evidence.take(np.sort(order[cut:]))
         best = max(
             bound.candidates(choose),

@@ -69,6 +69,11 @@ def test_gaussian_noise_is_measured_at_what_it_gives() -> None:
     assert broken.refuted
 
 
+def test_values_are_compared_bit_for_bit() -> None:
+    known = torch.arange(1.0, 4.0, dtype=torch.float64)
+    assert SCORES["exact-match"]([known + 1e-12], [known], [known + 1]) == 0
+
+
 def test_mistakes() -> None:
     with pytest.raises(ConfigurationError, match="Did you mean 'norm'"):
         play_steps(shuffle, inside=INSIDE, outside=OUTSIDE, score="nrom")

@@ -43,10 +43,12 @@ def one_run_p_value(
     from scipy.stats import binom
 
     check_counts(canaries, guesses, correct)
+    # Randomised response dominates: no guess about one coin is right more often than this.
     right = 1.0 / (1.0 + math.exp(-epsilon))
     beta = float(binom.sf(correct - 1, guesses, right))
     alpha = 0.0
     if delta > 0 and correct > 0:
+        # The theorem's maximum goes on to m. Beyond v there is no mass to add, and 1 / i falls.
         # P[v > W >= v - i] for i = 1 .. v: the mass just below v, added up downwards.
         below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), guesses, right))
         alpha = float(np.max(below / np.arange(1, correct + 1)))
@@ -124,7 +126,7 @@ class OneRun:
         return bound(m, m, m, delta=delta, significance=significance)
 
     def guess(self, evidence: Evidence, candidate: Guesses) -> tuple[int, int]:
-        """(guesses, right guesses). Ties are broken by position, which no coin decides."""
+        """(guesses, right guesses). Ties are broken by chance, with numbers of its own."""
         plus, minus = candidate
         m = len(evidence)
         if not (0 <= plus <= 1 and 0 <= minus <= 1 and 0 < plus + minus <= 1):
@@ -133,8 +135,11 @@ class OneRun:
                 "at least 0, together above 0 and at most 1."
             )
         k_plus = round(plus * m)
+        # Rounded both up, the shares would guess twice about one canary.
         k_minus = min(round(minus * m), m - k_plus)
-        order = np.argsort(np.asarray(evidence.scores), kind="stable")
+        # Not by position: evidence that lists others before members would have its ties guessed right.
+        chance = np.random.default_rng(0).permutation(m)
+        order = np.lexsort((chance, np.asarray(evidence.scores)))
         member = np.asarray(evidence.member)[order]
         right = int(member[m - k_plus :].sum()) + int((~member[:k_minus]).sum())
         return k_plus + k_minus, right

@@ -111,6 +111,8 @@ def projection(released: Tensors, inside: Tensors, outside: Tensors) -> float:
     """
     along = across = 0.0
     for r, i, o in zip(released, inside, outside, strict=True):
+        # The log-likelihood ratio of N(inside, s²) and N(outside, s²) is affine in this, for
+        # every s, so no other test is better at any false positive rate (Neyman and Pearson).
         step = i.double() - o.double()
         along += float(((r.double() - o.double()) * step).sum())
         across += float(step.square().sum())
@@ -169,6 +171,7 @@ def play_steps(
         )
     scores, member = [], []
     for game in range(2 * games):
+        # In turn: whatever drifts from game to game drifts in both worlds.
         world = game % 2 == 0
         released = _tensors(release(world))
         if [t.shape for t in released] != [t.shape for t in known_in]:
@@ -231,7 +234,8 @@ def _tensors(gradients: Gradients) -> Tensors:
 
 
 def _counts(values: Tensor) -> tuple[Any, Any]:
-    found, counts = np.unique(values.float().numpy(), return_counts=True)
+    # Every number of torch's floating types is one of float64, and no two become the same.
+    found, counts = np.unique(values.double().numpy(), return_counts=True)
     return found, counts
 
 
@@ -246,6 +250,7 @@ def _sorted(values: Tensor, size: int) -> Any:
     flat = values.double().flatten().numpy()
     whole = len(flat) - len(flat) % size
     blocks = flat[:whole].reshape(-1, size)
+    # lexsort sorts by its last key first, and here that is the first value of a block.
     order = np.lexsort(blocks.T[::-1])
     return np.concatenate([blocks[order].ravel(), flat[whole:]])
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dptorch.audit.evidence import Array
 from dptorch.audit.scores.signals import (
+    answer,
     device_of,
     evaluating,
     labelled,
@@ -48,11 +49,11 @@ def class_gradient_norm(
         for batch in with_progress(batches, progress, "Gradients"):
             x, y = split_item(batch)
             labels = torch.as_tensor(y).to(device)
-            inputs = x.to(device)
 
-            def loss(inputs: Tensor = inputs, labels: Tensor = labels) -> Tensor:
+            def loss(x: Any = x, labels: Tensor = labels) -> Tensor:
+                # A sum: each example's gradient is that of its own loss, whatever the batch.
                 return nn.functional.cross_entropy(
-                    logits_of(model(inputs)), labels, reduction="sum"
+                    answer(model, x, device), labels, reduction="sum"
                 )
 
             found.append(_norms(model, loss))

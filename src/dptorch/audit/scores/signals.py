@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -21,6 +20,7 @@ from dptorch.tape.recording.model_hooks import hooks_of
 
 __all__ = [
     "TokenStatistics",
+    "answer",
     "class_log_probabilities",
     "device_of",
     "evaluating",
@@ -136,8 +136,8 @@ def class_log_probabilities(
     Example:
         >>> model = nn.Linear(3, 2)
         >>> log_p, y = class_log_probabilities(model, (torch.zeros(5, 3), torch.zeros(5).long()))
-        >>> log_p.shape, bool(np.allclose(np.exp(log_p).sum(1), 1))
-        ((5, 2), True)
+        >>> log_p.shape, y.tolist()
+        ((5, 2), [0, 0, 0, 0, 0])
     """
     device = device_of(model)
     batches: DataLoader[Any] = DataLoader(labelled(data), batch_size=batch_size)
@@ -145,8 +145,8 @@ def class_log_probabilities(
     with evaluating(model), torch.no_grad():
         for batch in with_progress(batches, progress, "Scoring"):
             x, y = split_item(batch)
-            output = model(**_to(x, device)) if isinstance(x, Mapping) else model(x.to(device))
-            logits = logits_of(output)
+            logits = answer(model, x, device)
+            # In float32 the loss of an example that was learnt by heart rounds to 0.
             found.append(logits.double().log_softmax(-1).cpu())
             labels.append(torch.as_tensor(y).cpu())
     log_p, y_all = torch.cat(found), torch.cat(labels).long()
@@ -158,8 +158,12 @@ def class_log_probabilities(
     return log_p.numpy(), y_all.numpy()
 
 
-def _to(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+def answer(model: nn.Module, x: Any, device: torch.device) -> Tensor:
+    """The logits of a batch of inputs; a mapping is passed by name."""
+    if not isinstance(x, Mapping):
+        return logits_of(model(x.to(device)))
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in x.items()}
+    return logits_of(model(**moved))
 
 
 # -- text ------------------------------------------------------------------------------------------
@@ -268,7 +272,8 @@ def token_statistics(
 
 
 def _statistics(logits_TV: Tensor, target_T: Tensor) -> TokenStatistics:
-    log_p_TV = logits_TV.float().log_softmax(-1)
+    # Finite, so that a token that the model rules out adds 0 · log 0 = 0 to the expectations, not NaN.
+    log_p_TV = logits_TV.float().log_softmax(-1).clamp_min(-1e6)
     p_TV = log_p_TV.exp()
     mean = (p_TV * log_p_TV).sum(-1)
     second = (p_TV * log_p_TV.square()).sum(-1)
@@ -283,5 +288,4 @@ def _statistics(logits_TV: Tensor, target_T: Tensor) -> TokenStatistics:
         -(among.exp() * among).sum(-1),
         p_TV.std(-1),
     )
-    arrays = (part.double().cpu().numpy() for part in parts)
-    return TokenStatistics(*(np.clip(a, -1e6, 1e6) for a in arrays))
+    return TokenStatistics(*(part.double().cpu().numpy() for part in parts))
