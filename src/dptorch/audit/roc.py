@@ -30,6 +30,7 @@ def roc_curve(evidence: Evidence) -> tuple[Array, Array]:
     """
     levels = np.unique(np.asarray(evidence.scores))[::-1]
     inside, outside = np.sort(evidence.members), np.sort(evidence.others)
+    # To the left of equal scores: those at a level are called members.
     tpr = 1 - np.searchsorted(inside, levels, side="left") / len(inside)
     fpr = 1 - np.searchsorted(outside, levels, side="left") / len(outside)
     return np.concatenate([[0.0], fpr]), np.concatenate([[0.0], tpr])
@@ -72,6 +73,8 @@ def auc_interval(evidence: Evidence, *, significance: float = 0.05) -> tuple[flo
     of_other = 1 - (both[n:] - rankdata(outside)) / n
     variance = float(of_member.var(ddof=1)) / n + float(of_other.var(ddof=1)) / m
     if not 0 < value < 1 or variance == 0:
+        # min(n, m) members and others can be matched in pairs that share nobody. If
+        # the AUC is A, all of them are in order with probability A^min(n, m) at most.
         # All on one side: no spread to estimate. The rule of three, on the smaller side.
         slack = 1 - (significance / 2) ** (1 / min(n, m))
         return max(0.0, value - slack), min(1.0, value + slack)
@@ -89,6 +92,7 @@ def tpr_at_fpr(evidence: Evidence, fpr: float) -> float:
         0.5
     """
     alarms, found = roc_curve(evidence)
+    # 1 - k / n may come out a bit above the rate that it is.
     return float(found[alarms <= fpr + 1e-12].max())
 
 
@@ -116,6 +120,8 @@ def uniform_band(
     def measured(at: Array) -> Array:
         return np.array([found[alarms <= a + 1e-12].max(initial=0.0) for a in at])
 
+    # Where the measured rate is at most a - width, the
+    # true one is at most a, and the curve is monotone.
     lower = np.where(fpr >= out_width, measured(fpr - out_width) - in_width, 0.0)
     upper = np.where(fpr + out_width >= 1, 1.0, measured(fpr + out_width) + in_width)
     return np.clip(lower, 0, 1), np.clip(upper, 0, 1)
@@ -153,6 +159,8 @@ def pointwise_band(
 
     fpr_low, fpr_high = limits(alarms, len(evidence.others))
     tpr_low, tpr_high = limits(found, len(evidence.members))
+    # The best of all thresholds costs nothing: limits move with the threshold as
+    # the rates do, so if any threshold misleads, the one whose true rate is a does.
     lower = np.array([tpr_low[fpr_high <= a].max(initial=0.0) for a in fpr])
     upper = np.array([tpr_high[fpr_low >= a].min(initial=1.0) for a in fpr])
     return lower, upper

@@ -64,6 +64,7 @@ class SamplingAttack:
     @property
     def error(self) -> float:
         """Two standard errors of an AUC of 0.5."""
+        # Mann and Whitney's variance where members and others are alike: (n + m + 1) / (12 n m).
         return 2 * math.sqrt((2 * self.examples + 1) / (12 * self.examples**2))
 
     def to_json(self) -> str:
@@ -113,6 +114,7 @@ def play_sampling(
     inside = np.arange(len(inputs)) < len(members[0])
     generator = torch.Generator().manual_seed(seed)
     scale = spread * float(inputs.std())
+    # One run of the longest attack: the shorter ones are its beginnings.
     right, found = np.zeros(len(inputs)), []
     for k in range(1, max(queries) + 1):
         change = scale * torch.randn(inputs.shape, generator=generator) if k > 1 else 0.0

@@ -135,6 +135,7 @@ class PaddedDataset(Dataset[Any]):
         fetch = getattr(self._dataset, "__getitems__", None)
         real = [index for index in indices if index != _PADDING]
         found = (fetch(real) if fetch else [self._dataset[i] for i in real]) if real else []
+        # In the order of `indices`, in which padding comes last.
         return [*found, *(self[_PADDING] for _ in range(len(indices) - len(real)))]
 
     def __len__(self) -> int:

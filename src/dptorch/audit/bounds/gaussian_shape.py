@@ -43,6 +43,7 @@ def mu_lower_bound(
     fpr, fnr = error_limits(true_positives, members, false_positives, others, significance)
     if fpr >= 1 or fnr >= 1:
         return 0.0
+    # fnr >= Φ(Φ⁻¹(1 - fpr) - μ) is the trade-off curve of N(0, 1) against N(μ, 1), solved for μ.
     return max(0.0, float(-ndtri(fpr) - ndtri(fnr)))
 
 
@@ -71,6 +72,7 @@ def mu_lower_bound_from_scores(evidence: Evidence, *, significance: float = 0.05
     if len(inside) < 2 or len(outside) < 2:
         return 0.0
     degrees = len(inside) + len(outside) - 2
+    # Pooled with n + m - 2 degrees of freedom: only then is the quotient below noncentral t.
     spread = math.sqrt(
         (len(inside) * float(inside.var()) + len(outside) * float(outside.var())) / degrees
     )
@@ -79,6 +81,7 @@ def mu_lower_bound_from_scores(evidence: Evidence, *, significance: float = 0.05
         return 0.0
     if spread <= 1e-12 * gap:
         return math.inf
+    # Standard deviation of the difference of means, in units of s: the noncentrality is μ / unit.
     unit = math.sqrt(1 / len(inside) + 1 / len(outside))
     return max(0.0, _noncentrality_bound(gap / (spread * unit), degrees, significance)) * unit
 

@@ -52,6 +52,7 @@ def error_limits(
             f"{true_positives} of {members} members and {false_positives} of {others} others were "
             "called members: expected counts between 0 and the totals."
         )
+    # Upper limits alone: a larger rate of either error proves less. Each gets half by the union bound.
     fpr = upper_limit(false_positives, others, significance / 2)
     fnr = upper_limit(members - true_positives, members, significance / 2)
     return fpr, fnr
@@ -83,6 +84,7 @@ def clopper_pearson_epsilon(
     """
     fpr, fnr = error_limits(true_positives, members, false_positives, others, significance)
     best = 0.0
+    # Both worlds are read off the same two limits, so the better one costs no significance.
     for alarm, miss in ((fpr, fnr), (fnr, fpr)):
         if 1 - delta - miss > 0:
             best = max(best, math.log((1 - delta - miss) / alarm))
@@ -111,6 +113,8 @@ class AtRate:
         inside, outside = evidence.members, evidence.others
         if self.side == "others":
             errors = min(math.floor(self.rate * len(outside)), len(outside) - 1)
+            # Above it, not at it: with ties fewer than `errors`
+            # are misjudged, which are counted all the same.
             limit = np.sort(outside)[len(outside) - 1 - errors]
             return int((inside > limit).sum()), len(inside), errors, len(outside)
         errors = min(math.floor(self.rate * len(inside)), len(inside) - 1)

@@ -115,7 +115,9 @@ def attack_features(
             f"{FEWEST_RECORDS} of each are needed, and hundreds for a number worth reading."
         )
     names = [f"feature_{i}" for i in range(features.shape[1])] if names is None else list(names)
+    # An infinite loss is filled in too: scikit-learn refuses infinity.
     features = np.where(np.isfinite(features), features, np.nan)
+    # Over all records, as it sees no label.
     live = [j for j in range(features.shape[1]) if np.unique(features[:, j]).size > 1]
     kept, names = features[:, live], [names[j] for j in live]
     if not live:
@@ -133,6 +135,7 @@ def attack_features(
     result = _result(evidence, best, threshold, importance)
     observed = result["roc_auc"]
     result["null_auc"] = float(np.mean(null)) if len(null) else float("nan")
+    # The real labels are one of the permutations: without the 1 a p-value could be 0.
     result["p_value"] = float((1 + np.sum(np.asarray(null) >= observed)) / (1 + len(null)))
     return result, evidence
 
@@ -181,7 +184,9 @@ def _best_f1_threshold(scores: Array, labels: Array) -> float:
     order = np.argsort(-scores, kind="stable")
     right = np.cumsum(labels[order])
     said = np.arange(1, len(labels) + 1)
+    # 2 TP / (2 TP + FP + FN), since TP + FP is what was said and TP + FN are the members.
     f1 = 2 * right / (said + labels.sum())
+    # No threshold parts equal scores.
     last_of_ties = np.append(np.diff(scores[order]) != 0, True)
     return float(scores[order][int(np.argmax(np.where(last_of_ties, f1, -1.0)))])
 
@@ -196,6 +201,7 @@ def _null_aucs(
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(repeats):
+        # Within each part, so that both keep their numbers of members.
         fit, hold = rng.permutation(y[dev]), rng.permutation(y[test])
         model = clone(fitted).fit(x[dev], fit)
         found.append(float(roc_auc_score(hold, model.predict_proba(x[test])[:, 1])))

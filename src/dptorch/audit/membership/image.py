@@ -159,7 +159,9 @@ def blind_input_auc(x: Tensor, y: Tensor, labels: Array) -> tuple[float, tuple[f
 
     flat = x.flatten(1).double().numpy()
     if flat.shape[1] > _BLIND_DIMENSIONS:
+        # A random projection looks at no record, so it needs no folds.
         flat = GaussianRandomProjection(_BLIND_DIMENSIONS, random_state=0).fit_transform(flat)
+    # Squares, so that a linear model sees sets that differ in spread alone.
     flat = np.concatenate([flat, flat**2, np.eye(int(y.max()) + 1)[y.numpy()]], axis=1)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     return blind_auc(model, flat, labels)

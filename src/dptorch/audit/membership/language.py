@@ -152,6 +152,7 @@ class LanguageMIA:
     ) -> tuple[list[str], Array]:
         """(names, [N, D]): what the model says of each text."""
         ids = tokenize(texts, tokenizer, max_length=self.max_length)
+        # A text that is remembered word for word loses more by a missing word than one that is easy.
         rng = np.random.default_rng(self.seed)
         shortened = tokenize(
             [_drop_words(text, rng) for text in texts], tokenizer, max_length=self.max_length
@@ -188,6 +189,7 @@ class LanguageMIA:
 
 def _correlation(s: TokenStatistics) -> float:
     """Between the model's confidence and its being right."""
+    # Nearly, as the two probabilities were rounded apart.
     right = (np.exp(s.log_p) >= s.top * (1 - 1e-6)).astype(float)
     if right.std() == 0 or s.top.std() == 0:
         return 0.0

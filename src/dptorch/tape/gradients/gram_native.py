@@ -18,7 +18,7 @@ from dptorch.native import HEADER, Units, build, run_in_team, units
 __all__ = ["ROWS", "SOURCE", "GramLibrary", "gram_library"]
 
 SOURCE: Final = Path(__file__).with_name("gram.c")
-# The same number as in gram.c, which writes as many sums an example as it says there.
+# As in gram.c, which writes a sum for each strip: with a larger number here it would write past them.
 ROWS: Final = 8
 """Rows of a strip, the unit of work."""
 

@@ -104,6 +104,7 @@ def nonzero(call: Call, outputs: Sequence[Any]) -> Found:
         isinstance(outputs[0], Tensor) and call.name != "where" and not call.arg("as_tuple", False)
     )
     along = outputs[0][:, tag.dim] if table else outputs[tag.dim]
+    # How many there are depends on all examples; whose each is does not, and that is all that is said.
     owner = owners(tag, x.shape[tag.dim], call.batch_size, x.device)[along]
     return regular_or_explicit(owner, 0, call.batch_size, tag.step)
 

@@ -124,6 +124,7 @@ def scatter(call: Call, outputs: Sequence[Any]) -> Found:
         return _scatter_along(call, x, dim, index)
     if any(t.shape[g.dim] != outputs[0].shape[g.dim] for t, g in call.tagged if g.dim is not None):
         raise Lost("only some of the examples are written to")
+    # Fewer than index, source and what is written to: one of them is a constant.
     if tags[0].explicit is not None and len(tags) < 3:
         raise Lost("a constant with one row for each meets irregularly ordered examples")
     return agree(tags)
@@ -145,6 +146,7 @@ def _scatter_along(call: Call, x: Tensor, dim: int, index: Tensor) -> Tag | None
         return _territory(index, writers.to(index.device), x.shape[dim], n).at(dim)
     before = owner_of_each(x, call.tag_of(x), n).clone()
     where = index.cpu()
+    # The smallest and the largest writer of a place are one where no two examples write to it.
     first = before.scatter_reduce(dim, where, writers, "amin", include_self=False)
     last = before.scatter_reduce(dim, where, writers, "amax", include_self=False)
     constant = last == NOBODY
@@ -199,6 +201,7 @@ def by_index(call: Call, outputs: Sequence[Any]) -> Found:
         owner = torch.full((x.shape[dim],), NOBODY, dtype=torch.int64, device=device)
     else:
         owner = owners(into, x.shape[dim], call.batch_size, device).clone()
+    # Of several writers of a row the last one stays, so the others read a name that is not theirs.
     before = owner[index]
     owner[index] = writers[0]
     if not bool(((before == writers[0]) | (before == NOBODY)).all()) or not torch.equal(
@@ -220,6 +223,7 @@ def masked_scatter(call: Call, outputs: Sequence[Any]) -> Found:
         shape = outputs[0].shape
         index = owners(known, shape[known.dim], call.batch_size, x.device)
         view = index.view([-1 if i == known.dim else 1 for i in range(len(shape))])
+        # The n-th true place takes the n-th element of the source: both have to be the same example's.
         target = view.expand(shape)[mask.expand(shape)]
         if of.dim is None:
             raise Lost("one example is written over others")

@@ -82,6 +82,7 @@ def rows_of_inputs(call: Call, outputs: Sequence[Any]) -> Found:
         if x.dim() not in _RANKS[call.name.removesuffix("_with_indices")]:
             raise Lost("an unbatched input")
     else:
+        # The state of an LSTM cell is a pair in second place.
         inputs = [*values[:2], *(values[1] if isinstance(values[1], (list, tuple)) else ())]
         if "unpool" in call.name and values[0].dim() != int(call.name[-2]) + 2:
             raise Lost("an unbatched input")
@@ -121,6 +122,7 @@ def bag_owners(call: Call, ids: torch.Tensor, offsets: torch.Tensor, bags: int) 
         Lost: if a bag holds ids of several examples, or places and ids disagree.
     """
     n = call.batch_size
+    # With include_last_offset there is one offset more than bags.
     ends = [*offsets.tolist()[1:], ids.shape[0]][:bags]
     starts = offsets.tolist()[:bags]
     by, of = call.tag_of(offsets), call.tag_of(ids)
@@ -169,6 +171,7 @@ def batch_norm(call: Call, outputs: Sequence[Any]) -> list[Found]:
     tag = call.tag_of(x)
     if tag is None or len(call.tagged) > 1:
         raise Lost("the statistics carry examples")
+    # Each channel has statistics of its own, so an example's place would choose its scale.
     if tag.dim == 1:
         raise Lost("the channels are the examples")
     return [tag, *[None] * (len(outputs) - 1)]
@@ -185,6 +188,7 @@ def padding(call: Call, outputs: Sequence[Any]) -> Found:
     assert tag.dim is not None
     amounts = call.arg("pad", call.arg("padding"))
     if tag.dim >= x.dim() - len(amounts) // 2:
+        # Amounts begin with those of the last dimension.
         slot = x.dim() - 1 - tag.dim
         if any(amounts[2 * slot : 2 * slot + 2]):
             raise Lost("padding along the examples")
@@ -239,6 +243,7 @@ def pack(call: Call, outputs: Sequence[Any]) -> list[Found]:
     if tag is None or tag.dim != (0 if batch_first else 1):
         raise Lost("the packed sequences are not the examples")
     owner = _owner_list(tag, x.shape[tag.dim], call.batch_size)
+    # Step by step: step t has a row of each of the first counts[t] sequences, which are the longest.
     packed = [owner[i] for count in outputs[1].tolist() for i in range(count)]
     return [Tag(0, 1, tuple(packed)), None]
 

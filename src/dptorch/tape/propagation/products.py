@@ -52,19 +52,26 @@ def product(call: Call, outputs: Sequence[Any]) -> Found:
         if tag.dim == a.dim() - 1 or (name == "addbmm" and tag.dim == 0):
             raise Lost("the product contracts the examples")
         vector = b is not None and b.dim() == 1
+        # Counted from the last dimension, as leading ones
+        # broadcast. A vector on the right takes one away.
         found.append(tag.at(tag.dim - a.dim() + out.dim() + vector))
     tag = call.tag_of(b)
     if b is not None and tag is not None:
         assert tag.dim is not None
         distances = name in ("cdist", "_cdist_forward")
+        # Of the points [.., R, D] of `cdist` the last dimension
+        # is contracted, of a matrix [.., K, N] the first.
         contracted = b.dim() - (1 if distances else 2)
         if b.dim() == 1 or tag.dim == contracted or (name == "addbmm" and tag.dim == 0):
             raise Lost("the product contracts the examples")
+        # A vector on the left takes the row dimension away: what stands before it moves back by one.
         dim = tag.dim - b.dim() + out.dim() + (1 if a.dim() == 1 and tag.dim < contracted else 0)
         if distances and tag.dim == b.dim() - 2:
             dim = out.dim() - 1
         found.append(tag.at(dim))
     agreed = agree(found)
+    # One matrix meets all rows alike. A stack of them has one for each
+    # place, and which example stands there depends on the others.
     if agreed.explicit is not None and any(
         call.tag_of(t) is None and isinstance(t, Tensor) and t.dim() > 2 for t in operands
     ):
@@ -97,6 +104,7 @@ def einsum(call: Call, outputs: Sequence[Any]) -> Found:
             if letter not in right:
                 raise Lost("einsum sums over the examples")
             found.append(tag.at(right.index(letter)))
+    # Two letters would pair every example with every other.
     agreed = agree(found)
     assert agreed.dim is not None
     if agreed.explicit is not None and any(

@@ -110,6 +110,7 @@ def agree(tags: Sequence[Tag]) -> Tag:
     Raises:
         Lost: if they differ.
     """
+    # Equal, not merely compatible: where two differ, some row of the result would hold two examples.
     if not tags or tags.count(tags[0]) < len(tags):
         raise Lost("operands carry the examples in different places")
     return tags[0]
