@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,6 +28,17 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "ledger.db")
     return new_database(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture(scope="session")
+def small_process() -> Iterator[Executor]:
+    """Calls functions of a test module in a process of its own, for those that fork hundreds of times.
+
+    A fork copies what it touches of the memory of all that its parent has imported. This process has
+    imported what the functions need; a worker of the tests has what all tests before need.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        yield executor
 
 
 def new_database(server: str) -> str:

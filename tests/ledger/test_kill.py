@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,9 @@ def life(
     return spawn(work)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Whatever training imports late is imported here, before forking."""
-    folder = tmp_path_factory.mktemp("warm")
-    train(str(folder / "ledger.db"), folder, np.zeros(STEPS + 2, int), "warm")
+def imports(folder: Path) -> None:
+    """Import what training imports late, before forking."""
+    train(str(folder / "warm.db"), folder, np.zeros(STEPS + 2, int), "warm")
 
 
 def times(entries: list[Entry]) -> np.ndarray:
@@ -120,6 +119,7 @@ def true_epsilon(counts: np.ndarray) -> float:
 
 def killed_at_random(location: str, folder: Path, *, kills: int, seed: int = 0) -> Counter[str]:
     """Train run after run, killing at random instants; returns what happened."""
+    imports(folder)
     chance = random.Random(seed)
     table = shared((kills + 1, STEPS + 2))
     found: Counter[str] = Counter()
@@ -173,8 +173,8 @@ def surplus(found: Counter[str]) -> int:
 
 
 @pytest.mark.slow
-def test_200_kills_lose_no_step(location: str, tmp_path: Path) -> None:
-    found = killed_at_random(location, tmp_path, kills=KILLS)
+def test_200_kills_lose_no_step(location: str, tmp_path: Path, small_process: Executor) -> None:
+    found = small_process.submit(killed_at_random, location, tmp_path, kills=KILLS).result()
     assert found["under-counted"] == found["under-reported"] == found["unreadable"] == 0
     assert found["completed"] >= 5, "runs did get through"
     # A step that was written down and then not released: at most one a kill.
@@ -186,6 +186,7 @@ def test_200_kills_lose_no_step(location: str, tmp_path: Path) -> None:
 
 def test_a_ledger_that_records_afterwards_is_caught(tmp_path: Path) -> None:
     """Negative control: the last step before a kill is missing."""
+    imports(tmp_path)
     path, row, found = str(tmp_path / "ledger.db"), shared((STEPS + 2,)), Counter[str]()
     for record in (RunLedger, RecordsAfter):
         row[:] = 0
@@ -197,6 +198,7 @@ def test_a_ledger_that_records_afterwards_is_caught(tmp_path: Path) -> None:
 def test_the_epsilon_of_a_resumed_engine_counts_the_lost_steps(tmp_path: Path) -> None:
     """No chance involved: a child is killed in its ninth step, another one goes on from the
     checkpoint of the eighth."""
+    imports(tmp_path)
     path, table = str(tmp_path / "ledger.db"), shared((1, STEPS + 2))
     assert wait(life(path, tmp_path, table[0], "run-0", dies_at=8)) == -9
     assert wait(life(path, tmp_path, table[0], "run-0")) == 0

@@ -8,6 +8,7 @@ import random
 import sqlite3
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
@@ -195,12 +196,13 @@ RESUMED = 32
 
 
 def resumed_at_once(
-    location: str, *, all_open_first: bool = False
+    location: str, *, all_open_first: bool = False, with_lease: bool = True
 ) -> tuple[np.ndarray, np.ndarray, Total]:
     """32 processes resume one checkpoint: how often each step was released and counted; the total.
 
     Args:
         all_open_first: nobody counts a step before each of them has opened the run or was refused.
+        with_lease: otherwise nobody is refused.
     """
     patients = open_ledger(location).dataset("a")
     patients.set_cap(Cap(adaptive_epsilon(PLAN.history(10), 1e-5) * 2, 1e-5))
@@ -210,6 +212,8 @@ def resumed_at_once(
 
     def work(row: np.ndarray, chance: random.Random) -> None:
         warnings.simplefilter("ignore", PrivacyWarning)
+        if not with_lease:
+            RunLedger._refuse_unless_owned = lambda self, transaction: None  # type: ignore[method-assign]
         try:
             try:
                 run = resume(location, first, 2)
@@ -248,25 +252,26 @@ def cap_holds(total: Total) -> bool:
 
 
 @pytest.mark.slow
-def test_32_processes_that_resume_one_checkpoint(location: str) -> None:
-    released, counted, total = resumed_at_once(location)
+def test_32_processes_that_resume_one_checkpoint(location: str, small_process: Executor) -> None:
+    released, counted, total = small_process.submit(resumed_at_once, location).result()
     assert (released <= counted).all()
     assert cap_holds(total)
 
 
 @pytest.mark.slow
-def test_32_processes_without_a_lease_are_caught(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_32_processes_without_a_lease_are_caught(tmp_path: Path, small_process: Executor) -> None:
     """The broken twin: each of them goes on with the run that all of them have opened."""
-    monkeypatch.setattr(RunLedger, "_refuse_unless_owned", lambda self, transaction: None)
-    _, _, total = resumed_at_once(str(tmp_path / "ledger.db"), all_open_first=True)
+    path, how = str(tmp_path / "ledger.db"), {"all_open_first": True, "with_lease": False}
+    _, _, total = small_process.submit(resumed_at_once, path, **how).result()
     assert not cap_holds(total)
 
 
 @pytest.mark.slow
-def test_32_processes_that_have_all_opened_one_run(tmp_path: Path) -> None:
-    released, counted, total = resumed_at_once(str(tmp_path / "ledger.db"), all_open_first=True)
+def test_32_processes_that_have_all_opened_one_run(tmp_path: Path, small_process: Executor) -> None:
+    path = str(tmp_path / "ledger.db")
+    released, counted, total = small_process.submit(
+        resumed_at_once, path, all_open_first=True
+    ).result()
     assert (released <= counted).all()
     assert cap_holds(total)
 
