@@ -9,6 +9,7 @@ Shapes: N images, H rows, W columns, K features.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -138,10 +139,8 @@ def hog(images_NHW: Tensor, *, cell: int = 7, bins: int = 12, clip: float = 0.2)
     votes.scatter_add_(1, below_bin[:, None], (magnitude * (1 - share_above))[:, None])
     votes.scatter_add_(1, ((below_bin + 1) % bins)[:, None], (magnitude * share_above)[:, None])
 
-    # Averaging twice weighs votes by a triangle two cells wide: a stroke near a border counts for
-    # both cells, so a shift by a pixel changes the features little.
-    spread = F.pad(votes, (cell // 2, (cell - 1) // 2, cell // 2, (cell - 1) // 2))
-    cells = F.avg_pool2d(F.avg_pool2d(spread, cell, stride=1), cell) * cell**2
+    rows, columns = (_cell_weights(side, cell).to(votes) for side in (height, width))
+    cells = rows @ votes @ columns.T
     blocks = F.unfold(cells, kernel_size=2).transpose(1, 2)  # [N, blocks, 4 * bins]
 
     # 0.1 is small against the gradient mass of an inked block (pixels in [0, 1]) and keeps a
@@ -152,3 +151,14 @@ def hog(images_NHW: Tensor, *, cell: int = 7, bins: int = 12, clip: float = 0.2)
     features = unit(unit(blocks).clamp_max(clip)).flatten(1)
     features = features - features.mean(1, keepdim=True)
     return features / features.square().sum(1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+@functools.cache
+def _cell_weights(side: int, cell: int) -> Tensor:
+    """How much each pixel of a row counts for each cell: [side / cell, side].
+
+    Averaging twice weighs by a triangle two cells wide: a stroke near a border counts for both cells,
+    so a shift by a pixel changes the features little.
+    """
+    pixels = F.pad(torch.eye(side, dtype=torch.float64), (cell // 2, (cell - 1) // 2))[:, None]
+    return cell * F.avg_pool1d(F.avg_pool1d(pixels, cell, stride=1), cell)[:, 0].T
