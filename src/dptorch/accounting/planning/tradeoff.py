@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from dptorch.accounting.accountants.coverage import PAIRS
 from dptorch.accounting.accountants.pld import PLDAccountant
 from dptorch.accounting.adjacency import Adjacency
 from dptorch.accounting.composition.composed import composed_epsilon
-from dptorch.accounting.events import History
+from dptorch.accounting.events import Event, History
 from dptorch.accounting.pairs.reduction import reduce_history
 from dptorch.accounting.pairs.sampled import Array
 from dptorch.errors import ConfigurationError
@@ -70,7 +71,7 @@ def trade_off_curve(
     if not np.all((fpr >= 0) & (fpr <= 1)):
         raise ConfigurationError(f"fpr={fpr.tolist()} must lie in [0, 1]: they are rates.")
     # Each ε gives a bound, so too few of them give the attacker too much, never too little.
-    epsilons, deltas = _profile(history, relation)
+    epsilons, deltas = _profile(tuple(history), relation)
     # One line of (ε, δ)-DP and its mirror image for each ε; the curve is their upper envelope.
     falling = 1 - deltas[:, None] - np.exp(epsilons)[:, None] * fpr
     mirrored = np.exp(-epsilons)[:, None] * (1 - deltas[:, None] - fpr)
@@ -108,7 +109,8 @@ def gaussian_fit(
     return GaussianFit(mu, high)
 
 
-def _profile(history: History, relation: Adjacency) -> tuple[Array, Array]:
+@lru_cache(maxsize=4)  # a page about an audit asks for the curve of one run a dozen times
+def _profile(history: tuple[Event, ...], relation: Adjacency) -> tuple[Array, Array]:
     """(ε, δ) pairs that shape the curve: from ε = 0 to where δ is 1e-8."""
     run = reduce_history(history, relation, PAIRS["pld"])
     if run.noiseless:
