@@ -1,18 +1,29 @@
 """Fixtures for every test."""
 
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from _pytest.doctest import DoctestModule
 from hypothesis import HealthCheck, settings
 
+from tests.forked_python import forking_python
 from tests.ledger import servers
 
 # No example fails because the machine is busy.
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("quick", parent=settings.get_profile("no clock"), max_examples=8)
 settings.load_profile("no clock")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Docstrings of tests have no examples: they need not be imported and searched for them."""
+    found = yield
+    return [each for each in found if not isinstance(each, DoctestModule)]
 
 
 @pytest.fixture
@@ -30,6 +41,24 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def forking() -> Iterator[Path]:
+    """A Python, and the commands that are made of it, that have the imports of training behind them."""
+    commands = {
+        "dptorch": ["-c", "from dptorch.cli.app import main; main()"],
+        "torchrun": ["-m", "torch.distributed.run"],
+    }
+    with forking_python(commands=commands) as python:
+        yield python
+
+
+@pytest.fixture
+def python_forks(forking: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let `sys.executable` be that Python, for programs whose imports are not what is tested."""
+    monkeypatch.setattr(sys, "executable", str(forking))
+    return forking
 
 
 @pytest.fixture(scope="session")

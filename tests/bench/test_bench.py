@@ -229,6 +229,7 @@ def test_the_largest_batch_is_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("python_forks")
 def test_a_process_of_its_own() -> None:
     question = Question("mlp", "dptorch/auto", {"B": 8, "T": None, "d": 64})
     peaks = ask(question)

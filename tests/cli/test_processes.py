@@ -30,6 +30,7 @@ def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("python_forks")
 def test_two_processes_write_the_run_of_one(data: Path) -> None:
     """The same model up to rounding, the same ε, told once; each release is in the ledger once."""
     assert run(*OWN, "--seed", "0", "--name", "one").exit_code == 0
@@ -50,6 +51,7 @@ def test_two_processes_write_the_run_of_one(data: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("python_forks")
 def test_an_error_on_several_processes_is_told_once(data: Path) -> None:
     done = typed(*OWN, "--momentum", "7", "--nproc", "2")
     assert done.returncode == 2

@@ -23,6 +23,7 @@ EXAMPLE = REPOSITORY / "examples" / "processes_loop.py"
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("python_forks")
 def test_the_first_program_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(programs()[0])
     package = str(Path(dptorch.__file__).parents[1])

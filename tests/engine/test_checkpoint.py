@@ -331,6 +331,7 @@ def test_a_large_but_finite_model_goes_on() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("python_forks")
 def test_a_fork_does_not_step() -> None:
     """Parent and child would add the same noise to different sums. In a process of its own, because
     the test process has threads that a fork would leave behind."""

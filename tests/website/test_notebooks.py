@@ -58,6 +58,7 @@ def test_what_is_kept_is_whole_and_tells_nothing_of_a_machine(name: str, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("python_forks")
 @pytest.mark.parametrize("name", sorted(PRINTS))
 def test_a_notebook_runs_from_top_to_bottom(name: str, tmp_path: Path) -> None:
     pytest.importorskip("nbclient")
