@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tests.oracles.loop import norms_of, one_example_loop, relative_error
 from torch import Tensor, nn
 
-from dptorch import PrivacyEngine
+from dptorch import PrivacyEngine, record
 from dptorch.tape import summed_cross_entropy
 from dptorch.tape.gradients import Outer, Scatter
 from dptorch.tape.gradients.softmax_outer import SoftmaxOuter
@@ -148,6 +149,74 @@ def test_inner_products_with_every_form(float64: None) -> None:
     taken = first.take(torch.tensor([2, 0]))
     torch.testing.assert_close(taken.dense(), first.dense()[[2, 0]])
     torch.testing.assert_close(first.squared_norm(), first.dense().square().sum((1, 2)))
+
+
+class Sure(nn.Module):
+    """A head over 2,000 words that gives the next one a probability of nearly 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(256, 2000, bias=False)
+        nn.init.normal_(self.head.weight, std=256**-0.5)
+
+    def batch(self, positions: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(0, 2000, (2, positions))
+        rows = self.head.weight.detach()[labels]
+        hidden = 24 * torch.nn.functional.normalize(rows, dim=2)
+        return hidden + 0.01 * torch.randn_like(hidden), labels
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return summed_cross_entropy(hidden, self.head.weight, None, labels, 256)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_logits_that_round_otherwise_stay_within_the_bound(seed: int) -> None:
+    """An example is left out, so the sum comes from a product of another shape than the norms."""
+    torch.manual_seed(seed)
+    model = Sure()
+    hidden, labels = model.batch(1)
+    hidden[0] = math.inf
+    with record(model) as tape:
+        loss = model(hidden, labels).sum()
+    loss.backward()
+    norms = tape.norms()
+    assert norms.isfinite().tolist() == [False, True]
+    coefficients = torch.where(norms.isfinite(), 1 / norms, 0.0)
+    total = tape.clipped_sum(coefficients)["head.weight"]
+    assert total.double().norm() <= 1 + 1e-5
+
+
+def test_the_error_of_computing_logits_again_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Sure()
+    found: list[Any] = []
+    make = SoftmaxOuter.__init__
+
+    def keep(self: Any, *args: Any) -> None:
+        make(self, *args)
+        found.append(self)
+
+    monkeypatch.setattr(SoftmaxOuter, "__init__", keep)
+    with record(model):
+        loss = model(*model.batch(4)).sum()
+    loss.backward()
+    form = found[0]
+    exact = form.take(torch.arange(2), torch.float64).dense()
+    error = (form.dense() - exact).flatten(1).norm(dim=1)
+    bound = form.recomputed_error()
+    assert (error <= bound).all()
+    assert (form.squared_norm().sqrt() >= exact.flatten(1).norm(dim=1)).all()
+    # Without it the norm is that of rounding errors, and so is what it divides.
+    assert (bound > 0.1 * exact.flatten(1).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("label", [-1, V])
+def test_labels_that_are_no_class_are_refused(label: int) -> None:
+    model = Words(tied=False, bias=True)
+    ids, labels = batch()
+    labels[1, 1] = label
+    with record(model), pytest.raises(IndexError, match=f"labels hold {label}: expected classes"):
+        summed_cross_entropy(model(ids), model.head.weight, model.head.bias, labels, 4)
 
 
 def test_without_a_recording_it_is_the_cross_entropy(float64: None) -> None:

@@ -116,6 +116,16 @@ def five_dimensional_linear() -> Case:
 
 
 @case
+def linear_by_a_vector() -> Case:
+    model = Lambda(
+        lambda m, x: m.b(F.linear(torch.tanh(m.a(x)), torch.linspace(1, 2, 5)))
+        + F.linear(x[:, :2], m.v),
+        a=nn.Linear(4, 5), b=nn.Linear(3, 2), v=torch.randn(4),
+    )  # fmt: skip
+    return Case(model, (torch.randn(B, 3, 4),), squares)
+
+
+@case
 def one_feature_vector() -> Case:
     model = Lambda(lambda m, x: m.a(x[:, None] * m.s), a=nn.Linear(1, 3), s=torch.randn(1))
     return Case(model, (torch.randn(B),), squares)

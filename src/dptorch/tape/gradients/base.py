@@ -55,6 +55,11 @@ class PerExampleGradient(ABC):
         """What the norm would be if nothing cancelled, [B]: the scale of its rounding error."""
         return self.squared_norm().sqrt()
 
+    def recomputed_error(self) -> Tensor | float:
+        """How far the gradient that is summed may be from the one that was measured, [B]: 0 for a form
+        that makes both from the same numbers."""
+        return 0.0
+
     def sizes(self) -> tuple[tuple[str, int], ...]:
         """The sizes that decide between methods, with their letters."""
         return ("B", self.batch_size), ("numel", math.prod(self.shape))
@@ -130,10 +135,7 @@ def without_cancellation(
         `test_a_tied_record_whose_uses_cancel_is_clipped` and
         `test_a_record_that_cancels_a_little_is_never_above_the_bound`.
     """
-    eps = torch.finfo(squared.dtype).eps
-    if squared.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        # TF32 rounds the factors of a product to 11 bits.
-        eps = max(eps, 2.0**-11)
+    eps = eps_of(squared)
     bound = magnitude.square()
     # Above these no margin lengthens a squared norm by more than a thousandth: an ordinary example
     # is clipped as if there were none. They are far above the error of a sum of many terms.
@@ -147,6 +149,18 @@ def without_cancellation(
         squared = squared.index_copy(0, index, square_sum(total).to(squared.dtype))
     margin = (4 * eps) ** 2 * bound
     return squared + (margin if formed else torch.where(doubtful, margin, 4 * eps * bound))
+
+
+def eps_of(t: Tensor) -> float:
+    """The relative rounding error of a matrix product of tensors such as `t`."""
+    eps = torch.finfo(t.dtype).eps
+    # TF32 rounds the factors of a product to 11 bits.
+    return max(eps, 2.0**-11) if t.is_cuda and torch.backends.cuda.matmul.allow_tf32 else eps
+
+
+def lengthened(squared: Tensor, by: Tensor | float) -> Tensor:
+    """Squared norms [B] of gradients whose norms are larger by `by`."""
+    return squared if isinstance(by, float) and not by else (squared.sqrt() + by).square()
 
 
 def underflowed(squared: Tensor, longest: Tensor, terms: int) -> Tensor | None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dptorch.tape.gradients.base import (
     PerExampleGradient,
+    eps_of,
+    lengthened,
     square_sum,
     weigh,
     without_cancellation,
@@ -128,6 +130,27 @@ class SoftmaxOuter(PerExampleGradient):
     def magnitude(self) -> Tensor:
         return (self.lengths * torch.linalg.vector_norm(self.logits.hidden, dim=2)).sum(1)
 
+    def recomputed_error(self) -> Tensor:
+        """See `PerExampleGradient.recomputed_error`.
+
+        Logits are products, which round otherwise beside other examples and in another precision.
+        Where a label has a probability of nearly 1, the first factor may be nothing but this error.
+
+        Guarantees:
+            Clipped to length C, a gradient is at most that long in a sum without some of the examples.
+            Held by `test_logits_that_round_otherwise_stay_within_the_bound` and
+            `test_the_error_of_computing_logits_again_is_bounded`.
+        """
+        found = self.logits
+        hidden = torch.linalg.vector_norm(found.hidden, dim=2)
+        largest = torch.linalg.vector_norm(found.weight, dim=1).amax()
+        logits = (
+            hidden * largest if found.bias is None else hidden * largest + found.bias.abs().amax()
+        )
+        # A logit is off by a few eps of |hidden| |weight| (Cauchy and Schwarz), its exponential by as
+        # much of itself. Positions may be alike, so their errors are added as they are.
+        return 4 * eps_of(hidden) * (found.scale.abs() * logits * hidden).sum(1)
+
     def sizes(self) -> tuple[tuple[str, int], ...]:
         b, t, h = self.logits.hidden.shape
         return ("B", b), ("T", t), ("d", h), ("p", self.shape[0])
@@ -149,7 +172,8 @@ class SoftmaxOuter(PerExampleGradient):
         for _, left in self.logits.gradients():
             for b in range(self.batch_size):  # one [c, H] at a time
                 squared[b] += square_sum((left[b].t() @ hidden[b])[None])[0]
-        return without_cancellation(squared, self.magnitude(), [self], formed=True)
+        squared = without_cancellation(squared, self.magnitude(), [self], formed=True)
+        return lengthened(squared, self.recomputed_error())
 
     def factored_inner(self, other: PerExampleGradient) -> Tensor | None:
         hidden = self.logits.hidden

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dptorch.errors import PrivacyError
-from dptorch.tape.gradients.base import PerExampleGradient, without_cancellation
+from dptorch.tape.gradients.base import PerExampleGradient, lengthened, without_cancellation
 from dptorch.tape.gradients.dense import Dense
 from dptorch.tape.gradients.summing_order import least_peak_order
 
@@ -128,7 +128,9 @@ class FormStore:
         for i, first in enumerate(forms):
             for second in forms[i + 1 :]:
                 total = total + 2 * first.inner(second)
-        return without_cancellation(total.clamp(min=0), magnitude, forms, formed=False)
+        squared = without_cancellation(total.clamp(min=0), magnitude, forms, formed=False)
+        # Cross terms can be as wrong as what they are of: a norm of the whole is that much longer.
+        return lengthened(squared, sum(form.recomputed_error() for form in forms))
 
     def weighted_sum(
         self, key: int, name: str, coefficients: Tensor, kept: Tensor | None

@@ -40,7 +40,7 @@ def product(call: Call, outputs: Sequence[Any]) -> Found:
     elif name == "linear":
         if any(call.tag_of(t) is not None for t in operands[1:]):
             raise Lost("the weight of a linear layer carries examples")
-        operands = operands[:1]
+        operands = operands[:2]  # the weight may be a vector
     a, b = operands[0], operands[1] if len(operands) > 1 else None
     if out.dim() == 0 and a.dim() == 1 and b is not None:
         agreed = elementwise(call, [a])

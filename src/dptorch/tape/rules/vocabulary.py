@@ -40,6 +40,9 @@ def summed_cross_entropy(
         labels: int64 [B, T]; -100 does not count.
         columns: how many of the V classes have their logits in memory at once.
 
+    Raises:
+        IndexError: a label is neither a class nor -100.
+
     Guarantees:
         Under the tape every row's gradients of `weight`, `bias` and `hidden` are those of
         `torch.nn.functional.cross_entropy` on all logits.
@@ -147,6 +150,13 @@ def trained_layer(call: Call, recording: Recorder) -> Any:
         raise NotCoveredError(
             "summed_cross_entropy: expected hidden states [B, T, H] and labels [B, T] with an example "
             "in each row."
+        )
+    classes = weight.shape[0]
+    outside = labels[(labels != _IGNORED) & ((labels < 0) | (labels >= classes))]
+    if outside.numel():  # as torch does: below, it would be trained as another class or as none
+        raise IndexError(
+            f"labels hold {int(outside[0])}: expected classes from 0 to {classes - 1}, or {_IGNORED} "
+            "at positions that do not count."
         )
     want_weight = call.is_parameter(weight)
     want_bias = bias is not None and call.is_parameter(bias)
