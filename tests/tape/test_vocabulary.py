@@ -50,7 +50,7 @@ def whole(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
     ).sum(1)
 
 
-def step(model: Any, ids: Tensor, labels: Tensor, columns: int, mode: str) -> dict[str, Tensor]:
+def step(model: Any, ids: Tensor, labels: Tensor, columns: int, mode: str) -> dict[str, Any]:
     engine = PrivacyEngine(
         model, sample_rate=1.0, sample_size=B, steps=1, noise_multiplier=0.0, target_delta=1e-3,
         max_grad_norm=C, clipping_mode=mode, seed=0,

@@ -55,7 +55,8 @@ def mu_lower_bound_from_scores(evidence: Evidence, *, significance: float = 0.05
 
     Guarantees:
         If members' scores are independent N(a + μ s, s²) and others' N(a, s²), the result exceeds μ
-        with probability exactly `significance` where it is above 0.
+        with probability `significance` where it is above 0; with less where the difference is above
+        30 standard errors or there are hardly any scores, as an approximation is used there.
         Held by `test_gaussian_scores_are_exact_by_simulation`.
 
     Returns:
@@ -94,6 +95,7 @@ def _noncentrality_bound(t: float, degrees: int, significance: float) -> float:
     # t = (Z + noncentrality) / S with S about N(1 - 1/4n, 1/2n): Johnson and Welch 1940.
     z = float(norm.isf(significance))
     near = t * (1 - 1 / (4 * degrees)) - z * math.sqrt(1 + t * t / (2 * degrees))
+    # S is skewed to the right, so this puts too much of it far below 1 and the bound errs downwards.
     if t > _EXACT_UP_TO:
         return near
 
