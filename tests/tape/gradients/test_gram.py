@@ -89,7 +89,7 @@ needs_compiler = pytest.mark.skipif(
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
-    "size", [*SIZES, (2, 9, 512, 513), (1, 40, 1, 2000), (1, 530, 7, 500)], ids=str
+    "size", [*SIZES, (2, 9, 512, 513), (1, 40, 1, 2000), (1, 530, 7, 500), (9, 21, 30, 40)], ids=str
 )
 def test_the_c_kernel_gives_the_formed_norm(
     library: None, size: tuple[int, int, int, int], threads: int
@@ -158,6 +158,7 @@ def test_a_factor_without_columns_has_norm_zero() -> None:
         ("avx2", "if (k < depth)", "if (k > depth)"),  # columns that are left over
         ("avx2", "column < first + row + TALL", "column < first + row"),  # the diagonal
         ("avx2", "gram + i * pitch", "gram"),  # several strips at once
+        ("avx2", "factor_of(job, example, 1)", "factor_of(job, 0, 1)"),
         ("avx2", "at * f->stride + from, depth", "at * f->stride, depth"),
         ("avx2", "memset(gram, 0", "memset(gram, 66"),
         ("avx2", "x, y, start < 0 ? 0 : start, below", "x, y, start < 8 ? 0 : start, below"),

@@ -140,6 +140,9 @@ def without_cancellation(
     # Above these no margin lengthens a squared norm by more than a thousandth: an ordinary example
     # is clipped as if there were none. They are far above the error of a sum of many terms.
     least = (1000 * eps) ** 2 if formed else 4000 * eps
+    share = (4 * eps) ** 2 if formed else 4 * eps  # of `bound`, what may be missing
+    if bool((squared >= least * bound).all()):  # the usual case; not if any is NaN
+        return torch.add(squared, bound, alpha=share)
     # Where it is not finite, the norm with its margin is not either: such an example is left out.
     doubtful = (squared < least * bound) & bound.isfinite()
     if bool(doubtful.any()):
@@ -147,8 +150,7 @@ def without_cancellation(
         total = sum(f.take(index, torch.float64).dense() for f in forms)
         assert isinstance(total, Tensor)
         squared = squared.index_copy(0, index, square_sum(total).to(squared.dtype))
-    margin = (4 * eps) ** 2 * bound
-    return squared + (margin if formed else torch.where(doubtful, margin, 4 * eps * bound))
+    return squared + torch.where(doubtful, (4 * eps) ** 2 * bound, share * bound)
 
 
 def eps_of(t: Tensor) -> float:
@@ -169,7 +171,7 @@ def underflowed(squared: Tensor, longest: Tensor, terms: int) -> Tensor | None:
 
     Args:
         squared: as computed, [B].
-        longest: the larger factor's squared length, [B].
+        longest: the larger factor's squared length, [B], or the largest of all examples.
         terms: how many products were added up.
 
     A factor loses at most `terms` times the smallest normal number: below 1 % of the result for all

@@ -1,5 +1,6 @@
 /* Norms of sums of outer products from Gram matrices; see gram.py, which this file agrees with up to
-   rounding. Called from every thread of a team at once; each takes strips until none is left.
+   rounding. Called from every thread of a team at once; each takes examples until none is left, or
+   strips where there are few examples or large ones.
 
    A strip is ROWS rows of one example's Gram matrices, up to the diagonal, column after column. Where
    the number of positions is no multiple of ROWS, the first strip has fewer: it has the fewest columns.
@@ -8,7 +9,10 @@
    entries are dot products of the factors' rows, made in tiles (with AVX2 of TALL x WIDE, with AVX-512
    of ROWS x WIDE) whose sums stay in registers, over at most DEPTH columns of the factor at a time, so
    that what a strip reads stays in the first-level cache; its own rows are copied together, as rows
-   whose distance is a power of two would drive each other out of the cache. */
+   whose distance is a power of two would drive each other out of the cache.
+
+   Small examples are read about as fast as they are worked on, so while one is worked on the next is
+   asked for, some cache lines before each tile. */
 
 #include <math.h>
 #include <stdint.h>
@@ -30,6 +34,7 @@ int units_found(void) { return units_of_the_processor(); }
 #define MOST 8   /* strips at once */
 #define LARGE (1 << 18) /* floats of an example's wider factor from which on */
 #define BLOCK 96 /* columns, a multiple of WIDE: BLOCK * DEPTH floats fit the second-level cache */
+#define SHARE 4  /* examples for each thread from which on it takes whole ones */
 
 typedef struct {
     const float *rows;        /* of one example: [T, columns] */
@@ -43,8 +48,27 @@ typedef struct {
     double *sums;       /* [examples, strips] of products of Gram entries */
     float *lengths[2];  /* [examples, positions] of squared lengths: of left, of right */
     int64_t units;
+    int64_t threads;    /* of the team */
     int64_t next;
 } Gram;
+
+/* Rows that will be read, as far as they have not been asked for yet. */
+typedef struct {
+    const char *row;
+    int64_t rows, width, pitch, at; /* octets, but for the number of rows */
+} Ahead;
+
+static inline void ask_for(Ahead *a, int64_t lines) {
+    while (lines-- > 0 && a->rows > 0) {
+        __builtin_prefetch(a->row + a->at, 0, 2);
+        a->at += 64;
+        if (a->at >= a->width) {
+            a->at = 0;
+            a->row += a->pitch;
+            a->rows--;
+        }
+    }
+}
 
 #define FAST __attribute__((target("avx2,fma")))
 #define FASTER __attribute__((target("avx512f,avx2,fma")))
@@ -135,7 +159,7 @@ FASTER static void tile_512(const float *a, const float *const b[WIDE], int64_t 
    into `gram` [count][columns, ROWS], `pitch` floats from one to the next. Rows before the first
    position and columns after the last repeat them. */
 FAST static void strips(const Factor *f, int64_t start, int64_t count, int64_t positions, int wide,
-                        float *gram, int64_t pitch, float *own) {
+                        float *gram, int64_t pitch, float *own, Ahead *ahead, int64_t lines) {
     int64_t last = positions - 1;
     int64_t parts = (f->columns + DEPTH - 1) / DEPTH;
     int64_t most = ((f->columns + parts - 1) / parts + LANES - 1) / LANES * LANES;
@@ -157,6 +181,7 @@ FAST static void strips(const Factor *f, int64_t start, int64_t count, int64_t p
                         int64_t at = column + j < last ? column + j : last;
                         b[j] = f->rows + at * f->stride + from;
                     }
+                    ask_for(ahead, lines);
                     if (wide) tile_512(a, b, depth, to);
                     for (int64_t row = 0; !wide && row < ROWS; row += TALL)
                         if (column < first + row + TALL) /* not all above the diagonal */
@@ -205,35 +230,55 @@ FAST static double sum_of(Gram *job, int64_t example, int64_t start, int wide, c
     return sum;
 }
 
+static Factor factor_of(const Gram *job, int64_t example, int right) {
+    const float *rows = right ? job->right : job->left;
+    const int64_t *strides = right ? job->right_strides : job->left_strides;
+    Factor f = {rows + example * strides[0], right ? job->right_columns : job->left_columns, strides[1]};
+    return f;
+}
+
 FAST void gram_norms(Gram *job) {
     int64_t positions = job->positions, of_each = (positions + ROWS - 1) / ROWS;
     int64_t columns = job->left_columns, of_right = job->right_columns;
     if (columns < of_right) columns = of_right;
-    int64_t at_once = positions * columns < LARGE ? 1 : MOST, bands = (of_each + at_once - 1) / at_once;
+    int small = positions * columns < LARGE;
+    int64_t at_once = small ? 1 : MOST, bands = (of_each + at_once - 1) / at_once;
     int64_t pitch = (positions + ROWS + WIDE) * ROWS, copied = at_once * ROWS * PITCH;
     float *work = aligned_alloc(64, ((2 * at_once * pitch + copied) * sizeof(float) + 63) / 64 * 64);
     int wide = (job->units & AVX512) != 0;
+    /* Whole examples where all threads get several. */
+    int64_t taken_at_once = small && job->examples >= SHARE * job->threads ? bands : 1;
+    int64_t tiles = of_each * (positions + ROWS) / 2 / WIDE + 1; /* of a factor, at least */
     for (;;) {
-        int64_t taken = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        int64_t taken = taken_at_once * __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (taken >= job->examples * bands) break;
         int64_t example = taken / bands; /* one after another: each fits the second-level cache */
-        int64_t first = (bands - 1 - taken % bands) * at_once; /* the longest first */
-        int64_t count = of_each - first < at_once ? of_each - first : at_once;
-        double *out = job->sums + example * of_each + first;
-        if (!work) {
-            for (int64_t i = 0; i < count; i++) out[i] = NAN; /* such an example would be dropped */
+        double *out = job->sums + example * of_each;
+        if (!work) { /* such an example will be dropped */
+            for (int64_t i = 0; i < of_each; i++) out[i] = NAN;
             continue;
         }
-        Factor left = {job->left + example * job->left_strides[0], job->left_columns,
-                       job->left_strides[1]};
-        Factor right = {job->right + example * job->right_strides[0], job->right_columns,
-                        job->right_strides[1]};
-        float *own = work, *x = own + copied, *y = x + at_once * pitch;
-        int64_t start = positions - (of_each - first) * ROWS; /* negative: the rows before 0 are none */
-        strips(&left, start, count, positions, wide, x, pitch, own);
-        strips(&right, start, count, positions, wide, y, pitch, own);
-        for (int64_t i = 0; i < count; i++)
-            out[i] = sum_of(job, example, start + i * ROWS, wide, x + i * pitch, y + i * pitch);
+        Factor factors[2] = {factor_of(job, example, 0), factor_of(job, example, 1)};
+        Ahead ahead[2] = {{0}, {0}};
+        int64_t lines[2] = {0, 0}, next = example + job->threads; /* probably */
+        for (int i = 0; taken_at_once > 1 && next < job->examples && i < 2; i++) {
+            Factor f = factor_of(job, next, i);
+            Ahead a = {(const char *)f.rows, positions, f.columns * 4, f.stride * 4, 0};
+            ahead[i] = a;
+            lines[i] = positions * ((f.columns + 15) / 16) / tiles + 1;
+        }
+        for (int64_t band = bands - 1 - taken % bands, last = band - taken_at_once; band > last; band--) {
+            int64_t first = band * at_once; /* the longest first */
+            int64_t count = of_each - first < at_once ? of_each - first : at_once;
+            int64_t start = positions - (of_each - first) * ROWS; /* negative: rows before 0 are none */
+            float *own = work, *grams[2] = {own + copied, own + copied + at_once * pitch};
+            for (int i = 0; i < 2; i++)
+                strips(&factors[i], start, count, positions, wide, grams[i], pitch, own, &ahead[i],
+                       lines[i]);
+            for (int64_t i = 0; i < count; i++)
+                out[first + i] = sum_of(job, example, start + i * ROWS, wide, grams[0] + i * pitch,
+                                        grams[1] + i * pitch);
+        }
     }
     free(work);
 }

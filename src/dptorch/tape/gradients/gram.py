@@ -12,8 +12,8 @@ from dptorch.tape.gradients.gram_native import ROWS, GramLibrary, gram_library
 
 __all__ = ["gram_cost", "gram_flops", "gram_norm", "gram_norm_and_lengths", "gram_tile"]
 
-# Flops from which on compiling C saves more than it costs in a few steps.
-_LARGE = 2e7
+# Flops from which on C takes less than the calls of torch that it saves; compiled once a machine.
+_LARGE = 1e6
 
 
 def gram_tile(positions: int) -> int:

@@ -40,6 +40,7 @@ class _Gram(ctypes.Structure):
         ("sums", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p * 2),
         ("units", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
         ("next", ctypes.c_int64),
     )
 
@@ -73,6 +74,7 @@ class GramLibrary:
         # Dtype and device are named: the user may have set other defaults.
         sums = torch.empty(b, strips, dtype=torch.float64, device="cpu")
         lengths = torch.empty(2, b, t, dtype=torch.float32, device="cpu")
+        threads = max(1, min(threads, b * strips))
         job = _Gram(
             left.data_ptr(),
             right.data_ptr(),
@@ -85,9 +87,10 @@ class GramLibrary:
             sums.data_ptr(),
             (ctypes.c_void_p * 2)(lengths[0].data_ptr(), lengths[1].data_ptr()),
             self.units,
+            threads,
             0,
         )
-        run_in_team(self._function, job, max(1, min(threads, b * strips)))
+        run_in_team(self._function, job, threads)
         lengths.sqrt_()
         return sums.sum(1).clamp_(min=0).float(), lengths[0], lengths[1]
 
@@ -113,7 +116,7 @@ def _agrees(library: GramLibrary) -> bool:
         (1, 1, 1, 1),
         (2, 5, 3, 1100),
         (3, 8, 513, 16),
-        (2, 21, 40, 7),
+        (9, 21, 40, 7),  # whole examples to each thread
         (1, 530, 3, 500),
     ):
         wide = torch.randn(b, t, p + 3, **kind)

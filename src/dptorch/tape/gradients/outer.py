@@ -65,6 +65,11 @@ class Outer(PerExampleGradient):
         left, right = self._lengths()
         return (left * right).sum(1)
 
+    def _most(self) -> Tensor:
+        """At least the `magnitude`, by Cauchy and Schwarz, [B]: short rows take long to measure."""
+        left, right = (torch.linalg.vector_norm(x, dim=(1, 2)) for x in self.held())
+        return left * right
+
     def _lengths(self) -> tuple[Tensor, Tensor]:
         """Of the factors, [B, T] each."""
         left, right = torch.linalg.vector_norm(self.left, dim=2), self.right
@@ -101,7 +106,7 @@ class Outer(PerExampleGradient):
             squared = formed_norm(self)
         # What was formed is a sum of T terms too, and the
         # sum that is released adds them in another order.
-        return without_cancellation(squared, self.magnitude(), [self], formed=True), kept
+        return without_cancellation(squared, self._most(), [self], formed=True), kept
 
     def squared_norm(self) -> Tensor:
         t, p, d = self._sizes
@@ -118,7 +123,7 @@ class Outer(PerExampleGradient):
         else:
             squared, left, right = gram_norm_and_lengths(self.left, self.right)
         magnitude = (left * right).sum(1)
-        longest = torch.maximum(left.amax(1), right.amax(1)).square()
+        longest = torch.maximum(left.amax(), right.amax()).square()
         squared, magnitude = without_underflow(self, squared, magnitude, longest, t * t * (p + d))
         if t == 1:
             # A single outer product has no terms that could cancel.
