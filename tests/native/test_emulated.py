@@ -18,6 +18,7 @@ import torch
 
 from dptorch.native import HEADER, Units, build
 from dptorch.noise.compiled import SOURCES, Compiled, _constants, _same_bits
+from dptorch.tape.gradients import norm_sums
 from dptorch.tape.gradients.gram_native import SOURCE, GramLibrary, _agrees, gram_library
 
 EMULATED = Path(__file__).with_name("emulated.h")
@@ -149,3 +150,12 @@ def test_a_gram_norm_that_errs_is_seen_on_any_processor(
     library = emulated(tmp_path, [HEADER, SOURCE], {}, (right, wrong))
     assert not _agrees(GramLibrary(library, named(seen)))
     assert _agrees(GramLibrary(library, named(unseen)))
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("", ""), ("(g2 + g3)", "(g2 + g1)")])
+def test_sums_of_a_layer_norm_are_seen_to_agree_or_not(
+    tmp_path: Path, right: str, wrong: str
+) -> None:
+    assert right in norm_sums.SOURCE.read_text()
+    library = emulated(tmp_path, [HEADER, norm_sums.SOURCE], {}, (right, wrong))
+    assert norm_sums._agrees(norm_sums.NormLibrary(library, ALL)) == (right == wrong)

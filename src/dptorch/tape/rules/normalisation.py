@@ -113,14 +113,13 @@ def _layer_norm(
         assert grads[0] is not None
         g_BTD = rows(grads[0], tag, n).flatten(1, -2)
         if want_w:
-            x_BTD, mean_BT, rstd_BT = (rows(t, tag, n).flatten(1, -2) for t in saved)
-            # sum_t g (x - mean) rstd, as two products of a row with a matrix
-            scaled = torch.bmm(rstd_BT.transpose(1, 2), g_BTD * x_BTD)
-            scaled -= torch.bmm((mean_BT * rstd_BT).transpose(1, 2), g_BTD)
-            yield weight, Dense(scaled[:, 0])
+            from dptorch.tape.gradients.norm_sums import norm_sums
+
+            shift, scale = norm_sums(g_BTD, *(rows(t, tag, n).flatten(1, -2) for t in saved))
+            yield weight, Dense(scale)
         if want_b:
             assert bias is not None
-            yield bias, Dense(g_BTD.sum(1))
+            yield bias, Dense(shift if want_w else g_BTD.sum(1))
 
     saved = (x.detach(), mean.detach(), rstd.detach()) if want_w else ()
     return recording.tap(call, out, [tag], saved, gradients)
