@@ -105,6 +105,7 @@ class ImageMIA:
             seed=self.seed,
         )
         blind, interval = blind_input_auc(x, y, labels)
+        # The lower end: chance alone takes the AUC of few records above one half.
         if interval[0] > 0.5:
             warnings.append(DIFFERENT_SETS.format(auc=blind))
         result |= {"blind_baseline_auc": blind, "warnings": warnings}

@@ -139,6 +139,7 @@ class LanguageMIA:
             seed=self.seed,
         )
         blind, interval = blind_text_auc(texts, labels)
+        # The lower end: chance alone takes the AUC of few records above one half.
         if interval[0] > 0.5:
             warnings.append(DIFFERENT_SETS.format(auc=blind))
         result |= {"blind_baseline_auc": blind, "warnings": warnings}
@@ -157,6 +158,8 @@ class LanguageMIA:
         shortened = tokenize(
             [_drop_words(text, rng) for text in texts], tokenizer, max_length=self.max_length
         )
+        # A neighbour without a next token has no loss; the
+        # text itself stands in, and their difference is 0.
         shortened = [s if len(s) > 1 else row for s, row in zip(shortened, ids, strict=True)]
         settings = {"batch_size": self.batch_size, "progress": self.progress}
         said = token_statistics(model, ids, **settings)  # type: ignore[arg-type]

@@ -103,6 +103,7 @@ def text_parameter_norms(
                 loss = each.mean(1).sum()
             loss.backward()
             for name, squared in tape.squared_norms().items():
+                # Zero for texts that do not reach the parameter.
                 column = found.setdefault(name, np.zeros(len(ids)))
                 column[chosen] = squared.detach().double().clamp_min(0).sqrt().cpu().numpy()
             tape.close()

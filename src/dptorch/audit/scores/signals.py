@@ -38,6 +38,7 @@ _LABELS = ("labels", "label", "y", "target")
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no engine listening; every module's mode is restored."""
+    # Of every module: parts of a model that trains may be in evaluation mode, as frozen ones are.
     modes = {module: module.training for module in model.modules()}
     hooks = hooks_of(model)
     model.eval()
@@ -253,6 +254,8 @@ def token_statistics(
             chosen = order[start : start + batch_size]
             longest = len(ids[chosen[-1]])
             input_ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+            # Padding comes last, where no prediction of a causal
+            # model looks, whether it heeds the mask or not.
             mask = torch.zeros_like(input_ids)
             for row, i in enumerate(chosen):
                 input_ids[row, : len(ids[i])] = torch.tensor(ids[i])
@@ -282,6 +285,7 @@ def _statistics(logits_TV: Tensor, target_T: Tensor) -> TokenStatistics:
     parts = (
         log_p_TV.gather(-1, target_T[:, None])[:, 0],
         mean,
+        # The difference may round below 0 where one token is nearly certain.
         (second - mean.square()).clamp_min(0).sqrt(),
         best[:, 0].exp(),
         best[:, 0] - best[:, 1],
