@@ -100,6 +100,44 @@ def test_a_record_that_cancels_a_little_is_never_above_the_bound(
     assert max(worst) > 1 + 1e-5
 
 
+class Weighed(nn.Module):
+    """An embedding of one word whose gradient at each position is that position of the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.embedding(torch.zeros_like(x[:, :, 0]).long()) * x).sum(1)
+
+
+def worst_of_long_records(monkeypatch: pytest.MonkeyPatch, kind: str) -> float:
+    """Of 1,536 positions: up in equal steps, which all round alike, and down in steps twice as long."""
+    found = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        up = 1e4 * (torch.rand(16) / 2 + 0.3)
+        x = torch.cat([up.expand(1024, 16), -2 * up.expand(512, 16)])[None]
+        model = Weighed(16) if kind == "embedding" else Pooled(nn.Linear(16, 16, bias=False), (1,))
+        found.append(contribution(monkeypatch, model, x))
+    return max(found)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_a_long_record_whose_positions_cancel_is_clipped(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    assert worst_of_long_records(monkeypatch, kind) <= 1 + 1e-6
+
+
+def test_long_records_do_catch_a_margin_of_a_few_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: an embedding adds up position by position on every CPU."""
+    from dptorch.tape.gradients import base
+
+    monkeypatch.setattr(base, "_positions", lambda forms: 1)
+    assert worst_of_long_records(monkeypatch, "embedding") > 2
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_a_convolved_record_whose_positions_cancel_is_clipped(
     monkeypatch: pytest.MonkeyPatch, scale: float

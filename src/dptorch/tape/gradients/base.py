@@ -132,15 +132,19 @@ def without_cancellation(
     Guarantees:
         The result is at least the true squared norm, but for the rounding of one number.
         Held by `test_a_linear_record_whose_positions_cancel_is_clipped`,
-        `test_a_tied_record_whose_uses_cancel_is_clipped` and
-        `test_a_record_that_cancels_a_little_is_never_above_the_bound`.
+        `test_a_tied_record_whose_uses_cancel_is_clipped`,
+        `test_a_record_that_cancels_a_little_is_never_above_the_bound` and
+        `test_a_long_record_whose_positions_cancel_is_clipped`.
     """
     eps = eps_of(squared)
     bound = magnitude.square()
-    # Above these no margin lengthens a squared norm by more than a thousandth: an ordinary example
-    # is clipped as if there were none. They are far above the error of a sum of many terms.
+    # Above these a margin lengthens no squared norm of a few positions by more than a thousandth, nor
+    # one of thousands that do not cancel: an ordinary example is clipped as if there were none.
     least = (1000 * eps) ** 2 if formed else 4000 * eps
-    share = (4 * eps) ** 2 if formed else 4 * eps  # of `bound`, what may be missing
+    # Of `bound`, what may be missing. Each of T additions may round by eps / 2 of what is there so far,
+    # which is at most half of the magnitude where all cancels, and always the same way.
+    of_sum = max(4.0, _positions(forms) / 4) ** 2 * eps**2
+    share = of_sum if formed else 4 * eps + of_sum
     if bool((squared >= least * bound).all()):  # the usual case; not if any is NaN
         return torch.add(squared, bound, alpha=share)
     # Where it is not finite, the norm with its margin is not either: such an example is left out.
@@ -150,7 +154,12 @@ def without_cancellation(
         total = sum(f.take(index, torch.float64).dense() for f in forms)
         assert isinstance(total, Tensor)
         squared = squared.index_copy(0, index, square_sum(total).to(squared.dtype))
-    return squared + torch.where(doubtful, (4 * eps) ** 2 * bound, share * bound)
+    return squared + torch.where(doubtful, of_sum * bound, share * bound)
+
+
+def _positions(forms: Sequence[PerExampleGradient]) -> int:
+    """How many products are added up in a gradient that is the sum of `forms`."""
+    return sum(dict(form.sizes()).get("T", 1) for form in forms)
 
 
 def eps_of(t: Tensor) -> float:
