@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-__all__ = ["for_group", "guessed_right", "in_words", "recognised"]
+__all__ = ["for_group", "guessed_right", "in_words", "recognised", "rounded_up"]
 
 #: Above this share of members that may be recognised, the guarantee alone prevents nothing.
 CERTAIN: Final = 0.995
@@ -105,6 +105,19 @@ def in_words(
             "recognise every one. Only tests such as an audit can tell how hard it is in practice."
         )
     return [first, _delta_in_words(delta, what, size), _groups_in_words(epsilon, delta, what)]
+
+
+def rounded_up(epsilon: float, digits: int = 4) -> str:
+    """Write ε with some digits behind the point: a stated bound may not be below the computed one.
+
+    Example:
+        >>> rounded_up(1.1), rounded_up(2.00001), rounded_up(math.inf)
+        ('1.1000', '2.0001', 'infinity')
+    """
+    if math.isinf(epsilon):
+        return "infinity"
+    text = f"{epsilon:.{digits}f}"
+    return text if float(text) >= epsilon else f"{float(text) + 10**-digits:.{digits}f}"
 
 
 def _delta_in_words(delta: float, what: str, size: int | None) -> str:

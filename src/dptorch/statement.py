@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from dptorch.distributed.agreement import SAME_DATA
 from dptorch.errors import PrivacyError
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
-from dptorch.risk import in_words
+from dptorch.risk import in_words, rounded_up
 from dptorch.sampling.schemes import OWN_LOADER
 
 if TYPE_CHECKING:
@@ -313,8 +312,8 @@ class Statement:
         adjacency = self.adjacency_text
         run = ", ".join(f"{n} steps: {s}" for s, n in self.sampling_run.items() if n) or "no step"
         lines = [
-            f"These {self.steps} training steps are ({_number(self.epsilon)}, {plan.target_delta:g})-"
-            f"differentially private with respect to {adjacency}"
+            f"These {self.steps} training steps are ({rounded_up(self.epsilon)}, "
+            f"{plan.target_delta:g})-differentially private with respect to {adjacency}"
             + (", provided that" if self.own_loader_steps else "."),
             *[
                 f"{ONCE_A_STEP.format(unit=plan.unit)}. ({self.own_loader_steps} of the steps took "
@@ -360,21 +359,21 @@ class Statement:
 
     def _epsilon_lines(self) -> list[str]:
         lines = [
-            f"epsilon              {_number(self.epsilon)} certified for what ran "
+            f"epsilon              {rounded_up(self.epsilon)} certified for what ran "
             f"(accountant {self.accountant}, an upper bound)"
         ]
         blank = " " * 21
         if self.epsilon_exact is not None:
             lines.append(
-                f"{blank}{_number(self.epsilon_exact)} exact, for planning (no certified bound)"
+                f"{blank}{rounded_up(self.epsilon_exact)} exact, for planning (no certified bound)"
             )
         if self.plan.sampling != "poisson" or not self.sampling_holds:
             lines.append(
-                f"{blank}{_number(self.epsilon_if_poisson)} is what Poisson accounting would have "
+                f"{blank}{rounded_up(self.epsilon_if_poisson)} is what Poisson accounting would have "
                 f"claimed at rate {self.plan.sample_rate:.6g}; NOT valid for what ran"
             )
         lines += [
-            f"{blank}{_number(self.epsilon_unamplified)} without amplification: holds for any "
+            f"{blank}{rounded_up(self.epsilon_unamplified)} without amplification: holds for any "
             "data-independent batching in which a",
             f"{blank}record is in at most one row of a step, and its place does not depend on other "
             "records",
@@ -492,8 +491,3 @@ def make_statement(
         repeated=repeated,
         ledger=None if ledger is None else ledger.name,
     )
-
-
-def _number(epsilon: float) -> str:
-    # Rounded up: a stated bound may not be below the computed one.
-    return "infinity" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"

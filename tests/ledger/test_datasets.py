@@ -436,3 +436,22 @@ def test_with_a_key_nobody_else_can_rebuild_the_chain(tmp_path: Path) -> None:
         open_ledger(path)
     key.write_bytes(b"x" * 32)
     assert len(open_ledger(path, key_file=key).verify().problems) == 5
+
+
+def test_the_only_run_is_stated_as_it_was_admitted(location: str) -> None:
+    """A run on its own fits its cap in the planned count, so that no more than that is shown of it."""
+    p = plan(10, 2.0)
+    patients = open_ledger(location).dataset("a")
+    patients.set_cap(Cap(p.epsilon(), 1e-5, Adjacency.ZERO_OUT))
+    take(patients, 7, p)
+    total = patients.total()
+    assert total.adaptive <= total.committed <= p.epsilon() * (1 + 1e-9)
+    assert adaptive_epsilon(p.history(10), 1e-5, Adjacency.ZERO_OUT) > p.epsilon()
+    assert total.left == 0.0  # a second run would be chosen after looking
+    mixed = open_ledger(location).dataset("b")
+    run = mixed.run(p, OS)
+    run.count(0, p.event(1))
+    run.count(1, SampledGaussian(2.0, 0.11, 1))  # so was this step
+    steps = [p.event(1), SampledGaussian(2.0, 0.11, 9)]
+    expected = adaptive_epsilon(steps, 1e-5, Adjacency.ZERO_OUT)
+    assert mixed.total(1e-5).committed == pytest.approx(expected, rel=1e-9)

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from dptorch.cli.options import AsJson, Command, Group
 from dptorch.errors import ConfigurationError
+from dptorch.risk import rounded_up
 
 if TYPE_CHECKING:
     from dptorch.ledger import DatasetLedger, Ledger, RunSummary, Total
@@ -105,7 +106,7 @@ def show(
             f"{run.repeated:,}",
             *_noise_and_rate(run.plan),
             "open" if run.open else "closed",
-            _up(_epsilon(run)),
+            rounded_up(_epsilon(run)),
             f"{run.plan.target_delta:g}",
         )
     _console().print(table if runs else f"{opened.location} holds no run.")
@@ -140,8 +141,8 @@ def total(
             t.dataset,
             f"{t.runs:,}",
             f"{t.steps:,}",
-            _up(t.planned),
-            _up(t.adaptive),
+            rounded_up(t.planned),
+            rounded_up(t.adaptive),
             f"{t.delta:g}",
             t.adjacency.value,
         )
@@ -166,9 +167,9 @@ def budgets(
         table.add_row(
             t.dataset,
             "none" if t.cap is None else f"{t.cap.epsilon:g}",
-            _up(t.adaptive),
-            _up(t.committed),
-            "" if t.cap is None else f"{max(0.0, t.cap.epsilon - t.committed):.4f}",
+            rounded_up(t.adaptive),
+            rounded_up(t.committed),
+            "" if t.left is None else f"{math.floor(1e4 * t.left) / 1e4:.4f}",
             f"{t.delta:g}",
             "" if t.cap is None else t.cap.unit,
         )
@@ -486,11 +487,6 @@ def _show_entries(opened: Ledger, dataset: str | None, as_json: bool) -> None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
-
-
-def _up(epsilon: float) -> str:
-    # Rounded up: a stated bound may not be below the computed one.
-    return "infinite" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
 
 
 def _console() -> Console:

@@ -37,6 +37,7 @@ from dptorch.accounting.accountants.rdp import RDPAccountant, renyi_divergences,
 from dptorch.accounting.arguments import number
 from dptorch.errors import BudgetExhausted, ConfigurationError, PrivacyError, one_of
 from dptorch.plan import UNITS
+from dptorch.risk import rounded_up
 
 __all__ = ["Cap", "adaptive_epsilon", "admit", "planned_epsilon"]
 
@@ -160,19 +161,15 @@ def admit(
         if planned <= cap.epsilon * (1 + _ROUNDING):
             return True
         raise BudgetExhausted(
-            f"the run needs epsilon={_up(planned)} at delta={cap.delta:g}. The data set's cap is "
-            f"epsilon={cap.epsilon:g}. Nothing was spent. Train with a smaller epsilon (more noise, "
-            "fewer steps), or raise the cap with `dptorch ledger cap`."
+            f"the run needs epsilon={rounded_up(planned, 3)} at delta={cap.delta:g}. The data set's "
+            f"cap is epsilon={cap.epsilon:g}. Nothing was spent. Train with a smaller epsilon (more "
+            "noise, fewer steps), or raise the cap with `dptorch ledger cap`."
         )
     before = adaptive_epsilon(others, cap.delta, cap.adjacency)
     raise BudgetExhausted(
-        f"with this run everything on the data set would cost epsilon={_up(adaptive)} at "
+        f"with this run everything on the data set would cost epsilon={rounded_up(adaptive, 3)} at "
         f"delta={cap.delta:g}. Its cap is epsilon={cap.epsilon:g}, of which other runs have spent or "
-        f"reserved {_up(before)}. Nothing was spent. Train with a smaller epsilon, give back what "
-        "dead runs have reserved (`dptorch ledger close RUN`), or raise the cap with "
+        f"reserved {rounded_up(before, 3)}. Nothing was spent. Train with a smaller epsilon, give back "
+        "what dead runs have reserved (`dptorch ledger close RUN`), or raise the cap with "
         "`dptorch ledger cap`."
     )
-
-
-def _up(epsilon: float) -> str:
-    return "infinity" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e3) / 1e3:.3f}"

@@ -21,7 +21,7 @@ from dptorch.accounting.events import (
 from dptorch.errors import LedgerError, PrivacyError
 from dptorch.ledger.entry import Entry
 
-__all__ = ["Attempts"]
+__all__ = ["Attempts", "once"]
 
 # Steps draw their batches independently of each other.
 _BY_STEP = (SampledGaussian, TruncatedPoissonGaussian, FixedSizeGaussian)
@@ -82,7 +82,7 @@ class Attempts:
 
     def add(self, event: Event, first: int, steps: int) -> None:
         """Count a release of each of the steps first, first + 1, ..."""
-        counter = self._times.setdefault(_once(event), Counter())
+        counter = self._times.setdefault(once(event), Counter())
         counter.update(range(first, first + steps))
 
     def take_back(self, event: Event, first: int, steps: int) -> None:
@@ -91,7 +91,7 @@ class Attempts:
         Raises:
             LedgerError: they were never added.
         """
-        counter = self._times.get(_once(event), Counter())
+        counter = self._times.get(once(event), Counter())
         counter.subtract(range(first, first + steps))
         if min(counter.values(), default=0) < 0:
             raise LedgerError(
@@ -197,5 +197,5 @@ def _turns(event: CyclicGaussian, times: Counter[int]) -> list[Event]:
     ]
 
 
-def _once(event: Event) -> Event:
+def once(event: Event) -> Event:
     return replace(event, steps=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from dptorch.errors import ConfigurationError, LedgerError
 from dptorch.ledger import chain
 from dptorch.ledger.budget import Cap, adaptive_epsilon, planned_epsilon
 from dptorch.ledger.chain import Verification
-from dptorch.ledger.counting import Attempts
+from dptorch.ledger.counting import Attempts, once
 from dptorch.ledger.dataset_id import named
 from dptorch.ledger.entry import Entry
 from dptorch.ledger.queries import QueryLedger
@@ -20,6 +21,7 @@ from dptorch.ledger.record import RunLedger, close_dead
 from dptorch.plan import PrivacyPlan
 from dptorch.plan.prediction_plan import PredictionPlan
 from dptorch.randomness import KeySource
+from dptorch.risk import rounded_up
 
 if TYPE_CHECKING:
     from dptorch.ledger.store import Store
@@ -43,6 +45,8 @@ class RunSummary:
         reserved: its history as it would be at the end of its plan, when last it reserved it.
         committed: what counts under the cap: what it reserved, or, once closed, spent.
         adjacencies: the neighbouring relations under which its history is covered.
+        as_planned: whether all steps of `reserved` are of one kind, so that none was chosen after
+            looking at those before.
         number_is_secret: see `DatasetLedger`.
     """
 
@@ -58,6 +62,7 @@ class RunSummary:
     reserved: list[Event]
     committed: list[Event]
     adjacencies: tuple[Adjacency, ...]
+    as_planned: bool
     number_is_secret: bool = False
 
 
@@ -71,9 +76,11 @@ class Total:
         runs: how many there are.
         steps: releases of all of them, repeated ones included.
         planned: ε, if no run's settings depended on what others had shown.
-        adaptive: ε, however they were chosen.
-        committed: `adaptive` of what is spent or reserved.
+        adaptive: ε, however they were chosen; of a single run no more than its whole plan costs.
+        committed: the same, of what is spent or reserved.
         cap: of the data set.
+        left: ε that its cap leaves for further runs, whose settings may depend on what these have
+            shown; None without one.
         notes: what the numbers leave out.
         number_is_secret: whether some of the runs are among several whose number may not be published.
     """
@@ -87,6 +94,7 @@ class Total:
     adaptive: float
     committed: float
     cap: Cap | None
+    left: float | None
     notes: list[str] = field(default_factory=list)
     number_is_secret: bool = False
 
@@ -223,15 +231,15 @@ class DatasetLedger:
                 _refuse_uncovered(runs_so_far, cap.adjacency)
                 committed = committed_in(transaction, self.dataset)
                 events = [event for history in committed.values() for event in history]
-                already = adaptive_epsilon(events, cap.delta, cap.adjacency)
-                whole = [run.reserved for run in runs_so_far if run.committed]
-                if len(whole) == 1:  # and not what it has spent: when it stopped was its choice
-                    already = min(already, planned_epsilon(whole[0], cap.delta, cap.adjacency))
+                already = min(
+                    adaptive_epsilon(events, cap.delta, cap.adjacency),
+                    _of_single_run(runs_so_far, cap.delta, cap.adjacency),
+                )
                 if already > cap.epsilon * (1 + 1e-9):
                     raise ConfigurationError(
                         f"a cap of epsilon={cap.epsilon:g} comes too late: runs on {self.dataset!r} "
-                        f"have spent or reserved {already:.4f} at delta={cap.delta:g}. Set it no "
-                        "lower than that (nothing more will then fit), or close runs that are dead."
+                        f"have spent or reserved {rounded_up(already)} at delta={cap.delta:g}. Set it "
+                        "no lower than that (nothing more will then fit), or close runs that are dead."
                     )
             body = None if cap is None else {**asdict(cap), "adjacency": cap.adjacency.value}
             transaction.append("cap", dataset=self.dataset, body={"cap": body})
@@ -273,6 +281,8 @@ class DatasetLedger:
         _refuse_uncovered(runs, adjacency)
         spent = [event for run in runs for event in run.history]
         committed = [event for run in runs for event in run.committed]
+        single = _of_single_run(runs, delta, adjacency)
+        counted = adaptive_epsilon(committed, delta, adjacency)
         return Total(
             dataset=self.dataset,
             delta=delta,
@@ -280,9 +290,10 @@ class DatasetLedger:
             runs=len(runs),
             steps=sum(run.steps + run.repeated for run in runs),
             planned=planned_epsilon(spent, delta, adjacency),
-            adaptive=adaptive_epsilon(spent, delta, adjacency),
-            committed=adaptive_epsilon(committed, delta, adjacency),
+            adaptive=min(single, adaptive_epsilon(spent, delta, adjacency)),
+            committed=min(single, counted),
             cap=cap,
+            left=None if cap is None else max(0.0, cap.epsilon - counted),
             notes=_notes(runs),
             number_is_secret=any(run.number_is_secret for run in runs),
         )
@@ -300,6 +311,16 @@ def of_one_data_set(ledger: object) -> DatasetLedger:
             "ledger=open_ledger('ledger.db').dataset('patients-2026')."
         )
     return ledger
+
+
+def _of_single_run(runs: Iterable[RunSummary], delta: float, adjacency: Adjacency) -> float:
+    """ε of the whole plan of the only run on a data set, in the planned count: its settings cannot have
+    depended on anything. Not of what it has spent, because when it stopped was its choice. Infinite if
+    there are several runs, or it did not keep to its plan."""
+    counting = [run for run in runs if run.committed]
+    if len(counting) != 1 or not counting[0].as_planned:
+        return math.inf
+    return planned_epsilon(counting[0].reserved, delta, adjacency)
 
 
 def _summaries(entries: Iterable[Entry]) -> list[RunSummary]:
@@ -320,6 +341,7 @@ def _summary(entries: list[Entry]) -> RunSummary:
     sessions = [entry for entry in entries if entry.kind != "steps"]
     begun, last = sessions[0], sessions[-1]
     reserved = next(entry for entry in reversed(sessions) if entry.kind != "close")
+    at_its_end = _events(reserved.detail["committed"])
     attempts = Attempts.of(entries)
     plan = read_plan(begun.detail["plan"])
     return RunSummary(
@@ -332,11 +354,13 @@ def _summary(entries: list[Entry]) -> RunSummary:
         steps=attempts.distinct,
         repeated=attempts.total - attempts.distinct,
         history=attempts.events(),
-        reserved=_events(reserved.detail["committed"]),
+        reserved=at_its_end,
         committed=_events(last.detail["committed"]),
         adjacencies=adjacencies_of(
             plan, attempts, size_is_public=begun.detail.get("size_is_public", False)
         ),
+        as_planned=bool(reserved.detail.get("sole"))
+        or len({once(event) for event in at_its_end}) < 2,
         number_is_secret=begun.detail.get("number_is_secret", False),
     )
 

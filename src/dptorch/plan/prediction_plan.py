@@ -40,6 +40,7 @@ PURE_ANSWERS: Final = ("laplace", "noisy-max", "mixing")
 ANSWERS: Final = GAUSSIAN_ANSWERS + PURE_ANSWERS
 _FORMAT: Final = 1
 _MOST_ANSWERS: Final = 2**20  # of pure ones, whose composition is a sum of so many terms
+_ERROR_OF_SUMS: Final = 1e-13  # of shares, in floating point
 _ROUNDING: Final = 1e-9  # of the budget: as many answers as it was calibrated for fit
 
 
@@ -204,7 +205,10 @@ class PredictionPlan:
             steps = sum(event.steps for event in history)
             each = self.noise * self._move
             return pure_epsilon(each, steps, self.target_delta) if steps else 0.0
-        return get_accountant("pld").epsilon(history, self.target_delta, adjacency=self.adjacency)
+        found = get_accountant("pld").epsilon(history, self.target_delta, adjacency=self.adjacency)
+        # Within the budget it is the smaller: the accountant's bound has an error of its own.
+        within = sum(map(self.share, history)) <= 1 + _ERROR_OF_SUMS
+        return min(found, self.target_epsilon) if within else found
 
     def to_json(self) -> str:
         """The plan as JSON; `from_json` restores it exactly."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from dptorch.plan import PrivacyPlan
 from dptorch.randomness import KeySource
-from dptorch.risk import in_words
+from dptorch.risk import in_words, rounded_up
 from dptorch.statement import FLOATING_POINT, VARIANT
 from dptorch.statistics.quantities import Numeric, Quantity
 
@@ -134,7 +133,7 @@ class StatisticsStatement:
 
     def __str__(self) -> str:
         plan = self.plan
-        epsilon = f"{math.ceil(self.epsilon * 1e4) / 1e4:.4f}"  # never below the bound
+        epsilon = rounded_up(self.epsilon)
         first = "These" if self.key_source.is_private else "But for a seed that is known, these"
         lines = [
             f"{first} statistics are ({epsilon}, {plan.target_delta:g})-differentially private with "

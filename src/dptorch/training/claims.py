@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from dptorch.errors import DataError
 from dptorch.ledger import Total
+from dptorch.risk import rounded_up
 from dptorch.training.run_folder import RunFolder
 
 __all__ = ["FORMATS", "claim", "for_machines"]
@@ -66,10 +67,10 @@ def _together(total: Total) -> str:
     runs = "The one run" if total.runs == 1 else f"All {total.runs} runs"
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in total.notes)
     return (
-        f"{runs} on this data in its ledger: epsilon {_shown(total.adaptive)} at delta "
+        f"{runs} on this data in its ledger: epsilon {rounded_up(total.adaptive)} at delta "
         f"{total.delta:g} ({total.adjacency.value}) together, for {total.steps} steps, however later "
-        f"runs were chosen; {_shown(total.planned)} if no run's settings depended on what others had "
-        f"shown. {_cap_of(total)}{notes}"
+        f"runs were chosen; {rounded_up(total.planned)} if no run's settings depended on what others "
+        f"had shown. {_cap_of(total)}{notes}"
     )
 
 
@@ -79,11 +80,6 @@ def _cap_of(total: Total) -> str:
     return (
         f"Later runs may raise it to {total.cap.epsilon:g} at delta {total.cap.delta:g}, the cap."
     )
-
-
-def _shown(epsilon: float) -> str:
-    # Rounded up: a stated bound may not be below the computed one.
-    return "infinity" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
 
 
 def _json(folder: RunFolder, total: Total | None) -> str:
@@ -258,7 +254,7 @@ def _yaml(value: Any, indent: int = 0) -> str:
 def _model_card(folder: RunFolder, total: Total | None) -> str:
     claims, about = _claims(folder)
     rows = [
-        ("epsilon", _shown(claims["epsilon"])),
+        ("epsilon", rounded_up(claims["epsilon"])),
         ("delta", f"{claims['delta']:g}"),
         ("unit of privacy", claims["unit_text"]),
         ("adjacency", f"{claims['adjacency']}: {claims['adjacency_text']}"),

@@ -16,6 +16,7 @@ from dptorch.ledger import Ledger
 from dptorch.prediction.ensemble import ENSEMBLE, load_ensemble
 from dptorch.prediction.mechanisms import NO_LABEL
 from dptorch.prediction.predictor import PrivatePredictor, refuse_bad_rows
+from dptorch.risk import rounded_up
 from dptorch.text.predictor import TextPredictor, load
 from dptorch.training.predictor import Predictor
 from dptorch.training.run_folder import RunFolder
@@ -113,7 +114,7 @@ class Service:
         found: dict[str, Any] = {
             "run": self.name,
             "needed": predictor.plan is not None,
-            "epsilon_spent": spent.epsilon,
+            "epsilon_spent": float(rounded_up(spent.epsilon)),
             "delta": spent.delta,
         }
         if predictor.plan is not None:
