@@ -138,7 +138,7 @@ def t5() -> nn.Module:
             d_model=8,
             d_kv=4,
             d_ff=12,
-            num_layers=1,
+            num_layers=2,
             num_heads=2,
             dropout_rate=0.0,
             decoder_start_token_id=0,

@@ -69,7 +69,8 @@ def test_adapters_are_exact(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_sequence_to_sequence_trainer_is_exact_and_generates(tmp_path):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_sequence_to_sequence_trainer_is_exact_and_generates(checkpointed, tmp_path):
     model = build("t5")
     expected = loop_over_examples(model, "t5")
     trainer = trainer_of(
@@ -79,6 +80,8 @@ def test_the_sequence_to_sequence_trainer_is_exact_and_generates(tmp_path):
         cls=DPSeq2SeqTrainer,
         predict_with_generate=True,
         generation_max_length=4,
+        gradient_checkpointing=checkpointed,
+        gradient_checkpointing_kwargs={"use_reentrant": True} if checkpointed else None,
     )
     assert largest_error(one_step_of_sgd(trainer), expected) < TOLERANCE
     assert trainer.predict(data("t5")).predictions.shape[0] == setup.ROWS

@@ -33,6 +33,12 @@ __all__ = ["infer"]
 # Joins and look-ups, whose operands may each be one whole example; and ops that look at more than
 # the values of their operands.
 _SEVERAL_EXAMPLES = words("""stack cat column_stack hstack vstack batch_norm broadcast_tensors""")
+# Reads and writes by number, where single examples meet several of which they may be one.
+_BY_NUMBER = words(
+    """__getitem__ index _unsafe_index index_select gather take_along_dim index_add index_copy
+    index_fill index_reduce scatter scatter_add scatter_reduce index_put _index_put_impl
+    _unsafe_index_put masked_scatter"""
+)
 
 _UNKNOWN = "the op has no provenance rule; declare it with dptorch.tape.rowwise if it is one"
 
@@ -50,8 +56,9 @@ def infer(call: Call, outputs: Sequence[Any]) -> list[Found]:
 def _by_table(call: Call, outputs: Sequence[Any]) -> list[Found] | None:
     """None where the table does not know the op, or not with these operands."""
     tagged = call.tagged
+    several = call.name in _SEVERAL_EXAMPLES or call.name in _BY_NUMBER
     for _, tag in tagged:
-        if tag.dim is None and (call.batch_size == 1 or call.name not in _SEVERAL_EXAMPLES):
+        if tag.dim is None and (call.batch_size == 1 or not several):
             if call.name == "batch_norm":
                 family = find("batch_norm")
                 assert family is not None

@@ -22,7 +22,7 @@ from dptorch.tape.provenance.tags import (
     regular_or_explicit,
 )
 
-__all__: list[str] = []
+__all__ = ["refuse_rows_by_place", "territory"]
 
 
 @family("cat")
@@ -82,7 +82,8 @@ def gather(call: Call, outputs: Sequence[Any]) -> Found:
     if tag is None:
         assert by is not None
         return by  # looking up in constants
-    assert tag.dim is not None
+    if tag.dim is None:
+        return agree([tag] if by is None else [tag, by])
     if tag.dim == dim:
         if index.numel() and int(index.max()) >= x.shape[dim]:
             raise Lost("an index is out of range")
@@ -111,7 +112,7 @@ def _moved(owner: Tensor, index: Tensor, by: Tag | None, batch_size: int) -> Tag
     """
     if by is not None and not torch.equal(owner, owner_of_each(index, by, batch_size)):
         raise Lost("an index that carries examples picks rows of others")
-    return read_owners(owner, batch_size)
+    return read_owners(owner, batch_size) if owner.numel() else by
 
 
 @family("scatter scatter_add scatter_reduce")
@@ -120,7 +121,7 @@ def scatter(call: Call, outputs: Sequence[Any]) -> Found:
     x, index = call.first, call.arg("index")
     dim = call.arg("dim") % x.dim()
     tags = [tag for _, tag in call.tagged]
-    if any(g.dim == dim for g in tags):
+    if any(g.dim in (dim, None) for g in tags):
         return _scatter_along(call, x, dim, index)
     if any(t.shape[g.dim] != outputs[0].shape[g.dim] for t, g in call.tagged if g.dim is not None):
         raise Lost("only some of the examples are written to")
@@ -142,8 +143,10 @@ def _scatter_along(call: Call, x: Tensor, dim: int, index: Tensor) -> Tag | None
         if bool(((writers >= 0) & (of >= 0) & (writers != of)).any()):
             raise Lost("rows are moved by an index of another example")
         writers = torch.maximum(writers, of)
+        if by is not None and by.dim is not None and call.tag_of(source) is None:
+            refuse_rows_by_place(by, source, by.dim)
     if by is not None and call.tag_of(x) is None:
-        return _territory(index, writers.to(index.device), x.shape[dim], n).at(dim)
+        return territory(index, writers.to(index.device), x.shape[dim], n).at(dim)
     before = owner_of_each(x, call.tag_of(x), n).clone()
     where = index.cpu()
     # The smallest and the largest writer of a place are one where no two examples write to it.
@@ -157,7 +160,13 @@ def _scatter_along(call: Call, x: Tensor, dim: int, index: Tensor) -> Tag | None
     return read_owners(last, n)
 
 
-def _territory(index: Tensor, writers: Tensor, size: int, batch_size: int) -> Tag:
+def refuse_rows_by_place(by: Tag | None, value: Tensor, dim: int) -> None:
+    """Raise if a constant has other rows for irregularly ordered examples, one after the other."""
+    if by is not None and by.explicit and not bool((value == value.narrow(dim, 0, 1)).all()):
+        raise Lost("a constant with one row for each meets irregularly ordered examples")
+
+
+def territory(index: Tensor, writers: Tensor, size: int, batch_size: int) -> Tag:
     """The tag of a constant with `size` rows that examples wrote to at places of their own choice.
 
     The rows must be laid out in a way that gives every written row to its writer; rows that were left
@@ -182,21 +191,31 @@ def by_index(call: Call, outputs: Sequence[Any]) -> Found:
     into, by, of = call.tag_of(x), call.tag_of(index), call.tag_of(value)
     if call.name == "index_fill" and of is not None:
         raise Lost("the value that is filled in carries examples")
-    across = [g for g in (into, of) if g is not None and g.dim != dim]
+    if into is not None and into.dim is None:
+        return agree([g for g in (into, by, of) if g is not None])
+    across = [g for g in (into, of) if g is not None and g.dim not in (dim, None)]
     if across:
         if by is not None or (into is not None and of is not None and into != of):
             raise Lost("an index moves rows between examples")
         return across[0]
     # Each written row has an owner; a row that nobody owns yet may be taken by anyone.
-    device = x.device
-    count = index.shape[0]
-    writers = [owners(g.at(0), count, call.batch_size, device) for g in (by, of) if g is not None]
+    device, index = x.device, index.reshape(-1)
+    count = len(index)
+    writers = [
+        torch.full((count,), g.step, dtype=torch.int64, device=device)
+        if g.dim is None
+        else owners(g, count, call.batch_size, device)
+        for g in (by, of)
+        if g is not None
+    ]
     if not writers:
         return into
     if any(not torch.equal(w, writers[0]) for w in writers):
         raise Lost("rows are moved by an index of another example")
+    if of is None and isinstance(value, Tensor) and value.dim():
+        refuse_rows_by_place(by, value, dim)
     if into is None and by is not None:
-        return _territory(index, writers[0], x.shape[dim], call.batch_size).at(dim)
+        return territory(index, writers[0], x.shape[dim], call.batch_size).at(dim)
     if into is None:
         owner = torch.full((x.shape[dim],), NOBODY, dtype=torch.int64, device=device)
     else:
@@ -216,24 +235,19 @@ def masked_scatter(call: Call, outputs: Sequence[Any]) -> Found:
     """Elements in a row are put where a mask is true."""
     x, mask, source = call.arg("input"), call.arg("mask"), call.arg("source")
     tag, by, of = call.tag_of(x), call.tag_of(mask), call.tag_of(source)
-    known = tag if tag is not None else by
     if by is not None and of is None:
         raise Lost("which element of a constant an example gets depends on the examples before it")
-    if of is not None and known is not None and known.dim is not None:
-        shape = outputs[0].shape
-        index = owners(known, shape[known.dim], call.batch_size, x.device)
-        view = index.view([-1 if i == known.dim else 1 for i in range(len(shape))])
+    shape, n = outputs[0].shape, call.batch_size
+    if by is not None:
+        by = by if by.dim is None else along_broadcast(mask, by, shape)
+        if tag not in (None, by):
+            raise Lost("a mask that carries examples writes to others")
+    known = by if tag is None else tag
+    if of is not None:
+        if known is None:
+            raise Lost("examples are written into constants")
         # The n-th true place takes the n-th element of the source: both have to be the same example's.
-        target = view.expand(shape)[mask.expand(shape)]
-        if of.dim is None:
-            raise Lost("one example is written over others")
-        full = owners(of, source.shape[of.dim], call.batch_size, x.device)
-        full = full.view([-1 if i == of.dim else 1 for i in range(source.dim())])
-        if not torch.equal(full.expand(source.shape).reshape(-1)[: target.numel()], target):
+        target = owner_of_each(outputs[0], known, n)[mask.cpu().expand(shape)]
+        if not torch.equal(owner_of_each(source, of, n).reshape(-1)[: len(target)], target):
             raise Lost("examples are written over other examples")
-    elif of is not None:
-        raise Lost("examples are written into constants")
-    if by is not None and tag is not None and along_broadcast(mask, by, x.shape) != tag:
-        raise Lost("a mask that carries examples writes to others")
-    assert isinstance(known, Tag)
     return known

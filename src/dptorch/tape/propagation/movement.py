@@ -29,7 +29,7 @@ from dptorch.tape.provenance.tags import (
     tag_after_view,
 )
 
-__all__ = ["region"]
+__all__ = ["region", "taken"]
 
 _LARGEST = 2**24  # elements of memory that are looked at one by one
 _ELSEWHERE = -2
@@ -184,7 +184,7 @@ def index_select(call: Call, outputs: Sequence[Any]) -> Found:
         return by.at(dim)
     picked: Found = tag
     if tag.dim == dim:
-        owner = owners(tag, x.shape[dim], call.batch_size, x.device)[index]
+        owner = owners(tag, x.shape[dim], call.batch_size, x.device)[index.reshape(-1)]
         picked = regular_or_explicit(owner, dim, call.batch_size, tag.step)
     if by is not None and by.at(dim) != picked:
         raise Lost("an index that carries examples picks rows of others")
@@ -208,6 +208,8 @@ def getitem(call: Call, outputs: Sequence[Any]) -> Found:
     x, index = call.args
     tag = call.tag_of(x)
     if tag is not None and len(call.tagged) == 1:
+        if tag.dim is None:
+            return tag
         simple = _basic(x, tag, index)
         if simple is not None:
             return simple
@@ -259,22 +261,21 @@ def region(call: Call, x: Tensor, tag: Tag | None, index: Any) -> Tag:
         Lost: if the index carries examples that are not those of the data it picks.
     """
     parts = list(index) if isinstance(index, tuple) else [index]
-    found: list[Tag] = []
-    if tag is not None:
-        assert tag.dim is not None
-        moved = shadow(x.shape, tag.dim, x.device)[index]
-        found.append(read_shadow(moved, tag, x.shape[tag.dim], call.batch_size))
+    found = [] if tag is None else [taken(call, x, tag, index)]
     by = [(i, p, call.tag_of(p)) for i, p in enumerate(parts) if isinstance(p, Tensor)]
     for i, p, own in by:
         if own is None:
             continue
+        if own.dim is None:
+            found.append(own)
+            continue
         if p.dtype in (torch.bool, torch.uint8):
             # What is picked must depend on nothing but the example it is picked from.
-            assert own.dim is not None
-            if tag is None or len(by) > 1 or own.at(own.dim + _consumed(x, parts[:i])) != tag:
+            placed = own.at(own.dim + _consumed(x, parts[:i]))
+            if len(by) > 1 or tag not in (None, placed):
                 raise Lost("a mask that carries examples selects from data of others")
+            found.append(taken(call, x, placed, index))
             continue
-        assert own.dim is not None
         if any(q.dtype in (torch.bool, torch.uint8) for _, q, _ in by):
             raise Lost("a mask and an index that carries examples")
         first, last = by[0][0], by[-1][0]
@@ -288,7 +289,15 @@ def region(call: Call, x: Tensor, tag: Tag | None, index: Any) -> Tag:
         found.append(own.at(offset + own.dim - p.dim() + len(broadcast)))
         if p.shape[own.dim] != broadcast[own.dim - p.dim() + len(broadcast)]:
             raise Lost("an index is broadcast along its examples")
-    return agree(found)
+    return agree([t for t in found if t.explicit != ()] or found)
+
+
+def taken(call: Call, x: Tensor, tag: Tag, index: Any) -> Tag:
+    """The owners of ``x[index]``, if those of x are `tag`."""
+    if tag.dim is None:
+        return tag
+    moved = shadow(x.shape, tag.dim, x.device)[index]
+    return read_shadow(moved, tag, x.shape[tag.dim], call.batch_size)
 
 
 def _consumed(x: Tensor, before: Sequence[Any]) -> int:

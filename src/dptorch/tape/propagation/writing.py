@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dptorch.tape.propagation.movement import region
+from dptorch.tape.propagation.joining import refuse_rows_by_place, territory
+from dptorch.tape.propagation.movement import region, taken
 from dptorch.tape.propagation.table import Found, family
 from dptorch.tape.provenance.aliases import owner_of_each
 from dptorch.tape.provenance.calls import Call
-from dptorch.tape.provenance.tags import Lost, Tag, read_owners, read_shadow, shadow
+from dptorch.tape.provenance.tags import Lost, Tag, read_owners
 
 __all__ = ["owners_after"]
 
@@ -43,11 +44,8 @@ def owners_after(call: Call, x: Tensor, index: Any, value: Any) -> Tag | None:
             region(call, x, before, index)  # raises where an index reaches other examples
         if tag is None:
             return before
-        assert before.dim is not None
-        moved = shadow(x.shape, before.dim, x.device)[index]
-        part = read_shadow(moved, before, x.shape[before.dim], call.batch_size)
-        placed = tag if tag.dim is None else tag.at(tag.dim - value.dim() + moved.dim())
-        if part == placed:
+        placed = tag if tag.dim is None else tag.at(tag.dim - value.dim() + x[index].dim())
+        if taken(call, x, before, index) == placed:
             return before
         if by:
             raise Lost("examples are written over other examples")
@@ -81,15 +79,16 @@ def _by_index(call: Call, x: Tensor, index: Any, value: Any, before: Tag | None)
         tag = call.tag_of(tensors[0])
         assert tag is not None
         if new is not None:
-            assert tag.dim is not None
-            moved = shadow(x.shape, tag.dim, x.device)[index]
-            part = read_shadow(moved, tag, x.shape[tag.dim], call.batch_size)
-            placed = new if new.dim is None else new.at(new.dim - value.dim() + moved.dim())
-            if part != placed:
+            placed = new if new.dim is None else new.at(new.dim - value.dim() + x[index].dim())
+            if taken(call, x, tag, index) != placed:
                 raise Lost("examples are written over other examples")
         if before is not None and before != tag:
             raise Lost("an index that carries examples")
         return tag
+    if before is None and len(tensors) == 1:
+        found = _in_territory(call, x, index, value, new)
+        if found is not None or new is not None:
+            return found
     if before is not None or new is not None:
         raise Lost("an index that carries examples")
     if len(tensors) != len(parts) or any(p.dtype == torch.bool for p in tensors):
@@ -117,3 +116,33 @@ def _by_index(call: Call, x: Tensor, index: Any, value: Any, before: Tag | None)
             raise Lost("indices of different examples reach one row")
         owner[reach] = who[at]
     return read_owners(owner, call.batch_size)
+
+
+def _in_territory(call: Call, x: Tensor, index: Any, value: Any, new: Tag | None) -> Tag | None:
+    """Rows of a constant are written to at places that examples choose, each to rows of its own.
+
+    Returns:
+        None if the index or the rows are not such; a constant may still be written there.
+
+    Raises:
+        Lost: if values of examples are.
+    """
+    parts = index if isinstance(index, tuple) else (index,)
+    at, p = next((i, p) for i, p in enumerate(parts) if isinstance(p, Tensor))
+    own = call.tag_of(p)
+    assert own is not None
+    if p.dim() > 1 or any(type(q) is not slice for q in (*parts[:at], *parts[at + 1 :])):
+        return None
+    if new is not None:
+        placed = new if new.dim is None else new.at(new.dim - value.dim() + x[index].dim())
+        if placed != own.at(at):
+            raise Lost("rows are moved by an index of another example")
+    elif isinstance(value, Tensor) and value.dim():
+        refuse_rows_by_place(own, value.expand(x[index].shape), at)
+    writers = owner_of_each(p, own, call.batch_size).reshape(-1).to(p.device)
+    try:
+        return territory(p.reshape(-1), writers, x.shape[at], call.batch_size).at(at)
+    except Lost:
+        if new is not None:
+            raise
+        return None

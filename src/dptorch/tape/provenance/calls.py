@@ -154,7 +154,7 @@ DYNAMIC = words(
 _PASSIVE = words(
     """size dim ndimension numel nelement stride is_floating_point is_complex element_size
     is_contiguous storage_offset is_same_size get_device
-    register_post_accumulate_grad_hook requires_grad is_tensor result_type
+    register_post_accumulate_grad_hook is_tensor result_type
     can_cast is_storage is_inference is_grad_enabled is_signed has_names is_conj is_neg
     is_pinned is_shared promote_types broadcast_shapes is_set_to autograd_backward __len__ __hash__
     __array_wrap__ __dir__ __setstate__ __delete__ __dlpack_device__ is_coalesced sparse_dim dense_dim
@@ -191,7 +191,8 @@ def _describe(func: Callable[..., Any]) -> Info:
     passive = name in _PASSIVE or (
         name[0] == "." and name not in _TENSOR_PROPERTIES and name not in _ACTIVE_PROPERTIES
     )
-    return Info(name, in_place, passive and name not in (".data=",), name in DYNAMIC)
+    sets = name in (".data=", ".requires_grad=")
+    return Info(name, in_place, passive and not sets, name in DYNAMIC)
 
 
 # Kinds of argument that are no tensor and hold none; a look here is cheaper than isinstance.

@@ -69,7 +69,7 @@ class Tag(NamedTuple):
 
     def at(self, dim: int) -> Tag:
         """The same owners along another dimension."""
-        return Tag(dim, self.step, self.explicit)
+        return self if self.dim is None else Tag(dim, self.step, self.explicit)
 
 
 class ParamOnly(NamedTuple):
@@ -254,11 +254,7 @@ def tag_after_view(shape: torch.Size, tag: Tag, new_shape: torch.Size, batch_siz
     """
     assert tag.dim is not None
     if tag.explicit is not None:
-        before = math.prod(shape[: tag.dim])
-        for i, n in enumerate(new_shape):
-            if math.prod(new_shape[:i]) == before and n == shape[tag.dim]:
-                return tag.at(i)
-        raise Lost("a reshape folds irregularly ordered examples")
+        return _explicit_after_view(shape, tag.dim, tag.explicit, new_shape)
     return _regular_after_view(shape, tag.dim, tag.step, new_shape, batch_size)
 
 
@@ -272,6 +268,26 @@ def _regular_after_view(
         if s and q and n >= batch_size and s % q == 0 and (n * q) % (batch_size * s) == 0:
             return Tag(i, s // q)
     raise Lost(f"a reshape from {tuple(shape)} to {tuple(new_shape)} folds examples together")
+
+
+def _explicit_after_view(
+    shape: torch.Size, dim: int, explicit: tuple[int, ...], new_shape: torch.Size
+) -> Tag:
+    """As `_regular_after_view`; the period is all owners, in blocks of one owner that are as long as
+    they can be."""
+    if 0 in new_shape:
+        return Tag(new_shape.index(0), 1, ())
+    n = len(explicit)
+    block = math.gcd(n, *(i for i in range(1, n) if explicit[i] != explicit[i - 1]))
+    if block == n and explicit[0] != NOBODY:
+        return Tag(None, explicit[0])
+    each, inner = explicit[::block], block * math.prod(shape[dim + 1 :])
+    for i, size in enumerate(new_shape):
+        q = math.prod(new_shape[i + 1 :])
+        if inner % q == 0 and (size * q) % (len(each) * inner) == 0:
+            s = inner // q
+            return Tag(i, 1, tuple(each[(j // s) % len(each)] for j in range(size)))
+    raise Lost("a reshape folds irregularly ordered examples")
 
 
 def shadow(shape: torch.Size, dim: int, device: torch.device) -> Tensor:
@@ -348,4 +364,7 @@ def regular_or_explicit(owner: Tensor, dim: int, batch_size: int, hint: int = 1)
             and torch.equal(owner, (index // step) % batch_size)
         ):
             return Tag(dim, step)
-    return Tag(dim, 1, tuple(owner.tolist()))
+    explicit = tuple(owner.tolist())
+    if explicit[0] != NOBODY and explicit.count(explicit[0]) == n:
+        return Tag(None, explicit[0])
+    return Tag(dim, 1, explicit)

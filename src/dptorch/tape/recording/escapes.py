@@ -69,7 +69,9 @@ def create(
     if given:
         out = kwargs.get("out")
         note_read(recording, name, (recording.state(t) for t in given if t is not out))
-    return func(*args, **kwargs)
+    made = func(*args, **kwargs)
+    recording.note_own_leaf(made)
+    return made
 
 
 def note_error(recording: Recorder, error: Exception, args: Args, kwargs: Kwargs) -> None:

@@ -101,6 +101,7 @@ def make(
             recording.mark(
                 out, Mixed(f"{recording.module_path()}: '{name}' copies values of the batch.")
             )
+    recording.note_own_leaf(out)
     return out
 
 

@@ -9,7 +9,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dptorch.errors import NotCoveredError
 from dptorch.tape.provenance.calls import each_tensor, words
 from dptorch.tape.recording.batches import Batch
+from dptorch.tape.recording.handlers import Args, Kwargs, handler
 from dptorch.tape.recording.parameter_graph import note_leaves
 from dptorch.tape.recording.tensor_states import TensorStates, batch_of
 from dptorch.tape.rules.recorder import Recorder
@@ -31,6 +32,7 @@ __all__ = [
     "refuse_leaf",
     "refuse_not_followed",
     "refuse_trained_in_front",
+    "require_grad",
 ]
 
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -161,8 +163,22 @@ def refuse_trained_in_front(t: Tensor) -> None:
             )
 
 
+@handler("requires_grad .requires_grad=")
+def require_grad(
+    recording: Recorder, func: Callable[..., Any], name: str, args: Args, kwargs: Kwargs
+) -> Any:
+    """A model lets a tensor require grad: T5 does so with zeros, for checkpoints."""
+    before = args[0].requires_grad
+    out = func(*args, **kwargs)
+    if not before:
+        recording.note_own_leaf(args[0])
+    return out
+
+
 def refuse_leaf(states: TensorStates, name: str, t: Tensor) -> None:
     """Raise if a leaf that requires grad, of which nothing is known, is no tensor of rows.
+
+    One that the forward pass has made itself is a constant, and its gradient becomes zero.
 
     Args:
         states: of the recording in which it meets the batch.
@@ -172,6 +188,9 @@ def refuse_leaf(states: TensorStates, name: str, t: Tensor) -> None:
     Raises:
         NotCoveredError: its gradient would be of all examples, without noise.
     """
+    if states.is_own_leaf(t):
+        t.register_hook(torch.zeros_like)
+        return
     batch = states.batch
     rows = t.dim() > 0 and t.shape[0] == batch.size and not batch.handed_out
     if rows or not t.numel():

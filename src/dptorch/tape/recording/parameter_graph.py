@@ -16,7 +16,7 @@ from dptorch.errors import warn
 from dptorch.tape.recording.attached import protected
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.taps import TAPS
-from dptorch.tape.recording.tensor_states import GUESSED, batch_of
+from dptorch.tape.recording.tensor_states import GUESSED, TensorStates, batch_of
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["note_leaves", "note_trained_beside", "parameters_behind"]
@@ -25,27 +25,32 @@ _MOST_NODES = 100_000
 _OF_EXAMPLES = tuple(f"{cls.__name__}Backward" for cls in TAPS)
 
 
-def parameters_behind(t: Tensor, followed: Mapping[int, str]) -> set[int] | None:
+def parameters_behind(
+    t: Tensor, followed: Mapping[int, str], states: TensorStates
+) -> set[int] | None:
     """The ids of the followed parameters that `t` was computed from.
 
     Args:
         t: a tensor that requires grad and is no leaf.
         followed: names of the followed parameters, by ``id``.
+        states: of the recording, which know the leaves that the forward pass has made itself.
 
     Returns:
         None if anything else that requires grad is behind it: an input, a parameter that is not
-        followed, or a recorded value of the batch.
+        followed, or a recorded value of the batch. None of them if only leaves of the forward pass are.
     """
     found: set[int] = set()
     for node in _nodes_behind(t):
         leaf = getattr(node, "variable", None)  # of AccumulateGrad
-        if leaf is not None:
+        if leaf is not None and not states.is_own_leaf(leaf):
             if id(leaf) not in followed:
                 return None
             found.add(id(leaf))
         if node is None or node.name() in _OF_EXAMPLES:
             return None
-    return found or None
+    if not found:
+        states.note_own_leaf(t)
+    return found
 
 
 def _nodes_behind(t: Tensor) -> Iterator[Any]:

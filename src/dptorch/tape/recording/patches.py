@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
-from dptorch.errors import NotCoveredError
 from dptorch.tape.propagation import FAMILIES, infer
 from dptorch.tape.provenance.calls import Call, each_tensor
 from dptorch.tape.provenance.tags import PARAM_ONLY, Mixed, ParamOnly, Reduced, Tag
@@ -156,7 +155,17 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             return original(*args, **kwargs)
         return kind.__torch_function__(_apply_function_to, (), (cls, *args), kwargs)
     if cls is checkpoint.CheckpointFunction:
-        return original(_recorded(args[0], args[2:], recording, reentrant=True), *args[1:])
+        function, preserve, *inputs = args
+        if not any(t.requires_grad for t in each_tensor(args, kwargs)):
+            return original(*args)  # whatever is trained inside gets no gradient, as without us
+        # Without reentry values of the outside stay in autograd's graph when it is recomputed.
+        return checkpoint.checkpoint(
+            function,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=preserve,
+            determinism_check="none",
+        )
     tensors = list(each_tensor(args, kwargs))
     states = [(t, recording.state(t)) for t in tensors]
     known = {id(t): s for t, s in states}
@@ -307,13 +316,11 @@ def _generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     recording = innermost()
     if recording is not None:
         inputs = args[4:]  # preserve_rng_state, context_fn, determinism_check, debug, (early_stop)
-        fn = _recorded(fn, (inputs, kwargs), recording, reentrant=False)
+        fn = _recorded(fn, (inputs, kwargs), recording)
     return _plain_generator(fn, *args, **kwargs)
 
 
-def _recorded(
-    fn: Callable[..., Any], inputs: Any, recording: Recording, *, reentrant: bool
-) -> Callable[..., Any]:
+def _recorded(fn: Callable[..., Any], inputs: Any, recording: Recording) -> Callable[..., Any]:
     """`fn`, recorded again when the backward recomputes it, outside the recording."""
     states = [recording.state(t) if isinstance(t, Tensor) else None for t in tree_leaves(inputs)]
 
@@ -322,14 +329,8 @@ def _recorded(
             return fn(*args, **kwargs)
         leaves = [t for t in tree_leaves((args, kwargs))]
         for t, state in zip(leaves, states[-len(leaves) :] if leaves else [], strict=False):
-            if not isinstance(t, Tensor) or state is None or recording.state(t) is not None:
-                continue
-            if reentrant and isinstance(state, ParamOnly):
-                raise NotCoveredError(
-                    "a tensor computed from parameters alone is passed into a reentrant "
-                    "checkpoint. Use use_reentrant=False."
-                )
-            recording.mark(t, state)
+            if isinstance(t, Tensor) and state is not None and recording.state(t) is None:
+                recording.mark(t, state)
         with recording:
             return fn(*args, **kwargs)
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dptorch.errors import ExamplesMixError, warn
-from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
+from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
 from dptorch.tape.recording.places import reading_modules, user_line
 from dptorch.tape.rules.recorder import Recorder
 
@@ -102,7 +102,7 @@ def note_read(recording: Recorder, name: str, states: Iterable[Any]) -> None:
     Raises:
         ExamplesMixError: naming the line of the user's code.
     """
-    if not any(isinstance(s, (Tag, Mixed, Reduced)) for s in states):
+    if not any(isinstance(s, (Tag, Mixed, Reduced, Order)) for s in states):
         return
     if not recording.refuses_reads:
         return

@@ -113,6 +113,7 @@ class Recording(TorchFunctionMode):
         self.mark = states.mark
         self.mark_written = states.mark_written
         self.note_trained = states.note_trained
+        self.note_own_leaf = states.note_own_leaf
         self.module_path = states.module_path
         self.statistic = states.statistic
         self.strict = strict
@@ -416,12 +417,13 @@ class Recording(TorchFunctionMode):
             refuse_not_followed(self.states, name, t)
         if t.is_leaf:
             return False  # of an op without examples; else see `refuse_leaf`
-        behind = parameters_behind(t, self._followed)
-        if behind is not None:
+        behind = parameters_behind(t, self._followed, self.states)
+        if behind is None:
+            refuse_not_followed(self.states, name, t)
+        if behind:
             self.tape.note_derived(behind)
             self.mark(t, PARAM_ONLY)
-            return True
-        refuse_not_followed(self.states, name, t)
+        return bool(behind)
 
     def _site(self, call: Call) -> Any:
         """An op that takes both examples and a parameter."""
@@ -494,7 +496,4 @@ def active_modes() -> list[Any]:
 
 def innermost() -> Recording | None:
     """The recording that is active in this thread."""
-    for mode in reversed(active_modes()):
-        if isinstance(mode, Recording):
-            return mode
-    return None
+    return next((m for m in reversed(active_modes()) if isinstance(m, Recording)), None)

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _STATE = "_dptorch_state"
+_OWN_LEAF = "_dptorch_own_leaf"
 #: Holds the recording of a tensor that is followed outside of models.
 FOLLOWED = "_dptorch_recording"
 #: Set on a tensor that was taken for rows of the batch because of its shape: to "loader" on one that
@@ -185,6 +186,16 @@ class TensorStates:
                 raise ExamplesMixError(reason)
 
             t.register_hook(poison)
+
+    def note_own_leaf(self, t: Any) -> None:
+        """Note a constant that this forward pass has made and that requires grad, or what was computed
+        from such constants alone: their gradients, which would be of all examples, become zero."""
+        if self.depth and isinstance(t, Tensor) and t.requires_grad and self.state(t) is None:
+            setattr(t, _OWN_LEAF, self)
+
+    def is_own_leaf(self, t: Tensor) -> bool:
+        """Whether `t` was noted in this forward pass."""
+        return getattr(t, _OWN_LEAF, None) is self
 
     def note_trained(self, t: Tensor) -> None:
         """Say that a leaf gets the gradient of a loss of the batch and no noise."""

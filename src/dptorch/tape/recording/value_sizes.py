@@ -31,11 +31,13 @@ __all__ = [
 ]
 
 _DIMS = "_dptorch_value_sizes"
+_RANK = -1  # in place of a dimension: whether there is one more depends on values
 _TRUSTED = (*TRUSTED, "einops")  # which asks for no more than sizes
 _MIXED = Mixed("a size that depends on values")
 #: Not empty once any size that depends on values was met in this process.
 SIZES_MADE: list[bool] = []
 
+_OF_RANK = words("dim ndimension .ndim .shape size __len__")
 # These take sizes, and numbers of sizes, as what they are.
 _SHAPING = words(
     """view reshape expand broadcast_to unflatten narrow split split_with_sizes chunk repeat tile
@@ -207,6 +209,8 @@ def read_size(
         everything = isinstance(out, torch.Size)
         return _Shape(ValueSize(n, recording) for n in out) if everything else out
     dims: frozenset[int] = getattr(t, _DIMS)
+    if _RANK in dims and name in _OF_RANK:
+        note_read(recording, name, (_MIXED,))
     if isinstance(out, torch.Size):
         return _Shape(ValueSize(n, recording) if d in dims else n for d, n in enumerate(out))
     if name in ("size", "sym_size"):
@@ -241,12 +245,13 @@ def follow_sizes(
         return  # indexed by numbers and slices
     made = _depends(recording, name, args, kwargs)
     known = [t for t in operands if hasattr(t, _DIMS)]
+    rank = frozenset({_RANK} if any(_has_rank(name, t, args, kwargs) for t in known) else ())
     if name in _UNPACKING or (not made and not known and not given):
         return
     if name in _PARTING and any(_parted(name, t, args, kwargs) for t in known):
         note_read(recording, name, (_MIXED,))
     fixed = [] if made else [t.shape for t in operands if not hasattr(t, _DIMS)]
-    sizes = {t.shape[d] for t in known for d in getattr(t, _DIMS) if d < t.dim()}
+    sizes = {t.shape[d] for t in known for d in getattr(t, _DIMS) if 0 <= d < t.dim()}
     for o in each_tensor((out,), {}):
         if name not in _RESIZING and (any(o is t for t in operands) or o.shape in fixed):
             continue
@@ -260,8 +265,8 @@ def follow_sizes(
         else:
             dims = frozenset(d for d, n in enumerate(o.shape) if n in sizes)
             dims = dims or frozenset(range(o.dim()))
-        if dims:
-            mark_sized(o, dims)
+        if dims | rank:
+            mark_sized(o, dims | rank)
         reason = ""
         if state is None and not made and name not in (_CREATING if given else _KEEPING):
             reason = f"'{name}' makes a value of a size that depends on the values of examples."
@@ -271,6 +276,11 @@ def follow_sizes(
             recording.mark(o, Mixed(f"{recording.module_path()}: {reason}"))
 
 
+# Their results have as many dimensions as other operands or arguments say.
+_KEEPING_RANK = words(
+    """index_select index_add index_copy index_fill index_reduce view reshape flatten expand linear
+    cat"""
+)
 _PARTING = words("unbind split chunk tensor_split __iter__ hsplit vsplit dsplit split_with_sizes")
 _RESIZING = words("resize resize_as")
 # Their results have one row an example again, and the length that a caller chose or the longest has.
@@ -288,6 +298,16 @@ def _picks_by_place(recording: Recorder, operands: list[Tensor], o: Tensor, stat
         return False
     size = recording.batch_size
     return owners_of(o, state, size) != owners_of(x, before, size)
+
+
+def _has_rank(name: str, t: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a result has one dimension less where `t` has one element along a size by values."""
+    dims: frozenset[int] = getattr(t, _DIMS)
+    if name != "squeeze":
+        return _RANK in dims and name not in _KEEPING_RANK
+    given = args[1] if len(args) > 1 else kwargs.get("dim", tuple(range(t.dim())))
+    named = (given,) if isinstance(given, int) else given
+    return any(d % max(t.dim(), 1) in dims for d in named)
 
 
 def _parted(name: str, t: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

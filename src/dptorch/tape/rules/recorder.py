@@ -124,6 +124,9 @@ class Recorder(AbstractContextManager[Any], Protocol):
     def note_trained(self, t: Tensor) -> None:
         """Say that a leaf gets the gradient of a loss of the batch and no noise."""
 
+    def note_own_leaf(self, t: Any) -> None:
+        """Note a constant that the forward pass made and lets require grad."""
+
     def statistic(self, name: str) -> Mixed:
         """The state of a statistic over the examples."""
 
