@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, tensor
-from torch.autograd import Variable
+from torch.autograd import Variable, forward_ad
 
-from dptorch.errors import ExamplesMixError, NotCoveredError
+from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError
 from dptorch.tape.recording import batches, constructors, outputs, patches
 from dptorch.tape.recording.read_numbers import ReadNumbers
 from tests.engine.setup import make_model, steps_with
+from tests.tape.zoo.base import Lambda
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -189,6 +190,76 @@ def test_functions_of_examples_under_torch_func_are_refused(
     monkeypatch.setattr(constructors, "_refuse", lambda: None)
     mean = torch.vmap(lambda column: column.mean(), in_dims=1)
     assert steps_with(lambda m, x, y: F.cross_entropy(m(x) * mean(x)[:3], y), make_model()) == 2
+
+
+def dual_sum(x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        made = forward_ad.make_dual(torch.ones_like(x), x.detach().pow(2)).sum()
+        return forward_ad.unpack_dual(made).tangent
+
+
+#: Statistics of a batch that come out of torch.func as plain numbers, if what goes in is not looked at.
+TRANSFORMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "jvp": lambda x: torch.func.jvp(lambda t: t.square().sum(), (x,), (torch.ones_like(x),))[1],
+    "jvp along rows": lambda x: torch.func.jvp(torch.sum, (torch.ones(len(x), 5),), (x,))[1],
+    "functionalize": lambda x: torch.func.functionalize(lambda t: t.square().sum())(x),
+    "closure of vmap": lambda x: torch.vmap(lambda w: (x * w).square().sum())(torch.ones(3)).sum(),
+    "shared by vmap": lambda x: torch.vmap(lambda i, t: t.abs().max() * i, in_dims=(0, None))(
+        torch.arange(3.0), x
+    ).sum(),
+    "dual numbers": dual_sum,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_statistics_by_transformed_functions_are_refused(name: str) -> None:
+    """In the loss and in the model."""
+    statistic = TRANSFORMED[name]
+    beside = lambda m, x, y: F.cross_entropy(m(x) * statistic(x), y)
+    inside = Lambda(lambda m, x: m.a(x) * statistic(x), a=nn.Linear(5, 3))
+    ordinary = lambda m, x, y: F.cross_entropy(m(x), y)
+    for loss, model in ((beside, make_model()), (ordinary, inside)):
+        with pytest.raises(PrivacyError):
+            steps_with(loss, model, self_check=False)
+    assert torch.isfinite(statistic(torch.ones(2, 5)))
+
+
+def observed(x: Tensor) -> Tensor:
+    low, high, scale = torch.zeros(1), torch.zeros(1), torch.ones(1)
+    on, zero = torch.tensor([1]), torch.zeros(1, dtype=torch.int32)
+    torch.fused_moving_avg_obs_fake_quant(x, on, on, low, high, scale, zero, 1.0, 0, 255, -1)
+    return high[0]
+
+
+#: Tensors that are made of a number that is a tensor.
+MADE_OF_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "full": lambda v: torch.full((2,), v)[0],
+    "full_like": lambda v: torch.full_like(torch.ones(2), v)[0],
+    "new_full": lambda v: torch.ones(2).new_full((2,), v)[0],
+    "linspace": lambda v: torch.linspace(0, v, 3)[-1],
+    "logspace": lambda v: torch.logspace(0, v, 2)[-1],
+    "arange": lambda v: torch.arange(0, v, v / 2)[-1],
+    "scalar_tensor": lambda v: torch.scalar_tensor(v),
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_NUMBERS)
+def test_tensors_made_of_numbers_that_are_tensors_are_followed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = lambda m, x, y: F.cross_entropy(m(x) * MADE_OF_NUMBERS[name](x.abs().max()), y)
+    with pytest.raises(PrivacyError):
+        steps_with(loss, make_model(), self_check=False)
+    # Broken twin: what is made of a tensor is not followed.
+    monkeypatch.setattr(constructors, "made_from", lambda source, made: made)
+    assert steps_with(loss, make_model(), self_check=False) == 2
+
+
+def test_statistics_that_a_kernel_writes_are_followed() -> None:
+    with pytest.raises(PrivacyError):
+        steps_with(
+            lambda m, x, y: F.cross_entropy(m(x) * observed(x), y), make_model(), self_check=False
+        )
 
 
 def test_variables_inside_the_model_are_followed() -> None:

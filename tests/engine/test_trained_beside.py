@@ -448,6 +448,67 @@ def test_gradients_of_rows_by_a_loss_that_mixes_them_are_refused(
     assert steps_with(_attacked(mixes=True), make_model(), self_check=False) == 2
 
 
+Centres = Callable[[Tensor, Tensor], Tensor]
+
+
+def looked_up() -> tuple[nn.Parameter, Centres]:
+    c = nn.Parameter(torch.zeros(3, 3))
+    return c, lambda out, y: (out - c[y]).square().sum(1).mean()
+
+
+def embedded() -> tuple[nn.Parameter, Centres]:
+    layer = nn.Embedding(3, 3)
+    return layer.weight, lambda out, y: (out - layer(y)).square().sum(1).mean()
+
+
+def selected() -> tuple[nn.Parameter, Centres]:
+    c = nn.Parameter(torch.zeros(3, 3))
+    return c, lambda out, y: (out * c.exp().index_select(0, y)).sum(1).mean()
+
+
+def apart() -> tuple[nn.Parameter, Centres]:
+    """A term of the loss that is computed from the labels alone, and added."""
+    c = nn.Parameter(torch.zeros(3, 3))
+    return c, lambda out, y: out.square().sum(1).mean() + c[y].square().sum(1).mean()
+
+
+def centred(make: Callable[[], tuple[nn.Parameter, Centres]]) -> Any:
+    parameter, distance = make()
+    optimizer = torch.optim.SGD([parameter], 10.0)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        optimizer.step()
+        optimizer.zero_grad()
+        return distance(m(x), y)
+
+    return loss
+
+
+@pytest.mark.parametrize("make", [looked_up, embedded, selected, apart])
+def test_a_loss_with_parameters_of_its_own_is_refused(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class centres that labels look up learn from all rows, and enter the loss of the next step."""
+    with pytest.raises(PrivacyError, match="not followed"):
+        steps_with(centred(make), make_model(), self_check=False)
+    if make is not apart:
+        # Broken twin: what labels look up is taken for rows of the batch, whatever it was made of.
+        monkeypatch.setattr(outputs, "refuse_trained_beside", lambda *_: None)
+        assert steps_with(centred(make), make_model(), self_check=False) == 2
+
+
+def test_what_labels_look_up_in_constants_may_enter_a_loss() -> None:
+    """Also where it is moved along a gradient of its own rows, as an attack moves inputs."""
+    table = torch.randn(3, 3)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        target = table[y].requires_grad_()
+        (g,) = torch.autograd.grad(target.square().sum(), target)
+        return (m(x) - (target - 0.1 * g)).square().sum(1).mean()
+
+    assert steps_with(loss, make_model(), self_check=False) == 2
+
+
 def test_a_trained_module_stays_one() -> None:
     """Its parameters are ones, can be copied and saved, and are loaded as plain ones."""
     g = generator()

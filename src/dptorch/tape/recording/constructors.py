@@ -19,7 +19,7 @@ import torch.jit._builtins as script
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch._functorch import vmap as functorch_vmap
-from torch.autograd import Variable
+from torch.autograd import Variable, forward_ad
 from torch.utils._device import _device_constructors
 
 from dptorch.errors import NotCoveredError
@@ -33,7 +33,9 @@ from dptorch.tape.recording.recording import innermost
 __all__ = ["follow_constructors"]
 
 _FUNCTIONS = ("tensor", "as_tensor", "asarray")
-_METHODS = ("new_tensor", "new", "as_subclass", "_make_subclass")
+# Which take tensors for numbers.
+_OF_NUMBERS = ("full", "full_like", "linspace", "logspace", "arange", "scalar_tensor")
+_METHODS = ("new_tensor", "new_full", "new", "as_subclass", "_make_subclass")
 _MOST = 16  # numbers in a list that are looked for among those that were read
 _done = False
 
@@ -47,9 +49,9 @@ def follow_constructors() -> None:
     # ``with torch.device(...)`` knows constructors by identity, from a table made when first asked for:
     # asked now, it holds those that the replacements call.
     _device_constructors()
-    for name in _FUNCTIONS:
+    for name in (*_FUNCTIONS, *_OF_NUMBERS):
         plain = getattr(torch, name)
-        followed = _function(plain)
+        followed = _function(plain) if name in _FUNCTIONS else _method(plain)
         setattr(torch, name, followed)
         _rebind(plain, followed)
         if script._builtin_table is not None and name != "asarray":
@@ -66,6 +68,8 @@ def follow_constructors() -> None:
     Tensor.__new__ = _new(Tensor.__new__)  # type: ignore[method-assign]
     for module, name in ((functorch_vmap, "_add_batch_dim"), (eager_transforms, "_wrap_for_grad")):
         setattr(module, name, _refusing(getattr(module, name)))
+    for module, name in ((forward_ad, "make_dual"), (eager_transforms, "_wrap_functional_tensor")):
+        setattr(module, name, _refusing(getattr(module, name), in_models=True))
 
 
 _plain_data: Any = torch._C.TensorBase.data
@@ -173,13 +177,19 @@ def _new(plain: Callable[..., Any]) -> Any:
     return staticmethod(new)
 
 
-def _refusing(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """What wraps the arguments of a function under torch.func, which runs without followed tensors."""
+def _refusing(plain: Callable[..., Any], *, in_models: bool = False) -> Callable[..., Any]:
+    """What wraps the arguments of a function under torch.func, which runs without followed tensors.
+
+    Args:
+        in_models: whether recorded forward passes are refused too, whose modes do not see them inside.
+    """
 
     @functools.wraps(plain)
     def wrap(*args: Any, **kwargs: Any) -> Any:
-        for value in args:
-            if isinstance(value, RecordedTensor):
+        recording = innermost() if in_models else None
+        for value in (*args, *kwargs.values()):
+            known = recording is not None and isinstance(value, Tensor) and recording.state(value)
+            if known or isinstance(value, RecordedTensor):
                 _refuse()
         return plain(*args, **kwargs)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dptorch.errors import NotCoveredError
 from dptorch.tape.provenance.calls import each_tensor, words
+from dptorch.tape.recording.attached import protected
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.handlers import Args, Kwargs, handler
 from dptorch.tape.recording.parameter_graph import note_leaves
@@ -31,6 +32,7 @@ __all__ = [
     "note_generated",
     "refuse_leaf",
     "refuse_not_followed",
+    "refuse_trained_beside",
     "refuse_trained_in_front",
     "require_grad",
 ]
@@ -161,6 +163,30 @@ def refuse_trained_in_front(t: Tensor) -> None:
                 "Put it into the module that the engine is made for, or detach() the input; make a "
                 "perturbation of each row with torch.zeros_like(x), anew for each batch."
             )
+
+
+def refuse_trained_beside(states: TensorStates, name: str, t: Tensor) -> None:
+    """Raise if what joins the model's outputs in a loss was computed with a parameter of its own.
+
+    Args:
+        states: of the model's recording.
+        name: of the op in which they meet.
+        t: computed from rows of the batch beside the model.
+
+    Raises:
+        NotCoveredError: that parameter (class centres that labels look up) would get the gradient of
+            all rows without noise, and show them in later steps.
+
+    Guarantees:
+        No loss of the private model trains anything beside it. Held by
+        ``test_a_loss_with_parameters_of_its_own_is_refused``.
+    """
+    own = protected()
+    with torch._C.DisableTorchFunction():
+        node = t.grad_fn
+    for leaf in [] if node is None else _leaves(node):
+        if id(leaf) not in own and not _is_of_rows(leaf, t, states.batch):
+            refuse_not_followed(states, name, leaf)
 
 
 @handler("requires_grad .requires_grad=")

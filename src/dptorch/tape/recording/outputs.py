@@ -26,7 +26,12 @@ from dptorch.tape.provenance.schemas import bind
 from dptorch.tape.provenance.tags import Mixed, Order, Reduced, Tag
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.handlers import SPECIAL
-from dptorch.tape.recording.in_front import follow_generated, generated_by, mark_generated
+from dptorch.tape.recording.in_front import (
+    follow_generated,
+    generated_by,
+    mark_generated,
+    refuse_trained_beside,
+)
 from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
@@ -46,7 +51,10 @@ __all__ = [
 ]
 
 _WRITE_CONSTANTS = words("""copy zero fill __setitem__ .data= set""")  # or may
-_KEEP_STATISTICS = words("""batch_norm instance_norm native_batch_norm _native_batch_norm_legit""")
+_KEEP_STATISTICS = words(
+    """batch_norm instance_norm native_batch_norm _native_batch_norm_legit
+    fused_moving_avg_obs_fake_quant"""
+)
 _DEEPEST = 3  # objects in objects that are looked into
 
 
@@ -77,7 +85,7 @@ class RecordedTensor(torch.Tensor):
                 if other.strict and not recording.strict:
                     recording = other
             for t in recorded:
-                _adopt(t, recording)
+                _adopt(t, recording, known.name)
             if torch._C._len_torch_dispatch_stack() and torch.is_grad_enabled():
                 refuse_modes("around what is computed from the batch")
             beside = [(t, t._version) for t in each_tensor(args, kwargs) if _may_be_written(t)]
@@ -143,6 +151,8 @@ def _statistics_of(
 ) -> list[Any]:
     """The running statistics that such a call writes to, which torch does not count."""
     given = bind(func, args, kwargs)
+    if "running_min" in given:
+        return [given.get(name) for name in ("running_min", "running_max", "scale", "zero_point")]
     if not any(given.get(name) for name in ("training", "train", "use_input_stats")):
         return []
     return [given.get("running_mean"), given.get("running_var")]
@@ -185,11 +195,13 @@ def made_from(source: Tensor, made: Tensor) -> Tensor:
     return promoted
 
 
-def _adopt(t: Tensor, recording: Recording) -> None:
+def _adopt(t: Tensor, recording: Recording, name: str) -> None:
     """Follow another model's output (a generator's, say) in this recording too."""
     other: Recording = getattr(t, FOLLOWED)
     if other is recording:
         return
+    if recording.strict and not other.strict and t.requires_grad and not t.is_leaf:
+        refuse_trained_beside(recording.states, name, t)
     state = recording.state(t)
     foreign = other.states.batch is not recording.states.batch
     other_size = foreign and t.requires_grad and other.batch_size != recording.batch_size

@@ -302,6 +302,8 @@ class Recording(TorchFunctionMode):
         tagged, parameters, lost, ordering = self._classify(name, args, kwargs)
         if given and isinstance(given, Mixed):
             lost = given
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self.states.refuse_vmap(name, each_tensor(args, kwargs))
         if ordering and lost is None:
             if name in KEEP_ORDER and not tagged and not parameters:
                 return reorder(self, func, args, kwargs)
@@ -397,8 +399,6 @@ class Recording(TorchFunctionMode):
         parameters: dict[int, Tensor],
     ) -> Any:
         """An op on constants and parameters."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            self.states.refuse_vmap(name, each_tensor(args, kwargs))
         out = func(*args, **kwargs)
         if parameters:
             self.tape.note_derived(parameters.keys() & self._followed.keys())

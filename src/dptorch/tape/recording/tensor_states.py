@@ -20,6 +20,7 @@ from dptorch.tape.recording.places import (
     user_line,
     way_out_of_a_trainer,
 )
+from dptorch.tape.recording.reads import is_trusted
 
 __all__ = [
     "FOLLOWED",
@@ -282,7 +283,10 @@ class TensorStates:
             inner = t
             while torch._C._functorch.is_functorch_wrapped_tensor(inner):
                 inner = torch._C._functorch.get_unwrapped(inner)
-            if inner is not t and t.is_floating_point() and self.state(inner) is not None:
+            wrapped = inner is not t and t.is_floating_point()
+            state = self.state(inner)
+            of_rows = isinstance(state, (Tag, Mixed, Reduced)) and not is_trusted(("transformers",))
+            if state is not None and (wrapped or of_rows):
                 raise NotCoveredError(
                     f"{self.module_path()}: '{name}' runs on the examples inside torch.func "
                     "(vmap, grad, ...), where they cannot be followed. Write it with ordinary ops "
