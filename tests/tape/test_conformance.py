@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dptorch
-from dptorch.errors import ExamplesMixError, NotCoveredError
+from dptorch.errors import NotCoveredError
 from dptorch.tape import Tape
 
 Draw = Callable[[st.SearchStrategy], object]
@@ -339,15 +339,15 @@ def test_a_bag_of_several_examples_is_refused(mode: str) -> None:
         model(torch.tensor([[1, 1], [2, 3], [3, 0], [0, 1]]))
 
 
-def test_adaptive_softmax_is_exact_or_refused() -> None:
-    """Its ``log_prob`` is exact. Its ``forward`` sorts the examples into clusters by their labels in
-    a way that is not followed: it is refused, never wrong."""
+@pytest.mark.parametrize("rows", [1, 4])
+def test_adaptive_softmax(rows: int) -> None:
+    """Its ``forward`` takes the rows of a cluster by ``nonzero().squeeze()``, which may be one."""
     torch.manual_seed(0)
     head = nn.AdaptiveLogSoftmaxWithLoss(16, 10, [2, 6], div_value=2)
-    x, y = torch.randn(4, 16), torch.tensor([0, 5, 9, 3])
+    x = torch.randn(rows, 16)
     check(Lambda(lambda m, x: m.h.log_prob(x), h=head), x)
-    with dptorch.record(head), pytest.raises(ExamplesMixError, match="squeeze"):
-        head(x, y)
+    for y in ([0, 5, 9, 1], [5, 3, 9, 4], [9, 0, 1, 1], [0, 1, 1, 0]):
+        check(Lambda(lambda m, x, y: m.h(x, y).output, h=head), x, torch.tensor(y[:rows]))
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ from torch.utils.data import TensorDataset
 import dptorch
 from dptorch import PrivacyEngine
 from dptorch.errors import NotCoveredError, PrivacyError
+from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.parameter_graph import parameters_behind
+from dptorch.tape.recording.tensor_states import TensorStates
 
 B, D = 4, 3
 Make = Callable[[Tensor, Tensor], td.Distribution]
@@ -214,12 +216,18 @@ def test_a_term_of_a_parameter_alone_is_refused_with_a_way_out() -> None:
 def test_what_is_behind_a_tensor() -> None:
     p, q, x = (torch.randn(D, requires_grad=True) for _ in range(3))
     followed = {id(p): "p", id(q): "q"}
-    assert parameters_behind((p.exp() * q)[1:], followed) == {id(p), id(q)}
-    assert parameters_behind(p.exp() * x, followed) is None  # x may be an example
+    states = TensorStates(nn.Linear(1, 1), Batch())
+    assert parameters_behind((p.exp() * q)[1:], followed, states) == {id(p), id(q)}
+    assert parameters_behind(p.exp() * x, followed, states) is None  # x may be an example
+    states.depth = 1
+    states.note_own_leaf(x)
+    assert parameters_behind(p.exp() * x, followed, states) == {id(p)}
+    assert parameters_behind(x.exp(), followed, states) == set()
     model = nn.Linear(5, D)
     with dptorch.record(model):
         out = model(torch.randn(B, 5))
-    assert parameters_behind(out, {id(v): n for n, v in model.named_parameters()}) is None
+    named = {id(v): n for n, v in model.named_parameters()}
+    assert parameters_behind(out, named, states) is None
 
 
 ENTROPY = [

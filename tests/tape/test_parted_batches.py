@@ -172,23 +172,6 @@ def test_losses_of_parts_add_up() -> None:
             assert relative_error(gradient, expected[name]) <= 1e-9, name
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_adaptive_softmax(rows: int) -> None:
-    """Torch's own takes the rows of a cluster by ``nonzero().squeeze()``, which may be one."""
-    torch.manual_seed(0)
-    model = Lambda(
-        lambda m, x, y: -m.head(m.a(x), y).output,
-        a=nn.Linear(D, 8), head=nn.AdaptiveLogSoftmaxWithLoss(8, 12, [4, 8]),
-    )  # fmt: skip
-    for y in ([0, 5, 9, 1], [5, 6, 9, 10], [11, 2, 3, 1], [0, 1, 2, 3]):
-        inputs = [torch.randn(rows, D), torch.tensor(y[:rows])]
-        expected = one_example_loop(model, inputs, lambda m, *b: m(*b))
-        with dptorch.record(model) as tape:
-            model(*inputs).sum().backward()
-        for name, gradient in tape.per_example_gradients().items():
-            assert relative_error(gradient, expected[name]) <= 1e-9, name
-
-
 def centred(out: Tensor, x: Tensor, mine: Tensor, expert: nn.Module) -> None:
     values = expert(x[mine])
     out[mine] = values - values.mean(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 
 from dptorch.errors import ConfigurationError, DataError, PrivacyWarning
 from dptorch.integrations.transformers import DPTrainer, PrivacyArguments
+from dptorch.integrations.transformers.label_smoothing import SmoothLabels
 from tests.integrations.transformers import setup
 from tests.integrations.transformers.setup import arguments, build, collator, data, tokenizer
 
@@ -131,10 +133,30 @@ def test_choosing_on_private_data(tmp_path):
     with pytest.raises(ConfigurationError, match="eval_is_public"):
         make(tmp_path, callbacks=[stop])
     trainer = make(tmp_path)
+    trainer.add_callback(stop)
+    with pytest.raises(ConfigurationError, match="eval_is_public"):
+        trainer.train()
+    assert trainer.engine.steps_done == 0
+    rows, public = data("gpt2"), dataclasses.replace(PRIVACY, eval_is_public=True)
+    for evaluation in (rows, {"other": data("gpt2"), "same": rows}):
+        with pytest.raises(ConfigurationError, match="eval_dataset is train_dataset"):
+            make(tmp_path, train_dataset=rows, eval_dataset=evaluation, privacy=public)
     with pytest.raises(ConfigurationError, match="releases every trial"):
         trainer.hyperparameter_search()
     with pytest.raises(ConfigurationError, match="the engine belongs to one"):
         make(tmp_path, model=None, model_init=lambda: build("gpt2"))
+
+
+def test_batches_of_a_loader_of_its_own(tmp_path):
+    trainer = make(tmp_path)
+    with pytest.raises(ConfigurationError, match="Leave that method out"):
+        trainer.training_step(trainer.model, {"input_ids": torch.ones(2, 3, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("labels", [torch.rand(4), torch.ones(4, 3)])
+def test_smoothed_labels_that_are_no_classes(labels):
+    with pytest.raises(ConfigurationError, match="Set it to 0"):
+        SmoothLabels(0.1)({"logits": torch.randn(4, 3)}, labels)
 
 
 def test_privacy_of_another_kind(tmp_path):

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from transformers import EarlyStoppingCallback
 
 from dptorch.errors import ConfigurationError, DataError, warn
 
-__all__ = ["check_data"]
+__all__ = ["check_data", "check_selection"]
 
 _BLOCK = 10_000
 
@@ -36,6 +37,30 @@ def check_data(trainer: Any) -> None:
     _check_padding(trainer)
     _check_rows(trainer)
     _check_batch(trainer)
+
+
+def check_selection(trainer: Any) -> None:
+    """Look at what may choose a model or the end of a run by the evaluation data.
+
+    Raises:
+        ConfigurationError: a callback does though that data is not public, or what is said to be public
+            is the private data.
+    """
+    public = trainer.privacy.eval_is_public
+    stops = [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+    if stops and not public:
+        raise ConfigurationError(
+            "EarlyStoppingCallback chooses when to stop by looking at the evaluation data, which "
+            "no epsilon here covers. Leave it out, or say PrivacyArguments(eval_is_public=True) if "
+            "that data is public."
+        )
+    given = trainer.eval_dataset
+    parts = given.values() if isinstance(given, dict) else [given]
+    if public and given is not None and any(part is trainer.train_dataset for part in parts):
+        raise ConfigurationError(
+            "eval_is_public=True, but eval_dataset is train_dataset, which is private. Evaluate on "
+            "other data, or leave eval_is_public out."
+        )
 
 
 def _check_padding(trainer: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from dptorch.errors import ConfigurationError
+
 __all__ = ["SmoothLabels"]
 
 
@@ -40,6 +42,16 @@ class SmoothLabels:
         shift_labels: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
+        """Return the loss of a batch.
+
+        Raises:
+            ConfigurationError: its labels are no classes.
+        """
+        if labels.is_floating_point():
+            raise ConfigurationError(
+                f"label_smoothing_factor={self.epsilon:g}: the labels are numbers or several classes "
+                "at once, of which none is smoothed. Set it to 0."
+            )
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if shift_labels or self.causal:
             logits, labels = logits[..., :-1, :], labels[..., 1:]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dptorch.errors import ConfigurationError
 from dptorch.sampling import PhysicalBatch, PrivateLoader
 
-__all__ = ["LogicalBatches"]
+__all__ = ["LogicalBatches", "parts_in"]
 
 
 class LogicalBatches:
@@ -67,3 +68,19 @@ class LogicalBatches:
         self.rows = rows
         self._take(self._make_loader(self.rows))
         self._iteration = iter(self._loader)
+
+
+def parts_in(inputs: Any) -> Iterator[tuple[Any, PhysicalBatch]]:
+    """The parts in an item of `LogicalBatches`.
+
+    Raises:
+        ConfigurationError: it is none, but of a loader of the trainer's own.
+    """
+    if not isinstance(inputs, dict) or "parts" not in inputs:
+        raise ConfigurationError(
+            "the training batches are not the engine's: this trainer has a get_train_dataloader() of "
+            "its own, and what it draws has no accounting. Leave that method out; give the data set as "
+            "train_dataset, its batches as data_collator, and the sampling in PrivacyArguments."
+        )
+    parts: Iterator[tuple[Any, PhysicalBatch]] = inputs["parts"]
+    return parts

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from dptorch.accounting import Adjacency
@@ -25,10 +25,10 @@ from dptorch.engine import checkpoint, out_of_memory
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import BudgetExhausted, ConfigurationError
 from dptorch.integrations.transformers.chunked_loss import ChunkedLoss
-from dptorch.integrations.transformers.data_checks import check_data
+from dptorch.integrations.transformers.data_checks import check_data, check_selection
 from dptorch.integrations.transformers.dividing import divided, prepared
 from dptorch.integrations.transformers.label_smoothing import SmoothLabels
-from dptorch.integrations.transformers.logical_batches import LogicalBatches
+from dptorch.integrations.transformers.logical_batches import LogicalBatches, parts_in
 from dptorch.integrations.transformers.manifest import settle
 from dptorch.integrations.transformers.privacy_arguments import PrivacyArguments
 from dptorch.integrations.transformers.reporting import (
@@ -121,7 +121,7 @@ class PrivateTrainer(Trainer):
         super().__init__(model, settle(given, privacy), *positional, **trainer_kwargs)
         batch_size *= self.args.world_size
         self._refuse_devices()
-        self._refuse_selection()
+        check_selection(self)
         if self.train_dataset is None:
             raise ConfigurationError("train_dataset is missing: give the private data set.")
         check_data(self)
@@ -177,15 +177,6 @@ class PrivateTrainer(Trainer):
             raise ConfigurationError(
                 f"{self.args.n_gpu} GPUs in one process would each get a copy of the model, whose "
                 "gradients are averaged. Choose one with CUDA_VISIBLE_DEVICES=0."
-            )
-
-    def _refuse_selection(self) -> None:
-        stops = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-        if stops and not self.privacy.eval_is_public:
-            raise ConfigurationError(
-                "EarlyStoppingCallback chooses when to stop by looking at the evaluation data, which "
-                "no epsilon here covers. Leave it out, or say PrivacyArguments(eval_is_public=True) if "
-                "that data is public."
             )
 
     def _chunked_loss(self, tokens: int) -> ChunkedLoss:
@@ -295,7 +286,7 @@ class PrivateTrainer(Trainer):
         base: Any = super()
         if self.engine is None:
             return base.training_step(model, inputs, num_items_in_batch)
-        parts = inputs["parts"]
+        parts = parts_in(inputs)
         while True:
             try:
                 return self._run_parts(base.training_step, model, parts)
@@ -428,9 +419,11 @@ class PrivateTrainer(Trainer):
 
         Raises:
             BudgetExhausted: all steps of the plan are done.
-            ConfigurationError: the checkpoint has no state of an engine, or of another plan.
+            ConfigurationError: the checkpoint has no state of an engine, or of another plan; or a
+                callback that was added chooses by data that is not public.
         """
         if self.engine is not None:
+            check_selection(self)
             if resume_from_checkpoint:
                 self._load_engine(resume_from_checkpoint)
             if self.engine.exhausted:
