@@ -24,6 +24,7 @@ from dptorch.audit.bounds import (
 )
 from dptorch.audit.bounds.many_runs import AtRate, count
 from dptorch.audit.bounds.one_run_fdp import gaussian_mu_of
+from dptorch.audit.result import prove
 from dptorch.audit.thresholds import STRATEGIES, Explicit, Split
 from dptorch.errors import ConfigurationError, DataError
 
@@ -169,3 +170,31 @@ def test_mistakes() -> None:
         Evidence([math.nan, 1.0], [True, False])
     with pytest.raises(DataError, match="shape"):
         Evidence([1.0], [True, False])
+
+
+@pytest.mark.parametrize("bound", ["one-run", "one-run-fdp"])
+def test_canaries_that_no_fair_coin_put_in_are_refused(bound: str) -> None:
+    """With nine of ten in, noise alone would refute every claim."""
+    rng = np.random.default_rng(0)
+    scores, claim = rng.normal(size=1000), {"epsilon": 0.5, "delta": 1e-5, "adversary": "noise"}
+    with pytest.raises(ConfigurationError, match="fair coin"):
+        judge(Evidence(scores, rng.random(1000) < 0.9), bound=bound, **claim)
+    fair = Evidence(scores, rng.random(1000) < 0.5)
+    assert judge(fair, bound=bound, **claim).verdict == "NOT REFUTED"
+    # Broken twin: guessing all in is right nine times of ten.
+    twin = Evidence(scores, rng.random(1000) < 0.9)
+    assert prove(twin, bound, (0.5, 0.0), delta=1e-5, significance=0.05).epsilon_lower > 0.5
+
+
+def test_claims_and_memberships_that_are_none() -> None:
+    scores, member = np.arange(40.0), np.arange(40) % 2
+    for claim in ({"epsilon": math.nan}, {"epsilon": -1.0}, {"epsilon": "all"}, {"delta": 2.0}):
+        with pytest.raises(ConfigurationError, match=next(iter(claim))):
+            judge(
+                Evidence(scores, member), adversary="none", **{"epsilon": 1.0, "delta": 0.1} | claim
+            )
+    with pytest.raises(ConfigurationError, match="two shares"):
+        judge(Evidence(scores, member), epsilon=1.0, delta=0.1, adversary="a", threshold=0.5)
+    for wrong in (member * 2, member * 0.7):
+        with pytest.raises(DataError, match="truth values"):
+            Evidence(scores, wrong)

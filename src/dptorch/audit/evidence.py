@@ -24,7 +24,7 @@ class Evidence:
         member: bool [n].
 
     Raises:
-        DataError: shapes differ, a score is NaN, or one side is empty.
+        DataError: shapes differ, a score is NaN, or a membership is no truth value.
 
     Example:
         >>> Evidence([0.1, 0.9, 0.4], [False, True, True]).members.tolist()
@@ -36,7 +36,10 @@ class Evidence:
 
     def __post_init__(self) -> None:
         scores = np.asarray(self.scores, dtype=np.float64)
-        member = np.asarray(self.member, dtype=bool)
+        member = np.asarray(self.member)
+        if not bool(np.isin(member, (0, 1)).all()):
+            raise DataError("memberships must be truth values, True for a canary that was in.")
+        member = member.astype(bool)
         if scores.ndim != 1 or scores.shape != member.shape:
             raise DataError(
                 f"scores have shape {scores.shape} and memberships {member.shape}. Expected one "

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from scipy.stats import binomtest
+
+from dptorch.accounting import arguments
 from dptorch.audit import bounds, thresholds
 from dptorch.audit.evidence import Evidence
 from dptorch.errors import ConfigurationError
@@ -22,6 +25,7 @@ __all__ = ["FEWEST_CANARIES", "NOT_REFUTED", "REFUTED", "AuditResult", "Proof", 
 REFUTED: Final = "REFUTED"
 NOT_REFUTED: Final = "NOT REFUTED"
 FEWEST_CANARIES: Final = 20
+_UNFAIR: Final = 1e-9  # how likely fair coins may be to fall so far from half
 
 
 @dataclass(frozen=True)
@@ -210,13 +214,17 @@ def judge(
         epsilon, delta: the claim.
         adversary: how the scores came about, in words.
         bound: name in `dptorch.audit.bounds.BOUNDS`. "one-run" is valid for canaries of one run; for
-            independent games "clopper-pearson", and the Gaussian ones for Gaussian noise.
-        threshold: how guesses are made from scores: "bonferroni", "split", "multi-split", or a
-            number fixed beforehand.
+            independent games "clopper-pearson", and the Gaussian ones for Gaussian noise. A bound of
+            one run takes for granted that a fair coin of its own decided of each canary whether it
+            was in.
+        threshold: how guesses are made from scores: "bonferroni", "split", "multi-split", or what is
+            fixed beforehand: a number, or for a bound of one run two shares of the canaries, to guess
+            in and out.
         significance: how often the audit of a true claim may say REFUTED.
 
     Raises:
-        ConfigurationError: fewer than 20 canaries, or an unknown name.
+        ConfigurationError: fewer than 20 canaries, an unknown name, a claim that is none, or canaries
+            of one run that no fair coin put in.
 
     Example:
         >>> import numpy as np
@@ -226,7 +234,11 @@ def judge(
         >>> judge(leak, epsilon=1.0, delta=1e-5, adversary="sees a leak").verdict
         'REFUTED'
     """
-    proof = prove(evidence, bound, threshold, delta=delta, significance=significance)
+    _check_claim(epsilon, delta)
+    argument = bounds.get_bound(bound) if isinstance(bound, str) else bound
+    if isinstance(argument, bounds.OneRun):
+        _check_coins(evidence)
+    proof = prove(evidence, argument, threshold, delta=delta, significance=significance)
     return AuditResult(
         claimed_epsilon=epsilon,
         delta=delta,
@@ -240,6 +252,25 @@ def judge(
         notes=tuple(notes),
         statement=statement,
     )
+
+
+def _check_claim(epsilon: float, delta: float) -> None:
+    for name, value, most in (("epsilon", epsilon, math.inf), ("delta", delta, 1.0)):
+        if not 0 <= arguments.number(name, value) <= most:
+            raise ConfigurationError(
+                f"{name}={value!r} of a claim must be at least 0 and at most {most:g}."
+            )
+
+
+def _check_coins(evidence: Evidence) -> None:
+    """Raise where fair coins would hardly ever have put as many canaries in."""
+    inside, all_of_them = len(evidence.members), len(evidence)
+    if binomtest(inside, all_of_them).pvalue < _UNFAIR:
+        raise ConfigurationError(
+            f"{inside} of {all_of_them} canaries were in: a bound of one run takes for granted that a "
+            "fair coin decided of each whether it was in, and would refute true claims here. Toss one "
+            "for each canary, or play independent games and give bound='clopper-pearson'."
+        )
 
 
 def number(value: float) -> str:

@@ -127,7 +127,13 @@ class OneRun:
 
     def guess(self, evidence: Evidence, candidate: Guesses) -> tuple[int, int]:
         """(guesses, right guesses). Ties are broken by chance, with numbers of its own."""
-        plus, minus = candidate
+        try:
+            plus, minus = candidate
+        except TypeError:
+            raise ConfigurationError(
+                f"guesses={candidate}: this bound guesses the highest and the lowest scores. Give two "
+                "shares of the canaries, to guess in and out, such as (0.1, 0.1)."
+            ) from None
         m = len(evidence)
         if not (0 <= plus <= 1 and 0 <= minus <= 1 and 0 < plus + minus <= 1):
             raise ConfigurationError(
