@@ -10,6 +10,7 @@ import torch
 from _pytest.doctest import DoctestModule
 from hypothesis import HealthCheck, settings
 
+from dptorch.training import run_charts
 from tests.forked_python import forking_python
 from tests.ledger import servers
 
@@ -41,6 +42,24 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+_draw = run_charts.data_uri
+
+
+@pytest.fixture(autouse=True, scope="module")
+def charts_are_left_blank() -> Iterator[None]:
+    """The charts of a run's page are made and not drawn: that takes half a second of a processor, more
+    than all else in most tests that train by a command. Tests of pages ask for `drawn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_charts, "data_uri", lambda figure: "data:image/svg+xml;base64,")
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let charts be drawn, as they are for users."""
+    monkeypatch.setattr(run_charts, "data_uri", _draw)
 
 
 @pytest.fixture(scope="session")

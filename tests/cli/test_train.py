@@ -14,6 +14,7 @@ from dptorch.plan import PrivacyPlan
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_own_data_from_csv_to_report(data: Path) -> None:
     result = run("train", "--data", "points.csv", *QUICK)
     assert result.exit_code == 0, result.output

@@ -287,6 +287,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+@pytest.mark.usefixtures("drawn")
 def test_a_run_of_tables_has_scores_samples_and_a_page(
     gpt2: str, tables: str, tmp_path: Path
 ) -> None:

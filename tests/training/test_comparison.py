@@ -64,6 +64,7 @@ def test_runs_are_ordered_by_what_they_cost(runs: list[Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_the_command_writes_a_page_that_loads_nothing(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_the_command_writes_a_page_that_loads_nothing(
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.usefixtures("drawn")
 def test_the_page_fits_a_narrow_screen(runs: list[Path], tmp_path: Path) -> None:
     page = tmp_path / "comparison.html"
     page.write_text(compare(runs).to_html())

@@ -133,6 +133,7 @@ def test_what_a_later_version_adds_stays_in_the_run(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_a_release_can_be_used(private_run: tuple[RunFolder, list[float]], tmp_path: Path) -> None:
     folder, _ = private_run
     made = release(folder, tmp_path / "out")

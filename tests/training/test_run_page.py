@@ -59,6 +59,7 @@ def page_of(folder: RunFolder, **changes: Any) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_the_page_holds_what_was_promised(finished: RunFolder) -> None:
     page = Outline((finished.path / "report.html").read_text())
     about, last = finished.read_json("run.json"), finished.read_metrics()[-1]
@@ -75,6 +76,7 @@ def test_the_page_holds_what_was_promised(finished: RunFolder) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_the_page_loads_nothing(finished: RunFolder) -> None:
     text = (finished.path / "report.html").read_text()
     assert all(address.startswith("data:") for address in Outline(text).addresses)
@@ -83,6 +85,7 @@ def test_the_page_loads_nothing(finished: RunFolder) -> None:
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.usefixtures("drawn")
 def test_the_page_fits_a_narrow_screen_in_light_and_dark(
     finished: RunFolder, tmp_path: Path
 ) -> None:
@@ -157,6 +160,7 @@ def test_names_are_escaped(finished: RunFolder) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_the_same_run_gives_the_same_page(finished: RunFolder) -> None:
     first = (finished.path / "report.html").read_text()
     run_page.write_report(finished)

@@ -110,6 +110,7 @@ class StopAt(Silent):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_a_run_with_everything_resumes_bit_for_bit(cifar: str, tmp_path: Path) -> None:
     job = VisionJob(
         data=cifar, augment="flip-crop", views=2, ema=0.9, kalman=0.7, moment_scaling=0.5,
