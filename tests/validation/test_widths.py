@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import dptorch
 from dptorch.errors import ExamplesMixError, PrivacyWarning
+from dptorch.sampling import PrivateLoader
 from dptorch.validation import widths
 from dptorch.validation.widths import WidthCheck
 
@@ -112,6 +113,23 @@ def test_one_long_row_is_refused_before_the_first_step(pool: str) -> None:
         one_step(pool, rows(LONG))
     # Without the test, replacing that one record moves the sum by more than two bounds.
     twins = [one_step(pool, rows(n), self_check=False) for n in (LONG, SHORT)]
+    assert float((twins[0] - twins[1]).norm()) > 2 * BOUND * 1.5
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_a_width_is_tested_whichever_row_is_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the data set's first, which is collated alone, and where a batch is sorted by length."""
+
+    def longest_first(items: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        return pads(sorted(items, key=lambda row: -len(row[0])))
+
+    data = rows(LONG)[::-1]
+    for settings in ({}, {"collate_fn": longest_first}):
+        with pytest.raises(ExamplesMixError, match=r"how far its batch is padded \(60 columns or"):
+            one_step("mean", data, **settings)
+    # Broken twin: with that row alone, no width is seen to follow the examples.
+    monkeypatch.setattr(PrivateLoader, "alone", property(lambda loader: loader._alone[:1]))
+    twins = [one_step("mean", rows(n)[::-1]) for n in (LONG, SHORT)]
     assert float((twins[0] - twins[1]).norm()) > 2 * BOUND * 1.5
 
 

@@ -11,6 +11,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -35,6 +36,7 @@ _CONTRADICTS: Final = {
 }
 
 _TRIED: Final = 13  # examples that are collated twice where batches are padded
+_EVERY: Final = 3  # of them is collated alone
 
 
 class PrivateLoader:
@@ -184,6 +186,7 @@ class PrivateLoader:
         # Weak, because the end of a loop left early is noticed when its iterator is freed.
         self._active: weakref.ref[_Iteration] | None = None
         self._padding: Any = None
+        self._alone: list[Any] = []
         self._has_padding = False
         self._batch_listeners: list[Callable[[PhysicalBatch], object]] = []
         self._item_listeners: list[Callable[[PhysicalBatch, Any], object]] = []
@@ -191,9 +194,10 @@ class PrivateLoader:
         self._end_listeners: list[Callable[[bool], object]] = []
 
     @property
-    def alone(self) -> Any:
-        """The first example collated alone, its numbers replaced by zeros; None before an iteration."""
-        return self._padding
+    def alone(self) -> list[Any]:
+        """The first example and a few others, where a collate_fn makes batches, each collated without
+        others and its numbers replaced by zeros; none before an iteration."""
+        return self._alone
 
     @property
     def current(self) -> PhysicalBatch | None:
@@ -294,13 +298,19 @@ class PrivateLoader:
             # one example alone would then tell when a batch was empty; and after the workers are
             # forked, because datasets open their files at the first access.
             self._padding = zeros_like_batch(self._collated([0]))
-            if self._plan.pads and self.collate_fn is not default_collate:
-                from dptorch.sampling.row_order import refuse_own_order
-
+            self._alone = [self._padding]
+            if self.collate_fn is not default_collate:
                 size = dataset_size(self.dataset)
-                self._collated(
-                    sorted({i * size // _TRIED for i in range(_TRIED)}), refuse_own_order
-                )
+                tried = sorted({i * size // _TRIED for i in range(_TRIED)})
+                for i in tried[_EVERY::_EVERY]:
+                    with suppress(
+                        Exception
+                    ):  # a row that cannot be alone is not asked for its size
+                        self._alone.append(zeros_like_batch(self._collated([i])))
+                if self._plan.pads:
+                    from dptorch.sampling.row_order import refuse_own_order
+
+                    self._collated(tried, refuse_own_order)
             self._has_padding = True
         return parts, batches
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -107,11 +107,11 @@ class ModelHooks:
         """The loader hands out a batch of `rows` rows; the forward passes to come are on it."""
         self._batch = own_batch(rows, handed_out=True)
 
-    def taint(self, items: Any, alone: Any = None) -> None:
+    def taint(self, items: Any, alone: Iterable[Any] = ()) -> None:
         """Say that the tensors in `items` hold the rows of the batch that was begun last.
 
         Args:
-            alone: one example, collated without others.
+            alone: some examples, each collated without others.
         """
         if self._batch is not None and self._handles:
             taint(items, self._batch, self.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,22 +17,25 @@ class Padding:
 
     Args:
         items: the batch, collated.
-        alone: one of the data set's examples, collated without others.
+        alone: some of the data set's examples, each collated without others.
 
     Attributes:
-        widths: (dimension, size) in `items`, but for its rows, where `alone` has another size.
+        widths: (dimension, size) in `items`, but for its rows, where one of `alone` has another size.
         sizes: the sizes alone.
+
+    Guarantees:
+        The longest example is no longer than its batch, and others are: one of them is enough.
+        Held by ``test_a_width_is_tested_whichever_row_is_the_longest``.
     """
 
-    def __init__(self, items: Any, alone: Any) -> None:
-        leaves = [list(tensors(v)) for v in (items, alone)]
-        pairs = zip(*leaves, strict=True) if len(leaves[0]) == len(leaves[1]) else ()
+    def __init__(self, items: Any, alone: Iterable[Any]) -> None:
+        leaves = list(tensors(items))
+        singles = [s for one in alone if len(s := list(tensors(one))) == len(leaves)]
         self._found = [
             (weakref.ref(t), dim, t.shape[dim])
-            for t, one in pairs
-            if t.dim() == one.dim()
+            for i, t in enumerate(leaves)
             for dim in range(1, t.dim())
-            if t.shape[dim] != one.shape[dim]
+            if any(s[i].dim() == t.dim() and s[i].shape[dim] != t.shape[dim] for s in singles)
         ]
         self.widths = frozenset((dim, size) for _, dim, size in self._found)
         self.sizes = frozenset(size for _, size in self.widths)
