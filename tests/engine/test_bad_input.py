@@ -153,6 +153,18 @@ def test_a_model_without_trainable_parameters() -> None:
         make_engine(model)
 
 
+def test_a_lazy_layer_without_a_shape() -> None:
+    with pytest.raises(ConfigurationError, match="Call the model once"):
+        make_engine(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
+
+
+def test_a_step_that_is_given_a_loss() -> None:
+    model = make_model()
+    optimizer = make_engine(model).attach(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ConfigurationError, match=r"step\(loss=\)"):
+        optimizer.step(loss=1.0)  # type: ignore[call-arg]
+
+
 def test_datasets_that_cannot_be_sampled() -> None:
     engine = make_engine(make_model())
     empty = TensorDataset(torch.zeros(0, 5))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, tensor
 from torch.autograd import Variable, forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError
 from dptorch.tape.recording import batches, constructors, outputs, patches
@@ -222,6 +223,20 @@ def test_statistics_by_transformed_functions_are_refused(name: str) -> None:
         with pytest.raises(PrivacyError):
             steps_with(loss, model, self_check=False)
     assert torch.isfinite(statistic(torch.ones(2, 5)))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: checkpoint(m, x, use_reentrant=False),
+        lambda m, x: torch.func.jvp(m, (x.detach(),), (torch.ones(len(x), 5),))[1],
+    ],
+    ids=["checkpoint around the model", "jvp of the model"],
+)
+def test_a_model_that_others_run_is_refused_in_words(run: Any) -> None:
+    loss = lambda m, x, y: run(m, x.clone().requires_grad_()).square().sum(1).mean()
+    with pytest.raises(NotCoveredError, match=r"inside a backward pass|torch\.func"):
+        steps_with(loss, make_model(), self_check=False, own=True)
 
 
 def observed(x: Tensor) -> Tensor:

@@ -88,6 +88,18 @@ def test_the_reduction_of_the_loss_is_seen(reduction: str) -> None:
     assert report.loss_reduction == reduction
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_no_error_of_the_tape(smoothing: float) -> None:
+    """A weight is as much as it says, with and without positions that do not count."""
+    weight, settings = torch.tensor([1.0, 2.0, 9.0]), {"label_smoothing": smoothing}
+    loss = lambda m, b: F.cross_entropy(m(b[0]), b[1], weight=weight, **settings)
+    assert check(mlp(), batch(), loss).ok
+    x, y = batch()
+    y[1] = -100
+    layer = nn.CrossEntropyLoss(weight)
+    assert check(mlp(), (x, y), lambda m, b: layer(m(b[0]), b[1])).ok
+
+
 def test_nothing_is_left_changed() -> None:
     model = mlp(nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
     model[0].weight.grad = torch.ones(4, 4)

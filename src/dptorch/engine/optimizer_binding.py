@@ -78,7 +78,13 @@ class OptimizerBinding:
 
         # Learning-rate schedulers take the function out of the method and bind it to the optimizer
         # again, so it must be a method of the optimizer and not of this object.
-        def step(_: Optimizer, closure: Closure | None = None) -> Any:
+        def step(_: Optimizer, closure: Closure | None = None, **others: Any) -> Any:
+            if others:
+                raise ConfigurationError(
+                    f"step({', '.join(f'{name}=' for name in others)}): a step may look at gradients "
+                    "alone, and at no loss, which no noise covers. Call step() without them, or use an "
+                    "optimizer that goes by .grad alone."
+                )
             return self._private_step(closure)
 
         # The mark by which a scheduler made before knows that its own wrapper is still called.

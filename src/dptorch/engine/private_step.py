@@ -31,7 +31,8 @@ NOT_SHARED = (
 )
 
 NOT_APART = (
-    "a batch did not come from engine.loader(), and noise that is correlated over steps hides a record "
+    "a batch did not come from engine.loader() in a loop that goes on (next(iter(loader)) ends one at "
+    "once, and no batch may be skipped), and noise that is correlated over steps hides a record "
     "only if it does not take part again too soon: the engine's sampler keeps participations apart, "
     "and no other is known to. The step was neither taken nor counted. Take batches from "
     "engine.loader(dataset), or use mechanism='gaussian', which accounts for any loader."
@@ -197,7 +198,8 @@ class PrivateStep:
         if not self._warned_own_loader:
             self._warned_own_loader = True
             warn(
-                "a batch did not come from engine.loader(), so it is not known to be drawn as the "
+                "a batch did not come from engine.loader() in a loop that goes on (next(iter(loader)) "
+                "ends one at once), so it is not known to be drawn as the "
                 f"plan says ({self._run.plan.sampling}): epsilon is stated without amplification by "
                 "sampling, and is much larger. Take batches from engine.loader(dataset)."
             )

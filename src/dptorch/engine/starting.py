@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from dptorch.distributed import Ranks
 from dptorch.distributed.agreement import shapes
@@ -68,6 +69,11 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
             "requires_grad_(True) before making the engine."
         )
     for name, p in model.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            raise ConfigurationError(
+                f"the parameter {name!r} has no shape yet: a lazy layer takes it from its first input. "
+                "Call the model once, on a batch of zeros, before making the engine."
+            )
         if p.device.type == "meta":
             raise ConfigurationError(
                 f"the parameter {name!r} is on the meta device and has no values yet. Load the "

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dptorch.errors import ConfigurationError, NotCoveredError
 from dptorch.tape.gradients.tape import Tape
 from dptorch.tape.provenance.calls import canonical_name
+from dptorch.tape.provenance.schemas import bind
 from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
 from dptorch.tape.recording.batch_dims import BatchDims
 from dptorch.tape.recording.functional import record
@@ -200,7 +202,7 @@ def compare(
     singles: list[list[Tensor | None]] = []
     losses = []
     for i in range(examples):
-        with preserving_state(model):
+        with preserving_state(model), _ClassWeights():
             loss = loss_value(model, cutter.select([i], cast), loss_fn).sum()
             losses.append(loss.item())
             row = torch.autograd.grad(loss, tensors, allow_unused=True)
@@ -236,6 +238,29 @@ def compare(
     found_norms = recorded.tape.norms().double() * scale
     result.norm = _worst((found_norms - whole).abs() / whole.clamp(min=1e-300))
     return result
+
+
+class _ClassWeights(TorchFunctionMode):
+    """Makes a mean loss with class weights what it is on the tape: a weight is as much as it says.
+    Torch divides by the weights of the batch, which cancel out of the loss of one example."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = bind(func, args, kwargs or {}) if func in (F.cross_entropy, F.nll_loss) else {}
+        target = given.get("target")
+        if given.get("weight") is None or given.get("reduction", "mean") != "mean":
+            return func(*args, **kwargs or {})
+        if not isinstance(target, Tensor) or target.is_floating_point():
+            return func(*args, **kwargs or {})
+        names = ("weight", "ignore_index", "label_smoothing")
+        others = {name: given[name] for name in names if name in given}
+        total = func(given["input"], target, **others, reduction="sum")
+        return total / (target != given.get("ignore_index", -100)).sum().clamp(min=1)
 
 
 def leakage(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:

@@ -206,6 +206,7 @@ def masked_select(call: Call, outputs: Sequence[Any]) -> Found:
 def getitem(call: Call, outputs: Sequence[Any]) -> Found:
     """Indexing: the data, the index tensors, or both may carry the examples."""
     x, index = call.args
+    index = _as_tensors(index)
     tag = call.tag_of(x)
     if tag is not None and len(call.tagged) == 1:
         if tag.dim is None:
@@ -222,6 +223,18 @@ def index(call: Call, outputs: Sequence[Any]) -> Found:
     x = call.first
     parts = tuple(slice(None) if p is None else p for p in call.arg("indices"))
     return region(call, x, call.tag_of(x), parts)
+
+
+def _as_tensors(index: Any) -> Any:
+    """The same index with tensors for lists, ranges and arrays of numbers."""
+    parts = index if isinstance(index, tuple) else (index,)
+    made = tuple(
+        torch.as_tensor(list(p) if isinstance(p, range) else p)
+        if isinstance(p, (list, range)) or type(p).__module__ == "numpy"
+        else p
+        for p in parts
+    )
+    return made if isinstance(index, tuple) else made[0]
 
 
 def _basic(x: Tensor, tag: Tag, index: Any) -> Tag | None:

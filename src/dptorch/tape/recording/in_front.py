@@ -238,6 +238,11 @@ def refuse_not_followed(states: TensorStates, name: str, t: Tensor) -> NoReturn:
         t: a parameter, or no leaf.
     """
     shape = tuple(t.shape)
+    if torch.compiler.is_compiling():
+        raise NotCoveredError(
+            f"{states.module_path()}: '{name}' is traced (torch.export, ONNX) with gradients while an "
+            "engine is on the model. Trace it under torch.no_grad(), or after engine.detach()."
+        )
     if isinstance(t, nn.Parameter):
         raise NotCoveredError(
             f"{states.module_path()}: '{name}' uses a trainable parameter of shape {shape} that is not "

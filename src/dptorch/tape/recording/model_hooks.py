@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dptorch.errors import PrivacyError, warn
+from dptorch.errors import NotCoveredError, PrivacyError, warn
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
@@ -153,6 +153,8 @@ class ModelHooks:
                 self._warn_of_private_rows(args, kwargs)
             return None
         training = torch.is_grad_enabled()
+        if training:
+            _refuse_transforms()
         leaves: list[tuple[Tensor, int]] = []
         map_batched(lambda t, d: leaves.append((t, d)), module, args, kwargs, self._batch_dims)
         if not training and not module.training and all(batch_of(t) is None for t, _ in leaves):
@@ -271,6 +273,24 @@ class ModelHooks:
                 "whether it does, on your batch."
             )
         return outputs_of(output, recording)
+
+
+def _refuse_transforms() -> None:
+    """Raise where a training forward runs inside a backward, or inside torch.func.
+
+    Raises:
+        NotCoveredError: then; torch's own errors would name parts of the recording.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise NotCoveredError(
+            "the private model is called inside a backward pass, as a checkpoint around the whole "
+            "model does. Put checkpoints around parts of it, in its forward()."
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotCoveredError(
+            "the private model is called inside torch.func (jvp, vmap, grad, ...), which its gradients "
+            "cannot be followed through. Call it as it is, or under torch.no_grad()."
+        )
 
 
 def _tagger(recording: Recording) -> Callable[[Tensor, int], Tensor]:
