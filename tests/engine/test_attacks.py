@@ -138,6 +138,29 @@ def test_long_records_do_catch_a_margin_of_a_few_roundings(monkeypatch: pytest.M
     assert worst_of_long_records(monkeypatch, "embedding") > 2
 
 
+class Scaled(nn.Module):
+    """A long parameter whose gradient is the same number everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(2**20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_a_gradient_of_many_equal_entries_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dptorch.tape.gradients import base
+
+    def worst() -> float:
+        entries = (0.3, 0.7, 1.3, 1.7)
+        return max(contribution(monkeypatch, Scaled(), torch.full((1, 1), x)) for x in entries)
+
+    assert worst() <= 1 + 1e-5
+    monkeypatch.setattr(base, "_RUN", 2**40)  # the broken twin: one sum of all squares
+    assert worst() > 1 + 2e-5
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_a_convolved_record_whose_positions_cancel_is_clipped(
     monkeypatch: pytest.MonkeyPatch, scale: float
