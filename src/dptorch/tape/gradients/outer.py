@@ -68,7 +68,9 @@ class Outer(PerExampleGradient):
     def _most(self) -> Tensor:
         """At least the `magnitude`, by Cauchy and Schwarz, [B]: short rows take long to measure."""
         left, right = (torch.linalg.vector_norm(x, dim=(1, 2)) for x in self.held())
-        return left * right
+        most = left * right
+        # A factor may be too long for the square of its length, and the other nothing beside it.
+        return most if bool(most.isfinite().all()) else self.magnitude()
 
     def _lengths(self) -> tuple[Tensor, Tensor]:
         """Of the factors, [B, T] each."""
