@@ -210,7 +210,8 @@ class ModelHooks:
             if batch.handed_out and self._batch not in (None, batch, whole_batch):
                 raise PrivacyError(
                     "the model was given rows of an earlier batch than the one that the loader "
-                    "handed out last. What is kept from one step may not enter the next. A forward "
+                    "handed out last. What is kept from one step may not enter the next, and a batch "
+                    "that is fetched ahead counts as the last. A forward "
                     "pass on what is not private (noise that is drawn once, for pictures) goes into "
                     "`with engine.public():`." + way_out_of_a_trainer()
                 )

@@ -10,16 +10,18 @@ the kind of reduction is known, and ``loss.backward()`` accepts one loss for eac
 from __future__ import annotations
 
 import copy
-import dataclasses
 import types
+from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dptorch.errors import ConfigurationError, ExamplesMixError
+from dptorch.errors import ConfigurationError, ExamplesMixError, warn
 from dptorch.tape.provenance.aliases import is_shared, others_on_memory_of
 from dptorch.tape.provenance.calls import each_tensor, info, words
 from dptorch.tape.provenance.schemas import bind
@@ -256,8 +258,9 @@ def _attributes(value: Any) -> list[Any]:
     if isinstance(value, (nn.Module, type, types.ModuleType)) or callable(value):
         return []
     held = list(getattr(value, "__dict__", {}).values())
-    if dataclasses.is_dataclass(value):
-        held += [getattr(value, f.name, None) for f in dataclasses.fields(value)]  # slots
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        held += [getattr(value, s, None) for s in ((slots,) if isinstance(slots, str) else slots)]
     return held
 
 
@@ -307,17 +310,25 @@ def taint(value: Any, batch: Batch, model: nn.Module) -> None:
     """Say that the tensors in `value` with as many rows as `batch` hold its rows, in their order.
 
     Looks into tuples, lists, mappings and the attributes of objects. The tensors stay the objects
-    that they are.
+    that they are. Warns of rows that cannot be followed: arrays, and tensors of a class of their own.
 
     Args:
         model: names modules in messages.
+
+    Guarantees:
+        Wherever plain tensors are, they are followed, or somebody is told that nothing is.
+        Held by ``test_rows_are_followed_wherever_a_batch_holds_them``.
     """
     recording = _beside(batch, model)
     state = Tag(0) if batch.size > 1 else Tag(None, 0)
+    found: set[str] = set()  # names of classes
 
     def visit(v: Any, depth: int = 0) -> None:
         if isinstance(v, Tensor):
-            if v.dim() and v.shape[0] == batch.size and type(v) in (Tensor, RecordedTensor):
+            own = type(v) in (Tensor, RecordedTensor)
+            rows = v.dim() > 0 and v.shape[0] == batch.size
+            found.add(type(v).__name__ if rows and not own else "")
+            if rows and own:
                 if type(v) is RecordedTensor and batch_of(v) is not batch:
                     _refuse_mixed(v)
                 recording.mark(v, state)
@@ -326,11 +337,32 @@ def taint(value: Any, batch: Batch, model: nn.Module) -> None:
         elif isinstance(v, Mapping):
             for item in v.values():
                 visit(item, depth)
-        elif isinstance(v, (tuple, list)):
+        elif isinstance(v, (tuple, list, deque, set, frozenset)):
             for item in v:
+                visit(item, depth)
+        elif isinstance(v, np.ndarray):
+            if v.dtype.kind in "fc" and v.ndim and len(v) == batch.size:
+                found.add("an array of NumPy")
+            for item in v.flat if v.dtype == object else ():
+                visit(item, depth)
+        elif isinstance(v, nn.Module):
+            for item in v.buffers():
                 visit(item, depth)
         elif depth < _DEEPEST:
             for item in _attributes(v):
                 visit(item, depth + 1)
 
     visit(value)
+    if batch.handed_out and found != {""}:
+        _warn_of_rows(", ".join(sorted(found - {""})) or "no tensor that is found")
+
+
+@lru_cache(maxsize=64)
+def _warn_of_rows(what: str) -> None:
+    """Warn, once of each kind."""
+    warn(
+        f"the batches of engine.loader hold {what}: what is computed from their rows beside the model "
+        "is not followed, so that a statistic of the batch would enter a loss unseen. Let the collate "
+        "function return plain tensors (t.as_subclass(torch.Tensor)) in tuples, lists, dicts or "
+        "objects with attributes."
+    )
