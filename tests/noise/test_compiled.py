@@ -208,7 +208,7 @@ def test_the_cipher_is_aes_256() -> None:
 
 @pytest.fixture
 def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistakes are mistakes however well the code is optimised."""
+    """Mistakes are mistakes, and files are files, however well the code is optimised."""
     options = ["-O1" if option == "-O3" else option for option in compiler._OPTIONS]
     assert options != list(compiler._OPTIONS)
     monkeypatch.setattr(compiler, "_OPTIONS", options)
@@ -287,6 +287,7 @@ def test_it_is_loaded_where_it_saves_more_than_that_costs(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.usefixtures("quickly_compiled")
 def test_it_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled() is not None
     [library] = libraries(own_cache)
@@ -299,6 +300,7 @@ def test_it_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.usefixtures("quickly_compiled")
 def test_a_library_that_was_cut_short_is_made_again(own_cache: Path) -> None:
     assert compiled() is not None
     [library] = libraries(own_cache)
@@ -312,6 +314,7 @@ def test_a_library_that_was_cut_short_is_made_again(own_cache: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.usefixtures("quickly_compiled")
 def test_a_folder_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
     own_cache.mkdir()
     own_cache.chmod(0o777)
@@ -321,6 +324,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(own_cache: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.usefixtures("quickly_compiled")
 def test_a_library_that_others_can_write_is_made_again(own_cache: Path) -> None:
     assert compiled() is not None
     [library] = libraries(own_cache)
@@ -333,6 +337,7 @@ def test_a_library_that_others_can_write_is_made_again(own_cache: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.usefixtures("quickly_compiled")
 def test_a_user_without_a_home_compiles_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")

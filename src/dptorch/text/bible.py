@@ -72,7 +72,8 @@ def small_gpt() -> tuple[Any, Any]:
     """
     hide_broken_torchvision()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {byte: i for i, byte in enumerate([*alphabet, _END])}

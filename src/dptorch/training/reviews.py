@@ -120,7 +120,7 @@ def embed(texts: Sequence[str], folder: Path) -> Tensor:
     Every text is embedded by itself, whatever stands beside it in a batch.
     """
     hide_broken_torchvision()
-    from transformers import AutoModel, AutoTokenizer
+    from transformers.models.auto import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
