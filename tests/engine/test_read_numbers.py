@@ -69,6 +69,11 @@ def _of_the_last_step(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 READ: dict[str, Loss] = {
     "largest output": of(lambda x, out, y: out.abs().max().item()),
     "float": of(lambda x, out, y: float(out.detach().std())),
+    "scale of a quantised tensor": of(
+        lambda x, out, y: torch.quantize_per_tensor_dynamic(
+            out.detach(), torch.qint8, False
+        ).q_scale()
+    ),
     "inverse": of(lambda x, out, y: 1 / out.abs().max().item()),
     "square root": of(lambda x, out, y: math.sqrt(out.square().mean().item())),
     "exponential": of(lambda x, out, y: math.exp(-out.std().item())),

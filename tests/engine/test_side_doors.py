@@ -23,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
+import dptorch
 from dptorch.errors import NotCoveredError, PrivacyError, PrivacyWarning
 from dptorch.tape import trusted_reads
 from dptorch.tape.recording import batches, model_hooks, outputs, patches
 from tests.engine.setup import make_data, make_engine, make_model, steps_with
+from tests.tape.zoo.base import Lambda
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
 
@@ -378,3 +380,15 @@ def test_rows_are_followed_wherever_a_batch_holds_them(
     # Broken twin: the batch is not looked into.
     monkeypatch.setattr(model_hooks, "taint", lambda *_: None)
     assert _centred(FOLLOWED[name]) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_frozen_table_that_lookups_rewrite_is_refused(kind: Any, rows: int) -> None:
+    """Which rows of it are short shows what was looked up."""
+    table = kind(20, 4, max_norm=0.5)
+    table.weight.requires_grad_(False)
+    model = Lambda(lambda m, ids: m.h(m.e(ids).flatten(1)), e=table, h=nn.LazyLinear(2))
+    model(torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(NotCoveredError, match="max_norm"), dptorch.record(model):
+        model(torch.randint(0, 20, (rows, 3)))

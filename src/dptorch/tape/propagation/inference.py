@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dptorch.errors import NotCoveredError
 from dptorch.tape.propagation.table import FAMILIES, Found, find
 from dptorch.tape.provenance.aliases import Aliases
 from dptorch.tape.provenance.calls import (
@@ -40,6 +41,7 @@ _BY_NUMBER = words(
     _unsafe_index_put masked_scatter"""
 )
 
+_LOOKUPS = words("embedding embedding_bag")
 _UNKNOWN = "the op has no provenance rule; declare it with dptorch.tape.rowwise if it is one"
 
 
@@ -48,7 +50,14 @@ def infer(call: Call, outputs: Sequence[Any]) -> list[Found]:
 
     Raises:
         Lost: if the examples meet, or the op has no rule and cannot be opened.
+        NotCoveredError: it rewrites its table of constants by what the examples look up.
     """
+    if call.name in _LOOKUPS and call.arg("max_norm") is not None:
+        raise NotCoveredError(
+            f"'{call.name}' with max_norm rewrites the rows of its table that the batch looks up, so "
+            "that the weights show which those are, without noise. Use max_norm=None, and shorten rows "
+            "once, before training: with torch.no_grad(): weight.renorm_(2, 0, max_norm)."
+        )
     result = _by_table(call, outputs)
     return _opened(call, outputs) if result is None else result
 

@@ -33,8 +33,9 @@ from dptorch.tape.recording.recording import innermost
 __all__ = ["follow_constructors"]
 
 _FUNCTIONS = ("tensor", "as_tensor", "asarray")
-# Which take tensors for numbers.
+# Which take tensors for numbers; of some of them the first argument lends no more than its shape.
 _OF_NUMBERS = ("full", "full_like", "linspace", "logspace", "arange", "scalar_tensor")
+_OF_ITS_SHAPE = ("full_like", "new_full")
 _METHODS = ("new_tensor", "new_full", "new", "as_subclass", "_make_subclass")
 _MOST = 16  # numbers in a list that are looked for among those that were read
 _done = False
@@ -146,10 +147,12 @@ def _leaves(data: list[Any] | tuple[Any, ...]) -> Sequence[Any]:
 
 
 def _method(plain: Callable[..., Any]) -> Callable[..., Any]:
+    first = 1 if plain.__name__ in _OF_ITS_SHAPE else 0
+
     @functools.wraps(plain)
     def make(*args: Any, **kwargs: Any) -> Any:
         made = plain(*args, **kwargs)
-        for data in (*args, *kwargs.values()):
+        for data in (*args[first:], *kwargs.values()):
             if isinstance(data, RecordedTensor) and not isinstance(made, RecordedTensor):
                 if innermost() is None and isinstance(made, Tensor):
                     made = made_from(data, made)

@@ -18,7 +18,9 @@ from dptorch.tape.provenance.calls import each_tensor
 from dptorch.tape.provenance.tags import Mixed, Reduced, Tag
 from dptorch.tape.recording.handlers import Args, Kwargs, handler
 from dptorch.tape.recording.places import user_line
+from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.reads import is_trusted, note_read
+from dptorch.tape.recording.tensor_states import batch_of
 from dptorch.tape.rules.recorder import Recorder
 
 __all__ = ["judge_results", "judge_slices", "note_error", "refuse_swallowed"]
@@ -37,7 +39,11 @@ def judge_results(recording: Recorder, name: str, args: Args, kwargs: Kwargs, ou
         ExamplesMixError: see `dptorch.tape.recording.reads`.
     """
     if out is not None and not (name == "type" and isinstance(out, str)) and _holds_more(out):
-        note_read(recording, name, map(recording.state, each_tensor(args, kwargs)))
+        tensors = each_tensor(args, kwargs)
+        note_read(recording, name, map(recording.state, tensors))
+        batch = batch_of(tensors[0]) if tensors and type(out) is float else None
+        if batch is not None:
+            read_numbers.note(out, recording.state(tensors[0]), batch)
 
 
 def _holds_more(out: Any) -> bool:
