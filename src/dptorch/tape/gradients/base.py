@@ -137,14 +137,17 @@ def without_cancellation(
         `test_a_long_record_whose_positions_cancel_is_clipped` and
         `test_a_gradient_of_many_equal_entries_is_clipped`.
     """
-    eps = eps_of(squared)
+    single = torch.finfo(squared.dtype).eps
+    # TF32 rounds the factors of a product to 11 bits, and adds products up as float32 does.
+    tf32 = squared.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    eps = max(single, 2.0**-11) if tf32 else single
     bound = magnitude.square()
     # Above these a margin lengthens no squared norm of a few positions by more than a thousandth, nor
     # one of thousands that do not cancel: an ordinary example is clipped as if there were none.
     least = (1000 * eps) ** 2 if formed else 4000 * eps
     # Of `bound`, what may be missing. Each of T additions may round by eps / 2 of what is there so far,
     # which is at most half of the magnitude where all cancels, and always the same way.
-    of_sum = max(4.0, _positions(forms) / 4) ** 2 * eps**2
+    of_sum = max(4 * eps, _positions(forms) / 4 * single) ** 2
     share = of_sum if formed else 4 * eps + of_sum
     if bool((squared >= least * bound).all()):  # the usual case; not if any is NaN
         return torch.add(squared, bound, alpha=share)
@@ -161,13 +164,6 @@ def without_cancellation(
 def _positions(forms: Sequence[PerExampleGradient]) -> int:
     """How many products are added up in a gradient that is the sum of `forms`."""
     return sum(dict(form.sizes()).get("T", 1) for form in forms)
-
-
-def eps_of(t: Tensor) -> float:
-    """The relative rounding error of a matrix product of tensors such as `t`."""
-    eps = torch.finfo(t.dtype).eps
-    # TF32 rounds the factors of a product to 11 bits.
-    return max(eps, 2.0**-11) if t.is_cuda and torch.backends.cuda.matmul.allow_tf32 else eps
 
 
 def lengthened(squared: Tensor, by: Tensor | float) -> Tensor:

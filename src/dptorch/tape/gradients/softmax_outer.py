@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dptorch.tape.gradients.base import (
     PerExampleGradient,
-    eps_of,
     lengthened,
     square_sum,
     weigh,
@@ -148,8 +147,9 @@ class SoftmaxOuter(PerExampleGradient):
             hidden * largest if found.bias is None else hidden * largest + found.bias.abs().amax()
         )
         # A logit is off by a few eps of |hidden| |weight| (Cauchy and Schwarz), its exponential by as
-        # much of itself. Positions may be alike, so their errors are added as they are.
-        return 4 * eps_of(hidden) * (found.scale.abs() * logits * hidden).sum(1)
+        # much of itself. Positions may be alike, so their errors are added as they are. TF32 rounds
+        # factors alike in every product of them.
+        return 4 * torch.finfo(hidden.dtype).eps * (found.scale.abs() * logits * hidden).sum(1)
 
     def sizes(self) -> tuple[tuple[str, int], ...]:
         b, t, h = self.logits.hidden.shape
