@@ -1,15 +1,20 @@
 """Which method a mode takes, and what a device is judged by."""
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import dptorch
 from dptorch.errors import ConfigurationError
 from dptorch.tape.gradients import Convolution, Geometry, Outer, device_cost
 from dptorch.tape.gradients.clipping_modes import MODES, get_mode
 from dptorch.tape.gradients.device_cost import TYPICAL, DeviceCost, cost_of, free_bytes, measure
+from dptorch.tape.recording import model_hooks
 
 CPU = torch.device("cpu")
 
@@ -120,3 +125,42 @@ def test_a_measurement_is_of_this_world() -> None:
     assert 1e8 < found.flops_per_second < 1e14
     assert 1e7 < found.bytes_per_second < 1e13
     assert free_bytes(CPU) > 2**20
+
+
+_STEPS = """
+import ctypes, resource, sys
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+c.free.argtypes, c.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def step():
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    blocks = [c.malloc(2**20) for _ in range(40)]
+    for block in blocks:
+        c.memset(block, 1, 2**20)
+    for block in blocks:
+        c.free(block)
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+c.free(c.malloc(int(sys.argv[1])))
+step()
+print(step())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_memory_that_a_step_frees_stays_for_the_next() -> None:
+    """By page faults of a process of its own; the twin frees a block that counts for less."""
+
+    def faults(largest: int) -> int:
+        command = [sys.executable, "-S", "-c", _STEPS, str(largest)]
+        return int(subprocess.run(command, env={}, capture_output=True, check=True).stdout)
+
+    assert faults(device_cost._LARGEST_THAT_COUNTS) < faults(2**16) / 4
+
+
+def test_an_engine_lets_memory_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(model_hooks, "keep_freed_memory", lambda: made.append(True))
+    dptorch.PrivacyEngine(
+        torch.nn.Linear(2, 2), sample_size=8, batch_size=4, steps=1, noise_multiplier=1.0
+    )
+    assert made

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["TYPICAL", "DeviceCost", "cost_of", "free_bytes", "measure"]
+__all__ = ["TYPICAL", "DeviceCost", "cost_of", "free_bytes", "keep_freed_memory", "measure"]
 
 _FORMAT = 3
 # A measured intensity further from the typical one than this factor is a disturbed measurement.
@@ -151,6 +151,22 @@ def free_bytes(device: torch.device) -> float:
     except OSError:
         return math.inf
     return float(found[1]) * 1024 if found else math.inf
+
+
+# The largest block that counts in `keep_freed_memory` (DEFAULT_MMAP_THRESHOLD_MAX of glibc), less what
+# the C library and torch add to it.
+_LARGEST_THAT_COUNTS = 2**25 - 2**16
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MiB that one step frees, for the next to use.
+
+    glibc gives the free end of its heap back once it is longer than twice the largest block that it
+    has seen freed, of those up to 32 MiB. Clipping frees what a backward kept all at once, at that end,
+    and the next backward would take it again page by page. So such a block is made and freed here; no
+    page of it is touched. Other C libraries do not look at it.
+    """
+    torch.empty(_LARGEST_THAT_COUNTS, dtype=torch.uint8, device="cpu")
 
 
 def _cache_file() -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dptorch.errors import NotCoveredError, PrivacyError, warn
+from dptorch.tape.gradients.device_cost import keep_freed_memory
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
 from dptorch.tape.provenance.tags import Tag
@@ -78,6 +79,7 @@ class ModelHooks:
         attach(self)
         run_as_written()
         patch()
+        keep_freed_memory()
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
