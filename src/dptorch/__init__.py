@@ -61,8 +61,8 @@ _HOME = {
 }
 #: Rooms that can be reached as attributes: ``dptorch.tape.public_number`` after ``import dptorch``.
 _ROOMS = frozenset(
-    {"accounting", "clipping", "engine", "errors", "ledger", "noise", "plan", "randomness"}
-    | {"sampling", "statement", "tape", "validation"}
+    {"accounting", "clipping", "distributed", "engine", "errors", "ledger", "noise", "plan"}
+    | {"randomness", "sampling", "statement", "tape", "validation"}
 )
 
 

@@ -202,8 +202,8 @@ class Ranks:
                     raise ConfigurationError(
                         f"the ranks of this run differ in {name}: {_short(a, b)} on rank 0, "
                         f"{_short(b, a)} on rank {rank}. All ranks train one model on one data set: "
-                        "build both, and the engine, by the same code and values on each. Nothing "
-                        "was spent."
+                        "build both, and the engine, by the same code and values on each. Steps that "
+                        "were taken before stay counted."
                     )
 
     def share_key(self, seed: int | None) -> RootKey:
