@@ -17,6 +17,7 @@ from dptorch.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from dptorch.audit.bounds import Bound
+    from dptorch.audit.laws.law_test import LawTest
     from dptorch.audit.thresholds import Threshold
     from dptorch.plan import PrivacyPlan
 
@@ -57,12 +58,15 @@ class AuditResult:
         significance: α: how often an audit of a true claim says REFUTED, at most.
         adversary: what it sees and does, in words.
         canaries: number of canaries, or of games.
-        proofs: the bounds; the largest counts, and together they err with probability α at most.
+        proofs: the bounds; the largest counts. They and the laws err with probability α at most,
+            together.
         evidence: scores and memberships, for curves.
         plan: the claim, where it is a plan; the report draws its trade-off curve.
         steps: how many steps of the plan were audited.
         notes: what a reader must know to weigh the result.
         statement: the privacy statement of the run.
+        laws: tests of single laws that the plan states; one that is broken refutes the claim, since
+            the claim is about a run that keeps them.
     """
 
     claimed_epsilon: float
@@ -76,6 +80,7 @@ class AuditResult:
     steps: int | None = None
     notes: tuple[str, ...] = ()
     statement: str | None = field(default=None, repr=False)
+    laws: tuple[LawTest, ...] = ()
 
     @property
     def epsilon_lower(self) -> float:
@@ -89,8 +94,34 @@ class AuditResult:
 
     @property
     def refuted(self) -> bool:
-        """Whether the claim is refuted."""
-        return self.epsilon_lower > self.claimed_epsilon
+        """Whether a bound is above the claim, or what ran breaks a law that the claim is about."""
+        return self.epsilon_lower > self.claimed_epsilon or bool(self.broken_laws)
+
+    @property
+    def broken_laws(self) -> tuple[LawTest, ...]:
+        """The tests of laws that failed."""
+        return tuple(law for law in self.laws if law.broken)
+
+    @property
+    def conclusion(self) -> str:
+        """What follows, in a sentence or two."""
+        chance = f"or an event of probability {self.significance:g} at most happened."
+        said = []
+        if self.epsilon_lower > self.claimed_epsilon:
+            said.append(
+                f"At least {number(self.epsilon_lower)} was measured where "
+                f"{number(self.claimed_epsilon)} is claimed, so the claim is false, {chance}"
+            )
+        for law in self.broken_laws:
+            certain = "." if law.significance == 0 else f", {chance}"
+            said.append(
+                f"What ran is not what the claim is about ({law.law}): {law.worst}{certain}"
+            )
+        if not said:
+            return (
+                "This adversary found no more than is claimed. That is no proof that no other can."
+            )
+        return " ".join(said)
 
     @property
     def verdict(self) -> str:
@@ -120,6 +151,16 @@ class AuditResult:
                 }
                 for p in self.proofs
             ],
+            "laws": [
+                {
+                    "law": t.law,
+                    "p_value": t.p_value,
+                    "significance": t.significance,
+                    "broken": t.broken,
+                    "worst": t.worst,
+                }
+                for t in self.laws
+            ],
             "roc": roc_summary(self.evidence),
             "notes": list(self.notes),
         }
@@ -129,16 +170,6 @@ class AuditResult:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     def __str__(self) -> str:
-        if self.refuted:
-            conclusion = (
-                f"At least {number(self.epsilon_lower)} was measured where "
-                f"{number(self.claimed_epsilon)} is claimed: the claim is false, or an event of "
-                f"probability {self.significance:g} at most happened."
-            )
-        else:
-            conclusion = (
-                "This adversary found no more than is claimed. That is no proof that no other can."
-            )
         lines = [
             f"{self.verdict} at confidence {100 * (1 - self.significance):g} %",
             "",
@@ -153,8 +184,13 @@ class AuditResult:
                 f"(at most {_ceiling(p.ceiling)}; significance {p.significance:g})"
                 for p in self.proofs
             ),
+            *(
+                f"Law                  {t.law}: {'BROKEN' if t.broken else 'not broken'} "
+                f"(p = {t.p_value:.2g}; significance {t.significance:.2g})"
+                for t in self.laws
+            ),
             "",
-            conclusion,
+            self.conclusion,
             *(f"Note: {note}" for note in self.notes),
         ]
         return "\n".join(lines) + "\n"

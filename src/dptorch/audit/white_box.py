@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from dptorch.audit.bounds import mu_lower_bound_from_scores
 from dptorch.audit.evidence import Evidence
-from dptorch.audit.games.dirac import Progress, play_dirac
+from dptorch.audit.games.dirac import DiracGame, Progress, play_dirac
+from dptorch.audit.laws.composition import claim_against_composition
+from dptorch.audit.laws.law_test import LawTest
+from dptorch.audit.laws.noise import NOISE_LAWS, noise_between_runs, noise_within_run
+from dptorch.audit.laws.sampling import SAMPLING_LAWS, sampling_laws
 from dptorch.audit.result import AuditResult, Proof, prove
 from dptorch.plan import PrivacyPlan
 
@@ -17,6 +22,8 @@ __all__ = ["audit_plan"]
 
 # An epsilon beyond all use; less noise than this need not be told apart.
 _LEAST_NOISE = 0.1
+# The share of the significance that the tests of laws have; the two bounds have the rest.
+_FOR_LAWS = 0.04
 
 
 def audit_plan(
@@ -33,10 +40,13 @@ def audit_plan(
     """Run the engine under a plan on canaries, and hold what an observer of every step sees against
     the plan's ε.
 
-    Two bounds share the significance. *Single steps*: each shows how much noise there is on one
-    canary; the noise that is proved at most is composed over the plan's steps and sampling. It is
-    nearly tight. *The whole run*: guesses about each canary, which any (ε, δ)-DP run limits, whatever
-    it does; it finds what single steps do not show: batches that repeat, noise that repeats.
+    Two bounds and the tests of laws share the significance. *Single steps*: each shows how much noise
+    there is on one canary; the noise that is proved at most is composed over the plan's steps and
+    sampling. It is nearly tight. *The whole run*: guesses about each canary, which any (ε, δ)-DP run
+    limits, whatever it does; it finds what single steps do not show: batches that repeat, noise that
+    repeats. *Laws*: the claim is about a run in which each step, each coordinate and each cell has its
+    noise, no noise repeats (neither in the run nor in a second one), and records are drawn as the
+    scheme says; and its ε is held against one composed apart. What was not tested is in the notes.
 
     Args:
         plan: what is claimed.
@@ -62,8 +72,13 @@ def audit_plan(
     game = play_dirac(
         plan, canaries=canaries, steps=steps, seed=seed, device=device, progress=progress
     )
-    share = significance / 2
+    share = significance * (1 - _FOR_LAWS) / 2
     whole = prove(game.run, "one-run", delta=plan.target_delta, significance=share)
+    fresh = None
+    if seed is None:
+        # On the same data: noise depends on that too, so that only there a key shows twice.
+        member = np.asarray(game.run.member)
+        fresh = play_dirac(plan, canaries=len(member), steps=1, device=device, member=member)
     played = plan.steps if steps is None else steps
     notes = [
         "This measures the engine on a model made for it, with this plan. It says nothing about "
@@ -71,6 +86,9 @@ def audit_plan(
     ]
     if played < plan.steps:
         notes.append(f"The first {played} of {plan.steps} steps were played.")
+    laws, unseen = _laws(game, plan, significance * _FOR_LAWS, fresh=fresh)
+    if unseen:
+        notes.append(f"Taken at its word, not tested: {'; '.join(unseen)}.")
     return AuditResult(
         claimed_epsilon=plan.epsilon(),
         delta=plan.target_delta,
@@ -83,7 +101,46 @@ def audit_plan(
         steps=played,
         notes=tuple(notes),
         statement=statement,
+        laws=laws,
     )
+
+
+def _laws(
+    game: DiracGame, plan: PrivacyPlan, significance: float, *, fresh: DiracGame | None
+) -> tuple[tuple[LawTest, ...], list[str]]:
+    """The tests of laws, and what of the claim they do not see.
+
+    Args:
+        fresh: a game of one step with a key of its own; None where the key came from a seed.
+    """
+    share = significance / (NOISE_LAWS + SAMPLING_LAWS)
+    found: list[LawTest] = []
+    unseen: list[str] = []
+    if plan.noise_multiplier > 0 and plan.adaptive_clipping is None and not plan.clipping_groups:
+        found += noise_within_run(
+            game.noise,
+            plan.noise_multiplier,
+            significance=share,
+            continuous=plan.mechanism != "discrete_gaussian",
+        )
+        if fresh is None:
+            unseen.append("that each run has a key of its own (a seed was given)")
+        else:
+            found.append(noise_between_runs(game.noise, fresh.noise, significance=share))
+    elif plan.noise_multiplier > 0:
+        unseen.append("the noise of each step and coordinate, whose scale is not the plan's alone")
+    drawn = sampling_laws(game.drawn, plan, significance=share)
+    found += drawn
+    if plan.sample_rate < 1 and not drawn:
+        unseen.append(f"how {plan.sampling} sampling draws")
+    composed = claim_against_composition(plan)
+    if composed is not None:
+        found.append(composed)
+    elif math.isfinite(plan.epsilon()):
+        unseen.append(
+            "that the claimed epsilon follows from the plan, which its accountant alone says"
+        )
+    return tuple(found), unseen
 
 
 def _from_single_steps(evidence: Evidence, plan: PrivacyPlan, significance: float) -> Proof:

@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from dptorch.accounting import Adjacency
 from dptorch.accounting.toeplitz import column_norms
 from dptorch.audit.evidence import Array, Evidence
+from dptorch.audit.laws.sampling import Drawn
 from dptorch.audit.result import FEWEST_CANARIES
 from dptorch.engine.privacy_engine import PrivacyEngine
 from dptorch.errors import ConfigurationError
@@ -67,10 +68,15 @@ class DiracGame:
         steps: evidence of single steps: one score for each canary and step; a member took part in
             that step, as far as the sampler says.
         run: evidence of the whole run: one score for each canary; a member was in the data.
+        noise: [steps, canaries]: what is left of each coordinate without what its canary did, white
+            again where noise is correlated: N(0, σ²) if the engine does what the plan says.
+        drawn: whom the sampler drew.
     """
 
     steps: Evidence
     run: Evidence
+    noise: Array
+    drawn: Drawn
 
 
 def play_dirac(
@@ -81,6 +87,7 @@ def play_dirac(
     seed: int | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    member: Array | None = None,
 ) -> DiracGame:
     """Run the engine on canaries alone, under a plan.
 
@@ -94,6 +101,7 @@ def play_dirac(
         seed: for tests: the engine's and the coins' randomness from a number.
         device: where the engine runs.
         progress: wraps the iterable of steps, of which it is told the number, to show a bar.
+        member: coins of an earlier game with as many canaries, to play on the same data again.
 
     Raises:
         ConfigurationError: fewer than 20 canaries, or more steps than the plan has.
@@ -116,7 +124,8 @@ def play_dirac(
     elif plan.sample_size is not None:
         slots, canaries = plan.sample_size, min(canaries, 2 * plan.sample_size // 3)
     _refuse_few(canaries)
-    member = np.random.default_rng(seed).random(canaries) < 0.5
+    if member is None:
+        member = np.random.default_rng(seed).random(canaries) < 0.5
     model = TiedTable(canaries).to(device)
     engine = PrivacyEngine(model, plan=plan, seed=seed)
     optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -129,6 +138,7 @@ def play_dirac(
     signal = np.zeros(canaries)
     scores = np.empty((wanted, canaries))
     drawn = np.zeros((wanted, canaries), dtype=bool)
+    batches: list[Array] = []
     scale = plan.max_grad_norm
     if plan.loss_reduction == "mean":
         scale /= plan.expected_batch_size
@@ -156,7 +166,9 @@ def play_dirac(
         signal += seen
         chosen = np.unique(np.asarray(loader.sampler.draw(step)) // rows)
         drawn[step, chosen[chosen < canaries]] = True
+        batches.append(chosen)
     engine.detach()
+    noise = _noise(scores, drawn, member, plan)
     counted = np.ones_like(drawn)
     if len(plan.coefficients) > 1:
         whiten = _whitened if plan.mechanism == "banded" else _whitened_inverse
@@ -168,7 +180,41 @@ def play_dirac(
         single = Evidence(scores[shown], np.broadcast_to(member, drawn.shape)[shown])
     else:
         single = Evidence(scores[counted], (drawn & member)[counted])
-    return DiracGame(steps=single, run=Evidence(signal / wanted, member))
+    return DiracGame(
+        steps=single,
+        run=Evidence(signal / wanted, member),
+        noise=noise,
+        drawn=Drawn.of(batches, slots, plan.terms.steps_per_epoch),
+    )
+
+
+def _noise(scores: Array, drawn: Array, member: Array, plan: PrivacyPlan) -> Array:
+    """What was added to each step's coordinates, [steps, canaries]; of correlated noise its white z.
+
+    Args:
+        scores, drawn: as of `_whitened`.
+    """
+    out = -1.0 if plan.adjacency is Adjacency.REPLACE_ONE else 0.0
+    steps = len(scores)
+    signs = np.where(np.arange(steps) % 2, -1.0, 1.0)[:, None]
+    added = signs * (scores - drawn * np.where(member, 1.0, out))
+    if len(plan.coefficients) < 2:
+        return added
+    if plan.mechanism == "banded":
+        added = added / column_norms(plan.coefficients, plan.steps)[:steps, None]
+        strategy = np.asarray(plan.coefficients) / plan.coefficients[0]
+    else:
+        run: Any = plan.event(steps)
+        strategy = run.strategy(steps)
+    return _filtered(added, strategy)
+
+
+def _filtered(rows: Array, column: Array) -> Array:
+    """The product of the Toeplitz matrix with that first column and the rows, [steps, canaries]."""
+    found = np.zeros_like(rows)
+    for i, value in enumerate(column[: len(rows)]):
+        found[i:] += value * rows[: len(rows) - i]
+    return found
 
 
 def _whitened(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[Array, Array]:
@@ -189,9 +235,7 @@ def _whitened(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[Array, Ar
     signs = np.where(np.arange(steps) % 2, -1.0, 1.0)[:, None]
     columns = column_norms(plan.coefficients, plan.steps)[:steps, None]
     c = np.asarray(plan.coefficients) / plan.coefficients[0]
-    rows = np.zeros_like(scores)
-    for i, value in enumerate(c[:steps]):
-        rows[i:] += value * (signs * scores / columns)[: steps - i]
+    rows = _filtered(signs * scores / columns, c)
     found = np.zeros_like(scores)
     for i, value in enumerate(c[:steps]):
         found[: steps - i] += value * rows[i:]
@@ -210,9 +254,7 @@ def _whitened_inverse(scores: Array, drawn: Array, plan: PrivacyPlan) -> tuple[A
     steps = len(scores)
     run: Any = plan.event(steps)
     signs = np.where(np.arange(steps) % 2, -1.0, 1.0)[:, None]
-    rows = np.zeros_like(scores)
-    for i, value in enumerate(run.strategy(steps)):
-        rows[i:] += value * (signs * scores)[: steps - i]
+    rows = _filtered(signs * scores, run.strategy(steps))
     first = np.where(drawn.any(axis=0), drawn.argmax(axis=0), np.arange(drawn.shape[1]) % steps)
     return signs * rows, np.arange(steps)[:, None] == first
 
