@@ -214,7 +214,7 @@ def test_ranks_that_differ_are_told_so_on_every_rank() -> None:
 
     x, y = make_data().tensors
     cases: dict[str, Any] = {
-        "differ in the plan": lambda r: engine(noise_multiplier=1.0 + r),
+        "differ in the plan's noise_multiplier: 1.0 on": lambda r: engine(noise_multiplier=1.0 + r),
         "differ in seed": lambda r: engine(seed=r),
         "differ in clipping_mode": lambda r: engine(clipping_mode=("auto", "ghost")[r]),
         "differ in the trainable parameters": lambda r: dptorch.PrivacyEngine(

@@ -138,6 +138,15 @@ def test_an_error_quotes_no_cell():
     assert error.value.__suppress_context__
 
 
+@pytest.mark.parametrize("shape", [(), (10, 3), (10, 1, 3)])
+def test_a_column_of_several_numbers_a_record_is_refused(shape):
+    """They would count as records of their own, and a record as one of them."""
+    with pytest.raises(DataError, match="one number for each record"):
+        describe([Numeric("age", (0, 120))], {"age": np.ones(shape)}, epsilon=1.0, seed=0)
+    one = {"age": np.ones((3000, 1))}
+    assert describe([Numeric("age", (0, 120))], one, epsilon=1.0, seed=0)["age"].mean > 0
+
+
 def test_a_cap_that_protects_the_number_of_records_admits_no_statistics(tmp_path):
     ledger = open_ledger(tmp_path / "ledger.db").dataset("people")
     ledger.set_cap(Cap(epsilon=9.0, delta=1e-5, adjacency=Adjacency.ADD_REMOVE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -136,7 +137,7 @@ def start_together(
     has_ledger = ranks.from_first(ledger is not None)
     ranks.agree(
         {
-            "the plan": plan.to_json(),
+            **{f"the plan's {k}": str(v) for k, v in json.loads(plan.to_json()).items()},
             "clipping_mode": clipping_mode,
             "the trainable parameters": shapes(parameters),
             "the model": shapes(dict(model.named_parameters())),

@@ -115,10 +115,17 @@ def describe(
 
 def _numbers_of(name: str, values: Mapping[str, Any]) -> Floats:
     try:
-        return np.asarray(values[name], np.float64).reshape(-1)
+        found = np.asarray(values[name], np.float64)
     except (ValueError, TypeError):
         # Python's error would quote a cell.
         raise DataError(f"column {name!r} holds what is no number.") from None
+    if found.ndim != 1 and found.shape[1:] != (1,):
+        raise DataError(
+            f"column {name!r} has the shape {found.shape}, and needs one number for each record: "
+            "ε would protect one of several. Give a column for each, or one number a row and its "
+            "record in owners=."
+        )
+    return found.reshape(-1)
 
 
 def _texts_of(owners: Sequence[Any]) -> list[str]:
