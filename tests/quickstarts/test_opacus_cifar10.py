@@ -1,7 +1,8 @@
 """The CIFAR-10 tutorial for Opacus 0.x to its end; `documents/opacus_cifar10.py` is its code.
 
-The stand-in for CIFAR-10 has its files and their format, and fewer images: 640 and 256, bright or dark
-by class in each colour. DPTORCH_ALL_EPOCHS=1 runs all twenty epochs, in minutes; otherwise two are run.
+The stand-in for CIFAR-10 has its files and their format, and fewer images: 320 and 128, bright or dark
+by class in each colour, in batches of half the size. DPTORCH_ALL_EPOCHS=1 runs all twenty epochs, in
+minutes; otherwise two are run.
 """
 
 import os
@@ -24,7 +25,7 @@ CODE = Path(__file__).parent / "documents" / "opacus_cifar10.py"
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CIFAR-10's files under ../cifar10."""
-    write_cifar(tmp_path / "cifar10", "CIFAR10", monkeypatch, train=640, test=256)
+    write_cifar(tmp_path / "cifar10", "CIFAR10", monkeypatch, train=320, test=128)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
@@ -61,6 +62,7 @@ def test_the_tutorial_runs_to_its_end(capsys: pytest.CaptureFixture[str]) -> Non
                 exec(compile(code, CODE.name, "exec"), found)
         else:
             exec(compile(code, CODE.name, "exec"), found)
+        found |= {"BATCH_SIZE": 64, "VIRTUAL_BATCH_SIZE": 256}
         if "DPTORCH_ALL_EPOCHS" not in os.environ:
             found["EPOCHS"] = 2
     out = capsys.readouterr().out
