@@ -32,7 +32,7 @@ quick: $(VENV)/.test  ## ruff and the quick tests, two minutes on 2 cores; types
 	$(PYTEST) -n 2 --hypothesis-profile quick -m "not (slow or postgres or browser or zoo)"
 
 # mypy has one process: beside the tests it does not leave the other core without work.
-test: $(VENV)/.test  ## lint, types and all tests: twenty minutes on 2 cores
+test: $(VENV)/.test  ## lint, types and all tests: fifteen minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(BIN)/mypy >$(VENV)/types.txt 2>&1 & mypy=$$!; \

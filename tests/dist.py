@@ -74,7 +74,9 @@ def tried(file: Path, folder: Path) -> str:
     # After the environment's own packages: what is installed there is found first.
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index"]
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", str(file)], check=True)
+    subprocess.run(
+        [*pip, "--no-deps", "--no-build-isolation", "--no-compile", str(file)], check=True
+    )
     environment = {
         "PATH": str(folder / "bin"),  # no compiler is there
         "HOME": str(folder / "home"),  # and no loop that was compiled before

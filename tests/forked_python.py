@@ -55,7 +55,8 @@ with socket.socket(socket.AF_UNIX) as server:
     status = int.from_bytes(server.recv(8, socket.MSG_WAITALL), "big")
 code = os.waitstatus_to_exitcode(status)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """

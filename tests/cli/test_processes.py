@@ -78,3 +78,23 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(
     monkeypatch.setenv("RANK", "0")
     assert "has started 3 processes" in refused(run(*OWN, "--nproc", "2"))
     assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("python_forks")
+def test_a_fork_of_the_tests_python_is_a_process_of_its_own(tmp_path: Path) -> None:
+    """Words, environment, folder, both streams and how it ends, also by a signal, are its own."""
+    code = (
+        "import os, sys; print(sys.argv[1:], os.environ['OWN'], os.getcwd());"
+        "print('aside', file=sys.stderr); {}"
+    )
+    ends = {"sys.exit(3)": 3, "raise ValueError": 1, "os.kill(os.getpid(), 9)": -9, "pass": 0}
+    for end, status in ends.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(end), "a", "b c"],
+            capture_output=True, text=True, check=False, cwd=tmp_path, env={"OWN": "1"},
+        )  # fmt: skip
+        assert done.returncode == status
+        assert done.stdout == f"['a', 'b c'] 1 {tmp_path}\n"
+        assert done.stderr.startswith("aside\n")
+        assert ("ValueError" in done.stderr) == (end == "raise ValueError")
