@@ -139,7 +139,7 @@ def test_choosing_on_private_data(tmp_path):
     assert trainer.engine.steps_done == 0
     rows, public = data("gpt2"), dataclasses.replace(PRIVACY, eval_is_public=True)
     for evaluation in (rows, {"other": data("gpt2"), "same": rows}):
-        with pytest.raises(ConfigurationError, match="eval_dataset is train_dataset"):
+        with pytest.raises(ConfigurationError, match="holds rows of train_dataset"):
             make(tmp_path, train_dataset=rows, eval_dataset=evaluation, privacy=public)
     with pytest.raises(ConfigurationError, match="releases every trial"):
         trainer.hyperparameter_search()

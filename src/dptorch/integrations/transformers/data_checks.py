@@ -12,6 +12,7 @@ import numpy as np
 from transformers import EarlyStoppingCallback
 
 from dptorch.errors import ConfigurationError, DataError, warn
+from dptorch.integrations.transformers.refusals import refuse_private_rows
 
 __all__ = ["check_data", "check_selection"]
 
@@ -54,13 +55,8 @@ def check_selection(trainer: Any) -> None:
             "no epsilon here covers. Leave it out, or say PrivacyArguments(eval_is_public=True) if "
             "that data is public."
         )
-    given = trainer.eval_dataset
-    parts = given.values() if isinstance(given, dict) else [given]
-    if public and given is not None and any(part is trainer.train_dataset for part in parts):
-        raise ConfigurationError(
-            "eval_is_public=True, but eval_dataset is train_dataset, which is private. Evaluate on "
-            "other data, or leave eval_is_public out."
-        )
+    if public:
+        refuse_private_rows(trainer.train_dataset, trainer.eval_dataset)
 
 
 def _check_padding(trainer: Any) -> None:
@@ -165,6 +161,7 @@ def _check_batch(trainer: Any) -> None:
             "use a data_collator that makes labels, such as DataCollatorForLanguageModeling(tokenizer, "
             "mlm=False)."
         )
+    _check_smoothing(trainer, batch)
     own_loss = trainer.label_smoother is not None or trainer.compute_loss_func is not None
     config = getattr(_base(trainer), "config", None)
     if (
@@ -175,6 +172,21 @@ def _check_batch(trainer: Any) -> None:
         raise ConfigurationError(
             "label smoothing, or a loss of your own, takes the labels from the model, which then needs "
             "decoder_input_ids: use DataCollatorForSeq2Seq(tokenizer, model=model)."
+        )
+
+
+def _check_smoothing(trainer: Any, batch: Any) -> None:
+    """Refuse label smoothing of labels that are no classes."""
+    label = (trainer.label_names or ["labels"])[0]
+    labels = batch[label] if hasattr(batch, "keys") and label in batch else None
+    # Of the arguments: the Trainer drops its smoother where a row has several labels.
+    smoothing = trainer.args.label_smoothing_factor
+    if smoothing and getattr(labels, "is_floating_point", bool)():
+        problem = getattr(getattr(_base(trainer), "config", None), "problem_type", None)
+        raise ConfigurationError(
+            f"label_smoothing_factor={smoothing} spreads the label of one "
+            f"class over all, and these labels are floating-point numbers (problem_type={problem!r}). "
+            "Leave it out, or give class numbers; several labels of a row may be smoothed in the data."
         )
 
 

@@ -31,6 +31,7 @@ from dptorch.integrations.transformers.label_smoothing import SmoothLabels
 from dptorch.integrations.transformers.logical_batches import LogicalBatches, parts_in
 from dptorch.integrations.transformers.manifest import settle
 from dptorch.integrations.transformers.privacy_arguments import PrivacyArguments
+from dptorch.integrations.transformers.refusals import refuse_changes, refuse_private_rows
 from dptorch.integrations.transformers.reporting import (
     NOT_PRIVATE,
     add_to_model_card,
@@ -122,6 +123,8 @@ class PrivateTrainer(Trainer):
         batch_size *= self.args.world_size
         self._refuse_devices()
         check_selection(self)
+        if privacy.eval_is_public:  # TRL makes other objects of what was given
+            refuse_private_rows(*(trainer_kwargs.get(f"{x}_dataset") for x in ("train", "eval")))
         if self.train_dataset is None:
             raise ConfigurationError("train_dataset is missing: give the private data set.")
         check_data(self)
@@ -166,7 +169,7 @@ class PrivateTrainer(Trainer):
 
     def _bind(self, engine: PrivacyEngine) -> None:
         """Take loader, step and accounting from `engine`."""
-        self.engine = engine
+        self.engine, self._made_for = engine, self.train_dataset
         self.args.max_steps = engine.plan.steps
         smoother: Any = SmoothLabels.in_place_of(self.label_smoother, causal=self.always_causal)
         self.label_smoother = smoother
@@ -419,10 +422,11 @@ class PrivateTrainer(Trainer):
 
         Raises:
             BudgetExhausted: all steps of the plan are done.
-            ConfigurationError: the checkpoint has no state of an engine, or of another plan; or a
-                callback that was added chooses by data that is not public.
+            ConfigurationError: the checkpoint has no state of an engine, or of another plan; or the
+                trainer was changed since it was made in a way that it would have refused.
         """
         if self.engine is not None:
+            refuse_changes(self, self._made_for)
             check_selection(self)
             if resume_from_checkpoint:
                 self._load_engine(resume_from_checkpoint)
