@@ -2,8 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,24 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-_draw = run_charts.data_uri
+_CHARTS: dict[str, Callable[..., str]] = {
+    name: getattr(run_charts, name)
+    for name in (
+        "accuracy_against_epsilon", "diagnostic", "epsilon_against_steps",
+        "perplexity_against_epsilon", "results_against_epsilon",
+    )
+}  # fmt: skip
+
+
+def _blank(chart: Callable[..., str]) -> Callable[..., str]:
+    """The chart made and not drawn. Nobody who imports `data_uri` gets one that does not draw."""
+
+    def made(*points: Any, **how: Any) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_charts, "data_uri", lambda figure: "data:image/svg+xml;base64,")
+            return chart(*points, **how)
+
+    return made
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,14 +70,16 @@ def charts_are_left_blank() -> Iterator[None]:
     """The charts of a run's page are made and not drawn: that takes half a second of a processor, more
     than all else in most tests that train by a command. Tests of pages ask for `drawn`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_charts, "data_uri", lambda figure: "data:image/svg+xml;base64,")
+        for name, chart in _CHARTS.items():
+            patch.setattr(run_charts, name, _blank(chart))
         yield
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let charts be drawn, as they are for users."""
-    monkeypatch.setattr(run_charts, "data_uri", _draw)
+    """Let the charts of a run's page be drawn, as they are for users."""
+    for name, chart in _CHARTS.items():
+        monkeypatch.setattr(run_charts, name, chart)
 
 
 @pytest.fixture(scope="session")
