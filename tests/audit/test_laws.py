@@ -257,6 +257,7 @@ def test_each_fault_of_the_engine_is_refuted_by_its_law(
     assert f"{law}: BROKEN" in str(result)
 
 
+@pytest.mark.slow
 def test_what_is_not_tested_is_said() -> None:
     shuffled = audit(plan(sampling="shuffled"), canaries=100, seed=1)
     assert "its accountant alone says" in str(shuffled)

@@ -227,6 +227,9 @@ def test_images_and_rows() -> None:
         ImageMIA().attack((x, y), (x, y), model)
     with pytest.raises(DataError, match="true label"):
         ImageMIA().attack(list(x), list(x), model)
+    x[3, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="no finite number for some records"):
+        ImageMIA(**QUICK).attack((x[:60], y[:60]), (x[60:], y[60:]), model)
 
 
 @pytest.mark.slow

@@ -84,7 +84,8 @@ class ImageMIA:
             see `LanguageMIA.attack`.
 
         Raises:
-            DataError: sets that are empty, equal, too small, or without labels.
+            DataError: sets that are empty, equal, too small, or without labels; records for which the
+                model gives no finite number.
             ConfigurationError: the model returns no logits, or scikit-learn is missing.
         """
         warnings: list[str] = []
@@ -96,6 +97,11 @@ class ImageMIA:
         x = torch.stack([record[0] for record in (*members, *others)])
         y = torch.tensor([record[1] for record in (*members, *others)])
         names, features = self.features(x, y, model, warnings)
+        if bad := [n for n, c in zip(names, features.T, strict=True) if not np.isfinite(c).all()]:
+            raise DataError(
+                f"{', '.join(bad)}: the model gives no finite number for some records. Leave out "
+                "records that hold NaN or infinity, and look whether the model's parameters do."
+            )
         result, evidence = attack_features(
             features,
             labels,
