@@ -26,6 +26,7 @@ ELSEWHERE = {
     "audit/bounds/": ("audit/test_bounds.py", "each against the same reference values"),
     "audit/evidence.py": ("audit/test_white_box.py", "what every game ends in"),
     "audit/games/": ("audit/test_white_box.py", "what a game is for is the verdict"),
+    "audit/laws/": ("audit/test_laws.py", "each law, and faults that one of them finds"),
     "audit/membership/": ("audit/test_membership.py", "one attack, in parts"),
     "audit/result.py": ("audit/test_white_box.py", "the verdict of every audit"),
     "audit/roc.py": ("audit/test_audit_page.py", "curves are looked at on the page"),
