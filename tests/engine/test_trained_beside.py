@@ -3,6 +3,7 @@ where it is given nothing but noise by then."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -286,13 +287,54 @@ def test_wherever_it_enters(use: Any) -> None:
 
 
 def test_broken_twin_of_gradients_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backward, "note_trained_beside", lambda loss, recording: None)
+    monkeypatch.setattr(backward, "note_trained_beside", lambda loss, recording: [])
     assert steps(WAYS["sgd"], _as_input) == 2
 
 
 def test_broken_twin_of_what_is_written_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "_note_written_beside", lambda *_: None)
     assert steps(WAYS["running statistics"], _as_input) == 2
+
+
+Keep = Callable[[Tensor, Callable[[Any], None]], Any]
+HOOKS: dict[str, Keep] = {
+    "register_hook": lambda w, keep: w.register_hook(keep),
+    "register_post_accumulate_grad_hook": lambda w, keep: w.register_post_accumulate_grad_hook(
+        lambda p: keep(p.grad)
+    ),
+    "register_multi_grad_hook": lambda w, keep: torch.autograd.graph.register_multi_grad_hook(
+        [w], lambda grads: keep(grads[0])
+    ),
+}
+
+
+def kept_by(hook: Keep) -> int:
+    """Steps with the gradient of a statistic of the batch that a hook kept, in the same step."""
+    model = make_model()
+    engine = make_engine(model, steps=2)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    while not engine.exhausted:
+        for x, y in engine.loader(make_data()):
+            w = torch.zeros(5, requires_grad=True)
+            kept: list[Tensor] = []
+            handle = hook(w, kept.append)
+            F.mse_loss(x @ w, x[:, 0]).backward()
+            handle.remove()
+            (F.cross_entropy(model(x), y, reduction="none") * (x @ kept[0]).abs()).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return engine.steps_done
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_hooks_keep_of_a_gradient_is_refused(hook: str) -> None:
+    with pytest.raises(ExamplesMixError, match="a model without an engine trains"):
+        kept_by(HOOKS[hook])
+
+
+def test_broken_twin_of_what_hooks_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward, "marked_for_hooks", lambda *_: contextlib.nullcontext())
+    assert kept_by(HOOKS["register_hook"]) == 2
 
 
 def _frozen() -> tuple[Learn, Make]:

@@ -14,7 +14,7 @@ from dptorch.tape.provenance.tags import PER_EXAMPLE, Mixed, Reduced, Tag
 from dptorch.tape.recording.backward_pass import run_backward
 from dptorch.tape.recording.handlers import handler
 from dptorch.tape.recording.loss_factors import factors_of
-from dptorch.tape.recording.parameter_graph import note_trained_beside
+from dptorch.tape.recording.parameter_graph import marked_for_hooks, note_trained_beside
 from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.tensor_states import TRAINED, batch_of
 from dptorch.tape.recording.unknown_rows import warn_of_array
@@ -127,13 +127,15 @@ def backward(
     """
     loss = args[0]
     if not isinstance(loss, Tensor) or not recording.strict:
+        beside: list[Tensor] = []
         for t in [] if recording.strict else each_tensor(args[:1], {}):
             state, batch = recording.state(t), batch_of(t)
             if t.grad_fn is not None and state is not None:
-                note_trained_beside(t, recording)
+                beside += note_trained_beside(t, recording)
                 if isinstance(state, Mixed) and batch is not None:
                     batch.gradients = state
-        return func(*args, **kwargs)
+        with marked_for_hooks(beside, recording):
+            return func(*args, **kwargs)
     state = recording.state(loss)
     if isinstance(state, Mixed):
         raise ExamplesMixError(f"{state.reason} {_OWN_ROW}")

@@ -7,7 +7,8 @@ wrote down where it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +17,10 @@ from dptorch.errors import warn
 from dptorch.tape.recording.attached import protected
 from dptorch.tape.recording.batches import Batch
 from dptorch.tape.recording.taps import TAPS
-from dptorch.tape.recording.tensor_states import GUESSED, TensorStates, batch_of
+from dptorch.tape.recording.tensor_states import GUESSED, TRAINED, TensorStates, batch_of
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["note_leaves", "note_trained_beside", "parameters_behind"]
+__all__ = ["marked_for_hooks", "note_leaves", "note_trained_beside", "parameters_behind"]
 
 _MOST_NODES = 100_000
 _OF_EXAMPLES = tuple(f"{cls.__name__}Backward" for cls in TAPS)
@@ -66,10 +67,10 @@ def _nodes_behind(t: Tensor) -> Iterator[Any]:
                 nodes.append(behind)
 
 
-def note_trained_beside(loss: Tensor, recording: Recorder) -> None:
+def note_trained_beside(loss: Tensor, recording: Recorder) -> Sequence[Tensor]:
     """Note what a loss of the batch trains without protection: parameters of a model without an engine,
     and other leaves. What is computed from them and reaches the private model, in this step or in a
-    later one, is refused.
+    later one, is refused. Returns them.
 
     Rows of the batch, and perturbations that are made of them, have a tag of their own and may be used.
     """
@@ -84,6 +85,45 @@ def note_trained_beside(loss: Tensor, recording: Recorder) -> None:
         if not _is_of_rows(leaf, batch):
             found.append(leaf)
     note_leaves(found, recording)
+    return found
+
+
+@contextmanager
+def marked_for_hooks(leaves: Sequence[Tensor], recording: Recorder) -> Iterator[None]:
+    """Mark the gradients of `leaves` before hooks of the user's own get them, in one backward.
+
+    Guarantees:
+        What a hook keeps of such a gradient may not reach the private model. Held by
+        `test_what_hooks_keep_of_a_gradient_is_refused`.
+    """
+
+    def mark(found: Tensor) -> None:
+        recording.mark(found, TRAINED)
+
+    def mark_kept(leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            mark(leaf.grad)
+
+    handles = []
+    ways: Sequence[tuple[str, Callable[[Tensor], Any], Any]] = (
+        ("_backward_hooks", lambda leaf: leaf.register_hook, mark),
+        (
+            "_post_accumulate_grad_hooks",
+            lambda leaf: leaf.register_post_accumulate_grad_hook,
+            mark_kept,
+        ),
+    )
+    for leaf in leaves:
+        for name, register, hook in ways:
+            theirs = getattr(leaf, name, None)
+            if theirs:
+                handles.append(register(leaf)(hook))
+                theirs.move_to_end(handles[-1].id, last=False)  # hooks run in the order of the dict
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def note_leaves(leaves: Iterable[Tensor], recording: Recorder) -> None:
