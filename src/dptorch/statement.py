@@ -97,6 +97,10 @@ OWN_BATCHES = (
     "passes without gradients, keeps the examples apart, and nothing that is trained on the data "
     "computes from it what the model or its loss takes: it is followed from a model's arguments on"
 )
+NOT_FOLLOWED = (
+    "what the loop computes from these parts of the batches of engine.loader, which are not followed, "
+    "keeps the examples apart: {parts}"
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Statement:
         read_from_data: what of the preprocessing was read off the private data, in words.
         notes: what else a reader has to know, in words: what weights training began from.
         ranks: how many processes took the steps together.
+        not_followed: what the loader has handed out in forms that are not followed, in words.
     """
 
     plan: PrivacyPlan
@@ -145,6 +150,7 @@ class Statement:
     read_from_data: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     ranks: int = 1
+    not_followed: tuple[str, ...] = ()
 
     @property
     def sampling_holds(self) -> bool:
@@ -213,6 +219,7 @@ class Statement:
             *own,
             *(item.format(unit=unit) for item in ASSUMED),
             *[OWN_BATCHES] * len(own),
+            *[NOT_FOLLOWED.format(parts="; ".join(self.not_followed))] * bool(self.not_followed),
             *[users] * (unit == "user"),
             *[number] * (plan.sample_size is not None and removable),
             DRAWS.format(unit=unit),

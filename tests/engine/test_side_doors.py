@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import threading
 import types
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import dptorch
@@ -294,92 +291,6 @@ def test_private_rows_in_a_public_pass_are_warned_of() -> None:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         return
-
-
-class _Slots:
-    __slots__ = ("x", "y")
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-
-
-class _Buffers(nn.Module):
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("x", x)
-        self.register_buffer("y", y)
-
-
-class _Held:
-    """Rows in something of a class's own."""
-
-    def __init__(self, x: Tensor, y: Tensor, hold: Callable[[Tensor, Tensor], Any]) -> None:
-        self.held = hold(x, y)
-
-    x = property(lambda self: self.held[0])
-    y = property(lambda self: self.held[1])
-
-
-class _Own(Tensor):
-    """As those of libraries for pictures."""
-
-
-def _array(x: Tensor, y: Tensor) -> Any:
-    made = np.empty(2, dtype=object)
-    made[0], made[1] = x, y
-    return made
-
-
-class _Closure:
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.get = lambda name: {"x": x, "y": y}[name]
-
-    x = property(lambda self: self.get("x"))
-    y = property(lambda self: self.get("y"))
-
-
-FOLLOWED: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "slots": _Slots,
-    "buffers": _Buffers,
-    "deque": lambda x, y: _Held(x, y, lambda *t: deque(t)),
-    "object array": lambda x, y: _Held(x, y, _array),
-    "attributes": lambda x, y: types.SimpleNamespace(x=x, y=y),
-}
-TOLD: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "tensors of a class of their own": lambda x, y: _Slots(x.as_subclass(_Own), y),
-    "arrays": lambda x, y: _Held(x, y, lambda *t: (t[0].numpy(), t[1])),
-    "a closure": _Closure,
-}
-
-
-def _centred(hold: Callable[[Tensor, Tensor], Any]) -> int:
-    """Steps taken on centred rows, which a batch holds in this way."""
-    model = make_model()
-    engine = make_engine(model, sample_rate=0.5, steps=2, self_check=False)
-    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
-    for batch in engine.loader(make_data(), collate_fn=lambda rows: hold(*default_collate(rows))):
-        x = torch.as_tensor(batch.x)
-        F.cross_entropy(model(x - x.mean(0)), batch.y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return engine.steps_done
-
-
-@pytest.mark.filterwarnings("default::dptorch.errors.PrivacyWarning")
-@pytest.mark.parametrize("name", [*FOLLOWED, *TOLD])
-def test_rows_are_followed_wherever_a_batch_holds_them(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outputs._warn_of_rows.cache_clear()
-    if name in TOLD:
-        with pytest.warns(PrivacyWarning, match="is not followed"):
-            _centred(TOLD[name])
-        return
-    with pytest.raises(PrivacyError):
-        _centred(FOLLOWED[name])
-    # Broken twin: the batch is not looked into.
-    monkeypatch.setattr(model_hooks, "taint", lambda *_: None)
-    assert _centred(FOLLOWED[name]) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 12])

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError, PrivacyWarning
 from dptorch.tape import trusted_reads
-from dptorch.tape.recording import backward, batches, outputs
+from dptorch.tape.recording import backward, batches, handed_out
 from tests.engine.setup import SIZE, Loss, make_data, make_engine, make_model, steps_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
@@ -162,7 +162,7 @@ def test_a_data_set_that_keeps_a_statistic_is_refused(
         with pytest.raises(ExamplesMixError, match="the data set or its collate function"):
             train()
         # Broken twin: what the loader hands out is one example a row, whatever it was.
-        monkeypatch.setattr(outputs, "_refuse_mixed", lambda t: None)
+        monkeypatch.setattr(handed_out, "refuse_mixed", lambda t: None)
     assert train() == 2
 
 

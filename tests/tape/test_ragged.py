@@ -301,13 +301,13 @@ def test_rows_given_to_the_wrong_example_would_be_caught(monkeypatch: pytest.Mon
 
 
 def test_packed_rows_in_another_order_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module._packed_owners
+    right = module.packed_owners
 
     def wrong(packed: PackedSequence) -> tuple[Tensor, int]:
         owner, count = right(packed)
         return (owner + 1) % count, count
 
-    monkeypatch.setattr(module, "_packed_owners", wrong)
+    monkeypatch.setattr(module, "packed_owners", wrong)
     with pytest.raises((AssertionError, PrivacyError)):
         test_packed_sequences_as_input("LSTM", "last", False)
 

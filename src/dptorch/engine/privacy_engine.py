@@ -269,7 +269,7 @@ class PrivacyEngine:
         self._run.begin_loader(loader, user_ids)
         self.reserve_budget()
         loader.on_batch(self._begin_part)
-        loader.on_items(lambda _, items: self._hooks.taint(items, loader.alone))
+        loader.on_items(lambda _, b: self._run.note_unknown(*self._hooks.taint(b, loader.alone)))
         loader.on_start(self._begin_epoch)
         loader.on_end(lambda complete: self.end_epoch(complete=complete))
         return loader

@@ -58,6 +58,7 @@ class RunState:
         self._resumed = 0
         self._ledger: DatasetLedger | None = None
         self._run_ledger: SharedLedger | None = None
+        self._unknown: set[str] = set()  # in what the loader hands out
 
     @property
     def exhausted(self) -> bool:
@@ -91,6 +92,11 @@ class RunState:
         loader.on_start(lambda step: self._draws.begin_batch(self.key, step))
         loader.on_batch(lambda part: self._draws.begin_batch(self.key, part.logical_step))
         self.loaders += 1
+
+    def note_unknown(self, items: Any, unknown: frozenset[str]) -> Any:
+        """Note what of a batch of the loader cannot be followed; returns the batch."""
+        self._unknown |= unknown
+        return items
 
     def refuse_known_draws(self) -> None:
         """See `SecretDraws.refuse_known`."""
@@ -162,7 +168,7 @@ class RunState:
             self._resumed,
             ledger=ledger if ledger is not None and ledger.begun else None,
         )
-        return replace(made, ranks=self.ranks.size)
+        return replace(made, ranks=self.ranks.size, not_followed=tuple(sorted(self._unknown)))
 
     # -- a checkpoint's part -----------------------------------------------------------------------
 
@@ -175,6 +181,7 @@ class RunState:
             **self._draws.values(),
             "noise": None if self.noise is None else self.noise.state(self.steps_done),
             "resumed": self._resumed,
+            "not_followed": sorted(self._unknown),
             "sampling_run": dict(self.sampling_run),
             "run": None if self._run_ledger is None else self._run_ledger.run,
             "run_begun": self._run_ledger is not None and self._run_ledger.begun,
@@ -206,6 +213,7 @@ class RunState:
         self._go_on_in_ledger(values, key)
         self.steps_done = values["steps_done"]
         self._resumed = values["resumed"] + 1
+        self._unknown = set(values.get("not_followed", ()))
         self.sampling_run = Counter(values["sampling_run"])
         self._places.restore(values)
         self._draws.restore(values)

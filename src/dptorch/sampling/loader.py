@@ -189,7 +189,7 @@ class PrivateLoader:
         self._alone: list[Any] = []
         self._has_padding = False
         self._batch_listeners: list[Callable[[PhysicalBatch], object]] = []
-        self._item_listeners: list[Callable[[PhysicalBatch, Any], object]] = []
+        self._item_listeners: list[Callable[[PhysicalBatch, Any], Any]] = []
         self._start_listeners: list[Callable[[int], object]] = []
         self._end_listeners: list[Callable[[bool], object]] = []
 
@@ -208,7 +208,7 @@ class PrivateLoader:
         """Call `listener(current)` just before each physical batch is handed to the loop."""
         self._batch_listeners.append(listener)
 
-    def on_items(self, listener: Callable[[PhysicalBatch, Any], object]) -> None:
+    def on_items(self, listener: Callable[[PhysicalBatch, Any], Any]) -> None:
         """Call `listener(current, items)` just before `items` is handed to the loop as that batch."""
         self._item_listeners.append(listener)
 
@@ -335,14 +335,15 @@ class PrivateLoader:
         # Anew each time, because the loop may write into the batch it gets.
         return zeros_like_batch(self._padding)
 
-    def _hand_out(self, part: PhysicalBatch, items: Any) -> None:
+    def _hand_out(self, part: PhysicalBatch, items: Any) -> Any:
         self._current = part
         if part.is_last:
             self._counted += 1
         for listener in self._batch_listeners:
             listener(part)
         for follower in self._item_listeners:
-            follower(part, items)
+            items = follower(part, items)
+        return items
 
     def _ended(self, iteration: _Iteration, complete: bool) -> None:
         if self._active is not None and self._active() in (iteration, None):
@@ -413,15 +414,14 @@ class _Iteration:
             raise StopIteration
         try:
             item = self._next()
-            if item is not None:
-                self._loader._hand_out(*item)
+            items = None if item is None else self._loader._hand_out(*item)
         except BaseException:
             self.close()
             raise
         if item is None:
             self.close(complete=True)
             raise StopIteration
-        return item[1]
+        return items
 
     def overtake(self) -> None:
         """End the iteration because a newer one begins."""

@@ -33,7 +33,9 @@ __all__ = ["infer"]
 
 # Joins and look-ups, whose operands may each be one whole example; and ops that look at more than
 # the values of their operands.
-_SEVERAL_EXAMPLES = words("""stack cat column_stack hstack vstack batch_norm broadcast_tensors""")
+_SEVERAL_EXAMPLES = words(
+    """stack cat column_stack hstack vstack pad_sequence batch_norm broadcast_tensors"""
+)
 # Reads and writes by number, where single examples meet several of which they may be one.
 _BY_NUMBER = words(
     """__getitem__ index _unsafe_index index_select gather take_along_dim index_add index_copy

@@ -70,6 +70,16 @@ def stack(call: Call, outputs: Sequence[Any]) -> Found:
     return tag.at(tag.dim + (dim <= tag.dim))
 
 
+@family("pad_sequence")
+def pad_sequence(call: Call, outputs: Sequence[Any]) -> Found:
+    """Sequences of one example each, one beside the other; what pads a sequence is its own."""
+    tags = [call.tag_of(t) for t in call.arg("sequences")]
+    if any(g is None or g.dim is not None for g in tags):
+        raise Lost("sequences of one example each are expected")
+    owner = torch.tensor([g.step for g in tags if g is not None], device=outputs[0].device)
+    return regular_or_explicit(owner, 0 if call.arg("batch_first", False) else 1, call.batch_size)
+
+
 @family("gather take_along_dim")
 def gather(call: Call, outputs: Sequence[Any]) -> Found:
     """Look-ups along a dimension; along that of the examples each row is looked up for its own."""

@@ -15,9 +15,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dptorch.errors import ConfigurationError
 from dptorch.tape.provenance.layouts import remember
 from dptorch.tape.provenance.tags import Order, Tag, regular_or_explicit
+from dptorch.tape.recording.tensor_states import refuse_other_rows
 from dptorch.tape.rules.recorder import Recorder
 
-__all__ = ["BatchDims", "Ragged", "argument_names", "is_ragged", "map_batched", "tag_inputs"]
+__all__ = [
+    "BatchDims",
+    "Ragged",
+    "argument_names",
+    "is_ragged",
+    "map_batched",
+    "packed_owners",
+    "tag_inputs",
+]
 
 
 @dataclass(frozen=True)
@@ -183,17 +192,20 @@ def tag_inputs(
     def tag_owners(t: Tensor, dim: int, owner: Tensor, count: int) -> Tensor:
         tag_batch(owner.new_empty(count), 0)  # the number of examples, which all inputs share
         tag = regular_or_explicit(owner, dim % t.dim(), count) if count > 1 else Tag(None, 0)
+        refuse_other_rows(recording.state, t, tag, dim)
         recording.mark(t, tag)
         if tag.explicit is not None:
             remember(tag.explicit, count)
         return t
 
     def on_ragged(name: str, t: Tensor, how: Ragged) -> Tensor:
-        return tag_owners(t, how.dim, *how.owners(name, t, arguments))
+        with torch._C.DisableTorchFunctionSubclass():
+            owner, count = how.owners(name, t, arguments)
+        return tag_owners(t, how.dim, owner, count)
 
     for packed in _leaves((args, dict(kwargs))):
         if isinstance(packed, PackedSequence):
-            owner, count = _packed_owners(packed)
+            owner, count = packed_owners(packed)
             tag_owners(packed.data, 0, owner, count)
             for order in (packed.sorted_indices, packed.unsorted_indices):
                 recording.mark(order, Order())
@@ -207,7 +219,7 @@ def is_ragged(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: Batc
     return any(isinstance(t, PackedSequence) for t in _leaves((args, dict(kwargs))))
 
 
-def _packed_owners(packed: PackedSequence) -> tuple[Tensor, int]:
+def packed_owners(packed: PackedSequence) -> tuple[Tensor, int]:
     """Whose each row of a packed sequence is: position by position, the longest sequence first."""
     sizes = packed.batch_sizes.tolist()
     count = sizes[0]

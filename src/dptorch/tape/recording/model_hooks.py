@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from dptorch.tape.recording.batches import Batch, latest_batch, own_batch
 from dptorch.tape.recording.compiled import run_as_written, uncompiled
 from dptorch.tape.recording.escapes import refuse_swallowed
 from dptorch.tape.recording.in_front import note_generated, refuse_trained_in_front
-from dptorch.tape.recording.outputs import follow, outputs_of, taint
+from dptorch.tape.recording.outputs import follow, outputs_of
 from dptorch.tape.recording.padding import Padding, tensors
 from dptorch.tape.recording.patches import patch, unpatch
 from dptorch.tape.recording.places import way_out_of_a_trainer
@@ -109,16 +109,23 @@ class ModelHooks:
         """The loader hands out a batch of `rows` rows; the forward passes to come are on it."""
         self._batch = own_batch(rows, handed_out=True)
 
-    def taint(self, items: Any, alone: Iterable[Any] = ()) -> None:
-        """Say that the tensors in `items` hold the rows of the batch that was begun last.
+    def taint(self, items: Any, alone: Sequence[Any] = ()) -> tuple[Any, frozenset[str]]:
+        """Say that `items` hold the rows of the batch that was begun last.
 
         Args:
             alone: some examples, each collated without others.
+
+        Returns:
+            The batch to hand out, and what of it cannot be followed, in words.
         """
-        if self._batch is not None and self._handles:
-            taint(items, self._batch, self.model)
-            if self._looks_at_padding:
-                self._batch.padding = Padding(items, alone)
+        if self._batch is None or not self._handles:
+            return items, frozenset()
+        from dptorch.tape.recording.handed_out import taint
+
+        items, unknown = taint(items, self._batch, self.model, alone, self._batch_dims)
+        if self._looks_at_padding:
+            self._batch.padding = Padding(items, alone)
+        return items, unknown
 
     def end_batch(self) -> None:
         """Forward passes to come are on batches of unknown origin."""

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import copy
 import types
-from collections import deque
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dptorch.errors import ConfigurationError, ExamplesMixError, warn
+from dptorch.errors import ConfigurationError, ExamplesMixError
 from dptorch.tape.provenance.aliases import is_shared, others_on_memory_of
 from dptorch.tape.provenance.calls import each_tensor, info, words
 from dptorch.tape.provenance.schemas import bind
@@ -37,19 +34,22 @@ from dptorch.tape.recording.in_front import (
 from dptorch.tape.recording.loss_factors import carry_factors, forget_factors
 from dptorch.tape.recording.patches import patched
 from dptorch.tape.recording.recording import Recording
-from dptorch.tape.recording.tensor_states import FOLLOWED, GUESSED, batch_of, is_followed
+from dptorch.tape.recording.tensor_states import FOLLOWED, is_followed
 from dptorch.tape.recording.unseen import refuse_modes
 from dptorch.tape.recording.value_sizes import SIZES_MADE
 
 __all__ = [
+    "DEEPEST",
     "RecordedTensor",
+    "attributes",
+    "beside",
     "follow",
     "follow_kept",
     "leaving",
     "made_from",
     "outputs_of",
     "promote",
-    "taint",
+    "refuse_mixed",
 ]
 
 _WRITE_CONSTANTS = words("""copy zero fill __setitem__ .data= set""")  # or may
@@ -57,7 +57,8 @@ _KEEP_STATISTICS = words(
     """batch_norm instance_norm native_batch_norm _native_batch_norm_legit
     fused_moving_avg_obs_fake_quant"""
 )
-_DEEPEST = 3  # objects in objects that are looked into
+#: Objects in objects that are looked into.
+DEEPEST = 3
 
 
 class RecordedTensor(torch.Tensor):
@@ -90,7 +91,7 @@ class RecordedTensor(torch.Tensor):
                 _adopt(t, recording, known.name)
             if torch._C._len_torch_dispatch_stack() and torch.is_grad_enabled():
                 refuse_modes("around what is computed from the batch")
-            beside = [(t, t._version) for t in each_tensor(args, kwargs) if _may_be_written(t)]
+            written = [(t, t._version) for t in each_tensor(args, kwargs) if _may_be_written(t)]
             made = generated_by(recorded)
             with patched():
                 out = promote(recording.handle(func, args, kwargs), recording)
@@ -100,7 +101,7 @@ class RecordedTensor(torch.Tensor):
             if args and (known.in_place or out is None):
                 _follow_written(args[0], recording, all(t is not args[0] for t in recorded))
             kept = known.name in _KEEP_STATISTICS and _statistics_of(func, args, kwargs)
-            for t, version in beside:
+            for t, version in written:
                 if t._version != version or (kept and any(t is s for s in kept)):
                     _note_written_beside(t, recording, known.name)
             if recording.strict:
@@ -252,22 +253,23 @@ def promote(value: Any, recording: Recording, depth: int = 0) -> Any:
     return value
 
 
-def _attributes(value: Any) -> list[Any]:
+def attributes(value: Any) -> dict[str, Any]:
     """What an object holds that is no container of torch's: a dataclass, a distribution, a class of
     the user's own. None of modules, functions and classes."""
     if isinstance(value, (nn.Module, type, types.ModuleType)) or callable(value):
-        return []
-    held = list(getattr(value, "__dict__", {}).values())
+        return {}
+    held = dict(getattr(value, "__dict__", {}))
     for cls in type(value).__mro__:
         slots = cls.__dict__.get("__slots__", ())
-        held += [getattr(value, s, None) for s in ((slots,) if isinstance(slots, str) else slots)]
+        for name in (slots,) if isinstance(slots, str) else slots:
+            held[name] = getattr(value, name, None)
     return held
 
 
 def _promote_one(t: Any, recording: Recording, depth: int = 0) -> Any:
     if not isinstance(t, Tensor):
-        if depth < _DEEPEST and (held := _attributes(t)):
-            promote(held, recording, depth + 1)
+        if depth < DEEPEST and (held := attributes(t)):
+            promote(list(held.values()), recording, depth + 1)
         return t
     kind = type(t)
     if kind is nn.Parameter and isinstance(recording.state(t), Mixed):
@@ -280,7 +282,7 @@ def _promote_one(t: Any, recording: Recording, depth: int = 0) -> Any:
     return t
 
 
-def _beside(batch: Batch, model: nn.Module) -> Recording:
+def beside(batch: Batch, model: nn.Module) -> Recording:
     """The recording of what is computed from a batch beside the model."""
     if batch.beside is None:
         batch.beside = Recording(model, {}, batch=batch, strict=False)
@@ -290,10 +292,10 @@ def _beside(batch: Batch, model: nn.Module) -> Recording:
 
 def follow(t: Tensor, recording: Recording) -> None:
     """Let whatever is computed from `t` beside the model be followed as well."""
-    _promote_one(t, _beside(recording.states.batch, recording.states.model))
+    _promote_one(t, beside(recording.states.batch, recording.states.model))
 
 
-def _refuse_mixed(t: Tensor) -> None:
+def refuse_mixed(t: Tensor) -> None:
     """Refuse what the data set or the collate function made of an earlier batch."""
     recording: Recording = getattr(t, FOLLOWED)
     with torch._C.DisableTorchFunctionSubclass():
@@ -304,65 +306,3 @@ def _refuse_mixed(t: Tensor) -> None:
             "values of an earlier batch, or of several examples. Each row must come from one example "
             "alone, and what one step's examples leave behind may not enter the next."
         )
-
-
-def taint(value: Any, batch: Batch, model: nn.Module) -> None:
-    """Say that the tensors in `value` with as many rows as `batch` hold its rows, in their order.
-
-    Looks into tuples, lists, mappings and the attributes of objects. The tensors stay the objects
-    that they are. Warns of rows that cannot be followed: arrays, and tensors of a class of their own.
-
-    Args:
-        model: names modules in messages.
-
-    Guarantees:
-        Wherever plain tensors are, they are followed, or somebody is told that nothing is.
-        Held by ``test_rows_are_followed_wherever_a_batch_holds_them``.
-    """
-    recording = _beside(batch, model)
-    state = Tag(0) if batch.size > 1 else Tag(None, 0)
-    found: set[str] = set()  # names of classes
-
-    def visit(v: Any, depth: int = 0) -> None:
-        if isinstance(v, Tensor):
-            own = type(v) in (Tensor, RecordedTensor)
-            rows = v.dim() > 0 and v.shape[0] == batch.size
-            found.add(type(v).__name__ if rows and not own else "")
-            if rows and own:
-                if type(v) is RecordedTensor and batch_of(v) is not batch:
-                    _refuse_mixed(v)
-                recording.mark(v, state)
-                setattr(v, GUESSED, "loader")
-                _promote_one(v, recording)
-        elif isinstance(v, Mapping):
-            for item in v.values():
-                visit(item, depth)
-        elif isinstance(v, (tuple, list, deque, set, frozenset)):
-            for item in v:
-                visit(item, depth)
-        elif isinstance(v, np.ndarray):
-            if v.dtype.kind in "fc" and v.ndim and len(v) == batch.size:
-                found.add("an array of NumPy")
-            for item in v.flat if v.dtype == object else ():
-                visit(item, depth)
-        elif isinstance(v, nn.Module):
-            for item in v.buffers():
-                visit(item, depth)
-        elif depth < _DEEPEST:
-            for item in _attributes(v):
-                visit(item, depth + 1)
-
-    visit(value)
-    if batch.handed_out and found != {""}:
-        _warn_of_rows(", ".join(sorted(found - {""})) or "no tensor that is found")
-
-
-@lru_cache(maxsize=64)
-def _warn_of_rows(what: str) -> None:
-    """Warn, once of each kind."""
-    warn(
-        f"the batches of engine.loader hold {what}: what is computed from their rows beside the model "
-        "is not followed, so that a statistic of the batch would enter a loss unseen. Let the collate "
-        "function return plain tensors (t.as_subclass(torch.Tensor)) in tuples, lists, dicts or "
-        "objects with attributes."
-    )

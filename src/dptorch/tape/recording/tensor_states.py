@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "is_followed",
     "owners_of",
     "recording_of",
+    "refuse_other_rows",
     "refuse_trained",
     "tag_of",
 ]
@@ -40,7 +41,8 @@ _OWN_LEAF = "_dptorch_own_leaf"
 #: Holds the recording of a tensor that is followed outside of models.
 FOLLOWED = "_dptorch_recording"
 #: Set on a tensor that was taken for rows of the batch because of its shape: to "loader" on one that
-#: the loader handed out, to "loss" on one of unknown origin that met the batch in the loss.
+#: the loader handed out, to "row" on one that is a row of it, to "loss" on one of unknown origin that
+#: met the batch in the loss.
 GUESSED = "_dptorch_guessed"
 #: What is known of a tensor that was trained on a batch, or in which values of one were kept, without
 #: an engine, and of all that is computed from it: in every batch.
@@ -76,6 +78,33 @@ def tag_of(t: Tensor) -> Tag | None:
     """The tag that a tensor has in its batch; None if it has none."""
     state = getattr(t, _STATE, (None, None))[1]
     return state if isinstance(state, Tag) else None
+
+
+def refuse_other_rows(
+    state: Callable[[Tensor], State | None], t: Tensor, tag: Tag, dim: int
+) -> None:
+    """Raise unless an input with examples of different sizes holds the rows that `tag` says, if it
+    comes from the engine's loader.
+
+    Raises:
+        ExamplesMixError, PrivacyError: its rows were mixed before, or are others.
+    """
+    batch = batch_of(t)
+    if batch is not None and batch.handed_out:
+        _refuse_unless(state(t), t, tag, dim)
+
+
+def _refuse_unless(known: State | None, t: Tensor, tag: Tag, dim: int) -> None:
+    if isinstance(known, (Mixed, Reduced)):
+        reason = known.reason if isinstance(known, Mixed) else "It was reduced over examples."
+        raise ExamplesMixError(
+            f"an input of the model mixes examples of the batch. {reason} {ONE_ROW_EACH}"
+        )
+    if isinstance(known, Tag) and known != tag and getattr(t, GUESSED, "") != "loader":
+        raise PrivacyError(
+            f"an input of shape {tuple(t.shape)} does not hold the rows of the batch in their "
+            f"order along dimension {dim}. {ONE_ROW_EACH}"
+        )
 
 
 def refuse_trained(t: Tensor) -> None:
@@ -261,16 +290,7 @@ class TensorStates:
             )
         self.batch.size = size
         state = Tag(dim % t.dim()) if size > 1 else Tag(None, 0)
-        if isinstance(known, (Mixed, Reduced)):
-            reason = known.reason if isinstance(known, Mixed) else "It was reduced over examples."
-            raise ExamplesMixError(
-                f"an input of the model mixes examples of the batch. {reason} {ONE_ROW_EACH}"
-            )
-        if isinstance(known, Tag) and known != state and getattr(t, GUESSED, "") != "loader":
-            raise PrivacyError(
-                f"an input of shape {tuple(t.shape)} does not hold the rows of the batch in their "
-                f"order along dimension {dim}. {ONE_ROW_EACH}"
-            )
+        _refuse_unless(known, t, state, dim)
         if t.requires_grad or type(t) is not Tensor:
             with torch._C.DisableTorchFunction():
                 t = t.view_as(t)  # another recording's output keeps its own state
