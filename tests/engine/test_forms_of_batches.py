@@ -193,6 +193,9 @@ FORMS: dict[str, Form] = {
         lambda b: default_collate(b)["y"],
         off=APART,
     ),
+    "rows in an object": Form(
+        lambda x, y: Frozen(list(x), y), lambda b: torch.stack(b.x), _y, off=APART
+    ),
     "rows of different lengths": Form(
         lambda x, y: ([row[: 2 + int(n)] for row, n in zip(x, y, strict=True)], y),
         lambda b: F.pad(p := pad_sequence(b[0], batch_first=True), (0, WIDTH - p.shape[1])),
@@ -260,6 +263,11 @@ FORMS: dict[str, Form] = {
         lambda b: torch.tensor(b[0], dtype=torch.float64),
         _second,
         said="numbers of Python",
+    ),
+    "objects for rows": Form(
+        lambda x, y: ([Slots(row, None) for row in x], y),
+        lambda b: torch.stack([row.x for row in b[0]]),
+        said="rows in lists of objects",
     ),
     "closure": Form(
         Closure, lambda b: b.get("x"), lambda b: b.get("y"), said="objects of class function"
@@ -355,3 +363,30 @@ def test_rows_are_followed_in_each_form_or_the_statement_says_so(
     # Broken twin: this form is not looked into.
     monkeypatch.setattr(*form.off)
     assert _step(form, _standardised)[1].steps_done == 1
+
+
+@pytest.mark.filterwarnings("ignore::dptorch.errors.PrivacyWarning")
+def test_a_data_set_keeps_its_own_tensors() -> None:
+    """The rows of a list are the data set's own; a pass over it in other batches goes on as ever."""
+    x, y = _data()
+    records = [{"x": row, "y": label} for row, label in zip(x, y, strict=True)]
+    model = Plain().double()
+    engine = dptorch.PrivacyEngine(
+        model,
+        sample_size=ROWS,
+        sample_rate=0.5,
+        steps=4,
+        noise_multiplier=1.0,
+        target_delta=1e-3,
+        seed=0,
+    )
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 1.0))
+    while not engine.exhausted:
+        for batch in engine.loader(records, collate_fn=list):
+            rows = torch.stack([record["x"] for record in batch])
+            labels = torch.stack([record["y"] for record in batch])
+            F.cross_entropy(model(rows), labels).backward()
+            optimizer.step()
+        with torch.no_grad():
+            assert model(default_collate(records[:5])["x"]).shape == (5, CLASSES)
+    assert {type(record["x"]) for record in records} == {Tensor}

@@ -40,6 +40,7 @@ _FLAT = {bool, int, float, str, type(None)}
 _ARRAYS = "arrays of NumPy"
 _PYTHON_NUMBERS = "numbers of Python"
 _NO_ROWS = "tensors that no dimension of is known to hold the rows"
+_OBJECTS_OF_ROWS = "rows in lists of objects"
 _NOTHING = "nothing that is looked into"
 
 
@@ -69,8 +70,8 @@ def taint(
 ) -> tuple[Any, frozenset[str]]:
     """Say which rows of `batch` the tensors in `value` hold, and warn where they cannot be followed.
 
-    Tensors stay the objects that they are, but for those of a list of rows, which may be the data set's
-    own: aliases take their places.
+    Tensors stay the objects that they are, but for those of a list of rows, which may be the data
+    set's own: aliases take their places.
 
     Args:
         model: names modules in messages, and the values of a tuple by its arguments.
@@ -108,7 +109,7 @@ def taint(
                 return v
             mark(v.data, tag)
             for order in (v.sorted_indices, v.unsorted_indices):
-                if order is not None and leaf.owner is None:
+                if order is not None:
                     mark(order, Order())
         elif isinstance(v, Tensor):
             tag = whose.tag(leaf)
@@ -119,10 +120,11 @@ def taint(
                 unknown[f"tensors of class {type(v).__name__}"] = True
             elif leaf.owner is None:
                 mark(v, tag)
+            elif not leaf.is_free or v.requires_grad:
+                unknown[_OBJECTS_OF_ROWS] = True
             else:
-                if leaf.is_free and not v.requires_grad:
-                    with torch._C.DisableTorchFunction():
-                        v = v.detach()
+                with torch._C.DisableTorchFunction():
+                    v = v.detach()
                 mark(v, tag, "row")
         elif isinstance(v, np.ndarray):
             if v.dtype.kind in "biufcV" and (leaf.owner is not None or (v.ndim and len(v) == rows)):
@@ -199,10 +201,8 @@ class _Whose:
 
     def tag_of_packed(self, leaf: _Leaf) -> Tag | None:
         """Whose the rows of a packed sequence are; None if it has not one sequence for each example."""
-        if leaf.owner is not None:
-            return Tag(None, leaf.owner)
         owner, count = packed_owners(leaf.value)
-        if count != self._rows:
+        if leaf.owner is not None or count != self._rows:
             return None
         return regular_or_explicit(owner, 0, count) if count > 1 else Tag(None, 0)
 
@@ -260,6 +260,8 @@ def _walk(visit: Callable[[_Leaf], Any], root: _Leaf, rows: int) -> Any:
         if children and all(type(v) in _FLAT for v in children.values()):  # a long list, for one
             children = dict([next(iter(children.items()))])
         is_free = leaf.is_free and _is_rebuilt(value)
+        if leaf.owner is None and not isinstance(value, (*_SEQUENCES, nn.Module)):
+            is_free = True  # the collate function made it
         deeper = depth + (not isinstance(value, (Mapping, *_SEQUENCES)))
         new = {}
         above.add(id(value))
@@ -313,12 +315,19 @@ def _is_rebuilt(value: Any) -> bool:
 
 
 def _rebuilt(value: Any, new: Mapping[Any, Any]) -> Any:
-    """A copy of a container with other values at some places."""
-    if isinstance(value, dict):
+    """A copy of a container with other values at some places; an object with others is that object."""
+    if type(value) is dict:
         return {**value, **new}
     if hasattr(value, "_fields"):
         return value._replace(**new)
-    return type(value)(new.get(i, v) for i, v in enumerate(value))
+    if isinstance(value, _SEQUENCES):
+        return type(value)(new.get(i, v) for i, v in enumerate(value))
+    for key, v in new.items():
+        if isinstance(value, Mapping):
+            value[key] = v  # type: ignore[index]
+        else:
+            object.__setattr__(value, key, v)
+    return value
 
 
 @lru_cache(maxsize=64)
