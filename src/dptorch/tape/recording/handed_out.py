@@ -320,7 +320,7 @@ def _rebuilt(value: Any, new: Mapping[Any, Any]) -> Any:
         return {**value, **new}
     if hasattr(value, "_fields"):
         return value._replace(**new)
-    if isinstance(value, _SEQUENCES):
+    if isinstance(value, (tuple, list, deque)):
         return type(value)(new.get(i, v) for i, v in enumerate(value))
     for key, v in new.items():
         if isinstance(value, Mapping):
