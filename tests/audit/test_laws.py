@@ -147,7 +147,7 @@ def test_a_sampler_that_keeps_another_law_is_found(sampler: Any, law: str | None
         ("fixed-size", lambda rng: lambda step: rng.choice(SIZE, 30, replace=False)),
         ("truncated-poisson", poisson),
     ],
-    ids=str,
+    ids=["shuffled", "fixed-size", "truncated-poisson"],
 )
 def test_other_schemes_have_laws_of_their_own(scheme: str, right: Any) -> None:
     rng = np.random.default_rng(2)

@@ -240,7 +240,9 @@ def test_parts_whose_rows_meet_are_refused(part: Part) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "part"), [("index_copy", mirrored), ("masked_scatter", selected)], ids=str
+    ("op", "part"),
+    [("index_copy", mirrored), ("masked_scatter", selected)],
+    ids=["mirrored", "selected"],
 )
 def test_rows_taken_for_their_own_would_be_caught(
     op: str, part: Part, monkeypatch: pytest.MonkeyPatch
