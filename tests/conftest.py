@@ -28,6 +28,13 @@ def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest
     return [each for each in found if not isinstance(each, DoctestModule)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names of tests that are other ones in another process, where xdist looks for them."""
+    named = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if named:
+        raise pytest.UsageError(f"{named[0]}: an address is in its name; give ids= to parametrize.")
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Make float64 torch's default for the test, and its generator start at zero."""
