@@ -455,3 +455,19 @@ def test_the_only_run_is_stated_as_it_was_admitted(location: str) -> None:
     steps = [p.event(1), SampledGaussian(2.0, 0.11, 9)]
     expected = adaptive_epsilon(steps, 1e-5, Adjacency.ZERO_OUT)
     assert mixed.total(1e-5).committed == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_run_that_went_back_is_stated_in_the_adaptive_count(location: str) -> None:
+    """To release steps again may have been a choice made after looking, though all are of one kind."""
+    p = plan(4, 2.0)
+    patients = open_ledger(location).dataset("a")
+    record = patients.run(p, OS)
+    for step in range(4):
+        record.count(step, p.event(1))
+    resumed = open_ledger(location).dataset("a").run(p, OS, run=record.run, steps_done=0)
+    for step in range(4):
+        resumed.count(step, p.event(1))
+    twice = [SampledGaussian(2.0 / 2**0.5, p.sample_rate, 4)]
+    counted = adaptive_epsilon(twice, 1e-5, Adjacency.ZERO_OUT)
+    assert patients.total(1e-5).committed == pytest.approx(counted, rel=1e-9)
+    assert planned_epsilon(twice, 1e-5, Adjacency.ZERO_OUT) < counted

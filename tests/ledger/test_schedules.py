@@ -9,6 +9,7 @@ its noise was drawn. Real engines, real ledgers, real checkpoints, SIGKILL.
 
 from __future__ import annotations
 
+import math
 import random
 import sqlite3
 import time
@@ -32,7 +33,7 @@ import dptorch
 from dptorch.accounting import SampledGaussian
 from dptorch.errors import BudgetExhausted, LedgerError, PrivacyWarning
 from dptorch.ledger import Cap, open_ledger
-from dptorch.ledger.budget import adaptive_epsilon
+from dptorch.ledger.budget import adaptive_epsilon, planned_epsilon
 from dptorch.ledger.counting import Attempts
 from dptorch.ledger.record import RunLedger
 from dptorch.noise import GaussianNoise
@@ -45,6 +46,7 @@ SCHEDULES = {"sqlite": 200, "postgresql": 40}
 # Without sampling ε is a closed form, so that a process spends its life in steps and not in numerics.
 NOISE, RATE, DELTA = 4.0, 1.0, 1e-3
 CAP = adaptive_epsilon([SampledGaussian(NOISE, RATE, int(2.7 * STEPS))], DELTA)
+WHOLE_RUN = planned_epsilon([SampledGaussian(NOISE, RATE, STEPS)], DELTA)
 
 
 @dataclass(frozen=True)
@@ -325,13 +327,17 @@ class Schedule:
 
 
 def true_epsilon(released: np.ndarray) -> float:
-    """Adaptive ε of releasing each step of each run so often."""
+    """ε of releasing each step of each run so often: in the adaptive count, or in that of its plan for
+    one run alone of which no step was released again."""
     history = [
         SampledGaussian(NOISE / times**0.5, RATE, steps)
         for times, steps in sorted(Counter(int(n) for n in released.flat).items())
         if times
     ]
-    return adaptive_epsilon(history, DELTA) if history else 0.0
+    if not history:
+        return 0.0
+    alone = released.any(1).sum() == 1 and released.max() == 1
+    return min(adaptive_epsilon(history, DELTA), WHOLE_RUN if alone else math.inf)
 
 
 def play(

@@ -45,8 +45,8 @@ class RunSummary:
         reserved: its history as it would be at the end of its plan, when last it reserved it.
         committed: what counts under the cap: what it reserved, or, once closed, spent.
         adjacencies: the neighbouring relations under which its history is covered.
-        as_planned: whether all steps of `reserved` are of one kind, so that none was chosen after
-            looking at those before.
+        as_planned: whether no step was released again, and all of `reserved` are of one kind, so that
+            none was chosen after looking at those before.
         number_is_secret: see `DatasetLedger`.
     """
 
@@ -359,8 +359,8 @@ def _summary(entries: list[Entry]) -> RunSummary:
         adjacencies=adjacencies_of(
             plan, attempts, size_is_public=begun.detail.get("size_is_public", False)
         ),
-        as_planned=bool(reserved.detail.get("sole"))
-        or len({once(event) for event in at_its_end}) < 2,
+        as_planned=attempts.total == attempts.distinct
+        and (bool(reserved.detail.get("sole")) or len({once(event) for event in at_its_end}) < 2),
         number_is_secret=begun.detail.get("number_is_secret", False),
     )
 
