@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 import dptorch
 from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError
+from dptorch.tape.recording import tensor_states
 from tests.engine.setup import make_engine, make_model, steps_with
 
 N = 24
@@ -329,6 +330,57 @@ def test_rows_of_an_earlier_batch_are_refused() -> None:
     with pytest.raises(PrivacyError, match="earlier batch"):
         model(first)
     assert model(second).shape == (len(second), 3)
+
+
+class Conditioned(nn.Module):
+    """A model that takes a context beside each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.context = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.rows(x) + self.context(context)
+
+
+KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "running mean": lambda old, x: 0.9 * old + 0.1 * x.mean(0).expand(len(x), -1),
+    "the rows themselves": lambda old, x: x,
+    "without a graph": lambda old, x: x.detach().clone() * 2,
+    "a hidden state": lambda old, x: 0.9 * old + x,
+}
+
+
+def kept_as_argument(keep: Callable[[Tensor, Tensor], Tensor], **parts: Any) -> int:
+    """Steps whose second argument is what was kept of the batch before."""
+    model = Conditioned()
+    engine = make_engine(model, steps=2)
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    context: Tensor | None = None
+    while not engine.exhausted:
+        for x, y in engine.loader(data(), **parts):
+            context = torch.zeros(len(x), 5) if context is None else context
+            F.cross_entropy(model(x, context), y).backward()
+            context = keep(context, x)
+            optimizer.step()
+            optimizer.zero_grad()
+    return engine.steps_done
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+@pytest.mark.parametrize("what", KEPT)
+def test_what_is_kept_of_an_earlier_batch_is_no_argument(what: str, rows: int | None) -> None:
+    with pytest.raises(ExamplesMixError, match="from an earlier batch of the loader"):
+        kept_as_argument(KEPT[what], max_physical_batch_size=rows)
+
+
+def test_what_holds_nothing_of_a_batch_is_an_argument() -> None:
+    assert kept_as_argument(lambda old, x: torch.zeros(len(x), 5)) == 2
+
+
+def test_broken_twin_of_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_states, "_KEPT", None)
+    assert kept_as_argument(KEPT["running mean"]) == 2
 
 
 def test_metrics_and_copies_of_a_batch_are_ordinary() -> None:

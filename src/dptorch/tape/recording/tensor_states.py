@@ -263,11 +263,17 @@ class TensorStates:
 
         Raises:
             ConfigurationError: if the size disagrees with another input's.
-            ExamplesMixError: if its rows were mixed before.
+            ExamplesMixError: if its rows were mixed before, or are of an earlier batch.
+
+        Guarantees:
+            Nothing that was computed from an earlier batch of the engine's loader is an input. Held by
+            ``test_what_is_kept_of_an_earlier_batch_is_no_argument``.
         """
-        cut_from = self.batch.cut_from
+        cut_from, of = self.batch.cut_from, batch_of(t)
         mine = self.batch if cut_from is None else cut_from[0]
-        known = self.state(t) if batch_of(t) in (self.batch, mine) else None
+        known = self.state(t) if of in (self.batch, mine) else None
+        if of is not None and of.handed_out and of.origin()[0] is not self.batch.origin()[0]:
+            known = _KEPT  # also where the rows of this batch are an argument beside it
         if known is None and dim == 0 and self.batch.left:
             known = self.batch.came_back(t)
         size = t.shape[dim]
@@ -342,6 +348,10 @@ ONE_ROW_EACH = (
     "Each row must be one example: augmented views of an example go on an axis of their own, so that "
     "its gradients are clipped together, and examples may not be paired, selected or mixed after the "
     "loader."
+)
+_KEPT = Mixed(
+    "It was computed from an earlier batch of the loader (a running mean, a hidden state, a scale). What "
+    "is kept from one step may not enter the next."
 )
 _FOREIGN = (
     "holds the examples of another forward pass (a hidden state, a count or a statistic kept from an "
