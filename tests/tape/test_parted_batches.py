@@ -155,6 +155,20 @@ def test_rows_that_are_parted_by_their_values(name: str) -> None:
         run(FORWARDS[name], route)
 
 
+@pytest.mark.parametrize("mode", ["auto", "BK-ghost", "non-ghost"])
+def test_an_expert_gets_no_row_of_the_only_example(mode: str) -> None:
+    """The last part of a batch is often a single example."""
+    model, inputs = model_of(FORWARDS["masked"]), [torch.randn(1, D), torch.tensor([1])]
+    expected = one_example_loop(model, inputs, total)
+    with dptorch.record(model, mode=mode) as tape:
+        total(model, *inputs).sum().backward()
+    length = torch.stack([g.norm() for g in expected.values()]).norm()
+    assert relative_error(tape.norms(), length[None]) <= 1e-9
+    for name, kept in tape.clipped_sum(torch.tensor([0.5])).items():
+        assert relative_error(kept, expected[name][0] / 2) <= 1e-9, name
+    assert not expected["experts.0.0.weight"].any()
+
+
 def test_losses_of_parts_add_up() -> None:
     model = model_of(lambda m, x, route: m.experts[0](x))  # type: ignore[index]
 

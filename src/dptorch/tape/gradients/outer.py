@@ -118,6 +118,8 @@ class Outer(PerExampleGradient):
     def gram(self) -> Tensor:
         """Squared norms from Gram matrices, [B]."""
         t, p, d = self._sizes
+        if t == 0:  # the layer got no row of the only example
+            return self.left.new_zeros(self.batch_size)
         if t == 1:
             left, right = self._lengths()
             # Multiplied first: the square of one length alone leaves float32 sooner.
