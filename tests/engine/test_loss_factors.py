@@ -129,3 +129,64 @@ def test_factors_of_added_losses_are_compared() -> None:
 
     with pytest.raises(PrivacyError, match="multiplied by"):
         steps_with(varying, make_model(), loss_reduction="sum")
+
+
+COUNTS = ([2, 1, 3, 1], [2, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0], [0, 1, 1, 0])
+
+
+def _selected(counts: list[list[int]], factors: list[float], physical: int | None = None) -> Tensor:
+    """The parameters after steps on four examples, of each of which so many rows are selected."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    engine = dptorch.PrivacyEngine(
+        model, sample_rate=1.0, sample_size=4, steps=len(counts), noise_multiplier=0.0,
+        target_delta=1e-3, max_grad_norm=0.1, seed=1, self_check=False,
+    )  # fmt: skip
+    optimizer = engine.attach(torch.optim.SGD(model.parameters(), lr=1.0))
+    x = torch.randn(4, 3, 5)
+    while not engine.exhausted:
+        for h, i in engine.loader(
+            TensorDataset(x, torch.arange(4)), max_physical_batch_size=physical
+        ):
+            step = engine.steps_done
+            chosen = torch.arange(3) < torch.tensor(counts[step])[i, None]
+            ((model(h)[chosen] - 1).square().sum() * factors[step] / len(h)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def _looped(counts: list[list[int]]) -> Tensor:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    parameters, x = list(model.parameters()), torch.randn(4, 3, 5)
+    for some in counts:
+        total = [torch.zeros_like(p) for p in parameters]
+        for h, count in zip(x, some, strict=True):
+            g = torch.autograd.grad((model(h)[:count] - 1).square().sum(), parameters)
+            length = torch.stack([part.norm() for part in g]).norm()
+            for t, part in zip(total, g, strict=True):
+                t += part * min(1.0, 0.1 / max(float(length), 1e-9))
+        with torch.no_grad():
+            for p, t in zip(parameters, total, strict=True):
+                p.sub_(t / 4)
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("physical", [None, 3])
+@pytest.mark.parametrize("first", range(len(COUNTS)))
+def test_a_sum_over_selected_rows_may_be_of_one_example(first: int, physical: int | None) -> None:
+    """Divided by the number of rows it is a mean, whoever has selected rows in a batch."""
+    counts = [*COUNTS[first:], *COUNTS[:first]]
+    found = _selected(counts, [1.0] * len(counts), physical)
+    torch.testing.assert_close(found, _looped(counts), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", COUNTS[:2])
+@pytest.mark.parametrize("then", COUNTS[:2])
+def test_a_factor_of_selected_rows_that_changes_is_refused(
+    first: list[int], then: list[int]
+) -> None:
+    """The broken twins."""
+    with pytest.raises(PrivacyError, match=r"multiplied by|would be off"):
+        _selected([first, then], [1.0, 0.7])

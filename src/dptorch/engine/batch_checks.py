@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dptorch.errors import PrivacyError
 from dptorch.sampling import PhysicalBatch
-from dptorch.tape.provenance.tags import PER_EXAMPLE, Reduced
+from dptorch.tape.provenance.tags import ONE_EXAMPLE, PER_EXAMPLE, Reduced
 from dptorch.tape.recording.places import way_out_of_a_trainer
 
 __all__ = ["check_factors", "check_rows", "gradient_scale", "planned_factors"]
@@ -68,16 +68,23 @@ def gradient_scale(loss: Reduced | None, rows: int, reduction: str, expected: fl
         return 1.0
     if _is_over_expected(loss, rows, expected):
         return expected
-    return 1.0 if loss.kind == PER_EXAMPLE else float(rows)
+    mean = loss.kind not in (PER_EXAMPLE, ONE_EXAMPLE) or _is_over_rows(loss, rows)
+    return float(rows) if mean else 1.0
 
 
 def _is_over_expected(loss: Reduced, rows: int, expected: float) -> bool:
     """Whether a loss is a sum that was divided by the expected batch size.
 
-    The loss of one row is not reduced, and may be such a sum like that of the other parts.
+    The loss of one example is not reduced, and may be such a sum like that of the other parts.
     """
-    summed = loss.kind == "sum" or (loss.kind == PER_EXAMPLE and rows == 1)
+    summed = loss.kind in ("sum", ONE_EXAMPLE) or (loss.kind == PER_EXAMPLE and rows == 1)
     return summed and _has_a_one(loss.factors, expected)
+
+
+def _is_over_rows(loss: Reduced, rows: int) -> bool:
+    """Whether a loss of one example was divided by the number of rows: a mean in which the others have
+    no terms. `gradient_scale` undoes what the factors that are compared leave out."""
+    return loss.kind == ONE_EXAMPLE and _has_a_one(loss.factors, rows)
 
 
 def _has_a_one(factors: Sequence[float], times: float) -> bool:
@@ -97,7 +104,8 @@ def _factors_of(
     kind, factors = loss.kind, loss.factors
     if reduction == "mean" and _is_over_expected(loss, rows, expected):
         return tuple(f * expected for f in factors)
-    if kind in (PER_EXAMPLE, reduction) or rows == 1:
+    of_one = kind == ONE_EXAMPLE and not (reduction == "mean" and _is_over_rows(loss, rows))
+    if kind in (PER_EXAMPLE, reduction) or rows == 1 or of_one:
         return factors
     # A sum divided by the number of rows is a mean, and a mean times it a sum.
     scale = rows if reduction == "mean" else 1 / rows

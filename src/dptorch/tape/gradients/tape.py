@@ -103,8 +103,8 @@ class Tape:
         fired: whether any gradient has arrived.
         loss: how the loss of the last backward was reduced over the examples and what its terms were
             multiplied by; None if the recording did not see it. The kind is
-            `dptorch.tape.provenance.tags.PER_EXAMPLE` for a loss that was not reduced; without
-            factors, they are not known.
+            `PER_EXAMPLE` of `dptorch.tape.provenance.tags` for a loss that was not reduced, or
+            `ONE_EXAMPLE` for one example's alone; without factors, they are not known.
         names: parameter name of each parameter's id. A tied parameter has one name, its first.
         seed: what the gradient of the last backward was multiplied by.
         expected_bytes: size of all sites' inputs and output gradients: the most that could be kept.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 __all__ = [
     "NOBODY",
+    "ONE_EXAMPLE",
     "PARAM_ONLY",
     "PER_EXAMPLE",
     "Lost",
@@ -50,6 +51,10 @@ NOBODY = -1
 
 # The kind of a loss with one value for each example.
 PER_EXAMPLE = "per example"
+
+# The kind of a scalar loss of one example among several, such as a sum over rows that a mask selects
+# where only one example has any.
+ONE_EXAMPLE = "one example"
 
 
 class Tag(NamedTuple):

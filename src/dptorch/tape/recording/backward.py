@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dptorch.errors import ConfigurationError, ExamplesMixError, NotCoveredError
 from dptorch.tape.provenance.calls import each_tensor
-from dptorch.tape.provenance.tags import PER_EXAMPLE, Mixed, Reduced, Tag
+from dptorch.tape.provenance.tags import ONE_EXAMPLE, PER_EXAMPLE, Mixed, Reduced, Tag
 from dptorch.tape.recording.backward_pass import run_backward
 from dptorch.tape.recording.handlers import handler
 from dptorch.tape.recording.loss_factors import factors_of
@@ -186,4 +186,7 @@ def _reduction(loss: Tensor, state: Tag | Reduced, weights: Any) -> Reduced:
         factors = factors_of(loss) or ()
     if isinstance(weights, Tensor) and weights.numel():
         factors = tuple(f * float(weights.max()) for f in factors)
-    return Reduced(state.kind if isinstance(state, Reduced) else PER_EXAMPLE, factors)
+    if isinstance(state, Reduced):
+        return Reduced(state.kind, factors)
+    of_one = state.dim is None and loss.numel() == 1
+    return Reduced(ONE_EXAMPLE if of_one else PER_EXAMPLE, factors)
