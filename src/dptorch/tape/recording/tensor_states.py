@@ -350,8 +350,8 @@ ONE_ROW_EACH = (
     "loader."
 )
 _KEPT = Mixed(
-    "It was computed from an earlier batch of the loader (a running mean, a hidden state, a scale). What "
-    "is kept from one step may not enter the next."
+    "It was computed from an earlier batch of the loader (a running mean, a hidden state, a scale). "
+    "What is kept from one step may not enter the next."
 )
 _FOREIGN = (
     "holds the examples of another forward pass (a hidden state, a count or a statistic kept from an "
