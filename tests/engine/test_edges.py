@@ -374,6 +374,20 @@ def test_what_is_kept_of_an_earlier_batch_is_no_argument(what: str, rows: int | 
         kept_as_argument(KEPT[what], max_physical_batch_size=rows)
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_number_that_was_read_is_no_argument_in_rows(is_kept: bool) -> None:
+    number = 1.0
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        nonlocal number
+        before, number = number, float(x.max())
+        filled = torch.ones(len(x), 5) * (before if is_kept else number)
+        return F.cross_entropy(m(x, filled), y)
+
+    with pytest.raises(ExamplesMixError, match="filled with a number that was read"):
+        steps_of(loss, Conditioned(), self_check=False)
+
+
 def test_what_holds_nothing_of_a_batch_is_an_argument() -> None:
     assert kept_as_argument(lambda old, x: torch.zeros(len(x), 5)) == 2
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dptorch.errors import NotCoveredError, PrivacyError, warn
+from dptorch.errors import ExamplesMixError, NotCoveredError, PrivacyError, warn
 from dptorch.tape.gradients.device_cost import keep_freed_memory
 from dptorch.tape.gradients.parameter_guard import ParameterGuard
 from dptorch.tape.gradients.tape import TapeConfig, TapeListener
@@ -26,6 +26,7 @@ from dptorch.tape.recording.outputs import follow, outputs_of
 from dptorch.tape.recording.padding import Padding, tensors
 from dptorch.tape.recording.patches import patch, unpatch
 from dptorch.tape.recording.places import way_out_of_a_trainer
+from dptorch.tape.recording.read_numbers import read_numbers
 from dptorch.tape.recording.recording import Recording
 from dptorch.tape.recording.tensor_states import batch_of, owners_of, refuse_trained, tag_of
 from dptorch.tape.recording.unseen import (
@@ -174,6 +175,7 @@ class ModelHooks:
             refuse_modes("around the model")
             for t, _ in leaves:
                 refuse_trained_in_front(t)
+                _refuse_read_number(t)
             config, listener = self._on_forward()
             recording = Recording(
                 self.model,
@@ -283,6 +285,20 @@ class ModelHooks:
                 "whether it does, on your batch."
             )
         return outputs_of(output, recording)
+
+
+def _refuse_read_number(t: Tensor) -> None:
+    """Raise if an input of unknown origin is filled with a number that was read from the batch.
+
+    Raises:
+        ExamplesMixError: then; the number is of all examples, and the rows look like one each.
+    """
+    if batch_of(t) is None and read_numbers.filled(t) is not None:
+        raise ExamplesMixError(
+            f"an input of the model, of shape {tuple(t.shape)}, is filled with a number that was read "
+            "from the batch (item(), float()), or with a function of it. Compute what each example is "
+            "given from its own row, or from constants."
+        )
 
 
 def _refuse_transforms() -> None:
