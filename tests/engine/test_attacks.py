@@ -247,6 +247,44 @@ def test_a_loss_with_parameters_of_its_own_is_refused() -> None:
         (model(x) - centers[y]).square().sum(1)
 
 
+class _Making(nn.Module):
+    """Makes a Parameter of constants, or of the batch, in its forward pass."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.layer, self.use = nn.Linear(5, 3), use
+        self.made: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made is None:
+            self.made = nn.Parameter(x.mean(0) if self.use == "batch" else torch.ones(5))
+        if self.use == "weight":
+            return F.linear(x, self.layer.weight * self.made)
+        out: Tensor = self.layer(x * self.made.square())
+        return out
+
+
+@pytest.mark.parametrize("use", ["input", "weight"])
+def test_a_parameter_made_in_a_forward_pass_shows_no_example_and_is_not_kept(use: str) -> None:
+    model = _Making(use)
+    attached(model)
+    x, y = make_data().tensors
+    F.cross_entropy(model(x), y).backward()
+    made = model.made
+    assert made is not None
+    assert made.grad is None or not made.grad.any()
+    with pytest.raises(NotCoveredError, match="not followed"):
+        model(x)
+
+
+def test_a_parameter_made_of_the_batch_in_a_forward_pass_is_refused() -> None:
+    """The broken twin."""
+    attached(model := _Making("batch"))
+    x, y = make_data().tensors
+    with pytest.raises(PrivacyError):
+        F.cross_entropy(model(x), y).backward()
+
+
 # -- losses ----------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,23 @@ def test_an_adapter_is_the_loop(name: str) -> None:
     assert error < (loose or 1e-6)
 
 
+def test_dora_on_transposed_weights_is_the_loop() -> None:
+    """PEFT makes a Parameter of the frozen weight's transpose in each forward pass."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=WORDS, n_positions=16, n_embd=WIDTH, n_layer=1, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    adapter = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], init_lora_weights=False,
+        use_dora=True, fan_in_fan_out=True,
+    )  # fmt: skip
+    model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), adapter).double()
+    error, expected = errors(model, own_loss)
+    assert all(bool((g != 0).any()) for g in expected.values())
+    assert error < 1e-6
+
+
 def test_adalora_is_the_loop_without_its_penalty() -> None:
     """Its own loss has a term of the parameters alone, which is no example's and cannot be clipped."""
     model = adapted(ADALORA)

@@ -214,8 +214,7 @@ def refuse_leaf(states: TensorStates, name: str, t: Tensor) -> None:
     Raises:
         NotCoveredError: its gradient would be of all examples, without noise.
     """
-    if states.is_own_leaf(t):
-        t.register_hook(torch.zeros_like)
+    if states.drop_own_leaf(t):
         return
     batch = states.batch
     rows = t.dim() > 0 and t.shape[0] == batch.size and not batch.handed_out

@@ -134,7 +134,10 @@ def _backward_hook(module: nn.Module, hooks: Any, pre_hooks: Any) -> Any:
 
 
 def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    """A Parameter made in a recorded forward pass holds the examples of what it is made from."""
+    """A Parameter made in a recorded forward pass holds the examples of what it is made from.
+
+    One of constants (PEFT transposes a frozen weight so) is gone after it, and nothing trains it.
+    """
     made = _plain_new(cls, data, *args, **kwargs)
     recording = innermost()
     if recording is not None and data is not None:
@@ -143,6 +146,8 @@ def _new_parameter(cls: Any, data: Tensor | None = None, *args: Any, **kwargs: A
             state = recording.statistic("Parameter")
         if isinstance(state, (Tag, Mixed)):
             recording.mark(made, state)
+        elif state is None and not data.requires_grad:
+            recording.note_own_leaf(made)
     return made
 
 

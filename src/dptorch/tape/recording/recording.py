@@ -413,7 +413,7 @@ class Recording(TorchFunctionMode):
             return True
         if not self.strict:
             return False
-        if isinstance(t, nn.Parameter):
+        if isinstance(t, nn.Parameter) and not self.states.drop_own_leaf(t):
             refuse_not_followed(self.states, name, t)
         if t.is_leaf:
             return False  # of an op without examples; else see `refuse_leaf`

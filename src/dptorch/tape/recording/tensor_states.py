@@ -227,6 +227,13 @@ class TensorStates:
         """Whether `t` was noted in this forward pass."""
         return getattr(t, _OWN_LEAF, None) is self
 
+    def drop_own_leaf(self, t: Tensor) -> bool:
+        """Make the gradient of `t` zero if it `is_own_leaf`; returns whether it is."""
+        own = self.is_own_leaf(t)
+        if own:
+            t.register_hook(torch.zeros_like)
+        return own
+
     def note_trained(self, t: Tensor) -> None:
         """Say that a leaf gets the gradient of a loss of the batch and no noise."""
         self.mark(t, TRAINED)
