@@ -100,6 +100,18 @@ def test_a_record_that_cancels_a_little_is_never_above_the_bound(
     assert max(worst) > 1 + 1e-5
 
 
+def test_a_record_that_is_formed_is_never_above_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norm is right; the sum that is released is off by roundings, in its direction too."""
+    from dptorch.tape.gradients import base
+
+    scales = (300.0, 1000.0, 3000.0)
+    worst = [worst_of_cancelling_records(monkeypatch, 16, scale) for scale in scales]
+    assert max(worst) <= 1 + 1e-7
+    monkeypatch.setattr(base, "_ALONG", 0.0)  # the broken twin
+    worst = [worst_of_cancelling_records(monkeypatch, 16, scale) for scale in scales]
+    assert max(worst) > 1 + 5e-6
+
+
 class Weighed(nn.Module):
     """An embedding of one word whose gradient at each position is that position of the input."""
 

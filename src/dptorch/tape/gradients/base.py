@@ -111,6 +111,12 @@ class PerExampleGradient(ABC):
         raise NotImplementedError
 
 
+#: Of the magnitude times the norm, in roundings: a few additions round in the gradient's own direction
+#: too, so that a norm that was formed is longer by two roundings of the magnitude. In a difference of
+#: squares the margin is larger.
+_ALONG = 4.0
+
+
 def without_cancellation(
     squared: Tensor, magnitude: Tensor, forms: Sequence[PerExampleGradient], *, formed: bool
 ) -> Tensor:
@@ -134,6 +140,7 @@ def without_cancellation(
         Held by `test_a_linear_record_whose_positions_cancel_is_clipped`,
         `test_a_tied_record_whose_uses_cancel_is_clipped`,
         `test_a_record_that_cancels_a_little_is_never_above_the_bound`,
+        `test_a_record_that_is_formed_is_never_above_the_bound`,
         `test_a_long_record_whose_positions_cancel_is_clipped` and
         `test_a_gradient_of_many_equal_entries_is_clipped`.
     """
@@ -149,8 +156,10 @@ def without_cancellation(
     # which is at most half of the magnitude where all cancels, and always the same way.
     of_sum = max(4 * eps, _positions(forms) / 4 * single) ** 2
     share = of_sum if formed else 4 * eps + of_sum
+    along = _ALONG * single
     if bool((squared >= least * bound).all()):  # the usual case; not if any is NaN
-        return torch.add(squared, bound, alpha=share)
+        longer = torch.add(squared, bound, alpha=share)
+        return longer.add_(magnitude * squared.sqrt(), alpha=along) if formed else longer
     # Where it is not finite, the norm with its margin is not either: such an example is left out.
     doubtful = (squared < least * bound) & bound.isfinite()
     if bool(doubtful.any()):
@@ -158,7 +167,9 @@ def without_cancellation(
         total = sum(f.take(index, torch.float64).dense() for f in forms)
         assert isinstance(total, Tensor)
         squared = squared.index_copy(0, index, square_sum(total).to(squared.dtype))
-    return squared + torch.where(doubtful, of_sum * bound, share * bound)
+    as_formed = doubtful | formed
+    longer = squared + torch.where(doubtful, of_sum * bound, share * bound)
+    return longer + torch.where(as_formed, along * magnitude * squared.sqrt(), 0.0)
 
 
 def _positions(forms: Sequence[PerExampleGradient]) -> int:
