@@ -198,4 +198,5 @@ def _turns(event: CyclicGaussian, times: Counter[int]) -> list[Event]:
 
 
 def once(event: Event) -> Event:
+    """The event of one step."""
     return replace(event, steps=1)

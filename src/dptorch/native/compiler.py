@@ -14,10 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntFlag
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from dptorch.errors import one_of
 
@@ -132,3 +132,25 @@ def units(library: ctypes.CDLL) -> Units:
     for name in filter(None, (part.strip().lower() for part in limit.split(","))):
         allowed |= Units[one_of(LIMIT, name, [n.lower() for n in Units.__members__]).upper()]
     return found & allowed
+
+
+_L = TypeVar("_L")
+
+
+def checked_library(
+    source: Path, make: Callable[[ctypes.CDLL, Units], _L], agrees: Callable[[_L], bool]
+) -> _L | None:
+    """What `make` makes of a compiled source that needs AVX2; None where there is no compiler, the
+    processor lacks AVX2, or it errs.
+
+    Args:
+        source: a C file beside the header; the library has its name.
+        make: from the library and the instruction sets that it may use.
+        agrees: compares it with torch. What a compiler got wrong would clip too little and raise
+            nothing, so that is done here, on the machine that uses it.
+    """
+    found = build(source.stem, [HEADER, source], {})
+    if found is None or Units.AVX2 not in units(found):
+        return None
+    library = make(found, units(found))
+    return library if agrees(library) else None

@@ -303,9 +303,7 @@ class PrivateLoader:
                 size = dataset_size(self.dataset)
                 tried = sorted({i * size // _TRIED for i in range(_TRIED)})
                 for i in tried[_EVERY::_EVERY]:
-                    with suppress(
-                        Exception
-                    ):  # a row that cannot be alone is not asked for its size
+                    with suppress(Exception):  # one that cannot be alone tells no size
                         self._alone.append(zeros_like_batch(self._collated([i])))
                 if self._plan.pads:
                     from dptorch.sampling.row_order import refuse_own_order

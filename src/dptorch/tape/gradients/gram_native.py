@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dptorch.native import HEADER, Units, build, run_in_team, units
+from dptorch.native import Units, checked_library, run_in_team
 
 __all__ = ["ROWS", "SOURCE", "GramLibrary", "gram_library"]
 
@@ -98,13 +98,7 @@ class GramLibrary:
 @functools.lru_cache(maxsize=1)
 def gram_library() -> GramLibrary | None:
     """The library, or None where there is no compiler, the processor lacks AVX2, or it errs."""
-    found = build("gram", [HEADER, SOURCE], {})
-    if found is None or Units.AVX2 not in units(found):
-        return None
-    library = GramLibrary(found, units(found))
-    # A norm that a compiler got wrong would clip too little and raise
-    # nothing, so it is compared here, on the machine that uses it.
-    return library if _agrees(library) else None
+    return checked_library(SOURCE, GramLibrary, _agrees)
 
 
 def _agrees(library: GramLibrary) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dptorch.native import HEADER, Units, build, run_in_team, units
+from dptorch.native import Units, checked_library, run_in_team
 
 __all__ = ["SOURCE", "NormLibrary", "norm_library", "norm_sums"]
 
@@ -106,11 +106,7 @@ def norm_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor,
 @functools.lru_cache(maxsize=1)
 def norm_library() -> NormLibrary | None:
     """The library, or None where there is no compiler, the processor lacks AVX2, or it errs."""
-    found = build("norm_sums", [HEADER, SOURCE], {})
-    if found is None or Units.AVX2 not in units(found):
-        return None
-    library = NormLibrary(found, units(found))
-    return library if _agrees(library) else None
+    return checked_library(SOURCE, NormLibrary, _agrees)
 
 
 def _agrees(library: NormLibrary) -> bool:

@@ -7,7 +7,7 @@ wrote down where it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,21 +104,16 @@ def marked_for_hooks(leaves: Sequence[Tensor], recording: Recorder) -> Iterator[
         if leaf.grad is not None:
             mark(leaf.grad)
 
-    handles = []
-    ways: Sequence[tuple[str, Callable[[Tensor], Any], Any]] = (
-        ("_backward_hooks", lambda leaf: leaf.register_hook, mark),
-        (
-            "_post_accumulate_grad_hooks",
-            lambda leaf: leaf.register_post_accumulate_grad_hook,
-            mark_kept,
-        ),
+    ways = (
+        ("_backward_hooks", "register_hook", mark),
+        ("_post_accumulate_grad_hooks", "register_post_accumulate_grad_hook", mark_kept),
     )
+    handles = []
     for leaf in leaves:
-        for name, register, hook in ways:
-            theirs = getattr(leaf, name, None)
-            if theirs:
-                handles.append(register(leaf)(hook))
-                theirs.move_to_end(handles[-1].id, last=False)  # hooks run in the order of the dict
+        for theirs, register, hook in ways:
+            if hooks := getattr(leaf, theirs, None):
+                handles.append(getattr(leaf, register)(hook))
+                hooks.move_to_end(handles[-1].id, last=False)  # they run in the order of the dict
     try:
         yield
     finally:
